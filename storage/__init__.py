@@ -1,0 +1,28 @@
+"""How arrays of samples lie on disk: plain Zarr v3 shards, published atomically and gathered in any order.
+
+Imports numpy, zarr, pyarrow and h5py only; never torch, ray or an encoder library. A trainer needs `open_store`; a
+writer needs `create_store`, `create_group`, `Staging` and `publish_unit`.
+"""
+
+from storage.errors import StoreError, UserError
+from storage.layout import ArrayLayout, GroupLayout, StoreLayout
+from storage.reader import ArrayReader, GroupReader, Store, open_store
+from storage.staging import Staging
+from storage.writer import Failure, create_group, create_store, publish_unit
+
+__all__ = [
+    "ArrayLayout",
+    "ArrayReader",
+    "Failure",
+    "GroupLayout",
+    "GroupReader",
+    "Staging",
+    "Store",
+    "StoreError",
+    "StoreLayout",
+    "UserError",
+    "create_group",
+    "create_store",
+    "open_store",
+    "publish_unit",
+]

@@ -1,0 +1,68 @@
+"""What the three commands share at the terminal: one-line errors with exit status 2, and a progress bar.
+
+`python -m storage`, `python -m pipeline` and `python -m trainer` all end in `run_command`, so that a mistake in the
+input is one clear line and never a traceback, wherever it was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from storage.errors import UserError
+
+EXIT_OK = 0
+EXIT_FAILED = 1  # the work was done and something in it failed (a sample, a check)
+EXIT_USAGE = 2  # the input was wrong; nothing was done
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, and which takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Print `prog: error: message (see prog --help)` and exit with status 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `main(argv)` and exit with its status; `UserError` and `OSError` become one line and status 2.
+
+    Ctrl-C ends with status 130 and one line; what was published before it stays.
+    """
+    try:
+        status = main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = EXIT_USAGE
+    except OSError as error:
+        if error.errno is None:  # not the operating system's answer, so a fault of ours
+            raise
+        print(f"{prog}: error: {error.strerror}: {error.filename or ''}", file=sys.stderr)
+        status = EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def progress_bar(total: int, *, unit: str, done: int = 0, description: str = "") -> tqdm[NoReturn]:
+    """A bar on stderr with done, total, rate and ETA; a line every 10 s when stderr is not a terminal."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        desc=description,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+        smoothing=0.1,
+    )

@@ -1,0 +1,121 @@
+"""`index.parquet`: row i ↔ sample i, for every array of the store.
+
+Columns: `key` (string, unique; the sample's name in its source), `label` (int64; −1 where the source has none),
+`class_name` (string, dictionary encoded), `location` (string; where the source finds the bytes), `nbytes` (int64; size
+of the encoded image). The index digest covers key, label and class name in row order, not locations: moving a data set
+does not change what its rows mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.errors import StoreError, UserError
+from storage.files import write_atomic
+from storage.layout import INDEX_FILE
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        ("class_name", pa.dictionary(pa.int32(), pa.string())),
+        ("location", pa.string()),
+        ("nbytes", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The table of samples; columns are decoded when asked for."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def keys(self) -> list[str]:
+        """Sample names in row order."""
+        return self.table["key"].to_pylist()
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels, int64 (N,)."""
+        return self.table["label"].to_numpy()
+
+    @property
+    def locations(self) -> list[str]:
+        """Where the source finds each sample's bytes."""
+        return self.table["location"].to_pylist()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names; position = label. A label nobody has is the empty string."""
+        pairs = self.table.select(["label", "class_name"]).group_by(["label", "class_name"]).aggregate([])
+        labels, names = pairs["label"].to_pylist(), pairs["class_name"].to_pylist()
+        by_label = ["" for _ in range(max(labels, default=-1) + 1)]
+        for label, name in zip(labels, names, strict=True):
+            if label >= 0:
+                by_label[label] = name
+        return by_label
+
+    def slice(self, rows: range) -> Index:
+        """The samples of consecutive rows, without copying."""
+        return Index(self.table.slice(rows.start, len(rows)))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over "key NUL label NUL class name LF" of every row."""
+        sha = hashlib.sha256()
+        for batch in self.table.select(["key", "label", "class_name"]).to_batches(max_chunksize=65536):
+            key, label, name = (column.to_pylist() for column in batch.columns)
+            lines = (f"{k}\0{n}\0{c}\n" for k, n, c in zip(key, label, name, strict=True))
+            sha.update("".join(lines).encode())
+        return sha.hexdigest()
+
+
+def make_index(
+    keys: Sequence[str],
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    locations: Sequence[str],
+    nbytes: Sequence[int],
+) -> Index:
+    """An index from columns of equal length, rows in the order given; raises UserError when a key occurs twice."""
+    columns = [keys, labels, class_names, locations, nbytes]
+    table = pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+    )
+    counts = pc.value_counts(table["key"])
+    twice = [entry["values"] for entry in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist()[:3]]
+    if twice:
+        raise UserError(f"keys must be unique, these occur more than once: {', '.join(twice)}; rename the samples")
+    return Index(table)
+
+
+def write_index(root: Path, index: Index, run_id: str) -> None:
+    """Publish `root/index.parquet` atomically; equal indexes give equal bytes under one pyarrow version."""
+    buffer = io.BytesIO()
+    pq.write_table(index.table, buffer, compression="zstd", row_group_size=131072)
+    write_atomic(root / INDEX_FILE, buffer.getvalue(), run_id)
+
+
+def read_index(root: Path) -> Index:
+    """Read `root/index.parquet`; raises StoreError when it is absent or not an index."""
+    path = root / INDEX_FILE
+    try:
+        table = pq.read_table(path, read_dictionary=["class_name"])
+        return Index(table.select(SCHEMA.names).cast(SCHEMA))
+    except FileNotFoundError:
+        raise StoreError(f"{root} has no {INDEX_FILE}, so it is not a store; make one with `make precompute`") from None
+    except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
+        raise StoreError(f"{path} is not an index ({error}); restore it or precompute into a new root") from error

@@ -1,0 +1,144 @@
+"""The geometry of a store: arrays, shards, units and where each lies. Pure arithmetic; nothing here touches a disk.
+
+Shape legend: N rows (samples), V views, S rows a shard. An array has shape (N, V, *row_shape). An inner chunk is one
+sample of one view, (1, 1, *row_shape); a shard holds S consecutive rows, so shard u holds rows [u·S, (u+1)·S) and lies
+at `c/u/0/0…` as the Zarr v3 specification's default chunk key encoding puts it. A *unit* is the work on one shard's
+rows, for every array of a group at once.
+
+A shard file, written in this order (Zarr v3 `sharding_indexed`, index at the end):
+
+    chunk 0 | crc32c | chunk 1 | crc32c | …        the chunks of present rows, row-major, views innermost
+    (offset, nbytes) uint64 little-endian × S·V     2⁶⁴−1, 2⁶⁴−1 where the row is empty
+    crc32c of that index
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from storage.errors import UserError
+
+FORMAT_VERSION = 1
+CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16  # offset and length, uint64 each
+EMPTY = np.uint64(2**64 - 1)  # what the specification writes for a chunk that is not there
+
+INDEX_FILE = "index.parquet"
+RECEIPTS_DIR = "receipts"
+GROUP_KINDS = ("latents", "features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLayout:
+    """What every array of a store shares: rows, views, resolution and shard size."""
+
+    n_rows: int
+    views: tuple[str, ...]
+    resolution: int
+    shard_rows: int
+
+    def __post_init__(self) -> None:
+        if self.n_rows < 1:
+            raise UserError(f"a store needs at least one row, got {self.n_rows}; check that the source finds images")
+        if self.views not in (("original",), ("original", "hflip")):
+            raise UserError(f"views must be (original) or (original, hflip), got {self.views}")
+        if self.shard_rows < 1:
+            raise UserError(f"rows a shard must be at least 1, got {self.shard_rows}")
+        if self.resolution < 8:
+            raise UserError(f"resolution is in pixels and at least 8, got {self.resolution}")
+
+    @property
+    def n_views(self) -> int:
+        """V: how many views of each sample are stored."""
+        return len(self.views)
+
+    @property
+    def n_units(self) -> int:
+        """How many units (shards of each array) the rows fall into; the last may be short."""
+        return math.ceil(self.n_rows / self.shard_rows)
+
+    def unit_rows(self, unit: int) -> range:
+        """The rows of `unit`; raises IndexError outside [0, n_units)."""
+        if not 0 <= unit < self.n_units:
+            raise IndexError(f"unit {unit} of {self.n_units}")
+        return range(unit * self.shard_rows, min((unit + 1) * self.shard_rows, self.n_rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """One array: its name, the dtype of an element and the shape of one sample of one view."""
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...]
+    store: StoreLayout
+
+    def __post_init__(self) -> None:
+        if not self.row_shape or any(n < 1 for n in self.row_shape):
+            raise UserError(f"array {self.name}: every axis of a row must be at least 1, got {self.row_shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, V, *row_shape)."""
+        return (self.store.n_rows, self.store.n_views, *self.row_shape)
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """(1, 1, *row_shape): the inner chunk."""
+        return (1, 1, *self.row_shape)
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """(S, V, *row_shape)."""
+        return (self.store.shard_rows, self.store.n_views, *self.row_shape)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one inner chunk without its checksum."""
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def n_shard_chunks(self) -> int:
+        """S·V: chunk slots of a shard, also of a short last one."""
+        return self.store.shard_rows * self.store.n_views
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the shard index with its checksum, at the end of the file."""
+        return self.n_shard_chunks * INDEX_ENTRY_BYTES + CRC_BYTES
+
+    def shard_key(self, unit: int) -> str:
+        """Path of shard `unit` below the array: `c/<unit>/0/0…`."""
+        return "/".join(["c", str(unit), *["0"] * (len(self.row_shape) + 1)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupLayout:
+    """The arrays one encoder writes, below `path` ("latents/<name>" or "features/<name>")."""
+
+    path: str
+    arrays: tuple[ArrayLayout, ...]
+
+    def __post_init__(self) -> None:
+        parts = PurePosixPath(self.path).parts
+        if len(parts) != 2 or parts[0] not in GROUP_KINDS or parts[1] in (".", ".."):
+            raise UserError(f"a group lies at latents/<name> or features/<name>, got {self.path!r}")
+
+    @property
+    def store(self) -> StoreLayout:
+        """The layout shared by the arrays."""
+        return self.arrays[0].store
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes one sample takes in all arrays and views, with chunk checksums and its share of the shard index."""
+        per_view = sum(a.chunk_bytes + CRC_BYTES + INDEX_ENTRY_BYTES for a in self.arrays)
+        return per_view * self.store.n_views
+
+    def receipt_key(self, unit: int) -> str:
+        """Path of the unit's receipt below the store root."""
+        return f"{RECEIPTS_DIR}/{self.path}/{unit:08d}.json"

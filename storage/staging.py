@@ -1,0 +1,121 @@
+"""Where a run writes before it publishes, and how a dead run's leavings are told from a living run's.
+
+A run owns `<group>/.staging/<run>/` in every group it writes, on the group's own file system so that publishing is a
+rename. It holds an flock on `.runs/<run>` for as long as it lives; the kernel lets go of it however the run ends. A new
+run takes each lock it can get, which proves the owner dead, and removes that run's staging. So a crash leaves no stray
+file after the next run, and two runs at once leave each other's alone.
+
+Cost: one lock file a run; a sweep of a dead run lists the root, the groups and the receipts once. Limit: on a file
+system without flock nothing is swept (the lock cannot prove anything), which wastes space and harms nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from storage.errors import UserError
+from storage.files import make_directories
+from storage.layout import GROUP_KINDS, INDEX_FILE, RECEIPTS_DIR
+
+STAGING_DIR = ".staging"
+RUNS_DIR = ".runs"
+
+
+class Staging:
+    """A run's right to write into a store; a context manager held by the process that drives the run.
+
+    `run_id` is what workers, on this machine or another, hand to `publish_unit`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._lock_fd: int | None = None
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.root / RUNS_DIR / self.run_id
+
+    def __enter__(self) -> Staging:
+        """Take the run's lock and sweep dead runs. Raises UserError when the root is a directory of something else."""
+        _refuse_foreign(self.root)
+        make_directories(self._lock_path.parent)
+        # Locked under another name first: a lock file that is seen unlocked would look like a dead run's.
+        unseen = self._lock_path.with_name(f".{self.run_id}")
+        self._lock_fd = os.open(unseen, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        with contextlib.suppress(OSError):  # no flock on this file system: see the module's limit
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(unseen, self._lock_path)
+        self._sweep()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _remove_leavings(self.root, self.run_id)
+        self._lock_path.unlink(missing_ok=True)
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+        with contextlib.suppress(OSError):  # not empty: another run lives
+            self._lock_path.parent.rmdir()
+
+    def prepare(self, group_path: str) -> None:
+        """Make this run's staging directory in a group; only the driver does, so that a swept run cannot come back."""
+        staging_directory(self.root, group_path, self.run_id).mkdir(parents=True, exist_ok=True)
+
+    def _sweep(self) -> None:
+        for lock in (self.root / RUNS_DIR).iterdir():
+            if lock.name.lstrip(".") == self.run_id:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # its owner has just ended
+                if _owner_is_dead(lock):
+                    _remove_leavings(self.root, lock.name.lstrip("."))
+                    lock.unlink(missing_ok=True)
+
+
+def staging_directory(root: Path, group_path: str, run_id: str) -> Path:
+    """Where `run_id` writes the shards of a group before they are renamed into place."""
+    return root / group_path / STAGING_DIR / run_id
+
+
+def _owner_is_dead(lock: Path) -> bool:
+    fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or the file system has no flock: either way nothing is proved
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _refuse_foreign(root: Path) -> None:
+    if not root.exists() or (root / "zarr.json").exists():
+        return
+    ours = {INDEX_FILE, *GROUP_KINDS}
+    if not root.is_dir() or {entry.name for entry in root.iterdir() if not entry.name.startswith(".")} - ours:
+        raise UserError(f"{root} exists and is not a store; name an empty or new directory as the store")
+
+
+def _remove_leavings(root: Path, run_id: str) -> None:
+    """Remove what the run staged and did not publish; nothing of any other run."""
+    groups = [group for kind in GROUP_KINDS for group in (root / kind).glob("[!.]*")]
+    for group in groups:
+        staging = group / STAGING_DIR
+        shutil.rmtree(staging / run_id, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty: another run's
+            staging.rmdir()
+    receipts = [root / RECEIPTS_DIR / group.relative_to(root) for group in groups]
+    for directory in [root, *(root / kind for kind in GROUP_KINDS), *receipts]:
+        for leaving in directory.glob(f".*.{run_id}.*.partial"):
+            if leaving.is_dir():
+                shutil.rmtree(leaving, ignore_errors=True)
+            else:
+                leaving.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""Small stores of random numbers, written through the real writer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from storage import ArrayLayout, Failure, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
+from storage.index import make_index
+
+LATENTS = "latents/tiny-vae"
+FEATURES = "features/tiny-vit"
+
+
+def make_layouts(store: StoreLayout, width: int = 24) -> dict[str, GroupLayout]:
+    """Latents (8, 16, 16) and features of 64 tokens on an 8×8 grid, as the built-in encoders write at 128 px."""
+
+    def array(name: str, *row_shape: int) -> ArrayLayout:
+        return ArrayLayout(name=name, dtype="float16", row_shape=row_shape, store=store)
+
+    return {
+        LATENTS: GroupLayout(path=LATENTS, arrays=(array("moments", 8, 16, 16),)),
+        FEATURES: GroupLayout(path=FEATURES, arrays=(array("cls", width), array("patches", 64, width))),
+    }
+
+
+def make_identities(width: int = 24) -> dict[str, dict[str, object]]:
+    """Identities with the fields that readers use."""
+    common = {"resolution": 128, "dtype": "float16", "weights_sha256": "0" * 64}
+    return {
+        LATENTS: common
+        | {
+            "name": "tiny-vae",
+            "encoder": "test",
+            "latent_scale_factor": 0.5,
+            "latent_shift_factor": 0.0,
+            "latent_channels": 4,
+            "latent_size": [16, 16],
+        },
+        FEATURES: common
+        | {"name": "tiny-vit", "encoder": "test", "layer": "norm", "token_grid": [8, 8], "width": width},
+    }
+
+
+def random_arrays(layout: GroupLayout, seed: int = 0) -> dict[str, np.ndarray]:
+    """Standard normal numbers for every array of the group, (N, V, *row_shape)."""
+    rng = np.random.default_rng(seed)
+    return {array.name: rng.standard_normal(array.shape).astype(array.dtype) for array in layout.arrays}
+
+
+def make_store(
+    root: Path,
+    *,
+    n_rows: int = 40,
+    n_views: int = 1,
+    shard_rows: int = 16,
+    n_classes: int = 5,
+    failed_rows: Sequence[int] = (),
+    width: int = 24,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten)."""
+    store = StoreLayout(n_rows=n_rows, views=("original", "hflip")[:n_views], resolution=128, shard_rows=shard_rows)
+    layouts, identities = make_layouts(store, width), make_identities(width)
+    keys = [f"class{row % n_classes}/{row:05d}" for row in range(n_rows)]
+    labels = [row % n_classes for row in range(n_rows)]
+    index = make_index(keys, labels, [f"class{label}" for label in labels], keys, [1000] * n_rows)
+    data: dict[str, dict[str, np.ndarray]] = {}
+    with Staging(root) as staging:
+        create_store(root, store, index, {"source": "random"}, staging.run_id)
+        for seed, (path, layout) in enumerate(layouts.items()):
+            data[path] = random_arrays(layout, seed)
+            publish_all(root, layout, identities[path], data[path], keys, failed_rows, staging)
+    return data
+
+
+def publish_all(
+    root: Path,
+    layout: GroupLayout,
+    identity: Mapping[str, object],
+    arrays: Mapping[str, np.ndarray],
+    keys: Sequence[str],
+    failed_rows: Sequence[int],
+    staging: Staging,
+) -> None:
+    """Publish every unit of a group."""
+    digest = create_group(root, layout, identity, {}, staging.run_id)
+    staging.prepare(layout.path)
+    for unit in range(layout.store.n_units):
+        rows = layout.store.unit_rows(unit)
+        failed = [Failure(row=row, key=keys[row], reason="test") for row in failed_rows if row in rows]
+        cut = {name: array[rows.start : rows.stop] for name, array in arrays.items()}
+        publish_unit(root, layout, digest, unit, cut, failed, staging.run_id, {})
