@@ -15,7 +15,7 @@ from storage.console import EXIT_OK, Parser, run_command
 from storage.errors import UserError
 from storage.layout import GROUP_KINDS
 from storage.reader import Store, open_store
-from storage.receipts import scan
+from storage.receipts import Failure, scan
 
 PROG = "python -m storage"
 
@@ -41,7 +41,7 @@ def describe_group(store: Store, path: str) -> None:
         print(heading, json.dumps(attributes.get(heading, {}), indent=2, sort_keys=True), sep="\n")
     print(f"identity digest {attributes['identity_digest']}")
     timings_s: dict[str, float] = {}
-    failures = []
+    failures: list[Failure] = []
     undone = []
     for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
         if receipt is None or reason is not None:

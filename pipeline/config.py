@@ -1,0 +1,59 @@
+"""What a precompute run is asked to do. The configuration checks itself; the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from storage.errors import UserError
+
+
+def option(help_text: str, default: object) -> Any:
+    """A dataclass field with its help text, which `--help` prints; Any, as dataclasses.field itself is typed."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Stage one: which images, which encoders, where to, and with what resources."""
+
+    data: Path = field(metadata={"help": "folder of images, one sub-folder a class"})
+    store: Path = field(metadata={"help": "store root to make or to go on with"})
+    latents: str = option("VAE: a name, a diffusers directory or a hub id; none: no latents", "sd-vae-ft-mse")
+    features: str = option("vision encoder's name; none: no features", "dinov2-vitb14")
+    latents_weights: Path | None = option("diffusers directory to load the named VAE from", None)
+    features_weights: Path | None = option(
+        "local weight file of the vision encoder (timm's or the original layout)", None
+    )
+    resolution: int = option("side of the ADM centre crop, pixels", 256)
+    flip: bool = option("store the horizontally flipped view as well (V = 2)", False)
+    shard_rows: int = option("samples a shard, which is also the unit of work", 512)
+    batch: int = option("images an encoder takes at once; float rounding depends on it", 32)
+    max_failures: float = option(
+        "end the run when more than this share of the images (but at least 10) cannot be decoded", 0.001
+    )
+    ray_address: str = option("Ray cluster to join (auto, host:port); empty: start one here and stop it", "")
+    encoders: int = option("encoding actors; 0: one a GPU, or one when there is none", 0)
+    encoder_cpus: int = option("CPU cores of an encoding actor; 0: half of a CPU-only machine, else 1", 0)
+    unit_timeout_s: float = option("a unit that decodes or encodes longer than this is given up", 3600.0)
+    verbose: bool = option("let Ray's own log messages through", False)
+
+    def __post_init__(self) -> None:
+        for name in ("shard_rows", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("encoders", "encoder_cpus"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if self.latents == "none" and self.features == "none":
+            raise UserError("nothing to encode: --latents and --features are both none; name at least one")
+        if not 0 <= self.max_failures <= 1:
+            raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
+        if self.unit_timeout_s <= 0:
+            raise UserError(f"--unit-timeout-s must be positive, got {self.unit_timeout_s}")
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the stored views."""
+        return ("original", "hflip") if self.flip else ("original",)

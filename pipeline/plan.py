@@ -1,0 +1,145 @@
+"""The plan of a run, made before anything is encoded: which groups, which units of each are missing, how many bytes.
+
+The plan is what makes the work repeatable: rows are fixed by the index, units by the shard size, and a unit is in the
+plan exactly when a group of the run lacks its receipt. Making it lists the source and hashes the weight files; no model
+is built.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import PrecomputeConfig
+from pipeline.encoders import registry
+from pipeline.sources import Source
+from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store
+from storage.index import Index
+from storage.layout import GROUP_KINDS
+from storage.receipts import scan
+
+FREE_SPACE_MARGIN = 1.05  # metadata, receipts and the index
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """One encoder's group: what makes it, what it is, where it goes."""
+
+    spec: registry.EncoderSpec
+    layout: GroupLayout
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the job needs to know. `missing` maps a unit to the paths of the groups that lack it."""
+
+    root: Path
+    layout: StoreLayout
+    index: Index
+    groups: tuple[GroupPlan, ...]
+    digests: Mapping[str, str]
+    missing: Mapping[int, tuple[str, ...]]
+    failed_before: int  # samples recorded as failed in units that are done
+
+    @property
+    def n_images_missing(self) -> int:
+        """Images of the units that are not done."""
+        return sum(len(self.layout.unit_rows(unit)) for unit in self.missing)
+
+    @property
+    def bytes_missing(self) -> int:
+        """Bytes that the missing units will take."""
+        sample_bytes = {group.layout.path: group.layout.sample_bytes for group in self.groups}
+        return sum(
+            len(self.layout.unit_rows(unit)) * sum(sample_bytes[path] for path in paths)
+            for unit, paths in self.missing.items()
+        )
+
+
+def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str) -> tuple[GroupPlan, ...]:
+    """The groups that the configuration names. Raises UserError for unknown encoders and missing weights."""
+    groups = []
+    wanted = (
+        ("latents", config.latents, registry.resolve_latents, config.latents_weights),
+        ("features", config.features, registry.resolve_features, config.features_weights),
+    )
+    for kind, name, resolve, weights in wanted:
+        if name == "none":
+            continue
+        spec = resolve(name, weights=weights)
+        identity = {
+            **registry.describe(spec, resolution=config.resolution),
+            "views": list(config.views),
+            "index_digest": index_digest,
+        }
+        arrays = tuple(
+            ArrayLayout(name=array, dtype="float16", row_shape=shape, store=layout)
+            for array, shape in sorted(registry.array_shapes(identity).items())
+        )
+        groups.append(
+            GroupPlan(spec=spec, layout=GroupLayout(path=f"{kind}/{spec.store_name}", arrays=arrays), identity=identity)
+        )
+    return tuple(groups)
+
+
+def make_plan(config: PrecomputeConfig, source: Source, index: Index, staging: Staging) -> Plan:
+    """Make or check the store and its groups, and list what is missing.
+
+    Raises StoreError when the store was made differently and UserError when the disk has no room for what is missing.
+    """
+    layout = StoreLayout(
+        n_rows=len(index), views=config.views, resolution=config.resolution, shard_rows=config.shard_rows
+    )
+    root = config.store
+    groups = plan_groups(config, layout, index.digest())
+    create_store(root, layout, index, source.provenance(), staging.run_id)
+    digests: dict[str, str] = {}
+    missing: dict[int, list[str]] = {}
+    failed: dict[int, int] = {}
+    for group in groups:
+        path = group.layout.path
+        provenance = {"source": source.provenance(), **registry.provenance(group.spec)}
+        digests[path] = create_group(root, group.layout, group.identity, provenance, staging.run_id)
+        staging.prepare(path)
+        for unit, receipt, reason in scan(root, group.layout, digests[path]):
+            if receipt is None or reason is not None:
+                missing.setdefault(unit, []).append(path)
+            else:
+                failed[unit] = len(receipt.failed)
+    plan = Plan(
+        root=root,
+        layout=layout,
+        index=index,
+        groups=groups,
+        digests=digests,
+        missing={unit: tuple(missing[unit]) for unit in sorted(missing)},
+        failed_before=sum(count for unit, count in failed.items() if unit not in missing),
+    )
+    free = shutil.disk_usage(root).free
+    if plan.bytes_missing * FREE_SPACE_MARGIN > free:
+        raise UserError(
+            f"{root} has {free / 1e9:.1f} GB free and {plan.bytes_missing / 1e9:.1f} GB are to be written; "
+            "free space or name another STORE"
+        )
+    return plan
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan in a few lines, printed before the work starts."""
+    lines = [
+        f"store      {plan.root}",
+        f"images     {len(plan.index)} at {plan.layout.resolution} px, views {', '.join(plan.layout.views)}",
+        f"units      {plan.layout.n_units} of {plan.layout.shard_rows} rows, {len(plan.missing)} to do",
+    ]
+    for group in plan.groups:
+        arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.row_shape))} {a.dtype}" for a in group.layout.arrays)
+        n_missing = sum(group.layout.path in paths for paths in plan.missing.values())
+        state = "reused, every unit is there" if n_missing == 0 else f"{n_missing} units to encode"
+        lines.append(f"{group.layout.path}  {arrays}  {group.layout.sample_bytes} bytes an image  {state}")
+    lines.append(f"to write   {plan.bytes_missing / 1e9:.2f} GB")
+    assert all(group.layout.path.split("/")[0] in GROUP_KINDS for group in plan.groups)
+    return "\n".join(lines)

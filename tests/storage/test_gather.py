@@ -1,0 +1,178 @@
+"""Gathering equals the array that was written, whatever the rows, shapes, views and shard sizes."""
+
+from __future__ import annotations
+
+import pickle
+import resource
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, open_store
+from storage.index import make_index
+from tests.stores import FEATURES, LATENTS, make_store, publish_all
+
+DTYPES = ("float16", "float32", "int8", "uint8", "float64")
+
+
+@st.composite
+def gathers(draw: st.DrawFn) -> tuple[StoreLayout, str, tuple[int, ...], list[int], list[tuple[int, int]]]:
+    store = StoreLayout(
+        n_rows=draw(st.integers(1, 30)),
+        views=draw(st.sampled_from([("original",), ("original", "hflip")])),
+        resolution=64,
+        shard_rows=draw(st.integers(1, 12)),
+    )
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    failed = draw(st.lists(st.integers(0, store.n_rows - 1), max_size=3, unique=True))
+    kept = [row for row in range(store.n_rows) if row not in failed]
+    pairs = st.lists(st.tuples(st.sampled_from(kept), st.integers(0, store.n_views - 1)), max_size=40) if kept else None
+    return store, draw(st.sampled_from(DTYPES)), shape, failed, [] if pairs is None else draw(pairs)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=gathers())
+def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
+    case: tuple[StoreLayout, str, tuple[int, ...], list[int], list[tuple[int, int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    store, dtype, shape, failed, pairs = case
+    root = tmp_path_factory.mktemp("gather") / "store"
+    layout = GroupLayout(
+        path="features/any", arrays=(ArrayLayout(name="a", dtype=dtype, row_shape=shape, store=store),)
+    )
+    keys = [str(row) for row in range(store.n_rows)]
+    written = (np.random.default_rng(1).standard_normal(layout.arrays[0].shape) * 50).astype(dtype)
+    with Staging(root) as staging:
+        index = make_index(keys, [0] * len(keys), ["x"] * len(keys), keys, [1] * len(keys))
+        create_store(root, store, index, {}, staging.run_id)
+        publish_all(root, layout, {"name": "any"}, {"a": written}, keys, failed, staging)
+    group = open_store(root).group("features/any", checksums="always", n_threads=3)
+    assert group.failed_rows.tolist() == sorted(failed)
+    rows, views = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    out = np.full((len(pairs), *shape), 7, dtype=dtype)
+    group["a"].read_into(rows, views, out)
+    np.testing.assert_array_equal(out, written[rows, views])
+    by_zarr = zarr.open_group(root, mode="r")["features/any/a"][:]
+    np.testing.assert_array_equal(by_zarr[rows, views], out)
+    assert not by_zarr[failed].any()  # an empty row reads as the fill value in any other program
+    for row in failed:
+        with pytest.raises(StoreError, match=rf"row {row}, view 0 is empty"):
+            group["a"].read_into([row], 0, np.empty((1, *shape), dtype))
+    group.close()
+
+
+def test_zarr_python_tensorstore_and_zarrs_read_equal_numbers(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    data = make_store(root, n_rows=37, n_views=2, shard_rows=16)
+    for path, arrays in data.items():
+        for name, written in arrays.items():
+            where = f"{path}/{name}"
+            np.testing.assert_array_equal(zarr.open_array(root / where, mode="r")[:], written)
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(root / where)}}
+            np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), written)
+    # The zarrs pipeline replaces zarr-python's for a whole process, so it gets a process of its own.
+    code = (
+        "import sys, numpy as np, zarr, zarrs\n"
+        "zarr.config.set({'codec_pipeline.path': 'zarrs.ZarrsCodecPipeline'})\n"
+        "a = zarr.open_array(sys.argv[1], mode='r')\n"
+        "assert 'zarrs' in type(a._async_array.codec_pipeline).__module__.lower()\n"
+        "np.save(sys.argv[2], a[:])\n"
+    )
+    for path, name in ((FEATURES, "patches"), (LATENTS, "moments")):
+        saved = tmp_path / f"{name}.npy"
+        subprocess.run([sys.executable, "-c", code, str(root / path / name), str(saved)], check=True)
+        np.testing.assert_array_equal(np.load(saved), data[path][name])
+
+
+def test_open_files_stay_bounded(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    data = make_store(root, n_rows=300, shard_rows=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (160, hard))
+    try:
+        patches = open_store(root).group(FEATURES)["patches"]
+        rows = np.random.default_rng(0).permutation(300)
+        out = np.empty((300, *patches.row_shape), patches.dtype)
+        for _ in range(2):
+            patches.read_into(rows, 0, out)
+        assert len(patches._open) <= 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(out, data[FEATURES]["patches"][rows, 0])
+
+
+def _read_in_child(reader: object, rows: np.ndarray, pipe: object) -> None:
+    out = np.empty((len(rows), *reader.row_shape), reader.dtype)  # type: ignore[attr-defined]
+    reader.read_into(rows, 0, out)  # type: ignore[attr-defined]
+    pipe.send(out)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_reader_works_in_a_child_process(shared_tiny_store: Path, method: str) -> None:
+    reader = open_store(shared_tiny_store).group(LATENTS)["moments"]
+    rows = np.array([3, 39, 0, 17])
+    here = np.empty((4, *reader.row_shape), reader.dtype)
+    reader.read_into(rows, 0, here)  # so that files and threads exist in the parent
+    context = get_context(method)
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_read_in_child, args=(reader, rows, theirs))
+    child.start()
+    assert ours.poll(60)
+    np.testing.assert_array_equal(ours.recv(), here)
+    child.join()
+    assert child.exitcode == 0
+
+
+def test_a_pickled_reader_holds_no_file(shared_tiny_store: Path) -> None:
+    reader = open_store(shared_tiny_store).group(LATENTS)["moments"]
+    again = pickle.loads(pickle.dumps(reader))
+    out, out_again = (np.empty((2, *reader.row_shape), reader.dtype) for _ in range(2))
+    reader.read_into([5, 6], 0, out)
+    again.read_into([5, 6], 0, out_again)
+    np.testing.assert_array_equal(out, out_again)
+
+
+def test_rows_views_and_buffers_outside_the_array_are_refused(shared_tiny_store: Path) -> None:
+    reader = open_store(shared_tiny_store).group(LATENTS)["moments"]
+    out = np.empty((1, *reader.row_shape), reader.dtype)
+    for rows, views in (([40], 0), ([-1], 0), ([0], 1), ([0], -1)):
+        with pytest.raises(IndexError):
+            reader.read_into(rows, views, out)
+    for wrong in (out.astype("f4"), out[:, :4], np.empty((2, *reader.row_shape), reader.dtype)):
+        with pytest.raises(ValueError, match="out must be"):
+            reader.read_into([0], 0, wrong)
+
+
+@pytest.mark.parametrize("policy", ["first", "always"])
+@pytest.mark.parametrize("damage", ["flip", "swap", "truncate"])
+def test_damage_is_found_and_named(tmp_path: Path, policy: str, damage: str) -> None:
+    root = tmp_path / "store"
+    make_store(root, n_rows=48, shard_rows=16)
+    shards = [root / FEATURES / "patches" / "c" / str(unit) / "0/0/0" for unit in range(3)]
+    if damage == "flip":
+        raw = bytearray(shards[1].read_bytes())
+        raw[5 * (64 * 24 * 2 + 4) + 11] ^= 16  # row 5 of shard 1
+        shards[1].write_bytes(raw)
+    elif damage == "swap":
+        first, second = shards[1].read_bytes(), shards[2].read_bytes()
+        shards[1].write_bytes(second)
+        shards[2].write_bytes(first)
+    if damage == "truncate":
+        shards[1].write_bytes(shards[1].read_bytes()[:-9])
+        with pytest.raises(StoreError, match=r"not complete.*unit 1.*bytes"):
+            open_store(root).group(FEATURES, checksums=policy)
+        return
+    patches = open_store(root).group(FEATURES, checksums=policy)["patches"]
+    out = np.empty((16, *patches.row_shape), patches.dtype)
+    patches.read_into(np.arange(16), 0, out)
+    with pytest.raises(StoreError, match=r"patches/c/1/0/0/0, row (21|16), view 0: wrong checksum"):
+        patches.read_into(np.arange(16, 32), 0, out)

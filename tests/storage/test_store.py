@@ -1,0 +1,213 @@
+"""A store is made once, for one data set; what differs is refused by name; what is incomplete is not opened."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import storage.shard
+from storage import Staging, StoreError, StoreLayout, UserError, create_group, create_store, open_store, publish_unit
+from storage.identity import differing_fields, identity_digest
+from storage.index import make_index, read_index
+from storage.receipts import read_receipt
+from storage.staging import STAGING_DIR
+from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, random_arrays
+
+STORE = StoreLayout(n_rows=40, views=("original",), resolution=128, shard_rows=16)
+
+
+def array_files(root: Path) -> dict[str, bytes]:
+    """Every file that Zarr sees, by its path."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for kind in ("latents", "features")
+        for path in sorted((root / kind).rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    make_store(tmp_path / "a")
+    make_store(tmp_path / "b")
+    assert array_files(tmp_path / "a") == array_files(tmp_path / "b")
+    make_store(tmp_path / "a")  # over itself
+    assert array_files(tmp_path / "a") == array_files(tmp_path / "b")
+    strays = [path for path in (tmp_path / "a").rglob("*") if path.name.startswith(".") or "partial" in path.name]
+    assert strays == []
+
+
+def test_index_survives_the_disk_and_its_digest_ignores_locations(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    index = open_store(tmp_path / "s").index
+    assert index.keys[:3] == ["class0/00000", "class1/00001", "class2/00002"]
+    assert index.labels.tolist() == [row % 5 for row in range(40)]
+    assert index.class_names == [f"class{label}" for label in range(5)]
+    moved = make_index(index.keys, index.labels, [f"class{n}" for n in index.labels], ["else"] * 40, [1] * 40)
+    assert moved.digest() == index.digest()
+    renamed = make_index(
+        ["other", *index.keys[1:]], index.labels, [f"class{n}" for n in index.labels], ["else"] * 40, [1] * 40
+    )
+    assert renamed.digest() != index.digest()
+
+
+def test_duplicate_keys_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="more than once: b"):
+        make_index(["a", "b", "b"], [0, 0, 0], ["x"] * 3, ["", "", ""], [1, 1, 1])
+
+
+def test_identity_differences_are_named() -> None:
+    wanted = {"name": "dinov2-vitb14", "weights_sha256": "aa", "preprocessing": {"resize": 224}}
+    found = {"name": "dinov2-vitb14", "weights_sha256": "bb", "preprocessing": {"resize": 448}}
+    assert differing_fields(wanted, found) == [
+        "preprocessing.resize: found 448, asked for 224",
+        'weights_sha256: found "bb", asked for "aa"',
+    ]
+    assert identity_digest(wanted) != identity_digest(found)
+    assert identity_digest(dict(reversed(wanted.items()))) == identity_digest(wanted)
+
+
+def test_a_store_or_group_made_differently_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    index = read_index(root)
+    other = StoreLayout(n_rows=40, views=("original",), resolution=256, shard_rows=16)
+    with Staging(root) as staging:
+        with pytest.raises(StoreError, match="resolution: found 128, asked for 256"):
+            create_store(root, other, index, {}, staging.run_id)
+        identity = make_identities()[FEATURES] | {"weights_sha256": "1" * 64}
+        with pytest.raises(StoreError, match="weights_sha256: found"):
+            create_group(root, make_layouts(STORE)[FEATURES], identity, {}, staging.run_id)
+    with pytest.raises(StoreError, match="layer"):
+        open_store(root).group(FEATURES, expect=make_identities()[FEATURES] | {"layer": "blocks.3"})
+
+
+def test_what_is_not_a_store_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="does not exist"):
+        open_store(tmp_path / "nowhere")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("hello")
+    with pytest.raises(StoreError, match="is not a store"):
+        open_store(tmp_path / "letters")
+    with pytest.raises(UserError, match="exists and is not a store"), Staging(tmp_path / "letters"):
+        pass
+    assert os.listdir(tmp_path / "letters") == ["a.txt"]
+    make_store(tmp_path / "s")
+    with pytest.raises(StoreError, match=r"has no features/clip; it has latents/tiny-vae, features/tiny-vit"):
+        open_store(tmp_path / "s").group("features/clip")
+
+
+def test_an_edited_identity_is_found(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    metadata = tmp_path / "s" / FEATURES / "zarr.json"
+    fields = json.loads(metadata.read_text())
+    fields["attributes"]["identity"]["layer"] = "blocks.3"
+    metadata.write_text(json.dumps(fields))
+    with pytest.raises(StoreError, match="identity was edited"):
+        open_store(tmp_path / "s").group(FEATURES)
+
+
+@pytest.mark.parametrize("damage", ["no receipt", "another identity", "damaged receipt", "missing shard"])
+def test_a_unit_is_done_only_with_a_matching_receipt_and_its_files(tmp_path: Path, damage: str) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    receipt = root / "receipts" / FEATURES / "00000001.json"
+    if damage == "no receipt":
+        receipt.unlink()
+    elif damage == "another identity":
+        receipt.write_text(receipt.read_text().replace(json.loads(receipt.read_text())["identity_digest"], "f" * 64))
+    elif damage == "damaged receipt":
+        receipt.write_text(receipt.read_text()[:100])
+    else:
+        (root / FEATURES / "cls/c/1/0/0").unlink()
+    store = open_store(root)
+    store.group(LATENTS).close()
+    with pytest.raises(StoreError, match=r"features/tiny-vit is not complete: 1 of 3 units.*unit 1"):
+        store.group(FEATURES)
+
+
+def test_a_full_disk_is_said_so_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    before = array_files(root)
+    layout = make_layouts(STORE)[FEATURES]
+
+    def full(fd: int, buffers: object) -> None:
+        os.write(fd, b"half a shard")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage.shard, "write_all", full)
+    with Staging(root) as staging:
+        digest = create_group(root, layout, make_identities()[FEATURES], {}, staging.run_id)
+        staging.prepare(FEATURES)
+        arrays = {name: array[:16] for name, array in random_arrays(layout, seed=9).items()}
+        with pytest.raises(StoreError, match=r"No space left on device; free space"):
+            publish_unit(root, layout, digest, 0, arrays, [], staging.run_id, {})
+        assert list((root / FEATURES / STAGING_DIR / staging.run_id).iterdir()) == []
+    assert array_files(root) == before
+
+
+PUBLISHER = """
+import sys
+from pathlib import Path
+from tests.stores import make_store
+while True:
+    make_store(Path(sys.argv[1]), n_rows=64, shard_rows=8, width=512)
+    print("round", flush=True)
+"""
+
+
+def test_killed_while_publishing_then_run_again(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    make_store(whole, n_rows=64, shard_rows=8, width=512)
+    expected = array_files(whole)
+    rng = np.random.default_rng(5)
+    for round_ in range(6):
+        root = tmp_path / f"s{round_}"
+        child = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(root)], stdout=subprocess.PIPE)
+        while not (root / "index.parquet").exists():
+            time.sleep(0.002)
+            assert child.poll() is None
+        time.sleep(rng.uniform(0, 0.25))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
+        for path in root.rglob("c/*"):  # every shard under its final name is whole
+            for shard in (file for file in path.rglob("*") if file.is_file()):
+                assert shard.read_bytes() == expected[str(shard.relative_to(root))]
+        make_store(root, n_rows=64, shard_rows=8, width=512)
+        assert array_files(root) == expected
+        assert not [path for path in root.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_living_run_is_left_alone_by_another(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    with Staging(root) as first:
+        first.prepare(FEATURES)
+        mine = root / FEATURES / STAGING_DIR / first.run_id / "half"
+        mine.write_bytes(b"being written")
+        make_store(root)  # a whole other run, in this process: its own lock, its own staging
+        assert mine.read_bytes() == b"being written"
+    assert not mine.exists()
+
+
+def test_receipts_record_what_was_written(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    make_store(root, failed_rows=[3, 17])
+    layout = make_layouts(STORE)[FEATURES]
+    receipts = [read_receipt(root, layout, unit) for unit in range(3)]
+    assert [receipt.n_done for receipt in receipts if receipt] == [15, 15, 8]
+    assert [(f.row, f.key, f.reason) for r in receipts if r for f in r.failed] == [
+        (3, "class3/00003", "test"),
+        (17, "class2/00017", "test"),
+    ]
