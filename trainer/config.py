@@ -1,0 +1,332 @@
+"""What a training run is asked to do: frozen dataclasses, nested by topic, that check themselves.
+
+Each field carries its help text; the command line's dotted options (`--loss.projection-weight`) are made from these
+classes, so an option exists once. A field marked *free* may change when a run is resumed; every other one determines
+the numbers, and changing it on resume must be asked for.
+
+A config is saved as plain YAML: nested mappings of numbers, strings and booleans, nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from storage.errors import UserError
+
+C = TypeVar("C")
+
+
+def option(default: object, help_text: str, *, free: bool = False) -> Any:
+    """A field with its help text, which `--help` prints; Any, as `dataclasses.field` itself is typed."""
+    return field(default=default, metadata={"help": help_text, "free": free})
+
+
+def section(default: type) -> Any:
+    """A nested config; its first docstring line heads its options in `--help`."""
+    return field(default_factory=default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The diffusion transformer (SiT)."""
+
+    depth: int = option(28, "transformer blocks")
+    width: int = option(1152, "channels of a token")
+    heads: int = option(16, "attention heads; must divide the width")
+    patch: int = option(2, "latent pixels a side of a token")
+    qk_norm: bool = option(False, "normalise queries and keys")
+    classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names")
+    align_block: int = option(8, "block after which hidden states are aligned with the features, counted from 1")
+    projector_width: int = option(2048, "hidden width of the projector")
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "patch", "projector_width", "align_block"):
+            at_least(self, "model", name, 1)
+        at_least(self, "model", "classes", 0)
+        if self.width % self.heads:
+            raise UserError(f"--model.heads must divide --model.width, got {self.heads} and {self.width}")
+        if self.width % 4:
+            raise UserError(f"--model.width must be a multiple of 4 for the position embedding, got {self.width}")
+        if self.align_block > self.depth:
+            raise UserError(
+                f"--model.align-block must be a block, 1 to {self.depth} (--model.depth), got {self.align_block}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective: velocity loss + projection weight × alignment loss."""
+
+    path: Literal["linear", "cosine"] = option("linear", "interpolant between image (t = 0) and noise (t = 1)")
+    time_sampling: Literal["uniform", "lognormal"] = option("uniform", "distribution of t")
+    label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
+    projection_weight: float = option(0.5, "λ of the alignment loss; 0: vanilla, no features are read")
+
+    def __post_init__(self) -> None:
+        in_unit_interval(self, "loss", "label_dropout")
+        at_least(self, "loss", "projection_weight", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read from the store."""
+
+    latents: str = option("", "latents to train on, a name below latents/; empty: the only ones there are")
+    features: str = option("", "features to align with, a name below features/; empty: the only ones there are")
+    failed_rows: Literal["leave-out", "refuse"] = option(
+        "leave-out", "what to do when samples of a group used could not be decoded"
+    )
+    prefetch: int = option(3, "batches read ahead, each in its own (pinned) buffer", free=True)
+    threads: int = option(4, "threads that gather rows of one array", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "data", "prefetch", 1)
+        at_least(self, "data", "threads", 1)
+        for name in ("latents", "features"):
+            if getattr(self, name).startswith(f"{name}/"):
+                object.__setattr__(self, name, getattr(self, name).removeprefix(f"{name}/"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), constant learning rate."""
+
+    lr: float = option(1e-4, "learning rate")
+    beta1: float = option(0.9, "decay of the first moment")
+    beta2: float = option(0.999, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    clip: float = option(1.0, "largest norm of the whole gradient")
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{flag('optim', name)} must be positive, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{flag('optim', name)} must be in [0, 1), got {getattr(self, name)}")
+        at_least(self, "optim", "weight_decay", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and how much of it stays on disk."""
+
+    every: int = option(10_000, "steps between checkpoints; the last step is always saved", free=True)
+    keep: int = option(2, "newest checkpoints kept", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "checkpoint", "every", 1)
+        at_least(self, "checkpoint", "keep", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = option(50, "steps between lines of metrics.jsonl and TensorBoard points", free=True)
+    tensorboard: bool = option(True, "write TensorBoard events below RUN/tensorboard", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "log", "every", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How `trainer sample` draws images from this run; saved with it, and may be overridden there."""
+
+    sampler: Literal["sde", "ode"] = option("sde", "Euler–Maruyama (sde) or Euler (ode)", free=True)
+    steps: int = option(250, "steps of the sampler", free=True)
+    guidance: float = option(1.0, "classifier-free guidance scale; 1: none", free=True)
+    guidance_low: float = option(0.0, "guidance applies from this t", free=True)
+    guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "sample", "steps", 1)
+        at_least(self, "sample", "guidance", 1)
+        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            raise UserError(
+                "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
+                f"got {self.guidance_low} and {self.guidance_high}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    store: Path = option(Path(), "store root with latents/ and, for the alignment, features/", free=True)
+    run: Path = option(Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True)
+    preset: str = option("", "recipe that the other defaults come from", free=True)
+    steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True)
+    batch: int = option(256, "samples a step over all ranks (global batch)")
+    seed: int = option(0, "seed of weights, order, noise, times and label dropout")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda when there is one", free=True)
+    precision: Literal["auto", "bf16", "fp32"] = option(
+        "auto", "arithmetic of the model's forward pass; auto: bf16 on cuda, fp32 on cpu"
+    )
+    ema_decay: float = option(0.9999, "decay of the averaged weights, which samples are drawn from")
+    model: ModelConfig = section(ModelConfig)
+    loss: LossConfig = section(LossConfig)
+    data: DataConfig = section(DataConfig)
+    optim: OptimConfig = section(OptimConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    log: LogConfig = section(LogConfig)
+    sample: SampleConfig = section(SampleConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            at_least(self, "", name, 1)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be in [0, 2⁶³), got {self.seed}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the alignment loss is part of the objective; without it no features are read."""
+        return self.loss.projection_weight > 0
+
+
+def flag(topic: str, name: str) -> str:
+    """The command line's spelling of a field: `--loss.projection-weight`."""
+    return "--" + ".".join(part.replace("_", "-") for part in (topic, name) if part)
+
+
+def at_least(config: object, topic: str, name: str, least: int) -> None:
+    """Raise UserError when the field is below `least` (or not a number)."""
+    if not getattr(config, name) >= least:
+        raise UserError(f"{flag(topic, name)} must be at least {least}, got {getattr(config, name)}")
+
+
+def in_unit_interval(config: object, topic: str, name: str) -> None:
+    """Raise UserError when the field is outside [0, 1]."""
+    if not 0 <= getattr(config, name) <= 1:
+        raise UserError(f"{flag(topic, name)} must be in [0, 1], got {getattr(config, name)}")
+
+
+def leaves(config: Any, topic: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """(dotted name, value, field) of every option, nested ones after their parent's, in the order of declaration."""
+    fields = dataclasses.fields(config)
+    for item in [item for item in fields if not dataclasses.is_dataclass(getattr(config, item.name))]:
+        yield f"{topic}{item.name}", getattr(config, item.name), item
+    for item in fields:
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{topic}{item.name}.")
+
+
+def field_type(config: Any, dotted: str) -> Any:
+    """The annotated type of a dotted field, e.g. float or Literal["linear", "cosine"]."""
+    *topics, name = dotted.split(".")
+    for topic in topics:
+        config = getattr(config, topic)
+    return typing.get_type_hints(type(config))[name]
+
+
+def override(config: C, changes: Mapping[str, Any]) -> C:
+    """`config` with dotted fields replaced, each class checking itself again. Raises UserError for an unknown field."""
+    known = {item.name for item in dataclasses.fields(config)}  # type: ignore[arg-type]
+    direct: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for dotted, value in changes.items():
+        head, _, rest = dotted.partition(".")
+        if head not in known or bool(rest) != dataclasses.is_dataclass(getattr(config, head)):
+            raise UserError(f"unknown setting {dotted}{close_matches(head, known)}")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            direct[head] = value
+    for head, inner in nested.items():
+        direct[head] = override(getattr(config, head), inner)
+    return dataclasses.replace(config, **direct)  # type: ignore[type-var]
+
+
+def close_matches(word: str, known: Iterator[str] | set[str] | list[str]) -> str:
+    """`; did you mean A or B?` for the names nearest to `word`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted name → plain value (paths as strings), as compared on resume and saved in a checkpoint."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value, _ in leaves(config)}
+
+
+def free_fields(config: Any) -> set[str]:
+    """Dotted names of the fields that may change on resume."""
+    return {name for name, _, item in leaves(config) if item.metadata["free"]}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The config as YAML, nested by topic, in the order of declaration."""
+    tree: dict[str, Any] = {}
+    for dotted, value in flatten(config).items():
+        topic, _, name = dotted.rpartition(".")
+        (tree.setdefault(topic, {}) if topic else tree)[name] = value
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(path: Path) -> TrainConfig:
+    """Read what `to_yaml` wrote. Raises UserError naming the file for an unknown field or a value of the wrong type."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist; a run saves its own as RUN/config.yaml") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} must be a mapping of settings, as a run's config.yaml")
+    return from_tree(tree, f"config {path}")
+
+
+def from_tree(tree: Mapping[str, Any], where: str) -> TrainConfig:
+    """A config from nested mappings (dotted keys are taken too); `where` begins the message of a UserError."""
+    blank = TrainConfig()
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    types_by_name = {name: field_type(blank, name) for name, _, _ in leaves(blank)}
+    for name in flat:
+        if name not in types_by_name:
+            raise UserError(f"{where} has an unknown setting {name}{close_matches(name, list(types_by_name))}")
+    try:
+        return override(blank, {name: checked(value, types_by_name[name], name) for name, value in flat.items()})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def checked(value: Any, kind: Any, name: str) -> Any:
+    """`value` as the annotated type `kind` (int, float, bool, str, Path or a Literal of strings), or UserError."""
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    assert not isinstance(kind, types.UnionType), f"{name}: {kind} has no spelling on the command line"
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as a string
+        with_number = _number(value)
+        if with_number is not None:
+            return with_number
+    if type(value) is not kind:
+        raise UserError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
