@@ -165,7 +165,9 @@ class TrainConfig:
     """The run."""
 
     store: Path = option(Path(), "store root with latents/ and, for the alignment, features/", free=True)
-    run: Path = option(Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True)
+    run: Path = option(
+        Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True
+    )
     preset: str = option("", "recipe that the other defaults come from", free=True)
     steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True)
     batch: int = option(256, "samples a step over all ranks (global batch)")

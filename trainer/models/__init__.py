@@ -1,0 +1,1 @@
+"""Diffusion transformers, with the public checkpoints' parameter names and shapes."""

@@ -1,0 +1,128 @@
+"""SiT (arXiv 2401.08740), a diffusion transformer that predicts a velocity, with REPA's projectors beside it.
+
+Shape legend: B batch, C latent channels, H = W latent side, T = (H/p)² tokens, D width. Label dropout and time sampling
+belong to the training step; the model is the same function in training and evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from storage.errors import UserError
+from trainer.models.blocks import (
+    TIME_FREQUENCIES,
+    Block,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_position_embedding,
+    unpatchify,
+)
+from trainer.models.projector import make_projector
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiTConfig:
+    """Geometry of a SiT. `targets` holds (block counted from 1, feature width) of each alignment target."""
+
+    input_size: int
+    channels: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    n_classes: int
+    qk_norm: bool = False
+    targets: tuple[tuple[int, int], ...] = ()
+    projector_width: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.input_size % self.patch:
+            raise UserError(
+                f"patch {self.patch} does not divide the latents' side {self.input_size}; choose --model.patch so"
+            )
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"width must be a multiple of heads ({self.heads}) and of 4, got {self.width}")
+        for block, _ in self.targets:
+            if not 1 <= block <= self.depth:
+                raise UserError(f"an alignment block must lie in 1 to {self.depth}, got {block}")
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.input_size // self.patch
+
+
+class SiT(nn.Module):
+    """velocity, projections = SiT(config)(x, t, y)."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config.channels, config.width, config.patch)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = LabelEmbedder(config.n_classes, config.width)
+        position = sincos_position_embedding(config.width, config.grid)
+        self.pos_embed = nn.Parameter(position, requires_grad=False)  # a parameter, since the checkpoints hold it
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.qk_norm) for _ in range(config.depth))
+        self.projectors = nn.ModuleList(
+            make_projector(config.width, config.projector_width, width) for _, width in config.targets
+        )
+        self.final_layer = FinalLayer(config.width, config.patch, config.channels)
+        self.apply(_xavier)
+        self._initialise()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, with_projections: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """Velocity (B, C, H, W) at latents x (B, C, H, W), times t (B,) and labels y int64 (B,).
+
+        The second result holds a projection (B, T, target width) for each target, empty without `with_projections`.
+        """
+        config = self.config
+        assert x.shape[1:] == (config.channels, config.input_size, config.input_size), x.shape
+        tokens = self.x_embedder(x) + self.pos_embed
+        condition = self.t_embedder(t) + self.y_embedder(y)
+        projections: list[Tensor] = [tokens] * (len(config.targets) if with_projections else 0)
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens, condition)
+            for i in range(len(projections)):
+                if config.targets[i][0] == number:
+                    projections[i] = self.projectors[i](tokens)
+        pixels = self.final_layer(tokens, condition)
+        return unpatchify(pixels, config.patch, config.grid, config.channels), projections
+
+    def _initialise(self) -> None:
+        """DiT's initialisation: what a block adds starts at zero, and so does the velocity."""
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        adaptive = [block.adaLN_modulation[-1] for block in self.blocks]  # type: ignore[index,union-attr]
+        for layer in (*adaptive, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def forward_flops_per_image(config: SiTConfig) -> int:
+    """Multiply-adds of one image's forward pass times two: convolution, linear layers, attention; projectors included.
+
+    Norms, activations and the label look-up are left out, as is usual. A training step costs three times this.
+    """
+    tokens, width = config.grid**2, config.width
+    per_token = config.patch**2 * config.channels * width * 2  # patch embedding and the final linear layer
+    per_token += config.depth * (4 * width * width + 8 * width * width + 2 * tokens * width)
+    per_token += sum(
+        width * config.projector_width + config.projector_width**2 + config.projector_width * target
+        for _, target in config.targets
+    )
+    per_image = TIME_FREQUENCIES * width + width * width + config.depth * 6 * width * width + 2 * width * width
+    return 2 * (tokens * per_token + per_image)
+
+
+def _xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

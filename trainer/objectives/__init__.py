@@ -1,0 +1,1 @@
+"""What is minimised: the interpolant's velocity loss and the alignment loss."""

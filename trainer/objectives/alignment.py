@@ -1,0 +1,17 @@
+"""REPA's alignment loss (arXiv 2410.06940, equation 8): L = −E[ mean_n cos(y[n], h_φ(h_t[n])) ].
+
+Cosines are taken in float32 whatever the inputs' dtype: half-precision sums over a thousand channels would be off in
+the third digit. One fused expression over the whole batch; 0 ≤ 1 + L ≤ 2, and −1 is perfect alignment.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
+    """Negative cosine between projection and target (B, T, D), mean over patch tokens; float32 (B,)."""
+    assert projection.shape == target.shape, (projection.shape, target.shape)
+    cosine = (F.normalize(projection.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
+    return -cosine.mean(-1)

@@ -1,0 +1,72 @@
+"""Stochastic interpolants between image (t = 0) and noise (t = 1), as in SiT (arXiv 2401.08740, section 2).
+
+x_t = α(t) x + σ(t) ε            v(x_t, t) = α'(t) x + σ'(t) ε
+linear   α = 1 − t               σ = t
+cosine   α = cos(π t / 2)        σ = sin(π t / 2)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Path = Literal["linear", "cosine"]
+TimeSampling = Literal["uniform", "lognormal"]
+LOGNORMAL_MEAN, LOGNORMAL_STD = -1.2, 1.2  # of ln σ, EDM (arXiv 2206.00364, table 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """α, σ and their derivatives at some t, each of t's shape."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
+def coefficients(t: Tensor, path: Path) -> Coefficients:
+    """α(t), σ(t), α'(t), σ'(t)."""
+    if path == "linear":
+        one = torch.ones_like(t)
+        return Coefficients(alpha=1 - t, sigma=t, d_alpha=-one, d_sigma=one)
+    assert path == "cosine", path
+    angle = t * (math.pi / 2)
+    sin, cos = angle.sin(), angle.cos()
+    return Coefficients(alpha=cos, sigma=sin, d_alpha=-math.pi / 2 * sin, d_sigma=math.pi / 2 * cos)
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    """(x_t, velocity), each of x's shape (B, …), at times t (B,)."""
+    at = coefficients(t.reshape(-1, *[1] * (x.dim() - 1)), path)
+    return at.alpha * x + at.sigma * noise, at.d_alpha * x + at.d_sigma * noise
+
+
+def sample_times(uniform: Tensor, normal: Tensor, sampling: TimeSampling, path: Path) -> Tensor:
+    """Times (B,) in [0, 1) from draws `uniform` and `normal` (B,), of which one is used.
+
+    lognormal: ln σ ~ N(−1.2, 1.2²) as in EDM, and t such that σ(t)/α(t) = σ on the path.
+    """
+    if sampling == "uniform":
+        return uniform
+    sigma = (LOGNORMAL_MEAN + LOGNORMAL_STD * normal).exp()
+    return sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)
+
+
+def velocity_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
+    """Mean square over all but the batch axis, float32 (B,)."""
+    return (predicted.float() - velocity.float()).square().flatten(1).mean(1)
+
+
+def score_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, path: Path) -> Tensor:
+    """∇ log p_t(x_t) (B, …) from the velocity (SiT, equation 9).
+
+    With r = α/α':  s = (r v − x_t) / (σ² − r σ' σ). Singular at t = 0, which no sampler asks for.
+    """
+    at = coefficients(t.reshape(-1, *[1] * (x_t.dim() - 1)), path)
+    ratio = at.alpha / at.d_alpha
+    return (ratio * velocity - x_t) / (at.sigma**2 - ratio * at.d_sigma * at.sigma)
