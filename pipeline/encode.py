@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
+from pipeline.transforms import hflip
 from storage import Failure, publish_unit
 
 CALLS_IN_HAND = 2  # one encoding, one publishing
@@ -74,7 +75,7 @@ class UnitEncoder:
                 rows = present[start : start + self._batch]
                 batch = images[rows]
                 if name == "hflip":
-                    batch = np.ascontiguousarray(batch[:, :, ::-1])
+                    batch = hflip(batch)
                 for array, values in self._encoders[path].encode(batch).items():
                     arrays[array][rows, view] = values
         return arrays

@@ -96,10 +96,11 @@ class _Driver:
         self.allowed_failures = max(MIN_FAILURES_ALLOWED, int(config.max_failures * len(plan.index)))
         self.n_failed = plan.failed_before
         self.device = "?"
-        self.decode_task = ray.remote(num_cpus=1, max_retries=0, num_returns=2, scheduling_strategy="SPREAD")(
+        self.decode_task: Any = ray.remote(num_cpus=1, max_retries=0, num_returns=2, scheduling_strategy="SPREAD")(
             decode_unit
         )
-        actor_class = ray.remote(
+        remote: Any = ray.remote  # its stubs know neither max_concurrency nor two results
+        actor_class = remote(
             num_cpus=encoder_cpus,
             num_gpus=1 if n_gpus else 0,
             max_restarts=-1,
@@ -226,7 +227,7 @@ class _Driver:
             encoder.up = True
         except RayError as error:
             if isinstance(error, UserError):
-                raise UserError(str(error.cause)) from error
+                raise UserError(str(getattr(error, "cause", error))) from error
             loading_failed = hasattr(error, "cause")
             self.ready_failures += loading_failed
             if self.ready_failures >= MAX_READY_FAILURES:

@@ -19,7 +19,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move towards `model`, which has the same parameters; buffers are copied."""
-        averaged = list(self.model.parameters())
+        averaged: list[Tensor] = list(self.model.parameters())
         current = [parameter.detach().to(torch.float32) for parameter in model.parameters()]
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):

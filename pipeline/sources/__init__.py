@@ -19,12 +19,12 @@ class Source(Protocol):
 
     kind: str
 
-    def list(self) -> Listing:
+    def listing(self) -> Listing:
         """Every sample, deterministically ordered. Raises UserError when there is none."""
         ...
 
     def read(self, location: str) -> bytes:
-        """The encoded image at a location that `list` gave. Raises OSError."""
+        """The encoded image at a location that `listing` gave. Raises OSError."""
         ...
 
     def provenance(self) -> dict[str, str]:

@@ -27,7 +27,7 @@ class ImageFolder:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
-    def list(self) -> Listing:
+    def listing(self) -> Listing:
         """List every image; files with another extension are left out by name. Raises UserError when there is none."""
         classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
         if not classes:
@@ -57,7 +57,9 @@ class ImageFolder:
 
     def _list_class(self, name: str) -> tuple[list[tuple[str, int]], list[str]]:
         """(path, bytes) of each image of one class, sorted, and the paths of files with another extension."""
-        found, others, folders = [], [], [name]
+        found: list[tuple[str, int]] = []
+        others: list[str] = []
+        folders = [name]
         while folders:
             folder = folders.pop()
             for entry in os.scandir(self.root / folder):

@@ -5,7 +5,8 @@ and cropping run as they do on ImageNet. Crops are drawn with a fixed seed; thei
 has something to do.
 
 The two splits share no pixel: training crops come from the left 72 % of each photograph, held-out crops from the right
-25 %. What an encoder does on held-out crops it does on parts of the photographs that it never saw.
+25 %. What an encoder does on held-out crops it does on parts of the photographs that it never saw. Another
+seed draws other crops of the same part.
 """
 
 from __future__ import annotations

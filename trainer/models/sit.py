@@ -98,12 +98,14 @@ class SiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        adaptive = [block.adaLN_modulation[-1] for block in self.blocks]  # type: ignore[index,union-attr]
-        for layer in (*adaptive, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        zeroed: list[nn.Module] = [self.final_layer.linear, self.final_layer.adaLN_modulation[-1]]
+        zeroed += [layer for name, layer in self.blocks.named_modules() if name.endswith("adaLN_modulation.1")]
+        for name, parameter in self.t_embedder.mlp.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+        for layer in zeroed:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
 
 def forward_flops_per_image(config: SiTConfig) -> int:

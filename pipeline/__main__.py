@@ -1,0 +1,89 @@
+"""`python -m pipeline`: stage one.
+
+precompute   encode every image of a data set into a feature store; run it again to go on
+preview      pictures of what a store holds: reconstructions and principal components
+demo         both stages on the built-in photographs
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import PrecomputeConfig
+from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
+
+PROG = "python -m pipeline"
+
+
+def add_options(parser: Parser) -> None:
+    """One option a field of PrecomputeConfig, with its help text and default."""
+    hints = typing.get_type_hints(PrecomputeConfig)
+    for field in dataclasses.fields(PrecomputeConfig):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = typing.get_args(kind)[0]
+        flag = f"--{field.name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(
+                flag, help=field.metadata["help"], action=argparse.BooleanOptionalAction, default=field.default
+            )
+            continue
+        required = field.default is dataclasses.MISSING
+        shown = "" if required or field.default in (None, "") else f" (default {field.default})"
+        parser.add_argument(
+            flag,
+            help=field.metadata["help"] + shown,
+            type=kind,
+            required=required,
+            default=None if required else field.default,
+            metavar=kind.__name__.upper(),
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit status."""
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    add_options(commands.add_parser("precompute", help="encode a data set into a store"))
+    preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
+    preview.add_argument("store", type=Path)
+    preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    preview.add_argument("--images", type=int, default=8, help="how many images to show (default 8)")
+    demo = commands.add_parser("demo", help="both stages on the built-in photographs")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
+    demo.add_argument("--steps", type=int, default=None, help="training steps (default: the preset's)")
+    args = vars(parser.parse_args(argv))
+    command = args.pop("command")
+    if command == "precompute":
+        return precompute_command(args)
+    if command == "preview":
+        from pipeline.preview import write_preview
+
+        for path in write_preview(args["store"], args["out"], n_images=args["images"]):
+            print(path)
+        return EXIT_OK
+    from pipeline.demo import run_demo
+
+    return run_demo(args["out"].absolute(), steps=args["steps"])
+
+
+def precompute_command(args: dict[str, typing.Any]) -> int:
+    """Run `precompute`; prints the plan, the progress and the outcome."""
+    from pipeline.precompute import precompute
+
+    args["ray_address"] = args["ray_address"] or os.environ.get("RAY_ADDRESS", "")
+    summary = precompute(PrecomputeConfig(**args))
+    print(json.dumps(dataclasses.asdict(summary), indent=1))
+    print(f"next: python -m storage ls {summary.store}   ·   make train STORE={summary.store}")
+    return EXIT_FAILED if summary.units_given_up else EXIT_OK
+
+
+if __name__ == "__main__":
+    run_command(main, PROG)

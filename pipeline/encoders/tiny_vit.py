@@ -1,0 +1,48 @@
+"""`tiny-vit`, the built-in vision encoder for the demo and the tests (see `tiny/`); x / 127.5 − 1 at 128 px."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.encoders.registry import EncoderSpec, file_sha256
+from pipeline.encoders.tiny import RESOLUTION
+from pipeline.encoders.vision import VisionTransformerEncoder, normalize, read_weights
+from storage.errors import UserError
+
+
+def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
+    """Identity of the features."""
+    if resolution != RESOLUTION:
+        raise UserError(f"tiny-vit knows {RESOLUTION} px only; pass --resolution {RESOLUTION}, got {resolution}")
+    config = _config(spec)
+    return {
+        "encoder": "timm.VisionTransformer",
+        "weights_sha256": file_sha256(_weights(spec)),
+        "preprocessing": "x/127.5-1",
+        "layer": "final norm",
+        "token_grid": [config["img_size"] // config["patch_size"]] * 2,
+        "width": config["embed_dim"],
+    }
+
+
+def load(spec: EncoderSpec, *, resolution: int, device: torch.device, dtype: torch.dtype) -> VisionTransformerEncoder:
+    """Load the encoder."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    assert resolution == RESOLUTION
+    model = VisionTransformer(**_config(spec))
+    model.load_state_dict(read_weights(_weights(spec)))
+    half = (0.5, 0.5, 0.5)
+    return VisionTransformerEncoder(model, lambda x: normalize(x, half, half), device, dtype)
+
+
+def _config(spec: EncoderSpec) -> dict[str, Any]:
+    return json.loads((Path(spec.model) / "config.json").read_text())
+
+
+def _weights(spec: EncoderSpec) -> Path:
+    return spec.weights or Path(spec.model) / "model.safetensors"
