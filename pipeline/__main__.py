@@ -59,27 +59,30 @@ def main(argv: Sequence[str]) -> int:
     demo = commands.add_parser("demo", help="both stages on the built-in photographs")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
     demo.add_argument("--steps", type=int, default=None, help="training steps (default: the preset's)")
+    demo.add_argument("--only-precompute", action="store_true", help="stop after stage one")
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
     if command == "precompute":
-        return precompute_command(args)
+        args["ray_address"] = args["ray_address"] or os.environ.get("RAY_ADDRESS", "")
+        return report_precompute(PrecomputeConfig(**args))
     if command == "preview":
         from pipeline.preview import write_preview
 
         for path in write_preview(args["store"], args["out"], n_images=args["images"]):
             print(path)
         return EXIT_OK
-    from pipeline.demo import run_demo
+    from pipeline.demo import demo_config, run_demo
 
+    if args["only_precompute"]:
+        return report_precompute(demo_config(args["out"].absolute()))
     return run_demo(args["out"].absolute(), steps=args["steps"])
 
 
-def precompute_command(args: dict[str, typing.Any]) -> int:
-    """Run `precompute`; prints the plan, the progress and the outcome."""
+def report_precompute(config: PrecomputeConfig) -> int:
+    """Run stage one; prints the plan, the progress and the outcome."""
     from pipeline.precompute import precompute
 
-    args["ray_address"] = args["ray_address"] or os.environ.get("RAY_ADDRESS", "")
-    summary = precompute(PrecomputeConfig(**args))
+    summary = precompute(config)
     print(json.dumps(dataclasses.asdict(summary), indent=1))
     print(f"next: python -m storage ls {summary.store}   ·   make train STORE={summary.store}")
     return EXIT_FAILED if summary.units_given_up else EXIT_OK

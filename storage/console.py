@@ -55,7 +55,9 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
     sys.exit(status)
 
 
-def progress_bar(total: int, *, unit: str, done: int = 0, description: str = "") -> tqdm[NoReturn]:
+def progress_bar(
+    total: int, *, unit: str, done: int = 0, description: str = "", hidden: bool = False
+) -> tqdm[NoReturn]:
     """A bar on stderr with done, total, rate and ETA; a line every 10 s when stderr is not a terminal."""
     return tqdm(
         total=total,
@@ -65,4 +67,5 @@ def progress_bar(total: int, *, unit: str, done: int = 0, description: str = "")
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
         smoothing=0.1,
+        disable=hidden,
     )

@@ -1,0 +1,69 @@
+# Thin: each target makes the environment if it is missing and hands over to `python -m …`, whose --help is complete.
+VENV     ?= .venv
+PYTHON   ?= python3
+PY       := $(VENV)/bin/python
+STAMP    := $(VENV)/.installed
+
+OUT      ?= runs/demo
+DATA     ?=
+STORE    ?=
+LATENTS  ?= sd-vae-ft-mse
+FEATURES ?= dinov2-vitb14
+RESOLUTION ?= 256
+PRESET   ?= sit-xl-2
+RUN      ?=
+GPUS     ?= 1
+ARGS     ?=
+export RAY_ADDRESS ?=
+
+.PHONY: help env demo precompute train sample test test-all lint format clean
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
+
+env: $(STAMP)  ## make the environment (every other target does, when it is missing)
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## both stages on the built-in photographs, a few CPU minutes
+	$(PY) -m pipeline demo --out $(OUT) $(ARGS)
+
+precompute: $(STAMP)  ## stage one: DATA=folder STORE=root [LATENTS FEATURES RESOLUTION RAY_ADDRESS ARGS]
+ifeq ($(strip $(DATA)$(STORE)),)
+	$(PY) -m pipeline demo --out $(OUT) --only-precompute $(ARGS)
+else
+	$(PY) -m pipeline precompute --data '$(DATA)' --store '$(STORE)' --latents '$(LATENTS)' --features '$(FEATURES)' \
+	  --resolution $(RESOLUTION) $(ARGS)
+endif
+
+train: $(STAMP)  ## stage two: STORE=root [PRESET RUN GPUS ARGS]
+ifeq ($(strip $(STORE)),)
+	$(PY) -m trainer train --store $(OUT)/store --preset sit-tiny-2 --run $(or $(RUN),$(OUT)/run) $(ARGS)
+else ifeq ($(GPUS),1)
+	$(PY) -m trainer train --store '$(STORE)' --preset $(PRESET) $(if $(RUN),--run '$(RUN)') $(ARGS)
+else
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m trainer train --store '$(STORE)' --preset $(PRESET) \
+	  $(if $(RUN),--run '$(RUN)') $(ARGS)
+endif
+
+sample: $(STAMP)  ## draw images: RUN=folder [ARGS]
+	$(PY) -m trainer sample --run '$(RUN)' $(ARGS)
+
+test: $(STAMP)  ## the tests, a few minutes
+	$(PY) -m pytest $(ARGS)
+
+test-all: $(STAMP)  ## and the slow ones
+	$(PY) -m pytest -m 'slow or not slow' $(ARGS)
+
+lint: $(STAMP)  ## ruff (lint and format) and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)  ## ruff's fixes and formatting
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the demo's outputs and the caches, not the environment
+	rm -rf runs/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,114 @@
+"""Checkpoints: a directory of safetensors and JSON, whole or absent, and a file `latest` that names the newest.
+
+    checkpoints/step-0000100/model.safetensors       weights, under the public checkpoints' names
+                             ema.safetensors         averaged weights, the same names
+                             optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq, NAME.step
+                             state.json              version, step, configuration, store identities, running means
+    latest                   "step-0000100", written last
+
+Nothing is pickled. A checkpoint is written under another name, synced, and renamed; a crash leaves the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from storage.errors import UserError
+from storage.files import fsync_directory, partial_name, publish, write_atomic
+from trainer.ema import EMA
+from trainer.optim import load_optimizer_tensors, optimizer_tensors
+
+VERSION = 1
+WEIGHTS, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a run is besides tensors: steps done, what determined its numbers, the sums of the current log interval."""
+
+    step: int
+    config: dict[str, Any]
+    identities: dict[str, str]
+    log_sums: list[float]
+    log_count: int
+
+
+def save_checkpoint(
+    run: Path, state: RunState, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Publish the checkpoint of `state.step`, then `latest`, then remove all but the newest `keep`. Raises OSError."""
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stray in folder.glob(".*.partial"):  # of a run that was killed while it saved; one run writes here at a time
+        shutil.rmtree(stray)
+    final = folder / f"step-{state.step:07d}"
+    aside = partial_name(final, "save")
+    aside.mkdir()
+    save_file(_contiguous(model.state_dict()), aside / WEIGHTS)
+    save_file(_contiguous(ema.state_dict()), aside / EMA_WEIGHTS)
+    save_file(_contiguous(optimizer_tensors(model, optimizer)), aside / OPTIMIZER)
+    (aside / STATE).write_text(json.dumps({"version": VERSION, **vars(state)}, indent=1))
+    for path in aside.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    fsync_directory(aside)
+    if final.exists():  # the same step again, after a resume with changes
+        shutil.rmtree(final)
+    publish(aside, final)
+    write_atomic(run / "latest", final.name.encode(), "save")
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint, or None. Raises UserError when `latest` names one that is not there."""
+    try:
+        name = (run / "latest").read_text().strip()
+    except FileNotFoundError:
+        return None
+    path = run / "checkpoints" / name
+    if not (path / STATE).exists():
+        raise UserError(
+            f"{run / 'latest'} names {name}, which is not in {path.parent}; name another in it, or remove it"
+        )
+    return path
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The run's state. Raises UserError for another version's."""
+    fields = json.loads((checkpoint / STATE).read_text())
+    version = fields.pop("version", None)
+    if version != VERSION:
+        raise UserError(
+            f"checkpoint {checkpoint} has version {version}, this code reads {VERSION}; use the code it is from"
+        )
+    return RunState(**fields)
+
+
+def restore(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights, averaged weights and optimiser state. Raises UserError when they are of another model."""
+    try:
+        model.load_state_dict(load_file(checkpoint / WEIGHTS))
+        ema.load_state_dict(load_file(checkpoint / EMA_WEIGHTS))
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {checkpoint} is of another model: {' '.join(str(error).split())[:200]}") from error
+    load_optimizer_tensors(model, optimizer, load_file(checkpoint / OPTIMIZER))
+
+
+def load_ema_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The averaged weights, for sampling."""
+    return load_file(checkpoint / EMA_WEIGHTS)
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

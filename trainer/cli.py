@@ -1,0 +1,70 @@
+"""The command line of a training run: one dotted option a field of `TrainConfig`, made from the dataclasses.
+
+defaults of --preset, or the whole of --config RUN/config.yaml;  then what is given explicitly
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from storage.console import Parser
+from storage.errors import UserError
+from trainer.config import TrainConfig, checked, close_matches, field_type, from_yaml, leaves, override
+from trainer.presets import DEFAULT_PRESET, PRESETS, preset
+
+
+def add_train_options(parser: Parser) -> None:
+    """Every option of a run, with help text and the default of the default preset."""
+    parser.add_argument("--config", type=Path, help="run again what RUN/config.yaml says")
+    parser.add_argument(
+        "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
+    )
+    shown = preset(DEFAULT_PRESET)
+    for name, default, item in leaves(shown):
+        kind = field_type(shown, name)
+        help_text = item.metadata["help"]
+        if name == "preset":
+            help_text = f"{help_text}: {', '.join(PRESETS)} (default {DEFAULT_PRESET})"
+        elif str(default) not in ("", "."):
+            help_text += f" (default {default})"
+        choices = (
+            f"{{{','.join(typing.get_args(kind))}}}" if typing.get_origin(kind) is Literal else kind.__name__.upper()
+        )
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=choices, default=None, help=help_text)
+
+
+def train_config(values: dict[str, Any]) -> TrainConfig:
+    """The configuration from parsed options. Raises UserError, naming option and value."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if values.get("config") is not None:
+        config = from_yaml(given.pop("config"))
+        if "preset" in given:
+            raise UserError("--config and --preset both name a whole configuration; pass one of them")
+    else:
+        config = preset(given.pop("preset", DEFAULT_PRESET))
+    return override(config, {name: _parse(name, text, field_type(config, name)) for name, text in given.items()})
+
+
+def refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
+    """End with one line that names the first unknown option and its nearest neighbours."""
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown option {unknown[0]}{close_matches(unknown[0].partition('=')[0], known)}")
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    """An option's text as its field's type. Raises UserError."""
+    flag = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{flag} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise UserError(f"{flag} must be a number of type {kind.__name__}, got {text!r}") from None
+    return checked(text, kind, flag)

@@ -1,0 +1,45 @@
+"""Latents to pictures. diffusers and PIL are imported here inside functions, and nowhere else in the trainer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage.errors import UserError
+
+DECODE_BATCH = 16
+
+
+@torch.inference_mode()
+def decode_latents(latents: Tensor, vae: str, device: torch.device) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), by the diffusers VAE at a directory or hub id."""
+    from diffusers import AutoencoderKL
+
+    try:
+        model = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False)
+    except OSError as error:
+        raise UserError(
+            f"the VAE {vae} cannot be loaded ({str(error).splitlines()[0]}); pass --vae with a diffusers directory"
+        ) from error
+    model = model.float().to(device).eval()
+    pixels = torch.cat([model.decode(part.float().to(device)).sample.cpu() for part in latents.split(DECODE_BATCH)])
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def write_grid(images: np.ndarray, path: Path, columns: int = 0, gap: int = 2) -> None:
+    """A PNG of images uint8 (N, H, W, 3) in rows, as square as it gets unless `columns` is given."""
+    from PIL import Image
+
+    n, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(canvas).save(path)

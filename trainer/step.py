@@ -1,0 +1,101 @@
+"""One training step: draw latents, times, noise and dropped labels; velocity and alignment loss; AdamW; EMA.
+
+    z = (mean + std · ε') · scale     afresh at each visit (after shifting, where a VAE has a shift)
+    L = mean over the global batch of L_velocity + λ · L_alignment          (REPA, arXiv 2410.06940, equation 9)
+
+Every random number is keyed by (seed, purpose, step, row), so a step does not depend on ranks or on a resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import random_keys
+from trainer.config import TrainConfig
+from trainer.ema import EMA
+from trainer.loader import Batch
+from trainer.objectives.alignment import alignment_loss
+from trainer.objectives.interpolant import interpolate, sample_times, velocity_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentScale:
+    """z = (x − shift) · scale, as the VAE's own configuration defines it."""
+
+    scale: float
+    shift: float
+
+    @classmethod
+    def of(cls, identity: dict[str, Any]) -> LatentScale:
+        """From the identity of a latents group."""
+        return cls(scale=identity["latent_scale_factor"], shift=identity["latent_shift_factor"])
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not finite; the message names step and rows."""
+
+
+def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
+    """Latents float32 (B, C, h, w), drawn from the stored posteriors."""
+    mean, std = batch.moments.float().chunk(2, dim=1)
+    noise = random_keys.normal(seed, "posterior", batch.step, batch.rows, mean.shape[1:])
+    return (mean + std * noise - scale.shift) * scale.scale
+
+
+def losses(
+    model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int
+) -> tuple[Tensor, Tensor]:
+    """Velocity loss and alignment loss, each float32 (B,); the latter is zero without alignment."""
+    seed, step, rows = config.seed, batch.step, batch.rows
+    x = sample_latents(batch, scale, seed)
+    noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
+    t = sample_times(
+        random_keys.uniform(seed, "time", step, rows),
+        random_keys.normal(seed, "time", step, rows, (1,))[:, 0],
+        config.loss.time_sampling,
+        config.loss.path,
+    )
+    dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
+    labels = torch.where(dropped, null_label, batch.labels)
+    x_t, velocity = interpolate(x, noise, t, config.loss.path)
+    half = config.precision == "bf16" or (config.precision == "auto" and x.is_cuda)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
+        predicted, projections = model(x_t, t, labels)
+    of_velocity = velocity_loss(predicted, velocity)
+    if batch.patches is None:
+        return of_velocity, torch.zeros_like(of_velocity)
+    return of_velocity, alignment_loss(projections[0], batch.patches)
+
+
+def train_step(
+    model: nn.Module,
+    ema: EMA,
+    bare_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    scale: LatentScale,
+    config: TrainConfig,
+    null_label: int,
+) -> Tensor:
+    """Take one step; returns float64 (3,): velocity loss, alignment loss (this rank's means) and gradient norm.
+
+    `model` may wrap `bare_model` (DDP). Raises NonFiniteError before anything is updated.
+    """
+    of_velocity, of_alignment = losses(model, batch, scale, config, null_label)
+    loss = of_velocity.mean() + config.loss.projection_weight * of_alignment.mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(bare_model.parameters(), config.optim.clip)
+    values = torch.stack([of_velocity.mean(), of_alignment.mean(), norm]).detach().double()
+    if not torch.isfinite(values).all():
+        raise NonFiniteError(
+            f"step {batch.step}: velocity loss {values[0]:.4g}, alignment {values[1]:.4g}, gradient norm "
+            f"{values[2]:.4g}; rows {batch.rows.tolist()}; nothing was updated, the last checkpoint is good"
+        )
+    optimizer.step()
+    ema.update(bare_model)
+    return values
