@@ -69,7 +69,7 @@ def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:
 
 
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:
-    """First three principal components over all patch tokens of the rows, each stretched to 0–255; uint8 (n, R, R, 3)."""
+    """First three principal components over all patch tokens of the rows, each stretched to 0–255; (n, R, R, 3)."""
     tokens = gather(group["patches"], rows).astype(np.float32)
     n, _, width = tokens.shape
     centred = tokens.reshape(-1, width) - tokens.reshape(-1, width).mean(axis=0)

@@ -102,7 +102,7 @@ def model_config(config: TrainConfig, data: TrainingData) -> SiTConfig:
         if grid != [side, side]:
             raise UserError(
                 f"{data.features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, "
-                f"patch {config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or features on that grid"
+                f"patch {config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
             )
         targets = ((config.model.align_block, data.features.identity["width"]),)
     return SiTConfig(

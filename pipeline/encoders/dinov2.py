@@ -22,23 +22,25 @@ from storage.errors import UserError
 
 PATCH = 14
 TIMM_FILE = "model.safetensors"
+WIDTHS = {
+    "vit_small_patch14_dinov2.lvd142m": 384,
+    "vit_base_patch14_dinov2.lvd142m": 768,
+    "vit_large_patch14_dinov2.lvd142m": 1024,
+    "vit_giant_patch14_dinov2.lvd142m": 1536,
+}
 
 
 def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
     """Identity of the features."""
-    import timm
-
     if resolution % 16:
         raise UserError(f"--resolution must be a multiple of 16 for {spec.store_name}, got {resolution}")
-    with torch.device("meta"):
-        width = timm.create_model(spec.model, pretrained=False, num_classes=0).embed_dim
     return {
         "encoder": f"timm.{spec.model}",
         "weights_sha256": file_sha256(find_weights(spec)),
         "preprocessing": f"x/255, ImageNet mean/std, bicubic {resolution}->{input_size(resolution)} without antialias",
         "layer": "final norm",
         "token_grid": [resolution // 16] * 2,
-        "width": width,
+        "width": WIDTHS[spec.model],
     }
 
 

@@ -6,6 +6,7 @@ z = (mean + std · ε) · scale afresh at each visit. The standard deviation, no
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,8 @@ def find_directory(model: str, weights: Path | None) -> Path:
 
 def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
     """Identity of the VAE's moments."""
-    from diffusers import AutoencoderKL
-
     directory = find_directory(spec.model, spec.weights)
-    config = AutoencoderKL.load_config(directory)
+    config = json.loads((directory / CONFIG_FILE).read_text())
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{directory} holds a {config['_class_name']}; only AutoencoderKL is supported")
     downsampling = 2 ** (len(config["block_out_channels"]) - 1)

@@ -1,10 +1,13 @@
 """Train the built-in encoders: `python -m pipeline.encoders.tiny.train vae|vit [--minutes 20]`.
 
 `tiny-vae` learns from random crops of the left part of the built-in photographs and is measured on crops of the right
-part, of which it never sees a pixel. `tiny-vit` learns from the fixed training crops that the demo writes and is measured
-on other crops of the same part: what lies to the right of a cat is not the cat, so a photograph cannot be named from a
-part that was never seen (that stricter figure is printed too). The learning rate falls with the time that is left, so that the result does not hang on how fast
-the machine is; a repeated training therefore gives other weights of the same quality, not the same bytes.
+part, of which it never sees a pixel. `tiny-vit` learns from the fixed training crops that the demo writes and is
+measured on other crops of the same part: what lies to the right of a cat is not the cat, so a photograph cannot be
+named from a part that was never seen (that stricter figure is printed too).
+
+The learning rate falls with the time that is left, so that the result does not hang on how fast the machine is; a
+repeated training therefore gives other weights of the same quality, not the same bytes. The committed weights were
+trained for 24 minutes (vae) and 6 minutes (vit) on two cores.
 
 `tiny-vae` minimises |x − x̂| + 2 (x − x̂)² + 10⁻⁴ KL(q(z|x) ‖ N(0, 1)), means over pixels and latent elements. The scale
 that gives its latents unit variance is measured afterwards and stored as `scaling_factor` (as in arXiv 2112.10752).
@@ -102,7 +105,8 @@ def train_vae(seconds: float) -> None:
     """Train tiny-vae and write it as a diffusers directory, float16."""
     from diffusers import AutoencoderKL
 
-    vae: Any = AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last)
+    vae: Any = AutoencoderKL(**VAE_CONFIG)
+    vae = vae.to(memory_format=torch.channels_last)
     print(f"tiny-vae: {sum(p.numel() for p in vae.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99))
     batches = random_batches(64, 16, np.random.default_rng(SEED))

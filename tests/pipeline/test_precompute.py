@@ -1,0 +1,203 @@
+"""Stage one as a user runs it: real Ray, real encoders, real JPEG files, real processes killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.__main__ import main
+from pipeline.encoders.tiny import TINY_VAE
+from storage import open_store
+from storage.console import run_command
+from tests.storage.test_store import array_files
+
+N_CLASSES, N_PER_CLASS = 4, 20
+OPTIONS = "--latents tiny-vae --features tiny-vit --resolution 128 --shard-rows 16".split()
+
+
+def write_tree(root: Path) -> None:
+    """An ImageFolder tree of JPEG files of varied sizes and modes, with one broken file in it."""
+    rng = np.random.default_rng(0)
+    for label in range(N_CLASSES):
+        folder = root / f"n{label:08d}"
+        folder.mkdir(parents=True)
+        for number in range(N_PER_CLASS):
+            size = tuple(int(n) for n in rng.integers(40, 420, 2))
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+                size, Image.Resampling.BICUBIC
+            )
+            mode = ("RGB", "L", "CMYK")[number % 3]
+            buffer = io.BytesIO()
+            coarse.convert(mode).save(buffer, "JPEG", quality=90)
+            (folder / f"{number:04d}.JPEG").write_bytes(buffer.getvalue())
+    (root / "n00000001" / "0007.JPEG").write_bytes(b"\xff\xd8\xff\xe0 this is no picture")
+    (root / "n00000002" / "notes.txt").write_text("left out, and said so")
+
+
+def command(data: Path, store: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline", "precompute", "--data", str(data), "--store", str(store), *OPTIONS, *more]
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_tree(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of an uninterrupted run."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    done = run(command(tree, store))
+    assert done.returncode == 0, done.stderr
+    assert "1 files are no images by their extension, such as n00000002/notes.txt" in done.stdout
+    assert '"images_failed": 1' in done.stdout
+    return store
+
+
+def test_the_store_holds_every_image_and_names_the_broken_one(whole: Path, tree: Path) -> None:
+    store = open_store(whole)
+    assert store.n_rows == N_CLASSES * N_PER_CLASS
+    assert store.index.keys == sorted(str(path.relative_to(tree)) for path in tree.glob("*/*.JPEG"))
+    assert store.index.class_names == [f"n{label:08d}" for label in range(N_CLASSES)]
+    for path in ("latents/tiny-vae", "features/tiny-vit"):
+        group = store.group(path)
+        assert [(f.key, f.row) for f in group.failures] == [("n00000001/0007.JPEG", 27)]
+        assert group.failures[0].reason == "OSError: Truncated File Read"
+    moments = store.group("latents/tiny-vae")["moments"]
+    rows = [row for row in range(store.n_rows) if row != 27]
+    out = np.empty((len(rows), *moments.row_shape), moments.dtype)
+    moments.read_into(rows, 0, out)
+    assert np.isfinite(out).all()
+    assert (out[:, 4:] > 0).all()  # standard deviations
+    assert len({image.tobytes() for image in out}) == len(rows)
+
+
+def test_stored_rows_equal_the_encoders_on_the_same_pixels(whole: Path, tree: Path) -> None:
+    import torch
+
+    from pipeline.encoders import registry
+    from pipeline.transforms import center_crop, decode_rgb
+
+    store = open_store(whole)
+    rows = [0, 1, 2, 50, 79]
+    images = np.stack([center_crop(decode_rgb((tree / store.index.keys[row]).read_bytes()), 128) for row in rows])
+    for path, spec in (
+        ("latents/tiny-vae", registry.resolve_latents("tiny-vae")),
+        ("features/tiny-vit", registry.resolve_features("tiny-vit")),
+    ):
+        group = store.group(path)
+        direct = registry.load(spec, resolution=128, device=torch.device("cpu"), dtype=torch.float32).encode(images)
+        for name, expected in direct.items():
+            out = np.empty(expected.shape, expected.dtype)
+            group[name].read_into(rows, 0, out)
+            np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=4e-3, rtol=4e-3)
+
+
+def test_a_second_run_reuses_everything_without_starting_ray(whole: Path, tree: Path) -> None:
+    before = array_files(whole)
+    start_s = time.monotonic()
+    again = run(command(tree, whole))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("reused, every unit is there") == 2
+    assert '"units_encoded": 0' in again.stdout
+    assert array_files(whole) == before
+    assert time.monotonic() - start_s < 60
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_and_run_again_redoes_only_what_is_missing(
+    whole: Path, tree: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    store = tmp_path / "store"
+    child = subprocess.Popen(command(tree, store), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    receipts = store / "receipts/features/tiny-vit"
+    deadline_s = time.monotonic() + 120
+    while not list(receipts.glob("*.json")):
+        assert child.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    child.send_signal(how)
+    _, stderr = child.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert child.returncode == 130, stderr
+        assert "Traceback" not in stderr
+        assert "interrupted" in stderr
+    done_before = {path.name: path.stat().st_mtime_ns for path in receipts.glob("*.json")}
+    assert 0 < len(done_before) < 5
+    again = run(command(tree, store))
+    assert again.returncode == 0, again.stderr
+    for name, written_ns in done_before.items():
+        assert (receipts / name).stat().st_mtime_ns == written_ns
+    assert json.loads(again.stdout[again.stdout.index("{") : again.stdout.rindex("}") + 1])["units_encoded"] <= 5
+    assert array_files(store) == array_files(whole)
+    assert not [path for path in store.rglob("*") if path.name.startswith(".")]
+
+
+MISTAKES = [
+    (["--data", "/nowhere/at/all"], "does not exist"),
+    (["--data", "EMPTY"], "has no sub-folder"),
+    (["--resolution", "256", "--features", "none", "--store", "WHOLE"], "resolution: found 128, asked for 256"),
+    (["--features", "none", "--store", "WHOLE", "--shard-rows", "8"], "shard_rows: found 16, asked for 8"),
+    (["--latents", "OTHER", "--features", "none", "--store", "WHOLE"], "weights_sha256: found"),
+    (["--features", "clip-huge"], "unknown vision encoder 'clip-huge'; there are dinov2-vits14"),
+    (["--latents", "no-such-vae"], "unknown VAE 'no-such-vae'"),
+    (["--features", "dinov2-vits14", "--features-weights", "/nowhere.pth"], "weight file /nowhere.pth"),
+    (["--resolution", "100"], "--resolution must be a multiple of 8"),
+    (["--batch", "0"], "--batch must be at least 1"),
+    (["--speed", "3"], "unrecognized arguments: --speed"),
+    (["--ray-address", "127.0.0.1:1"], "nothing answers at RAY_ADDRESS 127.0.0.1:1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_one_line_and_status_2(
+    tree: Path, whole: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "tiny-vae"  # the built-in VAE with one byte of its weights changed
+    shutil.copytree(TINY_VAE, other)
+    raw = bytearray((other / "diffusion_pytorch_model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (other / "diffusion_pytorch_model.safetensors").write_bytes(raw)
+    places = {"EMPTY": str(tmp_path / "empty"), "WHOLE": str(whole), "OTHER": str(other)}
+    line = command(tree, tmp_path / "store", *(places.get(a, a) for a in arguments))
+    with pytest.raises(SystemExit) as end:
+        run_command(main, "python -m pipeline", line[3:])
+    assert end.value.code == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--features", "dinov2-vitb14"], "weights of dinov2-vitb14 are neither in the Hugging Face cache"),
+        (["--latents", "sd-vae-ft-mse"], "weights of VAE stabilityai/sd-vae-ft-mse"),
+    ],
+)
+def test_missing_weights_say_what_to_fetch_and_where_to_put_it(
+    tree: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = run(command(tree, tmp_path / "store", *arguments), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert message in done.stderr
+    assert "hf download" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
