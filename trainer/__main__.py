@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     train_parser = commands.add_parser("train", help="train from a feature store, or resume")
-    add_train_options(train_parser)
+    add_train_options(train_parser, argv)
     sample_parser = commands.add_parser("sample", help="draw images from a run")
     sample_parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     sample_parser.add_argument("--n", type=int, default=32, help="how many images (default 32), classes in turn")
@@ -40,8 +41,9 @@ def main(argv: Sequence[str]) -> int:
 
         accept = values.pop("resume_with_changes")
         summary = train(train_config(values), accept_changes=accept)
-        print(json.dumps(summary, indent=1))
-        print(f"next: {PROG} sample --run {summary['run']}   ·   tensorboard --logdir {summary['run']}")
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(summary, indent=1))
+            print(f"next: {PROG} sample --run {summary['run']}   ·   tensorboard --logdir {summary['run']}")
         return EXIT_OK
     from trainer.evaluation.generate import write_samples
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from trainer.ema import EMA
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
 
 VERSION = 1
+OTHER_CHECKPOINT = "write the name of another one into RUN/latest"
 WEIGHTS, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -65,8 +67,11 @@ def save_checkpoint(
         shutil.rmtree(final)
     publish(aside, final)
     write_atomic(run / "latest", final.name.encode(), "save")
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    older = [path for path in sorted(folder.glob("step-*")) if path.name < final.name]
+    for old in older[: max(0, len(older) - keep + 1)]:
+        gone = partial_name(old, "old")  # renamed first, so that a kill leaves no half under a checkpoint's name
+        old.rename(gone)
+        shutil.rmtree(gone)
     return final
 
 
@@ -86,7 +91,10 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> RunState:
     """The run's state. Raises UserError for another version's."""
-    fields = json.loads((checkpoint / STATE).read_text())
+    try:
+        fields = json.loads((checkpoint / STATE).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{checkpoint / STATE} is damaged ({error}); {OTHER_CHECKPOINT}") from error
     version = fields.pop("version", None)
     if version != VERSION:
         raise UserError(
@@ -100,9 +108,13 @@ def restore(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim
     try:
         model.load_state_dict(load_file(checkpoint / WEIGHTS))
         ema.load_state_dict(load_file(checkpoint / EMA_WEIGHTS))
-    except RuntimeError as error:
+        load_optimizer_tensors(model, optimizer, load_file(checkpoint / OPTIMIZER))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(
+            f"a file of checkpoint {checkpoint} is damaged or missing ({error}); {OTHER_CHECKPOINT}"
+        ) from error
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"checkpoint {checkpoint} is of another model: {' '.join(str(error).split())[:200]}") from error
-    load_optimizer_tensors(model, optimizer, load_file(checkpoint / OPTIMIZER))
 
 
 def load_ema_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ defaults of --preset, or the whole of --config RUN/config.yaml;  then what is gi
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from trainer.config import TrainConfig, checked, close_matches, field_type, from
 from trainer.presets import DEFAULT_PRESET, PRESETS, preset
 
 
-def add_train_options(parser: Parser) -> None:
-    """Every option of a run, with help text and the default of the default preset."""
+def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
+    """Every option of a run, with help text and the defaults of the preset that `argv` names."""
     parser.add_argument("--config", type=Path, help="run again what RUN/config.yaml says")
     parser.add_argument(
         "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
     )
-    shown = preset(DEFAULT_PRESET)
+    named = dict(itertools.pairwise(argv)).get("--preset", DEFAULT_PRESET)
+    shown = preset(named if named in PRESETS else DEFAULT_PRESET)
     for name, default, item in leaves(shown):
         kind = field_type(shown, name)
         help_text = item.metadata["help"]
@@ -67,4 +69,5 @@ def _parse(name: str, text: str, kind: Any) -> Any:
             return kind(text)
         except ValueError:
             raise UserError(f"{flag} must be a number of type {kind.__name__}, got {text!r}") from None
-    return checked(text, kind, flag)
+    value = checked(text, kind, flag)
+    return value.absolute() if isinstance(value, Path) else value  # a resume may come from another directory

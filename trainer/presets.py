@@ -5,6 +5,9 @@ settings (Yu et al., arXiv 2410.06940, section 4 and appendix D): linear path, v
 1e-4, global batch 256, EMA 0.9999, 400,000 steps. Hidden states are aligned after block 8 for L and XL and after
 block 4 for B, as published. S has no published setting; a third of its 12 blocks is block 4, as for B.
 
+Labels are dropped once, with probability 0.1. (The public training script drops them and its model drops them again,
+19 % in all; the paper says 10 %.)
+
 `sit-tiny-2` is for the demo and for tests on a CPU: a few minutes on two cores. It is no published model.
 
 The vanilla model is any of them with `--loss.projection-weight 0`.
@@ -48,14 +51,14 @@ def sit_tiny(patch: int = 2) -> TrainConfig:
     return TrainConfig(
         preset=f"sit-tiny-{patch}",
         run=Path("runs") / f"sit-tiny-{patch}",
-        steps=600,
+        steps=1000,
         batch=32,
         ema_decay=0.99,
         model=ModelConfig(depth=4, width=128, heads=4, patch=patch, align_block=2, projector_width=256),
-        optim=OptimConfig(lr=1e-3),
+        optim=OptimConfig(lr=2e-3),
         checkpoint=CheckpointConfig(every=200),
         log=LogConfig(every=10),
-        sample=SampleConfig(sampler="ode", steps=50),
+        sample=SampleConfig(sampler="ode", steps=50, guidance=2.5),
     )
 
 

@@ -62,8 +62,7 @@ def losses(
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
     labels = torch.where(dropped, null_label, batch.labels)
     x_t, velocity = interpolate(x, noise, t, config.loss.path)
-    half = config.precision == "bf16" or (config.precision == "auto" and x.is_cuda)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
         predicted, projections = model(x_t, t, labels)
     of_velocity = velocity_loss(predicted, velocity)
     if batch.patches is None:

@@ -7,12 +7,15 @@ bit for bit.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from storage.console import progress_bar
 from storage.errors import UserError
 from storage.files import write_atomic
 from trainer.checkpoint import RunState, latest_checkpoint, read_state, restore, save_checkpoint
-from trainer.config import TrainConfig, flatten, free_fields, to_yaml
+from trainer.config import TrainConfig, flatten, free_fields, override, to_yaml
 from trainer.data import TrainingData, model_config, open_data
 from trainer.distributed import World, world_of_ranks
 from trainer.ema import EMA
@@ -61,15 +64,50 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
     with world_of_ranks(config.device) as world:
         if config.batch % world.size:
             raise UserError(f"--batch {config.batch} must be a multiple of the {world.size} ranks")
+        config = _remember_groups(config)
         data = open_data(config)
         try:
-            return _train(config, data, world, accept_changes)
+            geometry = model_config(config, data)
+            with _only_writer(config.run) if world.is_main else nullcontext():
+                return _train(_resolve(config, data, world), data, geometry, world, accept_changes)
         finally:
             data.close()
 
 
-def _train(config: TrainConfig, data: TrainingData, world: World, accept_changes: bool) -> dict[str, Any]:
-    geometry = model_config(config, data)
+def _remember_groups(config: TrainConfig) -> TrainConfig:
+    """A run that chose the only group there was keeps to it when a store has gained others."""
+    checkpoint = latest_checkpoint(config.run)
+    if checkpoint is None:
+        return config
+    before = read_state(checkpoint).config
+    chosen = {name: before[name] for name in ("data.latents", "data.features") if not flatten(config)[name]}
+    return override(config, chosen)
+
+
+def _resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfig:
+    """The configuration with what was chosen automatically written out, so that a resume chooses the same."""
+    features = data.features.path.partition("/")[2] if data.features is not None else ""
+    resolved = {"data.latents": data.latents.path.partition("/")[2], "data.features": features}
+    if config.precision == "auto":
+        resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
+    return override(config, resolved)
+
+
+@contextmanager
+def _only_writer(run: Path) -> Iterator[None]:
+    """Hold the run's lock; a second process on the same run would delete what the first is writing."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {run}; name another --run, or wait for it") from None
+        yield
+
+
+def _train(
+    config: TrainConfig, data: TrainingData, geometry: SiTConfig, world: World, accept_changes: bool
+) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = SiT(geometry).to(world.device)
     ema = EMA(model, config.ema_decay)
@@ -246,7 +284,9 @@ def _stop_on_signals() -> Iterator[_Stop]:
         stop.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield stop
     finally:

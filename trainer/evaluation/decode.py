@@ -30,12 +30,18 @@ def decode_latents(latents: Tensor, vae: str, device: torch.device) -> np.ndarra
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
+def _columns(n: int) -> int:
+    """Columns of a full rectangle that is not much wider than high, else of the squarest grid with a gap at its end."""
+    squarest = math.ceil(math.sqrt(n))
+    return next((c for c in range(squarest, 2 * squarest + 1) if n % c == 0), squarest)
+
+
 def write_grid(images: np.ndarray, path: Path, columns: int = 0, gap: int = 2) -> None:
     """A PNG of images uint8 (N, H, W, 3) in rows, as square as it gets unless `columns` is given."""
     from PIL import Image
 
     n, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = columns or _columns(n)
     rows = math.ceil(n / columns)
     canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
     for i, image in enumerate(images):

@@ -31,6 +31,10 @@ def write_samples(
     if checkpoint is None:
         raise UserError(f"run {run} has no checkpoint yet; train it first (make train RUN={run})")
     data = open_data(config)
+    data.close()  # only what it says is needed, not its rows
+    decoder = vae or data.latents.attributes["provenance"].get("decoder", "")
+    if not decoder:
+        raise UserError(f"{data.latents.path} does not say what decodes it; pass --vae with a diffusers directory")
     geometry = model_config(config, data)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     model = SiT(geometry)
@@ -61,8 +65,6 @@ def write_samples(
             )
         )
     scale = LatentScale.of(data.latents.identity)
-    decoder = vae or data.latents.attributes["provenance"]["decoder"]
-    data.close()
     pictures = decode_latents(torch.cat(latents) / scale.scale + scale.shift, decoder, device)
     path = out or run / "samples.png"
     write_grid(pictures, path)

@@ -1,0 +1,139 @@
+"""Presets, dotted options and YAML: what is given arrives, what is wrong is one line with status 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.console import Parser
+from storage.errors import UserError
+from trainer.cli import add_train_options, train_config
+from trainer.config import TrainConfig, flatten, free_fields, from_yaml, leaves, override, to_yaml
+from trainer.presets import PRESETS, SIT_SIZES, preset
+
+
+def parse(*argv: str) -> TrainConfig:
+    parser = Parser(prog="train")
+    add_train_options(parser)
+    values = vars(parser.parse_args(argv))
+    values.pop("resume_with_changes")
+    return train_config(values)
+
+
+def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainer", *argv]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_yaml(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(preset(name)), encoding="utf-8")
+    assert from_yaml(path) == preset(name)
+
+
+def test_published_sizes_and_settings() -> None:
+    """SiT (arXiv 2401.08740, table 1); REPA (arXiv 2410.06940, appendix): block 4 for B, block 8 for L and XL."""
+    assert SIT_SIZES["b"] == (12, 768, 12, 4)
+    assert SIT_SIZES["l"] == (24, 1024, 16, 8)
+    assert SIT_SIZES["xl"] == (28, 1152, 16, 8)
+    config = preset("sit-xl-2")
+    assert (config.batch, config.ema_decay, config.loss.projection_weight) == (256, 0.9999, 0.5)
+    assert (config.optim.lr, config.optim.beta2, config.optim.weight_decay, config.optim.clip) == (1e-4, 0.999, 0, 1)
+    assert (config.loss.label_dropout, config.loss.path, config.loss.time_sampling) == (0.1, "linear", "uniform")
+    assert config.model.projector_width == 2048
+
+
+@given(lr=st.floats(1e-8, 10), weight=st.floats(0, 10), seed=st.integers(0, 2**63 - 1), qk=st.booleans())
+def test_dotted_options_arrive_exactly(lr: float, weight: float, seed: int, qk: bool) -> None:
+    config = parse(
+        "--preset", "sit-tiny-2", "--optim.lr", repr(lr), f"--loss.projection-weight={weight!r}",
+        "--seed", str(seed), "--model.qk-norm", str(qk).lower(),
+    )  # fmt: skip
+    want = {"optim.lr": lr, "loss.projection_weight": weight, "seed": seed, "model.qk_norm": qk}
+    assert flatten(config) == {**flatten(preset("sit-tiny-2")), **want}
+    assert config.aligns == (weight > 0)
+
+
+def test_explicit_options_override_a_saved_config(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(override(preset("sit-b-4"), {"batch": 64, "optim.lr": 3e-4})), encoding="utf-8")
+    config = parse("--config", str(path), "--batch", "32")
+    assert (config.preset, config.batch, config.optim.lr) == ("sit-b-4", 32, 3e-4)
+    with pytest.raises(UserError, match="--config and --preset"):
+        parse("--config", str(path), "--preset", "sit-b-2")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--batch", "0", "--batch must be at least 1, got 0"),
+        ("--batch", "many", "--batch must be a number of type int"),
+        ("--optim.lr", "nan", "--optim.lr must be positive, got nan"),
+        ("--loss.label-dropout", "1.5", r"--loss.label-dropout must be in \[0, 1\], got 1.5"),
+        ("--loss.path", "cubic", "--loss.path must be one of linear, cosine, got 'cubic'"),
+        ("--model.heads", "5", "--model.heads must divide --model.width"),
+        ("--model.align-block", "99", "--model.align-block must be a block, 1 to 28"),
+        ("--model.qk-norm", "maybe", "--model.qk-norm must be true or false"),
+        ("--ema-decay", "1", r"--ema-decay must be in \[0, 1\), got 1.0"),
+        ("--preset", "sit-xxl-2", "did you mean sit-xl-2"),
+    ],
+)
+def test_a_wrong_value_is_named(option: str, value: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse(option, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim: {learning_rate: 1.0}", "unknown setting optim.learning_rate"),
+        ("batch: big", "batch must be of type int, got 'big'"),
+        ("- 1", "must be a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_config_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        from_yaml(path)
+    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
+        from_yaml(tmp_path / "none.yaml")
+
+
+def test_yaml_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {lr: 1e-3}")  # YAML 1.1 calls this a string
+    assert from_yaml(path).optim.lr == 1e-3
+
+
+def test_every_option_has_help_and_what_is_free_is_not_what_determines_numbers() -> None:
+    config = preset("sit-b-2")
+    assert all(item.metadata["help"] for _, _, item in leaves(config))
+    free = free_fields(config)
+    assert {"steps", "log.every", "checkpoint.every", "checkpoint.keep", "run"} <= free
+    assert not free & {"batch", "seed", "precision", "optim.lr", "model.depth", "loss.projection_weight"}
+
+
+def test_help_lists_every_option() -> None:
+    done = run_cli("train", "--help")
+    assert done.returncode == 0
+    for name, _, _ in leaves(preset("sit-b-2")):
+        assert f"--{name.replace('_', '-')}" in done.stdout
+
+
+def test_an_unknown_option_is_one_line_with_the_nearest_name() -> None:
+    done = run_cli("train", "--loss.projection-wieght", "1")
+    assert done.returncode == 2
+    assert "--loss.projection-weight" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr

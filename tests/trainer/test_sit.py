@@ -1,0 +1,365 @@
+"""SiT agrees with the public implementation, with a plain float64 rendering of itself, and with its own FLOP count."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from storage.errors import UserError
+from trainer.models.blocks import sincos_position_embedding, unpatchify
+from trainer.models.sit import SiT, SiTConfig, forward_flops_per_image
+from trainer.objectives.alignment import alignment_loss
+from trainer.objectives.interpolant import interpolate, velocity_loss
+from trainer.presets import PRESETS
+
+REFERENCE = Path(__file__).parents[1] / "data" / "sit_linear.npz"
+REFERENCE_CONFIG = SiTConfig(
+    input_size=8,
+    channels=4,
+    patch=2,
+    width=48,
+    depth=4,
+    heads=4,
+    n_classes=1000,
+    targets=((2, 40),),
+    projector_width=64,
+)
+SMALL = SiTConfig(
+    input_size=8,
+    channels=3,
+    patch=2,
+    width=32,
+    depth=3,
+    heads=4,
+    n_classes=7,
+    targets=((1, 12), (3, 20)),
+    projector_width=24,
+)
+
+
+def load_reference() -> dict[str, Tensor]:
+    with np.load(REFERENCE) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def reference_model(reference: dict[str, Tensor]) -> SiT:
+    model = SiT(REFERENCE_CONFIG)
+    state = {name.removeprefix("state/"): value for name, value in reference.items() if name.startswith("state/")}
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def randomised(config: SiTConfig, seed: int = 0) -> SiT:
+    """A SiT whose gates and output layer are not zero, so that every parameter matters."""
+    torch.manual_seed(seed)
+    model = SiT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(config: SiTConfig, batch: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, config.channels, config.input_size, config.input_size, generator=generator)
+    t = torch.rand(batch, generator=generator)
+    return x, t, torch.randint(0, config.n_classes + 1, (batch,), generator=generator)
+
+
+def test_forward_and_projections_agree_with_the_public_implementation() -> None:
+    reference = load_reference()
+    with torch.no_grad():
+        velocity, projections = reference_model(reference)(reference["x"], reference["t"], reference["y"])
+    assert len(projections) == 1
+    torch.testing.assert_close(velocity, reference["v"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(projections[0], reference["projection/0"], atol=1e-5, rtol=0)
+
+
+def test_names_and_shapes_are_the_public_checkpoints() -> None:
+    reference = load_reference()
+    expected = {n.removeprefix("state/"): tuple(v.shape) for n, v in reference.items() if n.startswith("state/")}
+    assert {name: tuple(value.shape) for name, value in SiT(REFERENCE_CONFIG).state_dict().items()} == expected
+    with_norm = SiT(dataclasses.replace(REFERENCE_CONFIG, qk_norm=True)).state_dict()
+    extra = {f"blocks.{i}.attn.{n}_norm.{p}" for i in range(4) for n in "qk" for p in ("weight", "bias")}
+    assert with_norm.keys() - expected.keys() == extra
+
+
+def test_position_embedding_is_computed_as_the_checkpoints_hold_it() -> None:
+    assert torch.equal(SiT(REFERENCE_CONFIG).pos_embed, load_reference()["state/pos_embed"])
+    assert not SiT(REFERENCE_CONFIG).pos_embed.requires_grad
+
+
+def test_position_embedding_puts_the_column_first() -> None:
+    embedding = sincos_position_embedding(16, 5).reshape(5, 5, 16)
+    assert torch.equal(embedding[0, :, :8], embedding[4, :, :8])  # the same column in any row
+    assert torch.equal(embedding[:, 0, 8:], embedding[:, 4, 8:])
+    assert len(torch.unique(embedding.reshape(25, 16), dim=0)) == 25
+
+
+def test_unpatchify_puts_each_token_in_its_place() -> None:
+    batch, grid, patch, channels = 2, 3, 2, 4
+    tokens = torch.randn(batch, grid * grid, patch * patch * channels)
+    image = unpatchify(tokens, patch, grid, channels)
+    for token in range(grid * grid):
+        top, left = patch * (token // grid), patch * (token % grid)
+        pixels = image[:, :, top : top + patch, left : left + patch].permute(0, 2, 3, 1)
+        assert torch.equal(pixels.reshape(batch, -1), tokens[:, token])
+
+
+def test_adaln_zero_initialisation() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, width=128, n_classes=500)
+    model = SiT(config)
+    x, t, y = inputs(config, 3)
+    velocity, projections = model(x, t, y)
+    assert torch.count_nonzero(velocity) == 0
+    embedded = model.x_embedder(x) + model.pos_embed
+    for projector, projection in zip(model.projectors, projections, strict=True):
+        torch.testing.assert_close(projection, projector(embedded), atol=0, rtol=0)  # each block is the identity
+    for weight in (model.y_embedder.embedding_table.weight, model.t_embedder.mlp[0].weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.03)
+    fan_in, fan_out = config.channels * config.patch**2, config.width
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    patches = model.x_embedder.proj.weight
+    assert 0.98 * bound < patches.abs().max().item() <= bound
+    projector = model.projectors[0][0].weight
+    bound = math.sqrt(6 / (config.width + config.projector_width))
+    assert 0.98 * bound < projector.abs().max().item() <= bound
+    assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_sample_does_not_depend_on_its_batch(qk_norm: bool) -> None:
+    model = randomised(dataclasses.replace(SMALL, qk_norm=qk_norm))
+    x, t, y = inputs(SMALL, 4)
+    with torch.no_grad():
+        velocity, projections = model(x, t, y)
+        alone, alone_projections = model(x[2:3], t[2:3], y[2:3])
+    torch.testing.assert_close(velocity[2:3], alone, atol=1e-5, rtol=1e-5)
+    for together, single in zip(projections, alone_projections, strict=True):
+        torch.testing.assert_close(together[2:3], single, atol=1e-5, rtol=1e-5)
+
+
+def test_projections_are_optional_and_do_not_touch_the_velocity() -> None:
+    model = randomised(SMALL)
+    batch = inputs(SMALL, 2)
+    with torch.no_grad():
+        velocity, projections = model.train()(*batch)
+        without, none = model.eval()(*batch, with_projections=False)
+    assert torch.equal(velocity, without)
+    assert none == []
+    assert [tuple(p.shape) for p in projections] == [(2, 16, 12), (2, 16, 20)]
+
+
+def test_qk_norm_makes_attention_blind_to_the_scale_of_queries() -> None:
+    for qk_norm in (False, True):
+        model = randomised(dataclasses.replace(SMALL, qk_norm=qk_norm))
+        attention = model.blocks[0].attn
+        tokens = torch.randn(2, 16, SMALL.width, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            before = attention(tokens)
+            attention.qkv.weight[: SMALL.width] *= 30
+            attention.qkv.bias[: SMALL.width] *= 30
+            moved = (attention(tokens) - before).abs().max().item()
+        assert (moved < 1e-3) == qk_norm, (qk_norm, moved)
+
+
+def test_the_model_compiles_without_a_graph_break() -> None:
+    torch.compiler.reset()
+    model = randomised(SMALL)
+    batch = inputs(SMALL, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        (velocity, projections), (expected, expected_projections) = compiled(*batch), model(*batch)
+    torch.testing.assert_close(velocity, expected)
+    torch.testing.assert_close(projections, expected_projections)
+
+
+# ---- a plain rendering in float64, term by term -----------------------------------------------------------------
+
+
+def norm64(x: Tensor, eps: float = 1e-6) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def silu64(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def gelu64(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def plain_sit(p: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """SiT from its equations in float64: explicit patches, explicit softmax; no module and no fused operation."""
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    batch, grid, patch, heads = len(x), config.grid, config.patch, config.heads
+    patches = x.reshape(batch, config.channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+    kernel = p["x_embedder.proj.weight"].reshape(config.width, -1)
+    h = patches.reshape(batch, grid * grid, -1) @ kernel.T + p["x_embedder.proj.bias"] + p["pos_embed"]
+    frequencies = torch.tensor([10_000.0 ** (-k / 128) for k in range(128)], dtype=torch.float64)
+    angles = t[:, None] * frequencies
+    time = linear("t_embedder.mlp.0", torch.cat([torch.cos(angles), torch.sin(angles)], 1))
+    c = linear("t_embedder.mlp.2", silu64(time)) + p["y_embedder.embedding_table.weight"][y]
+    projections: dict[int, Tensor] = {}
+    for i in range(config.depth):
+        name = f"blocks.{i}"
+        modulation = linear(f"{name}.adaLN_modulation.1", silu64(c))[:, None, :]
+        shift1, scale1, gate1, shift2, scale2, gate2 = torch.split(modulation, config.width, dim=-1)
+        qkv = linear(f"{name}.attn.qkv", norm64(h) * (1 + scale1) + shift1)
+        q, k, v = (part.reshape(batch, grid * grid, heads, -1) for part in qkv.split(config.width, dim=-1))
+        if config.qk_norm:
+            q = norm64(q, 1e-5) * p[f"{name}.attn.q_norm.weight"] + p[f"{name}.attn.q_norm.bias"]
+            k = norm64(k, 1e-5) * p[f"{name}.attn.k_norm.weight"] + p[f"{name}.attn.k_norm.bias"]
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(config.width // heads)
+        attended = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(h.shape)
+        h = h + gate1 * linear(f"{name}.attn.proj", attended)
+        hidden = gelu64(linear(f"{name}.mlp.fc1", norm64(h) * (1 + scale2) + shift2))
+        h = h + gate2 * linear(f"{name}.mlp.fc2", hidden)
+        for target, (block, _) in enumerate(config.targets):
+            if block == i + 1:
+                inner = silu64(linear(f"projectors.{target}.0", h))
+                projections[target] = linear(f"projectors.{target}.4", silu64(linear(f"projectors.{target}.2", inner)))
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu64(c))[:, None, :].split(config.width, dim=-1)
+    pixels = linear("final_layer.linear", norm64(h) * (1 + scale) + shift)
+    image = pixels.reshape(batch, grid, grid, patch, patch, config.channels).permute(0, 5, 1, 3, 2, 4)
+    return image.reshape(x.shape), [projections[target] for target in range(len(config.targets))]
+
+
+def plain_loss(velocity: Tensor, wanted: Tensor, projections: list[Tensor], targets: list[Tensor]) -> Tensor:
+    total = (velocity - wanted).square().mean()
+    for projection, target in zip(projections, targets, strict=True):
+        lengths = projection.square().sum(-1).sqrt() * target.square().sum(-1).sqrt()
+        total = total - 0.5 * ((projection * target).sum(-1) / lengths).mean() / len(targets)
+    return total
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_loss_and_every_gradient_agree_with_float64(qk_norm: bool) -> None:
+    config = dataclasses.replace(SMALL, qk_norm=qk_norm)
+    model = randomised(config)
+    x, t, y = inputs(config, 3)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    targets = [torch.randn(3, 16, width, generator=torch.Generator().manual_seed(width)) for _, width in config.targets]
+
+    x_t, wanted = interpolate(x, noise, t, "linear")
+    velocity, projections = model(x_t, t, y)
+    aligned = [alignment_loss(p, target).mean() for p, target in zip(projections, targets, strict=True)]
+    loss = velocity_loss(velocity, wanted).mean() + 0.5 * torch.stack(aligned).mean()
+    loss.backward()
+
+    weights = {
+        name: parameter.detach().double().requires_grad_(parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+    times = t.double()[:, None, None, None]
+    x_t64 = (1 - times) * x.double() + times * noise.double()
+    plain_velocity, plain_projections = plain_sit(weights, config, x_t64, t.double(), y)
+    plain = plain_loss(
+        plain_velocity, noise.double() - x.double(), plain_projections, [target.double() for target in targets]
+    )
+    plain.backward()
+
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    torch.testing.assert_close(velocity.double(), plain_velocity, atol=1e-4, rtol=1e-4)
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        if expected is None:
+            assert name == "pos_embed"
+            assert parameter.grad is None
+            continue
+        assert parameter.grad is not None, name
+        # The key bias moves every score of a query alike, so its gradient is zero but for rounding: compare by the
+        # largest gradient of the whole tensor, with a floor for tensors whose gradient is all small.
+        error = (parameter.grad.double() - expected).abs().max().item()
+        assert error < 2e-4 * expected.abs().max().item() + 1e-7, (name, error)
+
+
+def test_a_double_model_gives_double_gradients() -> None:
+    model = randomised(SMALL).double()
+    x, t, y = inputs(SMALL, 2)
+    velocity, _ = model(x.double(), t.double(), y)
+    assert velocity.dtype == torch.float64
+    velocity.square().mean().backward()
+    gradient = model.x_embedder.proj.weight.grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float64
+
+
+# ---- cost -------------------------------------------------------------------------------------------------------
+
+
+def meta_flops(config: SiTConfig, backward: bool) -> int:
+    with torch.device("meta"):
+        model = SiT(config)
+        x = torch.empty(1, config.channels, config.input_size, config.input_size)
+        t, y = torch.empty(1), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        velocity, projections = model(x, t, y)
+        if backward:
+            torch.stack([velocity.sum(), *[p.sum() for p in projections]]).sum().backward()
+    return counter.get_total_flops()
+
+
+def imagenet_config(name: str, target_width: int = 768) -> SiTConfig:
+    model = PRESETS[name]().model
+    return SiTConfig(
+        input_size=32,
+        channels=4,
+        patch=model.patch,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        n_classes=1000,
+        qk_norm=model.qk_norm,
+        targets=((model.align_block, target_width),),
+        projector_width=model.projector_width,
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [imagenet_config("sit-s-4"), imagenet_config("sit-b-8"), dataclasses.replace(SMALL, qk_norm=True)],
+    ids=["s-4", "b-8", "two targets"],
+)
+def test_flop_count_equals_torch_s_count(config: SiTConfig) -> None:
+    assert forward_flops_per_image(config) == meta_flops(config, backward=False)
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("sit-b-2", 149), ("sit-l-2", 496), ("sit-xl-2", 724)])
+def test_flops_of_a_training_step_at_published_sizes(name: str, gflop: int) -> None:
+    config = imagenet_config(name)
+    assert round(3 * forward_flops_per_image(config) / 1e9) == gflop
+    # The first layer's input needs no gradient, so torch counts a trace less than three forwards.
+    assert meta_flops(config, backward=True) == pytest.approx(3 * forward_flops_per_image(config), rel=1e-3)
+
+
+# ---- configuration ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"patch": 3}, "patch"), ({"heads": 5}, "heads"), ({"width": 34, "heads": 2}, "width")]
+    + [({"targets": ((block, 8),)}, "block") for block in (0, 4, -1)],
+)
+def test_an_impossible_geometry_is_the_user_s_error(change: dict[str, object], word: str) -> None:
+    with pytest.raises(UserError, match=word) as caught:
+        dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_latents_of_another_shape_are_refused() -> None:
+    with pytest.raises(AssertionError):
+        SiT(SMALL)(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))

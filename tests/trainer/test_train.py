@@ -1,0 +1,311 @@
+"""The loop: exact resume (stopped, SIGTERM, SIGKILL), ranks, refusals. Real processes wherever a process is the point.
+
+A micro model on random numbers; what is checked is equality of runs, not that anything is learnt, but for one test.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage import ArrayLayout, GroupLayout, Staging, open_store
+from storage.errors import UserError
+from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
+from trainer.config import TrainConfig, override
+from trainer.loader import Batch
+from trainer.metrics import read_metrics
+from trainer.presets import preset
+from trainer.step import LatentScale, NonFiniteError, sample_latents
+from trainer.train import train
+
+MICRO: dict[str, Any] = {
+    "device": "cpu",
+    "batch": 8,
+    "steps": 6,
+    "model.depth": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.align_block": 1,
+    "model.projector_width": 32,
+    "log.every": 1,
+    "log.tensorboard": False,
+    "checkpoint.every": 1000,
+}
+
+
+def micro(store: Path, run: Path, **changes: Any) -> TrainConfig:
+    return override(preset("sit-tiny-2"), {**MICRO, "store": store, "run": run, **changes})
+
+
+def command(store: Path, run: Path, **changes: Any) -> list[str]:
+    options = {**MICRO, "store": store, "run": run, **changes}
+    spelled = {name: str(value).lower() if isinstance(value, bool) else value for name, value in options.items()}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in spelled.items()]
+    return [sys.executable, "-m", "trainer", "train", "--preset=sit-tiny-2", *flags]
+
+
+def two_ranks(argv: list[str]) -> list[subprocess.Popen[str]]:
+    """Both ranks of a gloo world on this machine, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [start(argv, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+
+def start(argv: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def curve(run: Path) -> list[tuple[int, float, float, float]]:
+    """What must be equal bit for bit; the timings in the same lines need not be."""
+    fields = ("step", "velocity_loss", "alignment_loss", "gradient_norm")
+    return [tuple(line[field] for field in fields) for line in read_metrics(run)]
+
+
+def weights(run: Path, kind: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / (run / "latest").read_text().strip() / f"{kind}.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert curve(a) == curve(b)
+    for kind in ("model", "ema", "optimizer"):
+        mine, theirs = weights(a, kind), weights(b, kind)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(run)):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """As the subprocesses run, so that sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss.projection_weight": 0.0}, {"log.every": 4}], ids=str)
+def test_stopping_and_resuming_is_never_having_stopped(
+    shared_tiny_store: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    train(micro(shared_tiny_store, tmp_path / "whole", steps=8, **changes))
+    stopped = micro(shared_tiny_store, tmp_path / "resumed", steps=8, **{**changes, "checkpoint.every": 3})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.train.train_step", raise_at(5))
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            train(stopped)
+    summary = train(stopped)
+    assert summary["steps_now"] == 5  # from the checkpoint of step 3
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def raise_at(step: int) -> Any:
+    from trainer.step import train_step
+
+    def wrapped(*args: Any) -> Any:
+        if args[4].step == step:
+            raise RuntimeError("pulled the plug")
+        return train_step(*args)
+
+    return wrapped
+
+
+def test_latents_are_drawn_from_the_posterior_afresh_at_each_visit() -> None:
+    """z = (mean + std · ε − shift) · scale, with ε of the row and the step, wherever in the batch the row stands."""
+
+    def drawn(step: int, rows: list[int], std: float = 2.0) -> torch.Tensor:
+        moments = torch.full((len(rows), 8, 16, 16), 3.0, dtype=torch.float16)
+        moments[:, 4:] = std
+        index = torch.tensor(rows)
+        batch = Batch(step=step, rows=index, labels=index, moments=moments, patches=None, stall_s=0.0)
+        return sample_latents(batch, LatentScale(scale=0.5, shift=1.0), seed=0)
+
+    assert torch.equal(drawn(0, [7], std=0.0), torch.full((1, 4, 16, 16), 1.0))
+    z = drawn(0, list(range(64)))
+    assert z.mean().item() == pytest.approx(1.0, abs=0.02)  # 65,536 draws: four standard errors
+    assert z.std().item() == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(drawn(0, [9, 7])[1], z[7])
+    assert not torch.equal(drawn(1, [7])[0], z[7])
+
+
+def test_steps_may_be_raised(shared_tiny_store: Path, tmp_path: Path) -> None:
+    train(micro(shared_tiny_store, tmp_path / "whole", steps=6))
+    train(micro(shared_tiny_store, tmp_path / "longer", steps=2))
+    train(micro(shared_tiny_store, tmp_path / "longer", steps=6, **{"checkpoint.every": 2, "checkpoint.keep": 1}))
+    assert_same_run(tmp_path / "whole", tmp_path / "longer")
+    again = train(micro(shared_tiny_store, tmp_path / "longer", steps=6))
+    assert (again["steps"], again["steps_now"]) == (6, 0)
+    with pytest.raises(UserError, match="is at step 6, beyond --steps 3"):
+        train(micro(shared_tiny_store, tmp_path / "longer", steps=3))
+
+
+def test_sigterm_saves_and_sigkill_loses_only_what_followed_the_checkpoint(
+    shared_tiny_store: Path, tmp_path: Path
+) -> None:
+    """The same command, ended by SIGTERM, by SIGKILL, then left alone: as if nothing had happened."""
+    options = {"steps": 120, "checkpoint.every": 15}
+    train(micro(shared_tiny_store, tmp_path / "whole", **options))
+    run = tmp_path / "hit"
+    argv = command(shared_tiny_store, run, **options)
+
+    process = start(argv)
+    wait_for_step(process, run, 5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    reached = curve(run)[-1][0]
+    assert f"stopped by SIGTERM; step {reached} is saved in {run}" in out
+    assert (run / "latest").read_text() == f"step-{reached:07d}"
+
+    process = start(argv)
+    wait_for_step(process, run, reached + 20)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+    process = start(argv)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert_same_run(tmp_path / "whole", run)
+
+
+def test_ctrl_c_saves_and_ends_with_130(shared_tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(command(shared_tiny_store, run, steps=100_000))
+    wait_for_step(process, run, 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert (run / "latest").read_text() == f"step-{curve(run)[-1][0]:07d}"
+
+
+def test_two_ranks_train_as_one(shared_tiny_store: Path, tmp_path: Path) -> None:
+    train(micro(shared_tiny_store, tmp_path / "one"))
+    argv = command(shared_tiny_store, tmp_path / "two")
+    ranks = two_ranks(argv)
+    outputs = [rank.communicate(timeout=90) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-4) for name in mine)
+
+
+def test_it_learns(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """Random numbers can be learnt by heart to a degree: alignment improves, and the loss is finite all along."""
+    summary = train(micro(shared_tiny_store, tmp_path / "run", steps=80, **{"optim.lr": 1e-2}))
+    lines = curve(tmp_path / "run")
+    assert all(math.isfinite(value) for line in lines for value in line)
+    assert lines[-1][2] < lines[0][2] - 0.01
+    assert summary["last"]["velocity_loss"] < summary["first"]["velocity_loss"]
+
+
+def test_seed_changes_the_run(shared_tiny_store: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(micro(shared_tiny_store, tmp_path / str(seed), steps=1, seed=seed))
+    assert curve(tmp_path / "0") != curve(tmp_path / "1")
+
+
+def test_a_resume_with_other_settings_is_refused_unless_asked_for(shared_tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(micro(shared_tiny_store, run, steps=2))
+    changed = micro(shared_tiny_store, run, steps=3, **{"optim.lr": 5e-4})
+    with pytest.raises(UserError, match=r"optim.lr: was 0.002, is 0.0005.*--resume-with-changes"):
+        train(changed)
+    assert len(curve(run)) == 2  # refused before anything was touched
+    assert train(changed, accept_changes=True)["steps"] == 3
+
+
+def test_a_resume_on_another_store_is_refused(shared_tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(micro(shared_tiny_store, run, steps=2))
+    make_store(tmp_path / "other", width=20)
+    with pytest.raises(UserError, match=r"store features/tiny-vit: was \w+, is \w+"):
+        train(micro(tmp_path / "other", run, steps=3))
+
+
+def test_a_second_encoder_in_the_store_does_not_stop_a_run(tmp_path: Path) -> None:
+    """A run that chose the only features keeps to them when an ablation adds others to the same store."""
+    store, run = tmp_path / "store", tmp_path / "run"
+    make_store(store)
+    train(micro(store, run, steps=2))
+    layout = open_store(store).layout
+    patches = ArrayLayout(name="patches", dtype="float16", row_shape=(64, 24), store=layout)
+    group = GroupLayout(path="features/other", arrays=(patches,))
+    keys = open_store(store).index.keys
+    with Staging(store) as staging:
+        identity = make_identities()[FEATURES] | {"name": "other"}
+        publish_all(store, group, identity, random_arrays(group), keys, (), staging)
+    assert train(micro(store, run, steps=3))["steps"] == 3
+
+
+def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_checkpoint(
+    shared_tiny_store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(micro(shared_tiny_store, run, steps=2))
+    good = weights(run)
+    bad = micro(shared_tiny_store, run, steps=50, **{"optim.lr": 1e30})
+    with pytest.raises(NonFiniteError, match=r"step \d+: .* rows \[\d+(, \d+){7}\]"):
+        train(bad, accept_changes=True)
+    assert all(torch.equal(good[name], tensor) for name, tensor in weights(run).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"store": "/nowhere/at/all"}, "/nowhere/at/all does not exist"),
+        ({"data.features": "dinov2-vitb14"}, "no features/dinov2-vitb14; it has latents/tiny-vae, features/tiny-vit"),
+        ({"model.patch": 4}, "--model.patch 2"),
+        ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
+    ],
+    ids=["store", "features", "grid", "device"],
+)
+def test_a_users_mistake_is_one_line_and_status_2(
+    shared_tiny_store: Path, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    run = tmp_path / "run"
+    process = start(command(**{"store": shared_tiny_store, "run": run, **options}))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert says in err
+    assert err.count("\n") == 1, err
+    assert out == ""
+    assert not run.exists()
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(shared_tiny_store: Path, tmp_path: Path) -> None:
+    argv = command(shared_tiny_store, tmp_path / "run", batch=7)
+    ranks = two_ranks(argv)
+    for rank in ranks:
+        _, err = rank.communicate(timeout=60)
+        assert rank.returncode == 2
+        assert "--batch 7 must be a multiple of the 2 ranks" in err
