@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.config import PrecomputeConfig
 from pipeline.plan import describe_plan, make_plan
+from pipeline.ray_environment import prepare_ray
 from pipeline.sources import open_source
 from storage import Staging
 
@@ -45,7 +46,8 @@ def precompute(config: PrecomputeConfig) -> Summary:
         n_encoded, n_failed, seconds, device = 0, plan.failed_before, 0.0, "none: everything was there"
         given_up: dict[int, list[str]] = {}
         if plan.missing:
-            from pipeline.job import run
+            prepare_ray(config.ray_address)
+            from pipeline.job import run  # imports Ray
 
             outcome = run(config, plan, source, staging.run_id)
             n_encoded, n_failed, seconds = outcome.n_images, outcome.n_failed, outcome.seconds

@@ -6,6 +6,8 @@ and after a resume. The integers are equal everywhere; normal draws go through l
 differ between devices. Written in torch's int64, whose multiplication wraps modulo 2⁶⁴, so it runs on the GPU and can
 be compiled.
 
+A row that is twice in one step (across the end of an epoch) has the same draws both times.
+
 Counter words: (block of four draws, row low, row high, step). Key: 64 bits of SHA-256 over seed and purpose.
 """
 

@@ -41,7 +41,7 @@ class SamplerConfig:
         least = 2 if self.sampler == "sde" else 1
         if self.steps < least:
             raise UserError(f"the {self.sampler} sampler needs at least {least} steps, got {self.steps}")
-        if self.guidance < 1 or not 0 <= self.guidance_low <= self.guidance_high <= 1:
+        if not self.guidance >= 1 or not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise UserError(
                 "guidance must be at least 1 and its interval lie in [0, 1], got "
                 f"{self.guidance} in [{self.guidance_low}, {self.guidance_high}]"

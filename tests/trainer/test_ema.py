@@ -73,7 +73,7 @@ def test_the_average_is_a_copy_that_leaves_the_model_alone() -> None:
     now = {name: value.clone() for name, value in model.state_dict().items()}
     ema.update(model)
     assert all(torch.equal(value, now[name]) for name, value in model.state_dict().items())
-    assert model.blocks[0].attn.qkv.weight.requires_grad
+    assert model.get_parameter("blocks.0.attn.qkv.weight").requires_grad
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
     assert not ema.model.training
     assert torch.equal(ema.state_dict()["pos_embed"], before["pos_embed"])

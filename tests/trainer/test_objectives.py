@@ -87,9 +87,10 @@ def test_lognormal_times_give_edm_s_noise_levels(path: Path) -> None:
     torch.testing.assert_close((at.sigma / at.alpha).log(), -1.2 + 1.2 * normal)
 
 
-def test_velocity_loss_is_a_float32_mean_per_sample() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_velocity_loss_is_a_float32_mean_per_sample(dtype: torch.dtype) -> None:
     predicted = normals(3, 4, 8, 8, dtype=torch.bfloat16)
-    wanted = normals(3, 4, 8, 8, seed=1, dtype=torch.float32)
+    wanted = normals(3, 4, 8, 8, seed=1, dtype=dtype)
     loss = velocity_loss(predicted, wanted)
     assert loss.dtype == torch.float32
     expected = [(predicted[i].double() - wanted[i].double()).square().sum().item() / 256 for i in range(3)]

@@ -121,6 +121,14 @@ def test_the_model_sees_its_own_dtype_and_the_state_is_float64(sampler: str, dty
     assert drawn.dtype == torch.float64
 
 
+def test_small_steps_of_a_half_precision_model_are_not_lost() -> None:
+    # In bfloat16 a thousandth added to one would round away, and the state would never move.
+    config = SamplerConfig(sampler="ode", steps=1000)
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    drawn = sample(lambda x, t, y: torch.ones_like(x), x, torch.tensor([0]), NULL, config, "linear", no_noise)
+    torch.testing.assert_close(drawn, torch.zeros(1, 2).double(), atol=1e-12, rtol=0)
+
+
 def exponential_error(steps: int, heun: bool) -> float:
     """|x(0) − e⁻¹| for v = x from x(1) = 1."""
     config = SamplerConfig(sampler="ode", steps=steps, heun=heun)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,12 +118,12 @@ def test_unpatchify_puts_each_token_in_its_place() -> None:
 def test_adaln_zero_initialisation() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, width=128, n_classes=500)
-    model = SiT(config)
+    model: Any = SiT(config)
     x, t, y = inputs(config, 3)
     velocity, projections = model(x, t, y)
     assert torch.count_nonzero(velocity) == 0
     embedded = model.x_embedder(x) + model.pos_embed
-    for projector, projection in zip(model.projectors, projections, strict=True):
+    for projector, projection in zip(model.projectors.children(), projections, strict=True):
         torch.testing.assert_close(projection, projector(embedded), atol=0, rtol=0)  # each block is the identity
     for weight in (model.y_embedder.embedding_table.weight, model.t_embedder.mlp[0].weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.03)
@@ -130,9 +131,9 @@ def test_adaln_zero_initialisation() -> None:
     bound = math.sqrt(6 / (fan_in + fan_out))
     patches = model.x_embedder.proj.weight
     assert 0.98 * bound < patches.abs().max().item() <= bound
-    projector = model.projectors[0][0].weight
+    hidden = model.projectors.get_parameter("0.0.weight")
     bound = math.sqrt(6 / (config.width + config.projector_width))
-    assert 0.98 * bound < projector.abs().max().item() <= bound
+    assert 0.98 * bound < hidden.abs().max().item() <= bound
     assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))
 
 
@@ -162,7 +163,7 @@ def test_projections_are_optional_and_do_not_touch_the_velocity() -> None:
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries() -> None:
     for qk_norm in (False, True):
         model = randomised(dataclasses.replace(SMALL, qk_norm=qk_norm))
-        attention = model.blocks[0].attn
+        attention: Any = model.blocks[0].attn
         tokens = torch.randn(2, 16, SMALL.width, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             before = attention(tokens)

@@ -62,7 +62,7 @@ class TimestepEmbedder(nn.Module):
         half = TIME_FREQUENCIES // 2
         exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * exponent)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(t.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

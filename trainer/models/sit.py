@@ -40,6 +40,9 @@ class SiTConfig:
     projector_width: int = 2048
 
     def __post_init__(self) -> None:
+        for name in ("input_size", "channels", "patch", "width", "depth", "heads", "n_classes", "projector_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"SiT's {name} must be at least 1, got {getattr(self, name)}")
         if self.input_size % self.patch:
             raise UserError(
                 f"patch {self.patch} does not divide the latents' side {self.input_size}; choose --model.patch so"
