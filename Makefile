@@ -43,7 +43,7 @@ ifeq ($(strip $(STORE)),)
 else ifeq ($(GPUS),1)
 	$(PY) -m trainer train --store '$(STORE)' --preset $(PRESET) $(if $(RUN),--run '$(RUN)') $(ARGS)
 else
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m trainer train --store '$(STORE)' --preset $(PRESET) \
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer train --store '$(STORE)' --preset $(PRESET) \
 	  $(if $(RUN),--run '$(RUN)') $(ARGS)
 endif
 

@@ -22,6 +22,13 @@ from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 PROG = "python -m pipeline"
 
 
+def nonempty_path(text: str) -> Path:
+    """A path option; an empty one is a variable that was forgotten, not the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty (make precompute needs both DATA=… and STORE=…)")
+    return Path(text)
+
+
 def add_options(parser: Parser) -> None:
     """One option a field of PrecomputeConfig, with its help text and default."""
     hints = typing.get_type_hints(PrecomputeConfig)
@@ -40,7 +47,7 @@ def add_options(parser: Parser) -> None:
         parser.add_argument(
             flag,
             help=field.metadata["help"] + shown,
-            type=kind,
+            type=nonempty_path if kind is Path else kind,
             required=required,
             default=None if required else field.default,
             metavar=kind.__name__.upper(),

@@ -9,6 +9,7 @@ times and given up, and a node that is lost costs its units one attempt. Blocks 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from storage.console import progress_bar
 from storage.errors import UserError
 
 POLL_S = 0.5
+PATIENCE_S = 120.0  # after this long without an encoder the user is told what is missing
+UNKNOWN = "?"
 MAX_READY_FAILURES = 3  # an encoder that cannot even load its models will not get better
 MIN_FAILURES_ALLOWED = 10
 
@@ -95,11 +98,12 @@ class _Driver:
         )
         self.allowed_failures = max(MIN_FAILURES_ALLOWED, int(config.max_failures * len(plan.index)))
         self.n_failed = plan.failed_before
-        self.device = "?"
+        self.device = UNKNOWN
         self.decode_task: Any = ray.remote(num_cpus=1, max_retries=0, num_returns=2, scheduling_strategy="SPREAD")(
             decode_unit
         )
         remote: Any = ray.remote  # its stubs know neither max_concurrency nor two results
+        self.encoder_needs = {"CPU": encoder_cpus, "GPU": 1 if n_gpus else 0}
         actor_class = remote(
             num_cpus=encoder_cpus,
             num_gpus=1 if n_gpus else 0,
@@ -119,11 +123,14 @@ class _Driver:
 
     def run(self) -> Outcome:
         start_s = time.perf_counter()
-        n_images = 0
+        n_images, said = 0, False
         for encoder in self.encoders:
             self._ask(encoder)
         with progress_bar(self.plan.n_images_missing, unit="img", description="precompute") as bar:
             while self.ledger.open:
+                if not said and self.device == UNKNOWN and time.perf_counter() - start_s > PATIENCE_S:
+                    said = True
+                    bar.write(f"no encoder is up after {PATIENCE_S:.0f} s: {self._why_waiting()}", file=sys.stderr)
                 self._hand_out_decodes()
                 self._hand_out_blocks()
                 for ref in self._wait():
@@ -141,6 +148,10 @@ class _Driver:
             given_up=self.ledger.given_up,
             device=self.device,
         )
+
+    def _why_waiting(self) -> str:
+        free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
+        return f"the cluster has {free or 'nothing'} free and an encoder needs {self.encoder_needs}; waiting"
 
     def _hand_out_decodes(self) -> None:
         while self.ledger.n_out < self.window:
