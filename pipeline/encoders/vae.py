@@ -78,8 +78,10 @@ class VAE:
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import AutoencoderKL
 
-        model = AutoencoderKL.from_pretrained(directory, low_cpu_mem_usage=False, local_files_only=True)
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
+        model = AutoencoderKL.from_pretrained(
+            directory, torch_dtype=dtype, low_cpu_mem_usage=False, local_files_only=True
+        )
+        self.model = model.to(device).eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
 
     @torch.inference_mode()

@@ -20,12 +20,12 @@ def decode_latents(latents: Tensor, vae: str, device: torch.device) -> np.ndarra
     from diffusers import AutoencoderKL
 
     try:
-        model = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False)
+        model = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except OSError as error:
         raise UserError(
             f"the VAE {vae} cannot be loaded ({str(error).splitlines()[0]}); pass --vae with a diffusers directory"
         ) from error
-    model = model.float().to(device).eval()
+    model = model.to(device).eval()
     pixels = torch.cat([model.decode(part.float().to(device)).sample.cpu() for part in latents.split(DECODE_BATCH)])
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 

@@ -182,7 +182,7 @@ def reconstruct(images: np.ndarray, directory: Path = TINY_VAE) -> np.ndarray:
     """Images uint8 (N, H, W, 3) through posterior mean and decoder, uint8."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(directory).float().eval()
+    vae = AutoencoderKL.from_pretrained(directory, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
     with torch.inference_mode():
         decoded = torch.cat(
             [vae.decode(vae.encode(part).latent_dist.mean).sample for part in to_float(images).split(32)]
