@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +27,7 @@ from storage.layout import GROUP_KINDS, INDEX_FILE, RECEIPTS_DIR
 
 STAGING_DIR = ".staging"
 RUNS_DIR = ".runs"
+BEING_MADE_S = 60.0  # a lock under its first name may not be held yet
 
 
 class Staging:
@@ -75,7 +77,8 @@ class Staging:
             if lock.name.lstrip(".") == self.run_id:
                 continue
             with contextlib.suppress(FileNotFoundError):  # its owner has just ended
-                if _owner_is_dead(lock):
+                being_made = lock.name.startswith(".") and time.time() - lock.stat().st_mtime < BEING_MADE_S
+                if not being_made and _owner_is_dead(lock):
                     _remove_leavings(self.root, lock.name.lstrip("."))
                     lock.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`make` with the environment that runs the tests, which it must not remake."""
     venv = Path(sys.prefix)
     line = ["make", "-o", f"{venv}/.installed", f"VENV={venv}", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    # `make test` is itself a make: its variables would make this one a sub-make, which announces itself.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")
+    }
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def test_train_on_two_ranks_through_torchrun(shared_tiny_store: Path, tmp_path: Path) -> None:
