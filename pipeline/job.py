@@ -9,6 +9,7 @@ times and given up, and a node that is lost costs its units one attempt. Blocks 
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections import deque
@@ -25,7 +26,7 @@ from pipeline.dispatch import Ledger, window
 from pipeline.encode import CALLS_IN_HAND, UnitEncoder
 from pipeline.plan import Plan
 from pipeline.sources import Source
-from storage.console import progress_bar
+from storage.console import progress_bar, stop_on_signals
 from storage.errors import UserError
 
 POLL_S = 0.5
@@ -126,8 +127,13 @@ class _Driver:
         n_images, said = 0, False
         for encoder in self.encoders:
             self._ask(encoder)
-        with progress_bar(self.plan.n_images_missing, unit="img", description="precompute") as bar:
+        with (
+            stop_on_signals(signal.SIGINT) as stop,
+            progress_bar(self.plan.n_images_missing, unit="img", description="precompute") as bar,
+        ):
             while self.ledger.open:
+                if stop.signal is not None:
+                    raise KeyboardInterrupt
                 if not said and self.device == UNKNOWN and time.perf_counter() - start_s > PATIENCE_S:
                     said = True
                     bar.write(f"no encoder is up after {PATIENCE_S:.0f} s: {self._why_waiting()}", file=sys.stderr)

@@ -7,8 +7,12 @@ input is one clear line and never a traceback, wherever it was found.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -53,6 +57,34 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
         status = EXIT_INTERRUPTED
     sys.stdout.flush()
     sys.exit(status)
+
+
+@dataclass
+class Stop:
+    """The signal that asked the work to end, if any; whoever works looks at it between two pieces of work."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_on_signals(*numbers: int) -> Iterator[Stop]:
+    """Note the first of these signals instead of raising wherever it happens to arrive; a second Ctrl-C raises at once.
+
+    An exception raised inside a library's callback can be swallowed there, and the signal with it; a note cannot.
+    """
+    stop = Stop()
+
+    def note(number: int, frame: object) -> None:
+        stop.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = {number: signal.signal(number, note) for number in numbers} if in_main_thread else {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def progress_bar(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from storage.console import progress_bar
+from storage.console import progress_bar, stop_on_signals
 from storage.errors import UserError
 from storage.files import write_atomic
 from trainer.checkpoint import RunState, latest_checkpoint, read_state, restore, save_checkpoint
@@ -37,13 +36,6 @@ from trainer.optim import make_optimizer
 from trainer.step import LatentScale, train_step
 
 SUMMARY_FILE = "summary.json"
-
-
-@dataclass
-class _Stop:
-    """The signal that asked the run to end, if any."""
-
-    signal: int | None = None
 
 
 @dataclass
@@ -149,7 +141,7 @@ def _train(
     start_s = time.perf_counter()
     bar = progress_bar(config.steps, unit="step", done=first_step, description="train", hidden=not world.is_main)
     model.train()
-    with _stop_on_signals() as stop, loader, bar:
+    with stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop, loader, bar:
         for batch in loader:
             values = train_step(wrapped, ema, model, optimizer, batch, scale, config, geometry.n_classes)
             step = batch.step + 1
@@ -273,22 +265,3 @@ def _opening(
         f"start      step {first_step} of {config.steps}",
     ]
     return "\n".join(lines)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM for the end of the step; a second Ctrl-C interrupts at once."""
-    stop = _Stop()
-
-    def note(number: int, frame: object) -> None:
-        stop.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
