@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     add_options(commands.add_parser("precompute", help="encode a data set into a store"))
     preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
-    preview.add_argument("store", type=Path)
+    preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     preview.add_argument("--images", type=int, default=8, help="how many images to show (default 8)")
     demo = commands.add_parser("demo", help="both stages on the built-in photographs")

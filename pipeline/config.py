@@ -19,7 +19,7 @@ class PrecomputeConfig:
     """Stage one: which images, which encoders, where to, and with what resources."""
 
     data: Path = field(metadata={"help": "folder of images, one sub-folder a class"})
-    store: Path = field(metadata={"help": "store root to make or to go on with"})
+    store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
     latents: str = option("VAE: a name, a diffusers directory or a hub id; none: no latents", "sd-vae-ft-mse")
     features: str = option("vision encoder's name; none: no features", "dinov2-vitb14")
     latents_weights: Path | None = option("diffusers directory to load the named VAE from", None)
@@ -40,6 +40,8 @@ class PrecomputeConfig:
     verbose: bool = option("let Ray's own log messages through", False)
 
     def __post_init__(self) -> None:
+        if not str(self.store).strip():
+            raise UserError("STORE is empty; name a directory or an s3:// or gs:// URL")
         for name in ("shard_rows", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")

@@ -270,7 +270,7 @@ class _Driver:
 
     def _check_budget(self) -> None:
         if self.n_failed > self.allowed_failures:
-            group = self.plan.root / self.plan.groups[0].layout.path
+            group = self.plan.root.at(self.plan.groups[0].layout.path)
             raise UserError(
                 f"{self.n_failed} of {len(self.plan.index)} images cannot be decoded, {self.allowed_failures} are "
                 f"allowed; see `python -m storage info {group}` for which and why, mend them, or raise --max-failures"

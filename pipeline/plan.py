@@ -7,10 +7,10 @@ is built.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import PrecomputeConfig
@@ -20,6 +20,7 @@ from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, c
 from storage.index import Index
 from storage.layout import GROUP_KINDS
 from storage.receipts import scan
+from storage.roots import Root
 
 FREE_SPACE_MARGIN = 1.05  # metadata, receipts and the index
 
@@ -37,7 +38,7 @@ class GroupPlan:
 class Plan:
     """Everything the job needs to know. `missing` maps a unit to the paths of the groups that lack it."""
 
-    root: Path
+    root: Root
     layout: StoreLayout
     index: Index
     groups: tuple[GroupPlan, ...]
@@ -94,7 +95,7 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, staging: S
     layout = StoreLayout(
         n_rows=len(index), views=config.views, resolution=config.resolution, shard_rows=config.shard_rows
     )
-    root = config.store
+    root = staging.root
     groups = plan_groups(config, layout, index.digest())
     create_store(root, layout, index, source.provenance(), staging.run_id)
     digests: dict[str, str] = {}
@@ -119,7 +120,7 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, staging: S
         missing={unit: tuple(missing[unit]) for unit in sorted(missing)},
         failed_before=sum(count for unit, count in failed.items() if unit not in missing),
     )
-    free = shutil.disk_usage(root).free
+    free = shutil.disk_usage(root.path).free if root.path is not None else math.inf
     if plan.bytes_missing * FREE_SPACE_MARGIN > free:
         raise UserError(
             f"{root} has {free / 1e9:.1f} GB free and {plan.bytes_missing / 1e9:.1f} GB are to be written; "

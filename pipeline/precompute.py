@@ -11,6 +11,7 @@ from pipeline.plan import describe_plan, make_plan
 from pipeline.ray_environment import prepare_ray
 from pipeline.sources import open_source
 from storage import Staging
+from storage.roots import absolute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
 
     Raises UserError for what the user can mend. Units that failed three times are in the summary; the others are done.
     """
-    config = dataclasses.replace(config, data=config.data.absolute(), store=config.store.absolute())
+    config = dataclasses.replace(config, data=config.data.absolute(), store=absolute(config.store))
     source = open_source(config.data)
     found = source.listing()
     if found.left_out:
@@ -55,7 +56,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     for unit, history in given_up.items():
         print(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}", file=sys.stderr)
     return Summary(
-        store=str(config.store),
+        store=config.store,
         images=len(plan.index),
         units=plan.layout.n_units,
         units_encoded=len(plan.missing) - len(given_up),

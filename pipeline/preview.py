@@ -19,7 +19,7 @@ from storage import GroupReader, Store, UserError, open_store
 GAP = 2  # pixels between pictures
 
 
-def write_preview(root: Path, out: Path, *, n_images: int = 8) -> list[Path]:
+def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Path]:
     """Write the pictures that the store's groups allow and return their paths.
 
     Images are spread evenly over the rows. The originals are read from the source that the store was made of; raises

@@ -4,15 +4,18 @@ Imports numpy, zarr, pyarrow and h5py only; never torch, ray or an encoder libra
 writer needs `create_store`, `create_group`, `Staging` and `publish_unit`.
 """
 
+from storage.cache import CacheConfig
 from storage.errors import StoreError, UserError
+from storage.gather import ArrayReader
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
-from storage.reader import ArrayReader, GroupReader, Store, open_store
+from storage.reader import GroupReader, Store, open_array, open_store
 from storage.staging import Staging
 from storage.writer import Failure, create_group, create_store, publish_unit
 
 __all__ = [
     "ArrayLayout",
     "ArrayReader",
+    "CacheConfig",
     "Failure",
     "GroupLayout",
     "GroupReader",
@@ -23,6 +26,7 @@ __all__ = [
     "UserError",
     "create_group",
     "create_store",
+    "open_array",
     "open_store",
     "publish_unit",
 ]

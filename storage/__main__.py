@@ -1,42 +1,68 @@
-"""`python -m storage`: look at stores without touching them.
+"""`python -m storage`: look at stores, check them, compare them, take their numbers elsewhere and bring others' in.
 
-ls ROOT      the groups of a store: encoder, shape, dtype, size, how complete
-info GROUP   one group (ROOT/latents/NAME or ROOT/features/NAME): identity, provenance, failures, timings
+A STORE is a directory or a URL (s3://, gs://, http(s)://); a GROUP is STORE/latents/NAME or STORE/features/NAME.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from storage.console import EXIT_OK, Parser, run_command
-from storage.errors import UserError
-from storage.layout import GROUP_KINDS
+from storage.console import EXIT_FAILED, EXIT_OK, Parser, progress_bar, run_command
+from storage.diff import diff_groups, diff_stores
+from storage.errors import StoreError
+from storage.layout import GROUP_KINDS, METADATA
 from storage.reader import Store, open_store
 from storage.receipts import Failure, scan
+from storage.roots import Root, absolute, open_root
+from storage.verify import verify
 
 PROG = "python -m storage"
+SHOWN = 20  # undone units, failed samples
+LEVELS = 3  # folders below ROOT in which `ls` looks for stores
+
+
+def list_stores(where: str) -> int:
+    """Print every store at or below `where`, a line a group; returns how many stores there are."""
+    n_found = 0
+    for name in _stores_below(open_root(where), "", LEVELS):
+        n_found += 1
+        try:
+            list_groups(open_store(f"{where.rstrip('/')}/{name}" if name else where))
+        except StoreError as error:
+            print(f"{where}/{name}: {error}")
+    if not n_found:
+        open_store(where)  # says what is wrong with it
+        raise StoreError(f"{where} holds no store")
+    return n_found
 
 
 def list_groups(store: Store) -> None:
     """Print one line a group."""
     print(f"{store.root}: {store.n_rows} rows, views {', '.join(store.layout.views)}, {store.resolution} px")
     for path in store.groups():
-        layout, attributes = store.group_layout(path)
-        scanned = list(scan(store.root, layout, attributes["identity_digest"]))
-        n_done = sum(reason is None for _, _, reason in scanned)
-        n_bytes = sum(
-            shard.nbytes for _, receipt, reason in scanned if receipt and reason is None for shard in receipt.shards
-        )
-        arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.shape))} {a.dtype}" for a in layout.arrays)
-        print(f"  {path}  {arrays}  {n_bytes / 1e9:.3f} GB  units {n_done}/{layout.store.n_units}")
+        try:
+            layout, attributes = store.group_layout(path)
+        except StoreError as error:
+            print(f"  {path}  {error}")
+            continue
+        n_done = n_bytes = 0
+        for _, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
+            if receipt is not None and reason is None:
+                n_done += 1
+                n_bytes += sum(shard.nbytes for shard in receipt.shards)
+        arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.shape))} {a.dtype.lstrip('<|')}" for a in layout.arrays)
+        identity = attributes["identity"]
+        codec = identity.get("codec", {}).get("name", identity.get("dtype", "?"))
+        state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
+        print(f"  {path}  {identity.get('encoder', '?')}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
 
 
 def describe_group(store: Store, path: str) -> None:
     """Print identity, provenance, failed samples and where the time went."""
     layout, attributes = store.group_layout(path)
+    print(store.root.at(path))
     for heading in ("identity", "provenance"):
         print(heading, json.dumps(attributes.get(heading, {}), indent=2, sort_keys=True), sep="\n")
     print(f"identity digest {attributes['identity_digest']}")
@@ -51,27 +77,108 @@ def describe_group(store: Store, path: str) -> None:
         for stage, seconds in receipt.timings_s.items():
             timings_s[stage] = timings_s.get(stage, 0.0) + seconds
     print("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
-    print(f"units done {layout.store.n_units - len(undone)}/{layout.store.n_units}", *undone[:20], sep="\n  ")
-    print(f"samples failed {len(failures)}", *(f"row {f.row} {f.key}: {f.reason}" for f in failures[:20]), sep="\n  ")
+    n_units = layout.store.n_units
+    print(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone), sep="\n  ")
+    print(
+        f"samples failed {len(failures)}", *_shown([f"row {f.row} {f.key}: {f.reason}" for f in failures]), sep="\n  "
+    )
+
+
+def verify_store(where: str, deep: bool) -> int:
+    """Print every fault; returns the exit status."""
+    store, path = split_group(where)
+    groups = [path] if path else None
+    total = 0
+    for name in groups or store.groups():
+        try:
+            layout, _ = store.group_layout(name)
+        except StoreError:
+            continue  # a fault, named below
+        total += layout.sample_bytes * store.n_rows
+    n_faults = 0
+    with progress_bar(total, unit="B", description="verify", unit_scale=True, hidden=not deep) as bar:
+        for fault in verify(str(store.root), groups=groups, deep=deep, progress=bar.update):
+            n_faults += 1
+            bar.clear()
+            print(fault, flush=True)
+    what = "every byte read" if deep else "structure, receipts and shard indexes; --deep reads every byte"
+    print(f"{where}: {n_faults or 'no'} fault{'' if n_faults == 1 else 's'} ({what})")
+    return EXIT_FAILED if n_faults else EXIT_OK
+
+
+def diff(a: str, b: str) -> int:
+    """Print every difference; returns the exit status, 1 when there is one."""
+    (store_a, path_a), (store_b, path_b) = split_group(a), split_group(b)
+    if bool(path_a) != bool(path_b):
+        raise StoreError(f"compare two stores or two groups, got {a} and {b}")
+    lines: Iterator[str] = diff_groups(store_a, path_a, store_b, path_b) if path_a else diff_stores(store_a, store_b)
+    equal = True
+    for line in lines:
+        equal = False
+        print(line)
+    if equal:
+        print("no difference in samples, identities or rows")
+    return EXIT_OK if equal else EXIT_FAILED
+
+
+def split_group(where: str) -> tuple[Store, str]:
+    """The store, and the group's path in it or ""."""
+    name = absolute(where)
+    parts = name.rsplit("/", 2)
+    if len(parts) == 3 and parts[1] in GROUP_KINDS:
+        path = f"{parts[1]}/{parts[2]}"
+        return open_store(parts[0]), path
+    return open_store(where), ""
+
+
+def _stores_below(root: Root, prefix: str, levels: int) -> Iterator[str]:
+    names = root.children(prefix) if root.path is not None or levels < LEVELS or _lists(root) else [METADATA]
+    if METADATA in names:
+        yield prefix
+        return
+    for name in names if levels else []:
+        if not name.startswith("."):
+            yield from _stores_below(root, f"{prefix}/{name}".lstrip("/"), levels - 1)
+
+
+def _lists(root: Root) -> bool:
+    try:
+        root.children("")
+    except StoreError:
+        return False
+    return True
+
+
+def _shown(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"… and {len(lines) - SHOWN} more"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", help="the groups of a store").add_argument("root", type=Path)
-    commands.add_parser("info", help="one group of a store").add_argument("group", type=Path)
+    commands.add_parser("ls", help="the stores at or below a place, a line a group").add_argument("root")
+    commands.add_parser("info", help="identity, provenance, failures, timings").add_argument(
+        "store", metavar="STORE|GROUP"
+    )
+    checking = commands.add_parser("verify", help="check a store or a group; exit status 1 when something is wrong")
+    checking.add_argument("store", metavar="STORE|GROUP")
+    checking.add_argument("--deep", action="store_true", help="read every byte: checksums, NaN and infinity")
+    comparing = commands.add_parser("diff", help="identity fields and rows in which two stores or groups differ")
+    comparing.add_argument("a", metavar="STORE|GROUP")
+    comparing.add_argument("b", metavar="STORE|GROUP")
     args = parser.parse_args(argv)
     if args.command == "ls":
-        list_groups(open_store(args.root))
+        list_stores(args.root)
         return EXIT_OK
-    group: Path = args.group.absolute()
-    if group.parent.name not in GROUP_KINDS:
-        raise UserError(
-            f"a group is STORE/latents/NAME or STORE/features/NAME, got {args.group}; see `{PROG} ls STORE`"
-        )
-    describe_group(open_store(group.parent.parent), f"{group.parent.name}/{group.name}")
-    return EXIT_OK
+    if args.command == "info":
+        store, path = split_group(args.store)
+        for name in [path] if path else store.groups():
+            describe_group(store, name)
+        return EXIT_OK
+    if args.command == "verify":
+        return verify_store(args.store, args.deep)
+    return diff(args.a, args.b)
 
 
 if __name__ == "__main__":

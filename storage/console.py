@@ -88,13 +88,14 @@ def stop_on_signals(*numbers: int) -> Iterator[Stop]:
 
 
 def progress_bar(
-    total: int, *, unit: str, done: int = 0, description: str = "", hidden: bool = False
+    total: int, *, unit: str, done: int = 0, description: str = "", unit_scale: bool = False, hidden: bool = False
 ) -> tqdm[NoReturn]:
     """A bar on stderr with done, total, rate and ETA; a line every 10 s when stderr is not a terminal."""
     return tqdm(
         total=total,
         initial=done,
         unit=unit,
+        unit_scale=unit_scale,
         desc=description,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,

@@ -1,7 +1,7 @@
 """Files that are either whole or absent: temporary name, fsync, rename, directory fsync.
 
-Everything small that a store publishes (receipts, the index, metadata) goes through `write_atomic`; shards, which are
-large and written from several buffers, use the same steps in `shard.py`. Measured cost on a local disk: two fsyncs.
+What a store publishes goes through `roots.py`, which uses these steps; `write_atomic` is for other small files. Cost:
+two fsyncs a file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+
+IOV_MAX = 1024  # buffers a single writev or preadv takes on Linux
 
 
 def fsync_directory(directory: Path) -> None:
@@ -32,10 +37,24 @@ def make_directories(directory: Path) -> None:
         fsync_directory(path.parent)
 
 
-def publish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path, *, fsync: bool = True) -> None:
     """Rename a synced temporary file (or directory) to its final name and sync the directory that holds it."""
     os.replace(temporary, final)
-    fsync_directory(final.parent)
+    if fsync:
+        fsync_directory(final.parent)
+
+
+def write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
+    """`writev` every buffer (uint8, 1-D) in order, going on after a short write. Raises OSError."""
+    pending = list(buffers)
+    first = 0
+    while first < len(pending):
+        written = os.writev(fd, pending[first : first + IOV_MAX])  # type: ignore[arg-type]
+        while first < len(pending) and written >= pending[first].nbytes:
+            written -= pending[first].nbytes
+            first += 1
+        if written:
+            pending[first] = pending[first][written:]
 
 
 def partial_name(path: Path, run_id: str) -> Path:

@@ -2,66 +2,79 @@
 
 Guarantees: `out[i]` is the stored sample of (rows[i], views[i]) bit for bit, or an error that names the shard and the
 row; a row that was left empty is an error, never zeros. Open files are bounded, so a store of any number of shards is
-read under the usual limit of 1,024. The reader may be used from several threads, survives a fork and pickles (a worker
-process opens its own files).
+read under the usual limit of 1,024. The reader may be used from several threads, survives a fork (of a directory's
+reader) and pickles (a worker process opens its own files).
 
-Costs: a row is one range of one `preadv` straight into the caller's memory, which releases the GIL; ranges that touch
-in the file are read by one call. The first read of a shard opens it and reads its index (16 bytes a chunk). Checking a
-chunk costs one CRC-32C pass over it.
+Costs: a row is one range of one `preadv` straight into the caller's memory, which releases the GIL; rows that touch in
+the file are read by one call. What is kept does not grow with the epochs: a byte a shard that was seen, a bit a chunk
+that was checked, and three bounded caches (open files, irregular shard indexes, checksums from receipts).
 
 Checksums: `never` trusts the disk, `always` checks every read, `first` (default) checks each chunk once a process. The
 CRC is compared with the unit's receipt, not with the copy beside the chunk, so a whole and valid shard in the wrong
-place is found too.
+place is found too. An array without receipts (another program's) is compared with the copy beside the chunk.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
+from storage.cache import DiskCache
 from storage.errors import StoreError
 from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout
 from storage.receipts import read_receipt
-from storage.shard import HEAL, IOV_MAX, read_shard_index
+from storage.roots import Root
+from storage.shard import HEAL, parse_shard_index
+from storage.shard_files import LocalFiles, Read, RemoteFiles, ShardFiles
 
 ChecksumPolicy = Literal["never", "first", "always"]
+EmptyRows = Literal["refuse", "fill"]
 MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
+MAX_MERGED_CHUNKS = 512  # half of what one preadv takes, as each chunk is followed by its checksum
+MIN_PIECE_BYTES = 1 << 20  # less than this is not worth waking another thread for
+INDEXES_KEPT = 4096  # irregular ones, 16 bytes a chunk
+CHECKSUMS_KEPT = 16384  # shards, 4 bytes a chunk
 
+UNKNOWN, REGULAR, IRREGULAR = 0, 1, 2  # what is known of a shard's index
 
-@dataclass
-class _OpenShard:
-    fd: int
-    path: Path
-    index: np.ndarray  # uint64 (S·V, 2)
-    pins: int = 0
-    crcs: np.ndarray | None = None  # uint32 (S·V,), from the receipt, when the first check needs it
-    checked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+Value = TypeVar("Value")
 
 
 class ArrayReader:
-    """One array of a group, read by rows. Made by `GroupReader`; `shape`, `dtype` and `row_shape` describe it."""
+    """One array of a group, read by rows. `shape`, `dtype` and `row_shape` describe it; made by `GroupReader`."""
 
     def __init__(
-        self, root: Path, group: GroupLayout, layout: ArrayLayout, checksums: ChecksumPolicy, n_threads: int
+        self,
+        root: Root,
+        group: GroupLayout | None,
+        layout: ArrayLayout,
+        *,
+        path: str,
+        checksums: ChecksumPolicy,
+        n_threads: int,
+        cache: DiskCache | None = None,
+        empty: EmptyRows = "refuse",
     ) -> None:
+        """`group` is None for an array without receipts; `path` is the array's, below the root."""
         assert checksums in ("never", "first", "always"), checksums
+        self._arguments = (root, group, layout)
+        self._options: dict[str, Any] = {
+            "path": path, "checksums": checksums, "n_threads": n_threads, "cache": cache, "empty": empty
+        }  # fmt: skip
         self._root, self._group, self._layout = root, group, layout
-        self._checksums, self._n_threads = checksums, n_threads
+        self._path, self._checksums, self._n_threads, self._empty = path, checksums, n_threads, empty
+        self._cache = cache
         self.shape = layout.shape
         self.row_shape = layout.row_shape
         self.dtype = np.dtype(layout.dtype)
-        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._max_open = max(8, min(512, soft_limit // 8))  # several arrays, and the rest of the process, share it
         self._start()
 
     def read_into(self, rows: np.ndarray | Sequence[int], views: np.ndarray | int, out: np.ndarray) -> None:
@@ -71,174 +84,210 @@ class ArrayReader:
         (B, *row_shape) of this array's dtype. Raises IndexError for a row or view that does not exist and StoreError,
         naming shard and row, for an empty row, a damaged shard or a wrong checksum; `out` is then undefined.
         """
-        rows = np.asarray(rows, dtype=np.int64)
-        views = np.broadcast_to(np.asarray(views, dtype=np.int64), rows.shape)
-        n_rows, n_views = self.shape[:2]
+        rows, views = self._checked_rows(rows, views)
         if out.shape != (len(rows), *self.row_shape) or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ValueError(
                 f"out must be C-contiguous {self.dtype} {(len(rows), *self.row_shape)}, got {out.dtype} {out.shape}"
             )
         if len(rows) == 0:
             return
-        if rows.min() < 0 or rows.max() >= n_rows:
-            raise IndexError(f"rows must lie in [0, {n_rows}), got {rows.min()} to {rows.max()}")
-        if views.min() < 0 or views.max() >= n_views:
-            raise IndexError(f"views must lie in [0, {n_views}), got {views.min()} to {views.max()}")
-        if os.getpid() != self._pid:  # forked: locks and threads of the parent are not ours
-            self._start()
-        units, slots = np.divmod(rows, self._layout.store.shard_rows)
-        slots = slots * n_views + views
-        order = np.lexsort((slots, units))
-        units, slots = units[order], slots[order]
-        targets = out.reshape(len(rows), -1).view(np.uint8)
-        pieces = np.array_split(np.arange(len(order)), min(self._n_threads, len(order)))
-        jobs = [(units[piece], slots[piece], order[piece], targets) for piece in pieces]
-        if len(jobs) == 1:
-            self._read_piece(*jobs[0])
+        targets = out.reshape(-1).view(np.uint8).data
+        units, slots, order, offsets = self._locate(rows, views)
+        if (offsets < 0).any():
+            empty = offsets < 0
+            if self._empty == "refuse":
+                where = self._where(int(units[empty][0]), int(slots[empty][0]))
+                raise StoreError(f"{where} is empty: its sample failed")
+            out[order[empty]] = 0
+            units, slots, order, offsets = (array[~empty] for array in (units, slots, order, offsets))
+        reads = self._plan(units, slots, order, offsets, targets)
+        n_pieces = max(1, min(self._n_threads, len(reads), len(order) * self._layout.chunk_bytes // MIN_PIECE_BYTES))
+        if not self._files.by_bytes:
+            n_pieces = min(self._n_threads, len(reads))  # requests wait for the network, not for memory
+        bounds = np.linspace(0, len(reads), n_pieces + 1).astype(int)
+        pieces = [reads[start:stop] for start, stop in pairwise(bounds.tolist())]
+        self._together(self._read_piece, pieces)
+
+    def will_read(self, rows: np.ndarray | Sequence[int], views: np.ndarray | int) -> None:
+        """Say that these rows are read soon, so that the disk starts now. Costs system calls, returns nothing.
+
+        A hint: the rows must exist, and nothing else is checked. Does nothing for a remote root, whose requests are
+        already many at once.
+        """
+        rows, views = self._checked_rows(rows, views)
+        if len(rows) == 0 or not self._files.by_bytes:
             return
-        futures = [self._pool.submit(self._read_piece, *job) for job in jobs[1:]]
-        try:
-            self._read_piece(*jobs[0])
-        finally:
-            for future in futures:  # nobody may write into `out` once we return
-                future.exception()
-        for future in futures:
-            future.result()
+        units, _, _, offsets = self._locate(rows, views)
+        there = offsets >= 0
+        self._files.will_read(units[there], offsets[there], self._layout.stored_bytes)
 
     def close(self) -> None:
         """Close every file and stop the threads; the reader opens them again if it is used again."""
         self._pool.shutdown(wait=True)
-        for shard in self._open.values():
-            os.close(shard.fd)
+        self._files.close()
         self._start()
 
     def _start(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._checked: dict[int, np.ndarray] = {}
         self._pool = ThreadPoolExecutor(self._n_threads, thread_name_prefix=f"gather-{self._layout.name}")
+        self._files: ShardFiles
+        if self._root.path is not None:
+            self._files = LocalFiles(self._root.path, self._path, self._layout)
+        else:
+            self._files = RemoteFiles(self._root, self._path, self._layout, self._cache, self._receipt_crcs)
+        n_units = self._layout.store.n_units
+        self._state = np.zeros(n_units, dtype=np.uint8)
+        self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()  # int64 (S·V,) offsets, −1 where empty
+        self._crcs: OrderedDict[int, np.ndarray] = OrderedDict()  # uint32 (S·V,)
+        # One bit a chunk, all shards; the kernel gives memory to the pages that are touched.
+        self._seen = np.zeros((n_units, (self._layout.n_shard_chunks + 7) // 8), dtype=np.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "root": self._root,
-            "group": self._group,
-            "layout": self._layout,
-            "checksums": self._checksums,
-            "n_threads": self._n_threads,
-        }
+        return {"arguments": self._arguments, "options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        ArrayReader.__init__(self, **state)
+        ArrayReader.__init__(self, *state["arguments"], **state["options"])
 
-    def _read_piece(self, units: np.ndarray, slots: np.ndarray, order: np.ndarray, targets: np.ndarray) -> None:
-        """Read sorted (unit, slot) pairs; `order` says which row of `targets` each fills."""
-        starts = np.flatnonzero(np.diff(units, prepend=-1))
-        for start, stop in zip(starts, [*starts[1:], len(units)], strict=True):
-            shard = self._acquire(int(units[start]))
-            try:
-                self._read_from(shard, int(units[start]), slots[start:stop], order[start:stop], targets)
-            finally:
-                with self._lock:
-                    shard.pins -= 1
+    def _checked_rows(self, rows: Any, views: Any) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.asarray(rows, dtype=np.int64)
+        views = np.asarray(views, dtype=np.int64)
+        n_rows, n_views = self.shape[:2]
+        if len(rows) and (rows.min() < 0 or rows.max() >= n_rows):
+            raise IndexError(f"rows must lie in [0, {n_rows}), got {rows.min()} to {rows.max()}")
+        if views.size and (views.min() < 0 or views.max() >= n_views):
+            raise IndexError(f"views must lie in [0, {n_views}), got {views.min()} to {views.max()}")
+        if os.getpid() != self._pid:  # forked: locks, threads and files of the parent are not ours
+            self._start()
+        return rows, views
 
-    def _read_from(
-        self, shard: _OpenShard, unit: int, slots: np.ndarray, order: np.ndarray, targets: np.ndarray
-    ) -> None:
-        offsets = shard.index[slots, 0]
-        if (offsets == EMPTY).any():
-            raise StoreError(f"{self._where(shard, unit, slots[offsets == EMPTY][0])} is empty: its sample failed")
-        stored_bytes = self._layout.chunk_bytes + CRC_BYTES
-        most = min(IOV_MAX // 2, max(1, MAX_MERGED_BYTES // stored_bytes))
-        touching = np.diff(offsets.astype(np.int64), prepend=-1) == stored_bytes
+    def _locate(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(units, slots, positions in the caller's batch, byte offsets or −1), sorted by place on disk."""
+        n_views = self.shape[1]
+        units, slots = np.divmod(rows, self._layout.store.shard_rows)
+        slots = slots * n_views + views
+        order = np.argsort(units * self._layout.n_shard_chunks + slots, kind="stable")
+        units, slots = units[order], slots[order]
+        states = self._state[units]
+        if (states == UNKNOWN).any():
+            self._together(self._look_up, np.unique(units[states == UNKNOWN]).tolist())
+            states = self._state[units]
+        offsets = slots * self._layout.stored_bytes
+        if (states == IRREGULAR).any():
+            for unit in np.unique(units[states == IRREGULAR]).tolist():
+                of_unit = units == unit
+                offsets[of_unit] = self._index(unit)[slots[of_unit]]
+        return units, slots, order, offsets
+
+    def _plan(
+        self, units: np.ndarray, slots: np.ndarray, order: np.ndarray, offsets: np.ndarray, targets: memoryview
+    ) -> list[Read]:
+        """Runs of chunks that touch in a file, each one read."""
+        n_bytes, stored = self._layout.chunk_bytes, self._layout.stored_bytes
+        most = min(MAX_MERGED_CHUNKS, max(1, MAX_MERGED_BYTES // stored))
+        touching = (np.diff(offsets) == stored) & (np.diff(units) == 0)
+        places, positions, unit_list, slot_list = offsets.tolist(), order.tolist(), units.tolist(), slots.tolist()
+        beside = self._checksums != "never" and self._group is None
+        reads = []
         start = 0
-        while start < len(slots):
-            stop = start + 1
-            while stop < len(slots) and touching[stop] and stop - start < most:
-                stop += 1
-            self._read_run(shard, unit, int(offsets[start]), slots[start:stop], [targets[i] for i in order[start:stop]])
-            start = stop
+        for stop in [*(np.flatnonzero(~touching) + 1).tolist(), len(places)]:
+            while start < stop:
+                end = min(stop, start + most)
+                buffers: list[Any] = []
+                for position in positions[start:end]:
+                    buffers.append(targets[position * n_bytes : (position + 1) * n_bytes])
+                    buffers.append(bytearray(CRC_BYTES))
+                if not beside:
+                    buffers.pop()  # nobody looks at the last checksum
+                reads.append(Read(unit_list[start], places[start], slot_list[start:end], buffers))
+                start = end
+        return reads
 
-    def _read_run(
-        self, shard: _OpenShard, unit: int, offset: int, slots: np.ndarray, targets: list[np.ndarray]
-    ) -> None:
-        """One `preadv` of neighbouring chunks; the stored checksums between them go to a scratch buffer."""
-        scratch = bytearray(CRC_BYTES)
-        buffers: list[Any] = [buffer for target in targets for buffer in (target, scratch)]
-        expected = len(targets) * (self._layout.chunk_bytes + CRC_BYTES)
-        got = os.preadv(shard.fd, buffers, offset)
-        if got != expected:
-            got = self._read_slowly(shard.fd, buffers, offset)
-        if got != expected:
-            raise StoreError(f"{self._where(shard, unit, slots[0])}: {got} of {expected} bytes at {offset}; {HEAL}")
-        if self._checksums == "never":
+    def _read_piece(self, reads: list[Read]) -> None:
+        try:
+            for done in self._files.read(reads):
+                if self._checksums != "never":
+                    self._check(done)
+        except FileNotFoundError as error:
+            raise StoreError(f"shard {error.filename or error} is missing; {HEAL}") from None
+        except EOFError as error:
+            read: Read = error.args[0]
+            raise StoreError(f"{self._where(read.unit, read.slots[0])}: the file is too short; {HEAL}") from None
+
+    def _check(self, read: Read) -> None:
+        seen = self._seen[read.unit]
+        once = self._checksums == "first"
+        if once and all(seen[slot >> 3] >> (slot & 7) & 1 for slot in read.slots):
             return
-        crcs = self._receipt_crcs(shard, unit)
-        for slot, target in zip(slots.tolist(), targets, strict=True):
-            if self._checksums == "first" and shard.checked[slot]:
-                continue
-            if google_crc32c.value(target) != crcs[slot]:
-                raise StoreError(f"{self._where(shard, unit, slot)}: wrong checksum, the bytes are damaged; {HEAL}")
-            shard.checked[slot] = True
+        crcs = None if self._group is None else self._receipt_crcs(read.unit)
+        for i, slot in enumerate(read.slots):
+            wanted = int.from_bytes(read.buffers[2 * i + 1], "little") if crcs is None else int(crcs[slot])
+            if crc32c(read.buffers[2 * i]) != wanted:
+                raise StoreError(f"{self._where(read.unit, slot)}: wrong checksum, the bytes are damaged; {HEAL}")
+            if once:
+                # Two threads may lose each other's bit of one byte: that chunk is then checked again.
+                seen[slot >> 3] |= 1 << (slot & 7)
 
-    @staticmethod
-    def _read_slowly(fd: int, buffers: list[Any], offset: int) -> int:
-        """After a short read (a signal, a file system's limit): buffer by buffer to the end of the file."""
-        total = 0
-        for buffer in buffers:
-            view = memoryview(buffer).cast("B")
-            while len(view):
-                got = os.preadv(fd, [view], offset + total)
-                if got == 0:
-                    return total
-                total += got
-                view = view[got:]
-        return total
-
-    def _acquire(self, unit: int) -> _OpenShard:
-        """The open shard, pinned; the least recently used ones beyond the bound are closed."""
-        with self._lock:
-            shard = self._open.get(unit)
-            if shard is None:
-                shard = self._open[unit] = self._open_shard(unit)
-                self._evict()
-            self._open.move_to_end(unit)
-            shard.pins += 1
-            return shard
-
-    def _open_shard(self, unit: int) -> _OpenShard:
-        path = self._root / self._group.path / self._layout.name / self._layout.shard_key(unit)
+    def _look_up(self, unit: int) -> None:
+        """Find out whether a shard's chunks lie one after the other, as our writer leaves them."""
+        if self._state[unit] != UNKNOWN:
+            return
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            size, tail = self._files.tail(unit, self._layout.index_bytes)
         except FileNotFoundError:
-            raise StoreError(f"shard {path} is missing; {HEAL}") from None
-        try:
-            shard = _OpenShard(fd=fd, path=path, index=read_shard_index(fd, self._layout, path))
-        except BaseException:
-            os.close(fd)
-            raise
-        # Kept beside the bounded files, since "once a process" must outlive an eviction: one bit a chunk would do,
-        # one byte is simpler, and it is only ever allocated for shards that are read.
-        shard.checked = self._checked.setdefault(unit, np.zeros(self._layout.n_shard_chunks, dtype=bool))
-        return shard
+            if self._empty == "refuse":
+                raise StoreError(f"shard {self._files.where(unit)} is missing; {HEAL}") from None
+            index = np.full(self._layout.n_shard_chunks, -1, dtype=np.int64)
+        else:
+            table = parse_shard_index(tail, size, self._layout, self._files.where(unit))
+            index = np.where(table[:, 0] == EMPTY, -1, table[:, 0].astype(np.int64))
+        n_chunks = len(self._layout.store.unit_rows(unit)) * self.shape[1]
+        regular = np.arange(n_chunks, dtype=np.int64) * self._layout.stored_bytes
+        if np.array_equal(index[:n_chunks], regular):
+            self._state[unit] = REGULAR
+            return
+        self._keep(self._indexes, unit, index, INDEXES_KEPT)
+        self._state[unit] = IRREGULAR
 
-    def _evict(self) -> None:
-        for unit in [unit for unit, shard in self._open.items() if shard.pins == 0]:
-            if len(self._open) <= self._max_open:
-                return
-            if unit != next(reversed(self._open)):
-                os.close(self._open.pop(unit).fd)
+    def _index(self, unit: int) -> np.ndarray:
+        index = self._indexes.get(unit)
+        if index is None:
+            self._state[unit] = UNKNOWN
+            self._look_up(unit)
+            index = self._indexes.get(unit)
+            if index is None:  # rewritten in place, regular now
+                return np.arange(self._layout.n_shard_chunks, dtype=np.int64) * self._layout.stored_bytes
+        return index
 
-    def _receipt_crcs(self, shard: _OpenShard, unit: int) -> np.ndarray:
-        if shard.crcs is None:
+    def _receipt_crcs(self, unit: int) -> np.ndarray:
+        crcs = self._crcs.get(unit)
+        if crcs is None:
+            assert self._group is not None
             receipt = read_receipt(self._root, self._group, unit)
-            key = f"{self._layout.name}/{self._layout.shard_key(unit)}"
-            records = [record for record in receipt.shards if record.path == key] if receipt else []
-            if not records:
-                raise StoreError(f"shard {shard.path} has no receipt to check it against; {HEAL}")
-            shard.crcs = records[0].crcs()
-        return shard.crcs
+            record = receipt.shard(self._layout.name) if receipt else None
+            if record is None:
+                raise StoreError(f"shard {self._files.where(unit)} has no receipt to check it against; {HEAL}")
+            crcs = record.crcs()
+            self._keep(self._crcs, unit, crcs, CHECKSUMS_KEPT)
+        return crcs
 
-    def _where(self, shard: _OpenShard, unit: int, slot: int | np.integer) -> str:
-        row, view = divmod(int(slot), self._layout.store.n_views)
-        return f"shard {shard.path}, row {unit * self._layout.store.shard_rows + row}, view {view}"
+    def _keep(self, cache: OrderedDict[int, Value], unit: int, value: Value, most: int) -> None:
+        with self._lock:
+            cache[unit] = value
+            while len(cache) > most:
+                cache.popitem(last=False)
+
+    def _together(self, work: Callable[[Any], None], pieces: Sequence[Any]) -> None:
+        """Do the pieces on the pool, one of them here; returns when nobody works on any, and raises the first error."""
+        futures = [self._pool.submit(work, piece) for piece in pieces[1:]]
+        try:
+            work(pieces[0])
+        finally:
+            for future in futures:  # nobody may write into the caller's memory once we return
+                future.exception()
+        for future in futures:
+            future.result()
+
+    def _where(self, unit: int, slot: int) -> str:
+        row, view = divmod(slot, self.shape[1])
+        return f"shard {self._files.where(unit)}, row {unit * self._layout.store.shard_rows + row}, view {view}"

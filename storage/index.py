@@ -12,7 +12,6 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.errors import StoreError, UserError
-from storage.files import write_atomic
 from storage.layout import INDEX_FILE
+from storage.roots import Root
 
 SCHEMA = pa.schema(
     [
@@ -77,9 +76,10 @@ class Index:
         """SHA-256 (hex) over "key NUL label NUL class name LF" of every row."""
         sha = hashlib.sha256()
         for batch in self.table.select(["key", "label", "class_name"]).to_batches(max_chunksize=65536):
-            key, label, name = (column.to_pylist() for column in batch.columns)
-            lines = (f"{k}\0{n}\0{c}\n" for k, n, c in zip(key, label, name, strict=True))
-            sha.update("".join(lines).encode())
+            key, label, name = (column.cast(pa.string()) for column in batch.columns)
+            end = pa.array(["\n"] * len(batch), pa.string())
+            lines = pc.binary_join_element_wise(pc.binary_join_element_wise(key, label, name, "\0"), end, "")
+            sha.update(b"".join(lines.cast(pa.binary()).to_pylist()))
         return sha.hexdigest()
 
 
@@ -102,20 +102,21 @@ def make_index(
     return Index(table)
 
 
-def write_index(root: Path, index: Index, run_id: str) -> None:
-    """Publish `root/index.parquet` atomically; equal indexes give equal bytes under one pyarrow version."""
+def index_bytes(index: Index) -> bytes:
+    """The index as a Parquet file; equal indexes give equal bytes under one pyarrow version."""
     buffer = io.BytesIO()
     pq.write_table(index.table, buffer, compression="zstd", row_group_size=131072)
-    write_atomic(root / INDEX_FILE, buffer.getvalue(), run_id)
+    return buffer.getvalue()
 
 
-def read_index(root: Path) -> Index:
-    """Read `root/index.parquet`; raises StoreError when it is absent or not an index."""
-    path = root / INDEX_FILE
+def read_index(root: Root) -> Index:
+    """Read `index.parquet`; raises StoreError when it is absent or not an index."""
+    where = root.at(INDEX_FILE)
     try:
-        table = pq.read_table(path, read_dictionary=["class_name"])
+        table = pq.read_table(pa.BufferReader(root.read(INDEX_FILE)), read_dictionary=["class_name"])
         return Index(table.select(SCHEMA.names).cast(SCHEMA))
     except FileNotFoundError:
         raise StoreError(f"{root} has no {INDEX_FILE}, so it is not a store; make one with `make precompute`") from None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
-        raise StoreError(f"{path} is not an index ({error}); restore it or precompute into a new root") from error
+    except (pa.ArrowException, KeyError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(f"{where} is not an index ({first}); restore it or precompute into a new root") from error

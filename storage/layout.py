@@ -27,8 +27,10 @@ CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and length, uint64 each
 EMPTY = np.uint64(2**64 - 1)  # what the specification writes for a chunk that is not there
 
+METADATA = "zarr.json"
 INDEX_FILE = "index.parquet"
 RECEIPTS_DIR = "receipts"
+STORE_RECEIPT = f"{RECEIPTS_DIR}/store.json"
 GROUP_KINDS = ("latents", "features")
 
 
@@ -102,6 +104,11 @@ class ArrayLayout:
         return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of one inner chunk with its checksum, as it lies in a shard."""
+        return self.chunk_bytes + CRC_BYTES
+
+    @property
     def n_shard_chunks(self) -> int:
         """S·V: chunk slots of a shard, also of a short last one."""
         return self.store.shard_rows * self.store.n_views
@@ -142,3 +149,8 @@ class GroupLayout:
     def receipt_key(self, unit: int) -> str:
         """Path of the unit's receipt below the store root."""
         return f"{RECEIPTS_DIR}/{self.path}/{unit:08d}.json"
+
+    @staticmethod
+    def metadata_receipt_key(path: str) -> str:
+        """Path of the receipt of a group's own metadata."""
+        return f"{RECEIPTS_DIR}/{path}/metadata.json"

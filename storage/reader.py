@@ -2,6 +2,8 @@
 
 `open_store` reads the root's metadata only; `Store.group` reads a group's metadata and its receipts (one small file a
 unit), so that a reader is handed out only for a group that is complete, and with the list of rows that were left empty.
+Metadata that was edited since it was written is refused, since it decides how bytes become numbers. `open_array` reads
+any Zarr array of samples, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -9,21 +11,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
+from storage.cache import CacheConfig, group_cache
 from storage.errors import StoreError
+from storage.foreign import ZarrArrayReader
 from storage.gather import ArrayReader, ChecksumPolicy
 from storage.identity import identity_digest, require_same
 from storage.index import Index, read_index
-from storage.layout import FORMAT_VERSION, GROUP_KINDS, ArrayLayout, GroupLayout, StoreLayout
-from storage.receipts import Failure, Receipt, scan
+from storage.layout import FORMAT_VERSION, GROUP_KINDS, METADATA, STORE_RECEIPT, ArrayLayout, GroupLayout, StoreLayout
+from storage.metadata import read_attributes, reads_as_ours
+from storage.receipts import Failure, check_metadata, scan
+from storage.roots import Root, absolute, open_root
 
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
+VIEWS = ("original", "hflip")
+REMOTE_THREADS = 32  # they wait for answers, not for the processor
 
 
 class GroupReader:
@@ -31,24 +37,21 @@ class GroupReader:
 
     def __init__(
         self,
-        root: Path,
         layout: GroupLayout,
         attributes: Mapping[str, Any],
-        receipts: list[Receipt],
-        checksums: ChecksumPolicy,
-        n_threads: int,
+        failures: list[Failure],
+        arrays: Mapping[str, ArrayReader | ZarrArrayReader],
     ) -> None:
         self.path = layout.path
         self.layout = layout
         self.attributes = dict(attributes)
         self.identity: dict[str, Any] = self.attributes["identity"]
         self.identity_digest: str = self.attributes["identity_digest"]
-        self.receipts = receipts
-        self.failures: list[Failure] = [failure for receipt in receipts for failure in receipt.failed]
-        self.failed_rows = np.array(sorted(failure.row for failure in self.failures), dtype=np.int64)
-        self.arrays = {array.name: ArrayReader(root, layout, array, checksums, n_threads) for array in layout.arrays}
+        self.failures = failures
+        self.failed_rows = np.array(sorted(failure.row for failure in failures), dtype=np.int64)
+        self.arrays = dict(arrays)
 
-    def __getitem__(self, name: str) -> ArrayReader:
+    def __getitem__(self, name: str) -> ArrayReader | ZarrArrayReader:
         return self.arrays[name]
 
     def close(self) -> None:
@@ -60,7 +63,7 @@ class GroupReader:
 class Store:
     """A store root that was opened; `index` and the groups are read when asked for."""
 
-    def __init__(self, root: Path, attributes: Mapping[str, Any]) -> None:
+    def __init__(self, root: Root, attributes: Mapping[str, Any]) -> None:
         self.root = root
         self.attributes = dict(attributes)
         self.layout = StoreLayout(
@@ -79,7 +82,7 @@ class Store:
         require_same(
             {"n_rows": self.n_rows, "index_digest": self.attributes["index_digest"]},
             {"n_rows": len(index), "index_digest": index.digest()},
-            f"index {self.root / 'index.parquet'}",
+            f"index {self.root.at('index.parquet')}",
             "restore the store's own index",
         )
         return index
@@ -87,25 +90,51 @@ class Store:
     def groups(self) -> list[str]:
         """Paths of the groups there are, latents first: "latents/<name>", "features/<name>"."""
         return [
-            f"{kind}/{path.parent.name}"
+            f"{kind}/{name}"
             for kind in GROUP_KINDS
-            for path in sorted((self.root / kind).glob("[!.]*/zarr.json"))
+            for name in self.root.children(kind)
+            if not name.startswith(".") and self._has(f"{kind}/{name}")
         ]
+
+    def _has(self, path: str) -> bool:
+        try:
+            self.root.size(f"{path}/{METADATA}")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def group_layout(self, path: str) -> tuple[GroupLayout, dict[str, Any]]:
         """The group's geometry and attributes as its Zarr metadata say. Raises StoreError naming what exists."""
-        if path not in self.groups():
+        layout, attributes, _ = self._group_layout(path)
+        return layout, attributes
+
+    def _group_layout(self, path: str) -> tuple[GroupLayout, dict[str, Any], dict[str, Any]]:
+        """And the arrays, by name, that only zarr-python can read."""
+        kind, _, name = path.partition("/")
+        if kind not in GROUP_KINDS or not name or not self._has(path):
             raise StoreError(f"store {self.root} has no {path}; it has {', '.join(self.groups()) or 'no group yet'}")
-        group = zarr.open_group(self.root / path, mode="r")
-        attributes: dict[str, Any] = dict(group.attrs)
+        attributes = read_attributes(self.root, f"{path}/{METADATA}") or {}
         if attributes.get("format_version") != FORMAT_VERSION:
             raise StoreError(f"{path} has format version {attributes.get('format_version')}, not {FORMAT_VERSION}")
-        if identity_digest(attributes["identity"]) != attributes["identity_digest"]:
-            raise StoreError(
-                f"{self.root / path}: the identity was edited, its digest no longer fits; restore zarr.json"
+        where = self.root.at(path)
+        if identity_digest(attributes.get("identity", {})) != attributes.get("identity_digest"):
+            raise StoreError(f"{where}: the identity was edited, its digest no longer fits; restore zarr.json")
+        files, changed = check_metadata(self.root, GroupLayout.metadata_receipt_key(path))
+        if changed:
+            raise StoreError(f"{changed[0]}; restore it, or remove the group to encode it again")
+        names = sorted(key.split("/")[2] for key in files if key.count("/") == 3)
+        layouts, foreign = [], {}
+        for array_name in names:
+            array = zarr.open_array(self.root.zarr_store(), path=f"{path}/{array_name}", mode="r")
+            layout = ArrayLayout(
+                name=array_name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=self.layout
             )
-        arrays = tuple(_array_layout(name, array, self.layout) for name, array in sorted(group.arrays()))
-        return GroupLayout(path=path, arrays=arrays), attributes
+            if tuple(array.shape) != layout.shape:
+                raise StoreError(f"{where}/{array_name} has shape {array.shape}, the store's is {layout.shape}")
+            if not reads_as_ours(array, layout):
+                foreign[array_name] = array
+            layouts.append(layout)
+        return GroupLayout(path=path, arrays=tuple(layouts)), attributes, foreign
 
     def group(
         self,
@@ -113,60 +142,88 @@ class Store:
         *,
         expect: Mapping[str, Any] | None = None,
         checksums: ChecksumPolicy = "first",
-        n_threads: int = DEFAULT_THREADS,
+        n_threads: int | None = None,
+        cache: CacheConfig | None = None,
     ) -> GroupReader:
-        """Open a group. Raises StoreError when it is not there, not complete, or its identity is not `expect`."""
-        layout, attributes = self.group_layout(path)
+        """Open a group. Raises StoreError when it is not there, not complete, or its identity is not `expect`.
+
+        `n_threads` gather at once (default: the cores, at most 8, or 32 for a remote root); `cache` keeps a part of a
+        remote group on a local disk, and does nothing for a directory.
+        """
+        layout, attributes, foreign = self._group_layout(path)
         if expect is not None:
-            require_same(expect, attributes["identity"], str(self.root / path), "open the group you mean")
-        receipts = []
-        undone = []
+            require_same(expect, attributes["identity"], self.root.at(path), "open the group you mean")
+        failures: list[Failure] = []
+        n_undone, first_undone = 0, ""
         for unit, receipt, reason in scan(self.root, layout, attributes["identity_digest"]):
             if receipt is None or reason is not None:
-                undone.append((unit, reason))
+                first_undone = first_undone or f"first unit {unit}: {reason}"
+                n_undone += 1
             else:
-                receipts.append(receipt)
-        if undone:
-            unit, reason = undone[0]
+                failures += receipt.failed
+        if n_undone:
             raise StoreError(
-                f"{self.root / path} is not complete: {len(undone)} of {self.layout.n_units} units are not done "
-                f"(first unit {unit}: {reason}); run the same `make precompute` again to finish it"
+                f"{self.root.at(path)} is not complete: {n_undone} of {self.layout.n_units} units are not done "
+                f"({first_undone}); run the same `make precompute` again to finish it"
             )
-        return GroupReader(self.root, layout, attributes, receipts, checksums, n_threads)
+        if n_threads is None:
+            n_threads = DEFAULT_THREADS if self.root.path is not None else REMOTE_THREADS
+        disk_cache = None
+        if cache is not None and self.root.path is None:
+            disk_cache = group_cache(cache, str(self.root), layout, attributes["identity_digest"])
+        arrays: dict[str, ArrayReader | ZarrArrayReader] = {}
+        for array in layout.arrays:
+            where = f"{path}/{array.name}"
+            if array.name in foreign:
+                arrays[array.name] = ZarrArrayReader(foreign[array.name], self.root.at(where), failures)
+            else:
+                arrays[array.name] = ArrayReader(
+                    self.root, layout, array, path=where, checksums=checksums, n_threads=n_threads, cache=disk_cache
+                )
+        return GroupReader(layout, attributes, failures, arrays)
 
 
-def open_store(root: str | os.PathLike[str]) -> Store:
-    """Open the store at `root`. Raises StoreError when there is none or its format is another version's."""
-    path = Path(root)
-    if not (path / "zarr.json").exists():
-        state = "does not exist" if not path.exists() else "is not a store (it has no zarr.json)"
-        raise StoreError(f"{path} {state}; make one with `make precompute DATA=… STORE={path}`")
-    attributes: dict[str, Any] = dict(zarr.open_group(path, mode="r").attrs)
+def open_store(where: str | os.PathLike[str] | Root) -> Store:
+    """Open the store at a path or URL. Raises StoreError when there is none or its format is another version's."""
+    root = open_root(where)
+    attributes = read_attributes(root, METADATA)
+    if attributes is None:
+        exists = root.path is not None and root.path.exists()
+        state = "is not a store (it has no zarr.json)" if exists else "does not exist"
+        raise StoreError(f"{root} {state}; make one with `make precompute DATA=… STORE={root}`")
     if attributes.get("format_version") != FORMAT_VERSION:
         raise StoreError(
-            f"{path} is not a store of format version {FORMAT_VERSION} (it says {attributes.get('format_version')}); "
+            f"{root} is not a store of format version {FORMAT_VERSION} (it says {attributes.get('format_version')}); "
             "use the code that wrote it, or precompute again"
         )
-    return Store(path, attributes)
+    changed = check_metadata(root, STORE_RECEIPT, only=METADATA)[1]
+    if changed:
+        raise StoreError(f"{changed[0]}; restore it")
+    return Store(root, attributes)
 
 
-def _array_layout(name: str, array: Any, store: StoreLayout) -> ArrayLayout:
-    """The layout of an array that was written by us or by another program with the same codecs."""
-    layout = ArrayLayout(name=name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=store)
-    codecs = array.metadata.codecs
-    sharding = codecs[0] if len(codecs) == 1 and isinstance(codecs[0], ShardingCodec) else None
-    ours = (
-        sharding is not None
-        and [type(codec) for codec in sharding.codecs] == [BytesCodec, Crc32cCodec]
-        and [type(codec) for codec in sharding.index_codecs] == [BytesCodec, Crc32cCodec]
-        and str(getattr(sharding.index_location, "value", sharding.index_location)) == "end"
-        and tuple(sharding.chunk_shape) == layout.chunk_shape
-        and tuple(array.metadata.chunk_grid.chunk_shape) == layout.shard_shape
-        and tuple(array.shape) == layout.shape
-    )
-    if not ours:
-        raise StoreError(
-            f"array {name}: shape {array.shape} or codecs {codecs} are not this format's "
-            f"(shape {layout.shape}, sharding with bytes and crc32c, index at the end)"
-        )
-    return layout
+def open_array(
+    where: str | os.PathLike[str], *, checksums: ChecksumPolicy = "first", n_threads: int = DEFAULT_THREADS
+) -> ArrayReader | ZarrArrayReader:
+    """Any Zarr array (N, V, *row_shape) at a path or URL, by rows; no store, index or receipts are needed.
+
+    Arrays with one sample of one view an inner chunk, sharded whole rows at a time, with crc32c and no compressor, are
+    read by the same engine as ours, whoever wrote them; what their writer left out reads as zeros. Others are read by
+    zarr-python, with a warning, since it is slower by orders of magnitude. Raises StoreError when there is no array.
+    """
+    parent, _, name = absolute(where).rpartition("/")
+    root = open_root(parent)
+    try:
+        array = zarr.open_array(root.zarr_store(), path=name, mode="r")
+    except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+        raise StoreError(f"{root.at(name)} is not a Zarr array; name the folder that holds its zarr.json") from error
+    if len(array.shape) < 3 or 0 in array.shape:
+        raise StoreError(f"{root.at(name)} has shape {array.shape}; samples lie as (rows, views, axes of a sample…)")
+    n_views = array.shape[1]
+    if array.shards is not None and n_views <= len(VIEWS):
+        # Names of views and the resolution are a store's matter; the geometry of an array does not depend on them.
+        store = StoreLayout(n_rows=array.shape[0], views=VIEWS[:n_views], resolution=8, shard_rows=array.shards[0])
+        layout = ArrayLayout(name=name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=store)
+        if reads_as_ours(array, layout):
+            return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty="fill")
+    return ZarrArrayReader(array, root.at(name), [])

@@ -3,22 +3,31 @@
 A unit is done if and only if its receipt is there, carries the group's identity digest, and every file it names has the
 size it names. A receipt is published after the files it speaks of, so a crash leaves a unit either done or to be done
 again, never in between. One JSON file a unit below `receipts/<group>/`; reading them costs one small file a unit.
+
+Metadata has receipts too: `receipts/store.json` holds the SHA-256 of the root's metadata and index, and
+`receipts/<group>/metadata.json` those of the group's, so that an edited attribute is found before a number is read.
+Every receipt ends in the SHA-256 of the rest of itself, and any other spelling of the same JSON is refused: no byte of
+a receipt can change unseen.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from storage.errors import StoreError
-from storage.files import write_atomic
 from storage.layout import FORMAT_VERSION, GroupLayout
+from storage.roots import Root
+
+SCAN_AHEAD = 256  # receipts read ahead of the one that is looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +74,56 @@ class Receipt:
         """Rows written."""
         return self.rows[1] - self.rows[0] - len(self.failed)
 
+    def shard(self, array: str) -> ShardRecord | None:
+        """The record of the named array's shard."""
+        return next((shard for shard in self.shards if shard.path.startswith(f"{array}/")), None)
 
-def write_receipt(root: Path, layout: GroupLayout, receipt: Receipt, run_id: str) -> None:
-    """Publish the unit's receipt; the files it names must be published already."""
-    write_atomic(root / layout.receipt_key(receipt.unit), json.dumps(asdict(receipt), indent=1).encode(), run_id)
+
+def sha256(data: bytes) -> str:
+    """SHA-256 (hex) of bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
-def read_receipt(root: Path, layout: GroupLayout, unit: int) -> Receipt | None:
-    """The unit's receipt, or None when there is none. Raises StoreError when it cannot be understood."""
-    path = root / layout.receipt_key(unit)
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """The one spelling of a receipt: indented JSON whose last field is the SHA-256 of the rest in that spelling."""
+    body = json.dumps(dict(fields), indent=1)
+    return json.dumps({**fields, "sha256": sha256(body.encode())}, indent=1).encode()
+
+
+def unseal(raw: bytes, where: str) -> dict[str, Any]:
+    """The fields of a sealed receipt. Raises StoreError when a byte of it is not as it was written."""
     try:
-        fields: dict[str, Any] = json.loads(path.read_bytes())
-        if fields["format_version"] != FORMAT_VERSION:
-            raise StoreError(
-                f"receipt {path} has format version {fields['format_version']}, this code {FORMAT_VERSION}"
-            )
+        fields = json.loads(raw)
+        fields.pop("sha256")
+        whole = seal(fields) == raw
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"receipt {where} is damaged ({error!r}); {HEAL_RECEIPT}") from error
+    if not whole:
+        raise StoreError(f"receipt {where} is damaged (it was changed since it was written); {HEAL_RECEIPT}")
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"receipt {where} has format version {fields.get('format_version')}, this code {FORMAT_VERSION}"
+        )
+    return fields
+
+
+HEAL_RECEIPT = "delete it and run precompute again"
+
+
+def write_receipt(root: Root, layout: GroupLayout, receipt: Receipt, run_id: str, *, fsync: bool = True) -> None:
+    """Publish the unit's receipt; the files it names must be published already."""
+    root.write(layout.receipt_key(receipt.unit), [seal(asdict(receipt))], run_id, fsync=fsync)
+
+
+def read_receipt(root: Root, layout: GroupLayout, unit: int) -> Receipt | None:
+    """The unit's receipt, or None when there is none. Raises StoreError when it cannot be understood."""
+    key = layout.receipt_key(unit)
+    try:
+        raw = root.read(key)
+    except FileNotFoundError:
+        return None
+    fields = unseal(raw, root.at(key))
+    try:
         return Receipt(
             identity_digest=fields["identity_digest"],
             unit=fields["unit"],
@@ -88,16 +132,45 @@ def read_receipt(root: Path, layout: GroupLayout, unit: int) -> Receipt | None:
             failed=tuple(Failure(**failure) for failure in fields["failed"]),
             timings_s=fields["timings_s"],
         )
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"receipt {root.at(key)} is damaged ({error!r}); {HEAL_RECEIPT}") from error
+
+
+def write_metadata_receipt(root: Root, key: str, files: Mapping[str, bytes], run_id: str) -> None:
+    """Publish the SHA-256 of metadata files (key → bytes) at `key`."""
+    fields = {"format_version": FORMAT_VERSION, "files": {name: sha256(raw) for name, raw in sorted(files.items())}}
+    root.write(key, [seal(fields)], run_id)
+
+
+def check_metadata(root: Root, key: str, *, only: str = "") -> tuple[list[str], list[str]]:
+    """(the metadata files that the receipt at `key` names, one line for each that is not as it says).
+
+    `only` looks at one of them. Raises StoreError when there is no receipt.
+    """
+    try:
+        fields = unseal(root.read(key), root.at(key))
     except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"receipt {path} is damaged ({error!r}); delete it and run precompute again") from error
+        fix = "run the same `make precompute` again to restore it"
+        raise StoreError(f"receipt {root.at(key)} is missing; {fix}") from None
+    faults = []
+    for name, digest in fields["files"].items():
+        if only not in ("", name):
+            continue
+        try:
+            if sha256(root.read(name)) != digest:
+                faults.append(f"{root.at(name)} was edited since it was written: its SHA-256 is not its receipt's")
+        except FileNotFoundError:
+            faults.append(f"{root.at(name)} is missing")
+    return list(fields["files"]), faults
 
 
-def why_not_done(root: Path, layout: GroupLayout, unit: int, digest: str, receipt: Receipt | None) -> str | None:
-    """None when the unit is done, else the reason in words: no receipt, another identity, or a file absent or short."""
+def why_not_done(
+    root: Root, layout: GroupLayout, unit: int, digest: str, receipt: Receipt | None, sizes: Mapping[str, int] | None
+) -> str | None:
+    """None when the unit is done, else the reason in words: no receipt, another identity, or a file absent or short.
+
+    `sizes` are the bytes of the group's files by key, or None to ask for each.
+    """
     if receipt is None:
         return "no receipt"
     if receipt.identity_digest != digest:
@@ -105,26 +178,41 @@ def why_not_done(root: Path, layout: GroupLayout, unit: int, digest: str, receip
     rows = layout.store.unit_rows(unit)
     if receipt.unit != unit or receipt.rows != (rows.start, rows.stop):
         return f"its receipt is of unit {receipt.unit}, rows {receipt.rows}"
+    wanted = [f"{array.name}/{array.shard_key(unit)}" for array in layout.arrays]
+    if sorted(shard.path for shard in receipt.shards) != sorted(wanted):
+        return f"its receipt is of the files {[shard.path for shard in receipt.shards]}, not {wanted}"
     for shard in receipt.shards:
-        path = root / layout.path / shard.path
+        key = f"{layout.path}/{shard.path}"
         try:
-            nbytes = path.stat().st_size
+            nbytes = root.size(key) if sizes is None else sizes.get(key)
         except FileNotFoundError:
-            return f"{path} is missing"
+            nbytes = None
+        if nbytes is None:
+            return f"{root.at(key)} is missing"
         if nbytes != shard.nbytes:
-            return f"{path} has {nbytes} bytes, its receipt says {shard.nbytes}"
+            return f"{root.at(key)} has {nbytes} bytes, its receipt says {shard.nbytes}"
     return None
 
 
-def scan(root: Path, layout: GroupLayout, digest: str) -> Iterator[tuple[int, Receipt | None, str | None]]:
-    """(unit, receipt, reason it is not done or None) for every planned unit, in order.
+def scan(root: Root, layout: GroupLayout, digest: str) -> Iterator[tuple[int, Receipt | None, str | None]]:
+    """(unit, receipt, reason it is not done or None) for every planned unit, in order, some read ahead.
 
-    A damaged receipt counts as not done here, so that running precompute again heals it.
+    A damaged receipt counts as not done here, so that running precompute again heals it. Memory does not grow with the
+    units, unless the caller keeps what it is given.
     """
-    for unit in range(layout.store.n_units):
+    sizes = root.sizes(layout.path)
+
+    def look(unit: int) -> tuple[int, Receipt | None, str | None]:
         try:
             receipt = read_receipt(root, layout, unit)
         except StoreError as error:
-            yield unit, None, str(error)
-            continue
-        yield unit, receipt, why_not_done(root, layout, unit, digest, receipt)
+            return unit, None, str(error)
+        return unit, receipt, why_not_done(root, layout, unit, digest, receipt, sizes)
+
+    if root.path is not None and layout.store.n_units < SCAN_AHEAD:
+        yield from map(look, range(layout.store.n_units))
+        return
+    units = iter(range(layout.store.n_units))
+    with ThreadPoolExecutor(root.concurrency, thread_name_prefix="receipts") as pool:
+        while ahead := list(islice(units, SCAN_AHEAD)):
+            yield from pool.map(look, ahead)

@@ -24,6 +24,7 @@ from types import TracebackType
 from storage.errors import UserError
 from storage.files import make_directories
 from storage.layout import GROUP_KINDS, INDEX_FILE, RECEIPTS_DIR
+from storage.roots import Root, open_root
 
 STAGING_DIR = ".staging"
 RUNS_DIR = ".runs"
@@ -36,18 +37,21 @@ class Staging:
     `run_id` is what workers, on this machine or another, hand to `publish_unit`.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: str | os.PathLike[str] | Root) -> None:
+        self.root = open_root(root)
         self.run_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._lock_fd: int | None = None
 
     @property
     def _lock_path(self) -> Path:
-        return self.root / RUNS_DIR / self.run_id
+        assert self.root.path is not None
+        return self.root.path / RUNS_DIR / self.run_id
 
     def __enter__(self) -> Staging:
         """Take the run's lock and sweep dead runs. Raises UserError when the root is a directory of something else."""
         _refuse_foreign(self.root)
+        if self.root.path is None:
+            return self
         make_directories(self._lock_path.parent)
         # Locked under another name first: a lock file that is seen unlocked would look like a dead run's.
         unseen = self._lock_path.with_name(f".{self.run_id}")
@@ -61,7 +65,9 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _remove_leavings(self.root, self.run_id)
+        if self.root.path is None:
+            return
+        _remove_leavings(self.root.path, self.run_id)
         self._lock_path.unlink(missing_ok=True)
         if self._lock_fd is not None:
             os.close(self._lock_fd)
@@ -70,22 +76,24 @@ class Staging:
 
     def prepare(self, group_path: str) -> None:
         """Make this run's staging directory in a group; only the driver does, so that a swept run cannot come back."""
-        staging_directory(self.root, group_path, self.run_id).mkdir(parents=True, exist_ok=True)
+        if self.root.path is not None:
+            (self.root.path / staging_key(group_path, self.run_id)).mkdir(parents=True, exist_ok=True)
 
     def _sweep(self) -> None:
-        for lock in (self.root / RUNS_DIR).iterdir():
+        assert self.root.path is not None
+        for lock in self._lock_path.parent.iterdir():
             if lock.name.lstrip(".") == self.run_id:
                 continue
             with contextlib.suppress(FileNotFoundError):  # its owner has just ended
                 being_made = lock.name.startswith(".") and time.time() - lock.stat().st_mtime < BEING_MADE_S
                 if not being_made and _owner_is_dead(lock):
-                    _remove_leavings(self.root, lock.name.lstrip("."))
+                    _remove_leavings(self.root.path, lock.name.lstrip("."))
                     lock.unlink(missing_ok=True)
 
 
-def staging_directory(root: Path, group_path: str, run_id: str) -> Path:
+def staging_key(group_path: str, run_id: str) -> str:
     """Where `run_id` writes the shards of a group before they are renamed into place."""
-    return root / group_path / STAGING_DIR / run_id
+    return f"{group_path}/{STAGING_DIR}/{run_id}"
 
 
 def _owner_is_dead(lock: Path) -> bool:
@@ -99,11 +107,12 @@ def _owner_is_dead(lock: Path) -> bool:
     return True
 
 
-def _refuse_foreign(root: Path) -> None:
-    if not root.exists() or (root / "zarr.json").exists():
+def _refuse_foreign(root: Root) -> None:
+    names = set(root.children(""))
+    if "zarr.json" in names:
         return
-    ours = {INDEX_FILE, *GROUP_KINDS}
-    if not root.is_dir() or {entry.name for entry in root.iterdir() if not entry.name.startswith(".")} - ours:
+    there = root.path is not None and root.path.exists() and not root.path.is_dir()
+    if there or {name for name in names if not name.startswith(".")} - {INDEX_FILE, *GROUP_KINDS, RECEIPTS_DIR}:
         raise UserError(f"{root} exists and is not a store; name an empty or new directory as the store")
 
 
@@ -116,7 +125,9 @@ def _remove_leavings(root: Path, run_id: str) -> None:
         with contextlib.suppress(OSError):  # not there, or not empty: another run's
             staging.rmdir()
     receipts = [root / RECEIPTS_DIR / group.relative_to(root) for group in groups]
-    for directory in [root, *(root / kind for kind in GROUP_KINDS), *receipts]:
+    directories = [root, *(root / kind for kind in GROUP_KINDS), *groups, *receipts, root / RECEIPTS_DIR]
+    arrays = [array for group in groups for array in group.glob("[!.]*/")]
+    for directory in [*directories, *arrays]:
         for leaving in directory.glob(f".*.{run_id}.*.partial"):
             if leaving.is_dir():
                 shutil.rmtree(leaving, ignore_errors=True)

@@ -1,42 +1,50 @@
 """Making a store and publishing units into it.
 
-Order of publication, which is what makes every crash harmless: the index, then the root's metadata; a group's metadata
-as one renamed directory; then, a unit at a time, its shards and last its receipt. Metadata is written by zarr-python.
+Order of publication, which is what makes every crash harmless: the index and its receipt, then the root's metadata; a
+group's attributes, which claim its name for one identity, its arrays' metadata, the receipt of both; then, a unit at a
+time, its shards and last its receipt. Metadata is spelled by zarr-python, in memory, and published like all else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
 from storage.errors import StoreError
-from storage.files import fsync_directory, make_directories, partial_name, publish
 from storage.identity import identity_digest, require_same
-from storage.index import Index, write_index
-from storage.layout import FORMAT_VERSION, GROUP_KINDS, GroupLayout, StoreLayout
-from storage.receipts import Failure, Receipt, why_not_done, write_receipt
+from storage.index import Index, index_bytes
+from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, STORE_RECEIPT, GroupLayout, StoreLayout
+from storage.metadata import node_metadata, read_attributes
+from storage.receipts import (
+    Failure,
+    Receipt,
+    check_metadata,
+    why_not_done,
+    write_metadata_receipt,
+    write_receipt,
+)
+from storage.roots import Root, open_root
 from storage.shard import write_shard
-from storage.staging import staging_directory
 
 __all__ = ["Failure", "create_group", "create_store", "publish_unit"]
 
 NEW_ROOT = "use another STORE, or the options it was made with"
 
 
-def create_store(root: Path, layout: StoreLayout, index: Index, source: Mapping[str, Any], run_id: str) -> None:
-    """Make the store, or check that the one at `root` is of the same samples, resolution, views and shard size.
+def create_store(
+    where: str | os.PathLike[str] | Root, layout: StoreLayout, index: Index, source: Mapping[str, Any], run_id: str
+) -> None:
+    """Make the store, or check that the one there is of the same samples, resolution, views and shard size.
 
     `source` is provenance (which kind, which path). The run's `Staging` is held. Raises StoreError naming every field
     that differs.
     """
+    root = open_root(where)
     attributes = {
         "format_version": FORMAT_VERSION,
         "n_rows": layout.n_rows,
@@ -45,42 +53,55 @@ def create_store(root: Path, layout: StoreLayout, index: Index, source: Mapping[
         "shard_rows": layout.shard_rows,
         "index_digest": index.digest(),
     }
-    if (root / "zarr.json").exists():
-        found = dict(zarr.open_group(root, mode="r").attrs)
-        found.pop("source", None)
-        require_same(attributes, found, f"store {root}", NEW_ROOT)
+    found = read_attributes(root, METADATA)
+    if found is not None:
+        without_source = {name: value for name, value in found.items() if name != "source"}
+        require_same(attributes, without_source, f"store {root}", NEW_ROOT)
+        if not _sealed(root, STORE_RECEIPT):
+            _publish_store(root, {**attributes, "source": found.get("source", {})}, index, run_id)
         return
-    write_index(root, index, run_id)
-    for kind in GROUP_KINDS:
-        _publish_node(root / kind, {}, None, run_id)
-    _publish_root(root, {**attributes, "source": dict(source)}, run_id)
+    _publish_store(root, {**attributes, "source": dict(source)}, index, run_id)
 
 
 def create_group(
-    root: Path, layout: GroupLayout, identity: Mapping[str, Any], provenance: Mapping[str, Any], run_id: str
+    where: str | os.PathLike[str] | Root,
+    layout: GroupLayout,
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    run_id: str,
 ) -> str:
     """Make the group, or check that the one there has this identity; returns the identity digest.
 
-    Raises StoreError naming the fields that differ, so that a run under another identity never mixes in.
+    Raises StoreError naming the fields that differ, so that a run under another identity never mixes in. Metadata that
+    a killed run left unfinished is completed.
     """
-    path = root / layout.path
+    root = open_root(where)
     digest = identity_digest(identity)
-    if not (path / "zarr.json").exists():
-        attributes = {
-            "format_version": FORMAT_VERSION,
-            "identity": dict(identity),
-            "identity_digest": digest,
-            "provenance": dict(provenance),
-        }
-        _publish_node(path, attributes, layout, run_id)
-    found = dict(zarr.open_group(path, mode="r").attrs)
-    recorded: Any = found.get("identity", {})
-    require_same(identity, recorded, f"{path}", "use another STORE, or remove that group to encode it again")
+    attributes = {
+        "format_version": FORMAT_VERSION,
+        "identity": dict(identity),
+        "identity_digest": digest,
+        "provenance": dict(provenance),
+    }
+    group, *arrays = node_metadata(layout.path, attributes, layout).items()
+    found = read_attributes(root, group[0])
+    if found is None:
+        with contextlib.suppress(FileExistsError):  # another run was first: what it wrote is checked like any other
+            root.write(group[0], [group[1]], run_id, exclusive=True)
+        found = read_attributes(root, group[0])
+    recorded: Any = (found or {}).get("identity", {})
+    require_same(identity, recorded, root.at(layout.path), "use another STORE, or remove that group to encode it again")
+    if not _sealed(root, layout.metadata_receipt_key(layout.path)):
+        for key, raw in arrays:
+            root.write(key, [raw], run_id)
+        write_metadata_receipt(
+            root, layout.metadata_receipt_key(layout.path), {group[0]: root.read(group[0]), **dict(arrays)}, run_id
+        )
     return digest
 
 
 def publish_unit(
-    root: Path,
+    where: str | os.PathLike[str] | Root,
     layout: GroupLayout,
     digest: str,
     unit: int,
@@ -88,19 +109,25 @@ def publish_unit(
     failed: Sequence[Failure],
     run_id: str,
     timings_s: Mapping[str, float],
+    *,
+    fsync: bool = True,
 ) -> Receipt:
     """Publish one unit: every array's shard, then the receipt.
 
     `arrays` maps each array's name to (n, V, *row_shape), n = rows of the unit, of the layout's dtype. Rows named in
-    `failed` are left empty. Publishing a unit again writes the same bytes. Raises StoreError as `write_shard` does.
+    `failed` are left empty. Publishing a unit again writes the same bytes. `fsync=False` trusts the kernel to write
+    back: quicker on slow disks, and after a power cut (not a crash of the program) `verify --deep` is advised. Raises
+    StoreError as `write_shard` does.
     """
+    root = open_root(where)
     rows = layout.store.unit_rows(unit)
     present = np.ones(len(rows), dtype=bool)
     present[[failure.row - rows.start for failure in failed]] = False
-    staging = staging_directory(root, layout.path, run_id)
     start_s = time.perf_counter()
     shards = tuple(
-        write_shard(root / layout.path, array, unit, np.ascontiguousarray(arrays[array.name]), present, staging)
+        write_shard(
+            root, layout.path, array, unit, np.ascontiguousarray(arrays[array.name]), present, run_id, fsync=fsync
+        )
         for array in layout.arrays
     )
     receipt = Receipt(
@@ -111,51 +138,29 @@ def publish_unit(
         failed=tuple(sorted(failed, key=lambda failure: failure.row)),
         timings_s={**timings_s, "publish": round(time.perf_counter() - start_s, 4)},
     )
-    reason = why_not_done(root, layout, unit, digest, receipt)
+    reason = why_not_done(root, layout, unit, digest, receipt, None)
     if reason is not None:
         raise StoreError(f"unit {unit} of {layout.path} was published but {reason}; is another program writing here?")
-    write_receipt(root, layout, receipt, run_id)
+    write_receipt(root, layout, receipt, run_id, fsync=fsync)
     return receipt
 
 
-def _publish_node(path: Path, attributes: Mapping[str, Any], layout: GroupLayout | None, run_id: str) -> None:
-    """A Zarr group, with the layout's arrays when given, made aside and renamed into place; the first writer wins."""
-    make_directories(path.parent)
-    aside = partial_name(path, run_id)
+def _sealed(root: Root, key: str) -> bool:
+    """Whether metadata was published to the end and is as it was then."""
     try:
-        group = zarr.create_group(aside, zarr_format=3, attributes=dict(attributes))
-        for array in layout.arrays if layout else ():
-            group.create_array(
-                array.name,
-                shape=array.shape,
-                shards=array.shard_shape,
-                chunks=array.chunk_shape,
-                dtype=array.dtype,
-                compressors=[Crc32cCodec()],
-                filters=None,
-                fill_value=0,
-            )
-        for directory, _, files in os.walk(aside):
-            for name in files:
-                with open(Path(directory) / name, "rb") as file:
-                    os.fsync(file.fileno())
-            fsync_directory(Path(directory))
-        try:
-            publish(aside, path)
-        except OSError:
-            if not (path / "zarr.json").exists():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        return not check_metadata(root, key)[1]
+    except StoreError:
+        return False
 
 
-def _publish_root(root: Path, attributes: Mapping[str, Any], run_id: str) -> None:
-    """The root's own `zarr.json`, last: with it the directory becomes a store."""
-    aside = partial_name(root / "zarr.json", run_id)
-    try:
-        zarr.create_group(aside, zarr_format=3, attributes=dict(attributes))
-        with open(aside / "zarr.json", "rb") as file:
-            os.fsync(file.fileno())
-        publish(aside / "zarr.json", root / "zarr.json")
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def _publish_store(root: Root, attributes: Mapping[str, Any], index: Index, run_id: str) -> None:
+    """The root's own `zarr.json` goes last: with it the directory becomes a store."""
+    files = {INDEX_FILE: index_bytes(index)}
+    for kind in GROUP_KINDS:
+        files |= node_metadata(kind, {}, None)
+    last = node_metadata("", attributes, None)
+    for key, raw in files.items():
+        root.write(key, [raw], run_id)
+    write_metadata_receipt(root, STORE_RECEIPT, {**files, **last}, run_id)
+    for key, raw in last.items():
+        root.write(key, [raw], run_id)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from storage.console import Parser
 from storage.errors import UserError
+from storage.roots import absolute
 from trainer.config import TrainConfig, checked, close_matches, field_type, from_yaml, leaves, override
 from trainer.presets import DEFAULT_PRESET, PRESETS, preset
 
@@ -70,4 +71,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         except ValueError:
             raise UserError(f"{flag} must be a number of type {kind.__name__}, got {text!r}") from None
     value = checked(text, kind, flag)
-    return value.absolute() if isinstance(value, Path) else value  # a resume may come from another directory
+    # Absolute, since a resume may come from another directory.
+    if name == "store" and value:
+        return absolute(value)
+    return value.absolute() if isinstance(value, Path) else value

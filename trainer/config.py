@@ -164,7 +164,7 @@ class SampleConfig:
 class TrainConfig:
     """The run."""
 
-    store: Path = option(Path(), "store root with latents/ and, for the alignment, features/", free=True)
+    store: str = option("", "store with latents/ and, for the alignment, features/: a directory or a URL", free=True)
     run: Path = option(
         Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True
     )

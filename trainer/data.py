@@ -45,7 +45,7 @@ def open_data(config: TrainConfig) -> TrainingData:
 
     Raises StoreError or UserError, in one line, when the store, a group or a label is missing or does not fit.
     """
-    if str(config.store) == ".":
+    if not config.store:
         raise UserError("no store was named; pass --store ROOT (make train STORE=ROOT)")
     store = open_store(config.store)
     latents = store.group(pick_group(store, "latents", config.data.latents), n_threads=config.data.threads)

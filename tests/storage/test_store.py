@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import storage.shard
+import storage.roots
 from storage import Staging, StoreError, StoreLayout, UserError, create_group, create_store, open_store, publish_unit
 from storage.identity import differing_fields, identity_digest
 from storage.index import make_index, read_index
 from storage.receipts import read_receipt
+from storage.roots import open_root
 from storage.staging import STAGING_DIR
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, random_arrays
 
@@ -78,7 +79,7 @@ def test_identity_differences_are_named() -> None:
 def test_a_store_or_group_made_differently_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "s"
     make_store(root)
-    index = read_index(root)
+    index = read_index(open_root(root))
     other = StoreLayout(n_rows=40, views=("original",), resolution=256, shard_rows=16)
     with Staging(root) as staging:
         with pytest.raises(StoreError, match="resolution: found 128, asked for 256"):
@@ -144,7 +145,7 @@ def test_a_full_disk_is_said_so_and_leaves_no_part(tmp_path: Path, monkeypatch: 
         os.write(fd, b"half a shard")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage.shard, "write_all", full)
+    monkeypatch.setattr(storage.roots, "write_all", full)
     with Staging(root) as staging:
         digest = create_group(root, layout, make_identities()[FEATURES], {}, staging.run_id)
         staging.prepare(FEATURES)
@@ -205,7 +206,7 @@ def test_receipts_record_what_was_written(tmp_path: Path) -> None:
     root = tmp_path / "s"
     make_store(root, failed_rows=[3, 17])
     layout = make_layouts(STORE)[FEATURES]
-    receipts = [read_receipt(root, layout, unit) for unit in range(3)]
+    receipts = [read_receipt(open_root(root), layout, unit) for unit in range(3)]
     assert [receipt.n_done for receipt in receipts if receipt] == [15, 15, 8]
     assert [(f.row, f.key, f.reason) for r in receipts if r for f in r.failed] == [
         (3, "class3/00003", "test"),

@@ -1,0 +1,224 @@
+"""Reading ranges of an array's shard files: from a directory by `preadv`, from an object store by merged requests.
+
+Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Files that are open
+are bounded by a quarter of the process's soft limit, and at most 4,096; opening one again costs a system call and, on a
+network file system, a round trip, so a trainer is well advised to raise its soft limit (`raise_open_file_limit`).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from storage.cache import DiskCache
+from storage.layout import ArrayLayout
+from storage.roots import Root
+
+MAX_OPEN = 4096
+READ_AHEAD_BYTES = 128 << 10  # the kernel cuts a longer request for read-ahead short on a default block device
+
+
+class Read(NamedTuple):
+    """Neighbouring chunks of one shard: where they start, which slots they are, and what they are read into.
+
+    `buffers` alternates a chunk's memory and a scratch buffer of its checksum; the last checksum may be left out.
+    """
+
+    unit: int
+    offset: int
+    slots: list[int]
+    buffers: list[Any]
+
+
+class ShardFiles(Protocol):
+    """The shard files of one array."""
+
+    by_bytes: bool  # whether reading costs memory bandwidth (a directory) or waiting (a network)
+
+    def where(self, unit: int) -> str:
+        """The shard's path or URL, for messages."""
+
+    def tail(self, unit: int, n_bytes: int) -> tuple[int, bytes]:
+        """(bytes of the file, its last n_bytes, fewer when it is shorter). Raises FileNotFoundError."""
+
+    def read(self, reads: Sequence[Read]) -> Iterator[Read]:
+        """Fill the buffers; yields each read when it is done. Raises FileNotFoundError and EOFError(read)."""
+
+    def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
+        """Start reading [offset, offset + n_bytes) of each unit into the page cache."""
+
+    def close(self) -> None:
+        """Close every file."""
+
+
+def raise_open_file_limit() -> None:
+    """Raise this process's soft limit of open files to the hard one, so that shards stay open between batches."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class LocalFiles:
+    """Shards in a directory, kept open while they fit under the bound."""
+
+    by_bytes = True
+
+    def __init__(self, root: Path, path: str, layout: ArrayLayout) -> None:
+        self._directory, self._layout = root / path, layout
+        self._max_open = max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, int] = OrderedDict()  # unit → file descriptor, least recently used first
+        self._pins: dict[int, int] = {}
+
+    def where(self, unit: int) -> str:
+        """The shard's path."""
+        return str(self._directory / self._layout.shard_key(unit))
+
+    def tail(self, unit: int, n_bytes: int) -> tuple[int, bytes]:
+        """The file's size and end."""
+        fd = self._acquire(unit)
+        try:
+            size = os.fstat(fd).st_size
+            return size, os.pread(fd, n_bytes, max(0, size - n_bytes))
+        finally:
+            self._release(unit)
+
+    def read(self, reads: Sequence[Read]) -> Iterator[Read]:
+        """One `preadv` a run."""
+        for read in reads:
+            fd = self._acquire(read.unit)
+            try:
+                expected = sum(map(len, read.buffers)) if len(read.buffers) > 1 else len(read.buffers[0])
+                got = os.preadv(fd, read.buffers, read.offset)
+                if got != expected and _read_slowly(fd, read.buffers, read.offset) != expected:
+                    raise EOFError(read)
+            finally:
+                self._release(read.unit)
+            yield read
+
+    def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
+        """`posix_fadvise(WILLNEED)`, in pieces that the kernel does not cut short."""
+        for unit, offset in zip(units.tolist(), offsets.tolist(), strict=True):
+            fd = self._acquire(unit)
+            try:
+                for start in range(offset, offset + n_bytes, READ_AHEAD_BYTES):
+                    n = min(READ_AHEAD_BYTES, offset + n_bytes - start)
+                    os.posix_fadvise(fd, start, n, os.POSIX_FADV_WILLNEED)
+            finally:
+                self._release(unit)
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            for fd in self._open.values():
+                os.close(fd)
+            self._open.clear()
+
+    def _acquire(self, unit: int) -> int:
+        """The open file, which stays open until it is released as often as it was acquired."""
+        with self._lock:
+            fd = self._open.get(unit)
+            if fd is not None:
+                self._open.move_to_end(unit)
+                self._pins[unit] = self._pins.get(unit, 0) + 1
+                return fd
+        fd = os.open(self.where(unit), os.O_RDONLY | os.O_CLOEXEC)  # not under the lock: it may be a round trip
+        with self._lock:
+            if unit in self._open:  # another thread was first
+                os.close(fd)
+                fd = self._open[unit]
+            self._open[unit] = fd
+            self._pins[unit] = self._pins.get(unit, 0) + 1
+            for old in [] if len(self._open) <= self._max_open else list(self._open):
+                if not self._pins.get(old):
+                    os.close(self._open.pop(old))
+                    break  # one came in, one goes out
+        return fd
+
+    def _release(self, unit: int) -> None:
+        with self._lock:
+            self._pins[unit] -= 1
+            if not self._pins[unit]:
+                del self._pins[unit]
+
+
+class RemoteFiles:
+    """Shards in an object store, through an optional cache on a local disk."""
+
+    by_bytes = False
+
+    def __init__(
+        self, root: Root, path: str, layout: ArrayLayout, cache: DiskCache | None, crcs: Callable[[int], np.ndarray]
+    ) -> None:
+        """`crcs` gives a unit's checksums from its receipt; asked for cached units only."""
+        self._root: Any = root
+        self._path, self._layout, self._crcs = path, layout, crcs
+        self._cache, self._cache_writable = cache, True
+
+    def _key(self, unit: int) -> str:
+        return f"{self._path}/{self._layout.shard_key(unit)}"
+
+    def where(self, unit: int) -> str:
+        """The shard's URL."""
+        return str(self._root.at(self._key(unit)))
+
+    def tail(self, unit: int, n_bytes: int) -> tuple[int, bytes]:
+        """The object's size and end."""
+        size = self._root.size(self._key(unit))
+        if size == 0:
+            return 0, b""
+        return size, bytes(self._root.ranges(self._key(unit), [max(0, size - n_bytes)], [size])[0])
+
+    def read(self, reads: Sequence[Read]) -> Iterator[Read]:
+        """All runs of a shard in one call, which merges the near ones and fetches the rest at once."""
+        for unit, group in groupby(reads, key=lambda read: read.unit):
+            cache = self._cache if self._cache is not None and unit < self._cache.n_units else None
+            wanted = []
+            for read in group:
+                if cache is not None and cache.fill(self._path, read, self._crcs(unit)):
+                    yield read
+                else:
+                    wanted.append(read)
+            if not wanted:
+                continue
+            lengths = [sum(map(len, read.buffers)) for read in wanted]
+            starts = [read.offset for read in wanted]
+            ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+            parts = self._root.ranges(self._key(unit), starts, ends)
+            for read, part, length in zip(wanted, parts, lengths, strict=True):
+                if len(part) != length:
+                    raise EOFError(read)
+                taken = 0
+                for buffer in read.buffers:
+                    buffer[:] = part[taken : taken + len(buffer)]
+                    taken += len(buffer)
+                yield read
+                if cache is not None and self._cache_writable:
+                    self._cache_writable = cache.keep(self._path, read)
+
+    def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
+        """Nothing: requests are many at once already."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _read_slowly(fd: int, buffers: list[Any], offset: int) -> int:
+    """After a short read (a signal, a file system's limit): buffer by buffer to the end of the file."""
+    total = 0
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        while len(view):
+            got = os.preadv(fd, [view], offset + total)
+            if got == 0:
+                return total
+            total += got
+            view = view[got:]
+    return total

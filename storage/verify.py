@@ -1,0 +1,210 @@
+"""Checking a whole store: is every byte what was written, and every number finite.
+
+Always checked: metadata and index against their receipts, every unit's receipt, the presence and size of every shard,
+every shard's index against the rows its receipt calls present, files that nothing accounts for. `deep` reads everything
+besides: each chunk against its receipt and against the checksum beside it, which other programs check, and each number
+of a floating-point array for NaN and infinity.
+
+Every fault is one line that names the file and, where there is one, the row; a fault never hides another one. Cost of
+`deep`: the store read once, on all cores, a shard in memory a core.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+
+import numpy as np
+from crc32c import crc32c
+
+from storage.errors import StoreError
+from storage.layout import EMPTY, RECEIPTS_DIR, STORE_RECEIPT, ArrayLayout, GroupLayout
+from storage.reader import Store, open_store
+from storage.receipts import Receipt, check_metadata, scan
+from storage.roots import Root
+from storage.shard import parse_shard_index
+
+AHEAD_PER_WORKER = 4
+FAULTS_A_SHARD = 20  # of one kind, then a count
+
+Progress = Callable[[int], object]
+
+
+def verify(
+    where: str | os.PathLike[str], *, groups: list[str] | None = None, deep: bool = False, n_workers: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """One line for every fault of the store's `groups` (default: all); none when all is well.
+
+    `n_workers` processes read when `deep` (default: the cores); `progress(n)` hears of every n bytes looked at. Raises
+    StoreError when there is no store at all or no such group.
+    """
+    store = open_store(where)
+    yield from _store_faults(store)
+    wanted = groups if groups is not None else store.groups()
+    for path in wanted:
+        try:
+            layout, attributes = store.group_layout(path)
+        except StoreError as error:
+            if groups is not None and path not in store.groups():
+                raise
+            yield str(error)
+            continue
+        yield from _stray_files(store.root, layout)
+        tasks: list[tuple[int, Receipt]] = []
+        for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
+            if receipt is None or reason is not None:
+                rows = layout.store.unit_rows(unit)
+                yield f"{store.root.at(path)}: unit {unit}, rows {rows.start} to {rows.stop - 1}: {reason}"
+            if receipt is not None:
+                tasks.append((unit, receipt))
+        yield from _each_unit(partial(unit_faults, store.root, layout, deep), tasks, n_workers if deep else 1, progress)
+
+
+def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: tuple[int, Receipt]) -> tuple[int, list[str]]:
+    """(bytes looked at, faults) of one unit's shards against its receipt."""
+    unit, receipt = task
+    n_bytes, faults = 0, []
+    for array in layout.arrays:
+        key = f"{layout.path}/{array.name}/{array.shard_key(unit)}"
+        record = receipt.shard(array.name)
+        if record is None:
+            continue  # said by the scan
+        try:
+            size = root.size(key)
+            n_bytes += size
+            if deep:
+                data = root.read(key)
+                faults += _shard_faults(array, unit, receipt, data, root.at(key))
+            else:
+                tail = _tail(root, key, size, array.index_bytes)
+                faults += _index_faults(
+                    array, unit, receipt, parse_shard_index(tail, size, array, root.at(key)), root.at(key)
+                )
+        except FileNotFoundError:
+            continue  # said by the scan
+        except StoreError as error:
+            faults.append(str(error))
+    return n_bytes, faults
+
+
+def _each_unit(
+    check: Callable[[tuple[int, Receipt]], tuple[int, list[str]]],
+    tasks: list[tuple[int, Receipt]],
+    n_workers: int,
+    progress: Progress | None,
+) -> Iterator[str]:
+    n_workers = min(n_workers or os.cpu_count() or 1, len(tasks))
+    if n_workers <= 1:
+        for n_bytes, faults in map(check, tasks):
+            if progress is not None:
+                progress(n_bytes)
+            yield from faults
+        return
+    with ProcessPoolExecutor(n_workers, mp_context=get_context("forkserver")) as pool:
+        rest = iter(tasks)
+        while batch := list(islice(rest, n_workers * AHEAD_PER_WORKER)):
+            for n_bytes, faults in pool.map(check, batch):
+                if progress is not None:
+                    progress(n_bytes)
+                yield from faults
+
+
+def _store_faults(store: Store) -> Iterator[str]:
+    try:
+        _, faults = check_metadata(store.root, STORE_RECEIPT)
+        yield from faults
+    except StoreError as error:
+        yield str(error)
+    try:
+        _ = store.index
+    except StoreError as error:
+        yield str(error)
+
+
+def _stray_files(root: Root, layout: GroupLayout) -> Iterator[str]:
+    """What lies among shards and receipts and belongs to none of the planned units."""
+    units = range(layout.store.n_units)
+    try:
+        receipts = root.children(f"{RECEIPTS_DIR}/{layout.path}")
+    except StoreError:
+        return  # a server that cannot list
+    expected = {layout.receipt_key(unit).rsplit("/", 1)[-1] for unit in units} | {"metadata.json"}
+    for name in receipts:
+        if name not in expected and not name.startswith("."):
+            yield f"{root.at(f'{RECEIPTS_DIR}/{layout.path}/{name}')} is no unit's receipt"
+    for array in layout.arrays:
+        planned = {str(unit) for unit in units}
+        for name in root.children(f"{layout.path}/{array.name}/c"):
+            if name not in planned:
+                yield f"{root.at(f'{layout.path}/{array.name}/c/{name}')} is no shard of the store's {len(units)} units"
+
+
+def _tail(root: Root, key: str, size: int, n_bytes: int) -> bytes:
+    start = max(0, size - n_bytes)
+    if root.path is None:
+        return bytes(root.ranges(key, [start], [size])[0]) if size else b""  # type: ignore[attr-defined]
+    with open(root.path / key, "rb") as file:
+        file.seek(start)
+        return file.read()
+
+
+def _index_faults(array: ArrayLayout, unit: int, receipt: Receipt, index: np.ndarray, where: str) -> list[str]:
+    """Rows that the shard's index calls present and the receipt failed, or the other way round."""
+    rows = array.store.unit_rows(unit)
+    failed = {failure.row for failure in receipt.failed}
+    n_views = array.store.n_views
+    faults = []
+    for slot, there in enumerate((index[:, 0] != EMPTY).tolist()):
+        row, view = rows.start + slot // n_views, slot % n_views
+        wanted = row < rows.stop and row not in failed
+        if there != wanted:
+            state = "is empty and its receipt says it was written" if wanted else "is there and should be empty"
+            faults.append(f"shard {where}, row {row}, view {view} {state}")
+    return _shortened(faults, where)
+
+
+def _shard_faults(array: ArrayLayout, unit: int, receipt: Receipt, data: bytes, where: str) -> list[str]:
+    index = parse_shard_index(data[-array.index_bytes :] if data else b"", len(data), array, where)
+    faults = _index_faults(array, unit, receipt, index, where)
+    record = receipt.shard(array.name)
+    assert record is not None
+    crcs = record.crcs()
+    rows = array.store.unit_rows(unit)
+    view = memoryview(data)
+    damaged, not_finite = [], []
+    for slot in np.flatnonzero(index[:, 0] != EMPTY).tolist():
+        start = int(index[slot, 0])
+        chunk = view[start : start + array.chunk_bytes]
+        beside = view[start + array.chunk_bytes : start + array.stored_bytes]
+        row, n_view = rows.start + slot // array.store.n_views, slot % array.store.n_views
+        found = crc32c(chunk)
+        if found != crcs[slot]:
+            damaged.append(f"shard {where}, row {row}, view {n_view}: wrong checksum, the bytes are damaged")
+        elif int.from_bytes(beside, "little") != found:
+            damaged.append(f"shard {where}, row {row}, view {n_view}: the checksum stored beside the bytes is damaged")
+        elif not _finite(np.frombuffer(chunk, dtype=array.dtype)):
+            not_finite.append(f"shard {where}, row {row}, view {n_view}: NaN or infinity among its numbers")
+    if array.n_shard_chunks and len(data) != len(_covered(index)) * array.stored_bytes + array.index_bytes:
+        faults.append(f"shard {where} has bytes that belong to no row")
+    return faults + _shortened(damaged, where) + _shortened(not_finite, where)
+
+
+def _covered(index: np.ndarray) -> np.ndarray:
+    return np.unique(index[index[:, 0] != EMPTY, 0])
+
+
+def _finite(values: np.ndarray) -> bool:
+    if values.dtype == np.float16:  # by its exponent bits: numpy's isfinite converts every half
+        return not bool(((values.view(np.uint16) & 0x7C00) == 0x7C00).any())
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _shortened(faults: list[str], where: str) -> list[str]:
+    if len(faults) <= FAULTS_A_SHARD:
+        return faults
+    return [*faults[:FAULTS_A_SHARD], f"shard {where}: {len(faults) - FAULTS_A_SHARD} more rows like these"]
