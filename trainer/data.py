@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from storage import GroupReader, Store, UserError, open_store
+from storage.codec import Int8Codec, codec_of
 from trainer.config import TrainConfig
 from trainer.models.sit import SiTConfig
 
@@ -22,6 +23,7 @@ class TrainingData:
     labels: np.ndarray  # int64 (N,)
     class_names: list[str]
     valid_rows: np.ndarray | None  # int64, sorted
+    codec: Int8Codec | None  # of the features' patches; None: plain float16
 
     @property
     def n_samples(self) -> int:
@@ -69,6 +71,7 @@ def open_data(config: TrainConfig) -> TrainingData:
         labels=labels,
         class_names=store.index.class_names,
         valid_rows=valid,
+        codec=codec_of(features.identity) if features is not None else None,
     )
 
 

@@ -4,6 +4,8 @@ A ring of preallocated buffers (pinned for CUDA) is filled ahead of the step; mo
 always of the same row and view. The state of the loader is the step: global batch b holds fixed rows whatever the
 number of ranks, and a rank gathers its part only. An error in the thread is raised in the consumer.
 
+Quantised features are copied as int8 and factors, and become float32 on the device.
+
 Cost: `prefetch` batches of host memory; no copy on the CPU beyond the gather itself, one asynchronous copy to a GPU.
 """
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from storage import ArrayReader
 from trainer import random_keys
 from trainer.data import TrainingData
+from trainer.dequantise import dequantise
 from trainer.order import Order, rank_slice
 
 
@@ -34,7 +37,7 @@ class Batch:
     rows: Tensor  # int64 (B,)
     labels: Tensor  # int64 (B,)
     moments: Tensor  # float16 (B, 2C, h, w)
-    patches: Tensor | None  # float16 (B, T, D)
+    patches: Tensor | None  # float16 (B, T, D), or float32 from int8 and factors
     stall_s: float  # how long the consumer waited for it
 
 
@@ -63,6 +66,8 @@ class Loader:
         readers = {"moments": data.latents["moments"]}
         if data.features is not None:
             readers["patches"] = data.features["patches"]
+            if data.codec is not None:
+                readers["scale"] = data.features["scale"]
         self._readers = readers
         share = batch // world_size
         self._free: queue.Queue[dict[str, Tensor]] = queue.Queue()
@@ -104,7 +109,7 @@ class Loader:
                 rows=torch.from_numpy(rows).to(self._device),
                 labels=torch.from_numpy(self._data.labels[rows]).to(self._device),
                 moments=on_device["moments"],
-                patches=on_device.get("patches"),
+                patches=self._patches(on_device),
                 stall_s=stall_s,
             )
 
@@ -120,6 +125,11 @@ class Loader:
         for tensor in on_device.values():
             tensor.record_stream(current)
         return on_device, copied
+
+    def _patches(self, on_device: dict[str, Tensor]) -> Tensor | None:
+        if self._data.codec is None:
+            return on_device.get("patches")
+        return dequantise(on_device["patches"], on_device["scale"], self._data.codec)
 
     def _gather_all(self) -> None:
         try:
