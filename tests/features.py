@@ -1,7 +1,8 @@
-"""Random features with the distributions that quantisation meets: Gaussian, outlier channels, heavy tails, massive ones.
+"""Random features with the distributions that quantisation meets: Gaussian, outlier channels, heavy tails, massive.
 
-The constants are what vision transformers show: a few channels some ten times the others (LLM.int8(), arXiv 2208.07339)
-and a handful of activations tens of times that in few tokens (massive activations, arXiv 2402.17762).
+The constants follow what was reported of transformers: about one channel in a thousand is many times the others
+(LLM.int8(), arXiv 2208.07339), and single activations tens of times larger appear in few tokens (massive activations,
+arXiv 2402.17762).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ def gaussian(rng: np.random.Generator, n_tokens: int, width: int) -> np.ndarray:
     return rng.standard_normal((n_tokens, width)).astype(np.float32)
 
 
-def outlier_channels(factor: float) -> Draw:
-    """Standard normal with a hundredth of the channels `factor` times as large."""
+def outlier_channels(factor: float, one_in: int = 1000) -> Draw:
+    """Standard normal with one channel in `one_in` (at least one) `factor` times as large."""
 
     def draw(rng: np.random.Generator, n_tokens: int, width: int) -> np.ndarray:
         x = gaussian(rng, n_tokens, width)
-        x[:, rng.choice(width, max(1, width // 100), replace=False)] *= factor
+        x[:, rng.choice(width, max(1, round(width / one_in)), replace=False)] *= factor
         return x
 
     return draw
