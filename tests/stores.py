@@ -69,8 +69,12 @@ def make_store(
     failed_rows: Sequence[int] = (),
     width: int = 24,
     codec: Int8Codec | None = None,
+    features: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten)."""
+    """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten).
+
+    `features` replaces random arrays of the features group.
+    """
     store = StoreLayout(n_rows=n_rows, views=("original", "hflip")[:n_views], resolution=128, shard_rows=shard_rows)
     layouts, identities = make_layouts(store, width, codec), make_identities(width, codec)
     keys = [f"class{row % n_classes}/{row:05d}" for row in range(n_rows)]
@@ -81,6 +85,8 @@ def make_store(
         create_store(root, store, index, {"source": "random"}, staging.run_id)
         for seed, (path, layout) in enumerate(layouts.items()):
             data[path] = random_arrays(layout, seed, codec)
+            if path == FEATURES and features is not None:
+                data[path].update(features)
             publish_all(root, layout, identities[path], data[path], keys, failed_rows, staging)
     return data
 
