@@ -1,4 +1,4 @@
-"""Quantising where the encoder runs: the numpy codec's bits on every device, and what `--features-dtype int8` stores."""
+"""Quantising where the encoder runs: numpy's bits on every device, and what `--features-dtype int8` stores."""
 
 from __future__ import annotations
 
