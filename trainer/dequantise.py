@@ -2,11 +2,12 @@
 
 value = q · scale of its group, a product of 7 and 11 bits, hence exact in float32 on every device, fused by a compiler
 or not. What crosses to the device is half of float16's bytes. Cost: one pass that reads int8 and writes float32 (and a
-small one over the factors) where the group size divides D; a second pass repeats the factors where it does not.
+small one over the factors) where the group size divides D; one more over the result where it does not.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from storage.codec import INT8, Int8Codec
@@ -14,8 +15,9 @@ from storage.codec import INT8, Int8Codec
 
 def dequantise(q: Tensor, scale: Tensor, codec: Int8Codec = INT8) -> Tensor:
     """Features float32 (..., D) of q int8 (..., D) and scale float16 (..., G)."""
-    channels, group = q.shape[-1], codec.group_channels
-    factors = scale.float()
-    if channels % group:
-        return q * factors.repeat_interleave(group, dim=-1)[..., :channels]
-    return (q.unflatten(-1, (-1, group)) * factors.unsqueeze(-1)).flatten(-2)
+    factors = scale.float().unsqueeze(-1)
+    parts = [
+        (q[..., channels].unflatten(-1, (groups.stop - groups.start, -1)) * factors[..., groups, :]).flatten(-2)
+        for channels, groups in codec.cuts(q.shape[-1])
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

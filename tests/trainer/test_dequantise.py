@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,16 @@ def test_every_factor_times_every_integer_is_exact(device: str) -> None:
     scale = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)[:, None]
     found = dequantise(q.to(device), scale.to(device), Int8Codec(group_channels=255))
     assert torch.equal(found.double().cpu(), q.double() * scale.double())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("width", [24, 256, 300])
+def test_compiled_equals_numpy(width: int) -> None:
+    q, scale = encode(gaussian(np.random.default_rng(0), 15, width))
+    torch._dynamo.reset()
+    found = torch.compile(dequantise, dynamic=False)(torch.from_numpy(q), torch.from_numpy(scale))
+    np.testing.assert_array_equal(found.numpy(), decode(q, scale))
 
 
 def config(store: Path, **changes: object) -> TrainConfig:
