@@ -3,11 +3,10 @@
     python benchmarks/codec_loss.py [--steps 4] [--batch 4]
 
 Built-in photographs go through the built-in VAE and a vision encoder; SiT takes `--steps` real steps from the float32
-features, so that its gates have left zero, and then one more step is taken apart. Its alignment loss is computed against
+features, so that its gates have left zero, and then one more step is taken apart. Its alignment loss is taken against
 float32, float16 and int8 targets from the same forward pass, with a backward pass for each. Printed are, for each pair,
-the change of the loss relative to its size, and the cosine (as 1 − cos) and the relative norm of the difference between
-the gradients: of the REPA loss by the projector and by all parameters, and of the whole loss, velocity + λ · REPA, by
-all parameters.
+the change of the loss relative to its size, and of the gradients 1 − cos and the relative norm of their difference: of
+the REPA loss by the projector and by all parameters, and of the whole loss, velocity + λ · REPA, by all parameters.
 
 Feature sets: `tiny-vit` (trained, at 128 px with sit-tiny-2); DINOv2-B's architecture with seeded random weights and
 LayerScale 1 (sit-b-2, 256 px); the same with one channel in a thousand 15 times the others and one in fifty tokens with
