@@ -6,7 +6,7 @@ Built-in photographs go through the built-in VAE and a vision encoder; SiT takes
 features, so that its gates have left zero, and then one more step is taken apart. Its alignment loss is taken against
 float32, float16 and int8 targets from the same forward pass, with a backward pass for each. Printed are, for each pair,
 the change of the loss relative to its size, and of the gradients 1 − cos and the relative norm of their difference: of
-the REPA loss by the projector and by all parameters, and of the whole loss, velocity + λ · REPA, by all parameters.
+the REPA loss by the projector and by the transformer, and of the whole loss, velocity + λ · REPA, by all parameters.
 
 Feature sets: `tiny-vit` (trained, at 128 px with sit-tiny-2); DINOv2-B's architecture with seeded random weights and
 LayerScale 1 (sit-b-2, 256 px); the same with one channel in a thousand 15 times the others and one in fifty tokens with
@@ -106,9 +106,10 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
 
 
-def flat(gradient: dict[str, Tensor], prefix: str = "") -> Tensor:
-    """The parts below `prefix` as one float64 vector."""
-    return torch.cat([g.flatten().double() for name, g in gradient.items() if name.startswith(prefix)])
+def flat(gradient: dict[str, Tensor], *, of_projector: bool | None = None) -> Tensor:
+    """The gradient as one float64 vector: the projector's part, everything else's, or (None) all of it."""
+    kept = [g for name, g in gradient.items() if of_projector in (None, name.startswith("projectors."))]
+    return torch.cat([g.flatten().double() for g in kept])
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -174,8 +175,8 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
         (loss_a, gradient_a), (loss_b, gradient_b) = found[a], found[b]
         weight = config.loss.projection_weight
         comparisons = [
-            difference(flat(gradient_a, "projectors."), flat(gradient_b, "projectors.")),
-            difference(flat(gradient_a), flat(gradient_b)),
+            difference(flat(gradient_a, of_projector=True), flat(gradient_b, of_projector=True)),
+            difference(flat(gradient_a, of_projector=False), flat(gradient_b, of_projector=False)),
             difference(by_velocity + weight * flat(gradient_a), by_velocity + weight * flat(gradient_b)),
         ]
         change = abs(loss_a - loss_b) / abs(loss_b)
@@ -188,7 +189,7 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
 
 def print_table(rows: list[list[str]]) -> None:
     """A Markdown table, columns aligned."""
-    head = ["features", "compared", "REPA loss", "Δ loss", "projector 1−cos", "‖Δ‖", "model 1−cos", "‖Δ‖"]
+    head = ["features", "compared", "REPA loss", "Δ loss", "projector 1−cos", "‖Δ‖", "transformer 1−cos", "‖Δ‖"]
     head += ["whole loss 1−cos", "‖Δ‖"]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, ["-" * width for width in widths], *rows]:

@@ -80,7 +80,10 @@ class UnitEncoder:
                 batch = images[rows]
                 if name == "hflip":
                     batch = hflip(batch)
-                for array, values in self._encoders[path].encode(batch).items():
+                encoded = self._encoders[path].encode(batch)
+                # Assigning would cast, float16 tokens to int8 say, without a word.
+                assert {a.name: np.dtype(a.dtype) for a in layout.arrays} == {k: v.dtype for k, v in encoded.items()}
+                for array, values in encoded.items():
                     arrays[array][rows, view] = values
         if "scale" in arrays:
             _refuse_unquantisable(path, arrays["scale"], layout.store.unit_rows(unit).start)

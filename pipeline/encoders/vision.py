@@ -41,10 +41,12 @@ class VisionTransformerEncoder:
     def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G)."""
         patches, cls = self.encode_tokens(images)
-        tokens = {"patches": patches.to(torch.float16)}
-        if self.codec is not None:
-            tokens = dict(zip(("patches", "scale"), quantise(patches, self.codec), strict=True))
-        return {name: t.cpu().numpy() for name, t in {**tokens, "cls": cls.to(torch.float16)}.items()}
+        arrays = {"cls": cls.to(torch.float16)}
+        if self.codec is None:
+            arrays["patches"] = patches.to(torch.float16)
+        else:
+            arrays["patches"], arrays["scale"] = quantise(patches, self.codec)
+        return {name: array.cpu().numpy() for name, array in arrays.items()}
 
 
 def normalize(x: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
