@@ -26,6 +26,9 @@ class PrecomputeConfig:
     features_weights: Path | None = option(
         "local weight file of the vision encoder (timm's or the original layout)", None
     )
+    features_dtype: str = option(
+        "patch tokens as float16, or as int8 with a float16 factor for 128 channels", "float16"
+    )
     resolution: int = option("side of the ADM centre crop, pixels", 256)
     flip: bool = option("store the horizontally flipped view as well (V = 2)", False)
     shard_rows: int = option("samples a shard, which is also the unit of work", 512)
@@ -50,6 +53,10 @@ class PrecomputeConfig:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if self.latents == "none" and self.features == "none":
             raise UserError("nothing to encode: --latents and --features are both none; name at least one")
+        if self.features_dtype not in ("float16", "int8"):
+            raise UserError(f"--features-dtype must be float16 or int8, got {self.features_dtype!r}")
+        if self.features == "none" and self.features_dtype != "float16":
+            raise UserError("--features-dtype int8 has nothing to quantise with --features none; leave one of them out")
         if not 0 <= self.max_failures <= 1:
             raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
         if self.unit_timeout_s <= 0:

@@ -18,6 +18,7 @@ from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
 from pipeline.transforms import hflip
 from storage import Failure, publish_unit
+from storage.codec import refusal, unquantisable
 
 CALLS_IN_HAND = 2  # one encoding, one publishing
 
@@ -60,14 +61,17 @@ class UnitEncoder:
             present = np.array([i for i in range(len(rows)) if i not in failed], dtype=np.int64)
             with self._encoding:
                 encode_start_s = time.perf_counter()
-                arrays = self._encode(path, images, present)
+                arrays = self._encode(path, unit, images, present)
                 encode_s = time.perf_counter() - encode_start_s
             timings_s = {"decode": round(decode_s, 4), "encode": round(encode_s, 4)}
             publish_unit(self._root, group.layout, self._digests[path], unit, arrays, failures, self._run_id, timings_s)
         return time.perf_counter() - start_s
 
-    def _encode(self, path: str, images: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays (n, V, *row_shape) by name; rows that are not in `present` stay zero and are not stored."""
+    def _encode(self, path: str, unit: int, images: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays (n, V, *row_shape) by name; rows that are not in `present` stay zero and are not stored.
+
+        Raises UserError naming the row and token that cannot be quantised.
+        """
         layout = self._groups[path].layout
         arrays = {a.name: np.zeros((len(images), *a.shape[1:]), dtype=a.dtype) for a in layout.arrays}
         for view, name in enumerate(layout.store.views):
@@ -76,6 +80,19 @@ class UnitEncoder:
                 batch = images[rows]
                 if name == "hflip":
                     batch = hflip(batch)
-                for array, values in self._encoders[path].encode(batch).items():
+                encoded = self._encoders[path].encode(batch)
+                # Assigning would cast, float16 tokens to int8 say, without a word.
+                assert {a.name: np.dtype(a.dtype) for a in layout.arrays} == {k: v.dtype for k, v in encoded.items()}
+                for array, values in encoded.items():
                     arrays[array][rows, view] = values
+        if "scale" in arrays:
+            _refuse_unquantisable(path, arrays["scale"], layout.store.unit_rows(unit).start)
         return arrays
+
+
+def _refuse_unquantisable(path: str, scale: np.ndarray, first_row: int) -> None:
+    """Raise UserError naming row and token when a factor of scale (n, V, T, G) is not finite."""
+    bad = unquantisable(scale)
+    if bad is not None:
+        i, view, token = bad
+        raise refusal(f"{path}, row {first_row + i}, view {view}: token {token}")

@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.config import PrecomputeConfig
@@ -64,9 +65,10 @@ class Plan:
 def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str) -> tuple[GroupPlan, ...]:
     """The groups that the configuration names. Raises UserError for unknown encoders and missing weights."""
     groups = []
+    resolve_features = partial(registry.resolve_features, dtype=config.features_dtype)
     wanted = (
         ("latents", config.latents, registry.resolve_latents, config.latents_weights),
-        ("features", config.features, registry.resolve_features, config.features_weights),
+        ("features", config.features, resolve_features, config.features_weights),
     )
     for kind, name, resolve, weights in wanted:
         if name == "none":
@@ -77,8 +79,9 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
             "views": list(config.views),
             "index_digest": index_digest,
         }
+        dtypes = registry.array_dtypes(identity)
         arrays = tuple(
-            ArrayLayout(name=array, dtype="float16", row_shape=shape, store=layout)
+            ArrayLayout(name=array, dtype=dtypes[array], row_shape=shape, store=layout)
             for array, shape in sorted(registry.array_shapes(identity).items())
         )
         groups.append(

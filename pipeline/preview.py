@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline.sources import open_source
 from pipeline.transforms import center_crop, decode_rgb
 from storage import GroupReader, Store, UserError, open_store
+from storage.codec import codec_of, decode
 
 GAP = 2  # pixels between pictures
 
@@ -70,7 +71,7 @@ def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:
 
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:
     """First three principal components over all patch tokens of the rows, each stretched to 0–255; (n, R, R, 3)."""
-    tokens = gather(group["patches"], rows).astype(np.float32)
+    tokens = gather_features(group, rows)
     n, _, width = tokens.shape
     centred = tokens.reshape(-1, width) - tokens.reshape(-1, width).mean(axis=0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
@@ -87,6 +88,13 @@ def gather(reader: Any, rows: np.ndarray) -> np.ndarray:
     out = np.empty((len(rows), *reader.row_shape), dtype=reader.dtype)
     reader.read_into(rows, 0, out)
     return out
+
+
+def gather_features(group: GroupReader, rows: np.ndarray) -> np.ndarray:
+    """Patch tokens of the first view, float32 (n, T, D), quantised or not."""
+    patches = gather(group["patches"], rows)
+    codec = codec_of(group.identity)
+    return patches.astype(np.float32) if codec is None else decode(patches, gather(group["scale"], rows), codec)
 
 
 def stack(strips: list[np.ndarray]) -> np.ndarray:

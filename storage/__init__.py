@@ -8,7 +8,7 @@ from storage.cache import CacheConfig
 from storage.errors import StoreError, UserError
 from storage.gather import ArrayReader
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
-from storage.reader import GroupReader, Store, open_array, open_store
+from storage.reader import GroupReader, RowReader, Store, open_array, open_store
 from storage.staging import Staging
 from storage.writer import Failure, create_group, create_store, publish_unit
 
@@ -19,6 +19,7 @@ __all__ = [
     "Failure",
     "GroupLayout",
     "GroupReader",
+    "RowReader",
     "Staging",
     "Store",
     "StoreError",

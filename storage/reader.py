@@ -28,6 +28,7 @@ from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
 
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
+RowReader = ArrayReader | ZarrArrayReader
 VIEWS = ("original", "hflip")
 REMOTE_THREADS = 32  # they wait for answers, not for the processor
 
@@ -40,7 +41,7 @@ class GroupReader:
         layout: GroupLayout,
         attributes: Mapping[str, Any],
         failures: list[Failure],
-        arrays: Mapping[str, ArrayReader | ZarrArrayReader],
+        arrays: Mapping[str, RowReader],
     ) -> None:
         self.path = layout.path
         self.layout = layout
@@ -51,7 +52,7 @@ class GroupReader:
         self.failed_rows = np.array(sorted(failure.row for failure in failures), dtype=np.int64)
         self.arrays = dict(arrays)
 
-    def __getitem__(self, name: str) -> ArrayReader | ZarrArrayReader:
+    def __getitem__(self, name: str) -> RowReader:
         return self.arrays[name]
 
     def close(self) -> None:
@@ -171,7 +172,7 @@ class Store:
         disk_cache = None
         if cache is not None and self.root.path is None:
             disk_cache = group_cache(cache, str(self.root), layout, attributes["identity_digest"])
-        arrays: dict[str, ArrayReader | ZarrArrayReader] = {}
+        arrays: dict[str, RowReader] = {}
         for array in layout.arrays:
             where = f"{path}/{array.name}"
             if array.name in foreign:
@@ -204,7 +205,7 @@ def open_store(where: str | os.PathLike[str] | Root) -> Store:
 
 def open_array(
     where: str | os.PathLike[str], *, checksums: ChecksumPolicy = "first", n_threads: int = DEFAULT_THREADS
-) -> ArrayReader | ZarrArrayReader:
+) -> RowReader:
     """Any Zarr array (N, V, *row_shape) at a path or URL, by rows; no store, index or receipts are needed.
 
     Arrays with one sample of one view an inner chunk, sharded whole rows at a time, with crc32c and no compressor, are

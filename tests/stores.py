@@ -8,27 +8,32 @@ from pathlib import Path
 import numpy as np
 
 from storage import ArrayLayout, Failure, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
+from storage.codec import Int8Codec, encode
 from storage.index import make_index
 
 LATENTS = "latents/tiny-vae"
 FEATURES = "features/tiny-vit"
 
 
-def make_layouts(store: StoreLayout, width: int = 24) -> dict[str, GroupLayout]:
+def make_layouts(store: StoreLayout, width: int = 24, codec: Int8Codec | None = None) -> dict[str, GroupLayout]:
     """Latents (8, 16, 16) and features of 64 tokens on an 8×8 grid, as the built-in encoders write at 128 px."""
 
-    def array(name: str, *row_shape: int) -> ArrayLayout:
-        return ArrayLayout(name=name, dtype="float16", row_shape=row_shape, store=store)
+    def array(name: str, *row_shape: int, dtype: str = "float16") -> ArrayLayout:
+        return ArrayLayout(name=name, dtype=dtype, row_shape=row_shape, store=store)
 
+    features = [array("cls", width), array("patches", 64, width, dtype="float16" if codec is None else "int8")]
+    if codec is not None:
+        features.append(array("scale", 64, codec.n_groups(width)))
     return {
         LATENTS: GroupLayout(path=LATENTS, arrays=(array("moments", 8, 16, 16),)),
-        FEATURES: GroupLayout(path=FEATURES, arrays=(array("cls", width), array("patches", 64, width))),
+        FEATURES: GroupLayout(path=FEATURES, arrays=tuple(features)),
     }
 
 
-def make_identities(width: int = 24) -> dict[str, dict[str, object]]:
+def make_identities(width: int = 24, codec: Int8Codec | None = None) -> dict[str, dict[str, object]]:
     """Identities with the fields that readers use."""
     common = {"resolution": 128, "dtype": "float16", "weights_sha256": "0" * 64}
+    quantised = {"dtype": "int8", "codec": codec.identity} if codec is not None else {}
     return {
         LATENTS: common
         | {
@@ -40,14 +45,18 @@ def make_identities(width: int = 24) -> dict[str, dict[str, object]]:
             "latent_size": [16, 16],
         },
         FEATURES: common
-        | {"name": "tiny-vit", "encoder": "test", "layer": "norm", "token_grid": [8, 8], "width": width},
+        | {"name": "tiny-vit", "encoder": "test", "layer": "norm", "token_grid": [8, 8], "width": width}
+        | quantised,
     }
 
 
-def random_arrays(layout: GroupLayout, seed: int = 0) -> dict[str, np.ndarray]:
-    """Standard normal numbers for every array of the group, (N, V, *row_shape)."""
+def random_arrays(layout: GroupLayout, seed: int = 0, codec: Int8Codec | None = None) -> dict[str, np.ndarray]:
+    """Standard normal numbers for every array of the group, (N, V, *row_shape); quantised with a codec."""
     rng = np.random.default_rng(seed)
-    return {array.name: rng.standard_normal(array.shape).astype(array.dtype) for array in layout.arrays}
+    arrays = {array.name: rng.standard_normal(array.shape).astype(np.float32) for array in layout.arrays}
+    if codec is not None and "patches" in arrays:
+        arrays["patches"], arrays["scale"] = encode(arrays["patches"], codec)
+    return {array.name: arrays[array.name].astype(array.dtype) for array in layout.arrays}
 
 
 def make_store(
@@ -59,10 +68,15 @@ def make_store(
     n_classes: int = 5,
     failed_rows: Sequence[int] = (),
     width: int = 24,
+    codec: Int8Codec | None = None,
+    features: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten)."""
+    """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten).
+
+    `features` replaces random arrays of the features group.
+    """
     store = StoreLayout(n_rows=n_rows, views=("original", "hflip")[:n_views], resolution=128, shard_rows=shard_rows)
-    layouts, identities = make_layouts(store, width), make_identities(width)
+    layouts, identities = make_layouts(store, width, codec), make_identities(width, codec)
     keys = [f"class{row % n_classes}/{row:05d}" for row in range(n_rows)]
     labels = [row % n_classes for row in range(n_rows)]
     index = make_index(keys, labels, [f"class{label}" for label in labels], keys, [1000] * n_rows)
@@ -70,7 +84,9 @@ def make_store(
     with Staging(root) as staging:
         create_store(root, store, index, {"source": "random"}, staging.run_id)
         for seed, (path, layout) in enumerate(layouts.items()):
-            data[path] = random_arrays(layout, seed)
+            data[path] = random_arrays(layout, seed, codec)
+            if path == FEATURES and features is not None:
+                data[path].update(features)
             publish_all(root, layout, identities[path], data[path], keys, failed_rows, staging)
     return data
 

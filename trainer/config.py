@@ -86,11 +86,18 @@ class DataConfig:
         "leave-out", "what to do when samples of a group used could not be decoded"
     )
     prefetch: int = option(3, "batches read ahead, each in its own (pinned) buffer", free=True)
-    threads: int = option(4, "threads that gather rows of one array", free=True)
+    threads: int = option(0, "threads that gather rows of one array; 0: as the kind of store needs", free=True)
+    cache: Path = option(Path(), "folder on a local disk that keeps a part of a remote store", free=True)
+    cache_gb: float = option(0.0, "most gigabytes that the cache takes, over all arrays", free=True)
 
     def __post_init__(self) -> None:
         at_least(self, "data", "prefetch", 1)
-        at_least(self, "data", "threads", 1)
+        at_least(self, "data", "threads", 0)
+        at_least(self, "data", "cache_gb", 0)
+        if (self.cache != Path()) != (self.cache_gb > 0):
+            raise UserError(
+                "a cache needs a folder and a size; pass --data.cache DIR and --data.cache-gb N, or neither"
+            )
         for name in ("latents", "features"):
             if getattr(self, name).startswith(f"{name}/"):
                 object.__setattr__(self, name, getattr(self, name).removeprefix(f"{name}/"))

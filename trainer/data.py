@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from storage import GroupReader, Store, UserError, open_store
+from storage import CacheConfig, GroupReader, Store, UserError, open_store
+from storage.codec import Int8Codec, codec_of
+from storage.shard_files import raise_open_file_limit
 from trainer.config import TrainConfig
 from trainer.models.sit import SiTConfig
 
@@ -22,6 +24,7 @@ class TrainingData:
     labels: np.ndarray  # int64 (N,)
     class_names: list[str]
     valid_rows: np.ndarray | None  # int64, sorted
+    codec: Int8Codec | None  # of the features' patches; None: plain float16
 
     @property
     def n_samples(self) -> int:
@@ -48,10 +51,14 @@ def open_data(config: TrainConfig) -> TrainingData:
     if not config.store:
         raise UserError("no store was named; pass --store ROOT (make train STORE=ROOT)")
     store = open_store(config.store)
-    latents = store.group(pick_group(store, "latents", config.data.latents), n_threads=config.data.threads)
-    features = None
+    raise_open_file_limit()
+    paths = [pick_group(store, "latents", config.data.latents)]
     if config.aligns:
-        features = store.group(pick_group(store, "features", config.data.features), n_threads=config.data.threads)
+        paths.append(pick_group(store, "features", config.data.features))
+    threads = config.data.threads or None
+    caches = _share_cache(config, store, paths)
+    latents, *others = (store.group(path, n_threads=threads, cache=caches.get(path)) for path in paths)
+    features = others[0] if others else None
     failed = np.unique(np.concatenate([group.failed_rows for group in (latents, features) if group is not None]))
     if len(failed) and config.data.failed_rows == "refuse":
         raise UserError(
@@ -69,7 +76,20 @@ def open_data(config: TrainConfig) -> TrainingData:
         labels=labels,
         class_names=store.index.class_names,
         valid_rows=valid,
+        codec=codec_of(features.identity) if features is not None else None,
     )
+
+
+def _share_cache(config: TrainConfig, store: Store, paths: list[str]) -> dict[str, CacheConfig]:
+    """The cache's gigabytes shared out so that the same rows of every group fit."""
+    if not config.data.cache_gb:
+        return {}
+    sample_bytes = {path: store.group_layout(path)[0].sample_bytes for path in paths}
+    budget = config.data.cache_gb * 1e9 / sum(sample_bytes.values())
+    return {
+        path: CacheConfig(directory=config.data.cache, max_bytes=max(1, int(budget * n)))
+        for path, n in sample_bytes.items()
+    }
 
 
 def pick_group(store: Store, kind: str, name: str) -> str:

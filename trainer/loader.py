@@ -4,6 +4,8 @@ A ring of preallocated buffers (pinned for CUDA) is filled ahead of the step; mo
 always of the same row and view. The state of the loader is the step: global batch b holds fixed rows whatever the
 number of ranks, and a rank gathers its part only. An error in the thread is raised in the consumer.
 
+Quantised features are copied as int8 and factors, and become float32 on the device.
+
 Cost: `prefetch` batches of host memory; no copy on the CPU beyond the gather itself, one asynchronous copy to a GPU.
 """
 
@@ -20,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage import ArrayReader
+from storage import RowReader
 from trainer import random_keys
 from trainer.data import TrainingData
+from trainer.dequantise import dequantise
 from trainer.order import Order, rank_slice
 
 
@@ -34,7 +37,7 @@ class Batch:
     rows: Tensor  # int64 (B,)
     labels: Tensor  # int64 (B,)
     moments: Tensor  # float16 (B, 2C, h, w)
-    patches: Tensor | None  # float16 (B, T, D)
+    patches: Tensor | None  # float16 (B, T, D), or float32 from int8 and factors
     stall_s: float  # how long the consumer waited for it
 
 
@@ -63,6 +66,8 @@ class Loader:
         readers = {"moments": data.latents["moments"]}
         if data.features is not None:
             readers["patches"] = data.features["patches"]
+            if data.codec is not None:
+                readers["scale"] = data.features["scale"]
         self._readers = readers
         share = batch // world_size
         self._free: queue.Queue[dict[str, Tensor]] = queue.Queue()
@@ -104,7 +109,7 @@ class Loader:
                 rows=torch.from_numpy(rows).to(self._device),
                 labels=torch.from_numpy(self._data.labels[rows]).to(self._device),
                 moments=on_device["moments"],
-                patches=on_device.get("patches"),
+                patches=self._patches(on_device),
                 stall_s=stall_s,
             )
 
@@ -121,16 +126,22 @@ class Loader:
             tensor.record_stream(current)
         return on_device, copied
 
+    def _patches(self, on_device: dict[str, Tensor]) -> Tensor | None:
+        if self._data.codec is None:
+            return on_device.get("patches")
+        return dequantise(on_device["patches"], on_device["scale"], self._data.codec)
+
     def _gather_all(self) -> None:
         try:
             for step in self._steps:
-                rows = self._order.global_batch(step, self._batch)[self._slice]
-                if self._data.valid_rows is not None:
-                    rows = self._data.valid_rows[rows]
-                views = self._views(step, rows)
+                rows, views = self._samples(step)
                 buffers = self._take_free()
                 if buffers is None:
                     return
+                if step + 1 in self._steps:  # the disk fetches the next batch while this one is copied
+                    next_rows, next_views = self._samples(step + 1)
+                    for reader in self._readers.values():
+                        reader.will_read(next_rows, next_views)
                 for name, reader in self._readers.items():
                     reader.read_into(rows, views, buffers[name].numpy())
                 self._ready.put((step, rows, buffers))
@@ -146,6 +157,13 @@ class Loader:
                 continue
         return None
 
+    def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray | int]:
+        """Rows int64 (B,) and views of this rank's part of a global batch."""
+        rows = self._order.global_batch(step, self._batch)[self._slice]
+        if self._data.valid_rows is not None:
+            rows = self._data.valid_rows[rows]
+        return rows, self._views(step, rows)
+
     def _views(self, step: int, rows: np.ndarray) -> np.ndarray | int:
         n_views = self._data.store.n_views
         if n_views == 1:
@@ -154,6 +172,6 @@ class Loader:
         return (draws * n_views).long().numpy()
 
 
-def _buffer(reader: ArrayReader, n: int, *, pinned: bool) -> Tensor:
+def _buffer(reader: RowReader, n: int, *, pinned: bool) -> Tensor:
     dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
     return torch.empty((n, *reader.row_shape), dtype=dtype, pin_memory=pinned)

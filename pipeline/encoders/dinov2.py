@@ -51,7 +51,7 @@ def load(spec: EncoderSpec, *, resolution: int, device: torch.device, dtype: tor
     model = timm.create_model(spec.model, pretrained=False, num_classes=0, img_size=input_size(resolution))
     path = find_weights(spec)
     load_state(model, read_weights(path), path)
-    return VisionTransformerEncoder(model, lambda x: preprocess(x, input_size(resolution)), device, dtype)
+    return VisionTransformerEncoder(model, lambda x: preprocess(x, input_size(resolution)), device, dtype, spec.codec)
 
 
 def preprocess(x: Tensor, size: int) -> Tensor:

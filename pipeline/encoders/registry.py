@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
+from storage.codec import INT8, Int8Codec, codec_of
 from storage.errors import UserError
 
 
@@ -28,7 +29,7 @@ class Encoder(Protocol):
     """A loaded encoder."""
 
     def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays float16 (B, *row_shape) by name, from images uint8 (B, H, W, 3)."""
+        """Arrays (B, *row_shape) by name, of `array_dtypes`, from images uint8 (B, H, W, 3)."""
         ...
 
 
@@ -42,6 +43,7 @@ class EncoderSpec:
     model: str  # what that module loads: a hub id, a directory, a timm name
     weights: Path | None = None
     decoder: str = ""  # latents: the VAE to decode with, a hub id or directory
+    codec: Int8Codec | None = None  # features: how patch tokens are quantised; None: float16
 
 
 VAES = {
@@ -82,13 +84,15 @@ def resolve_latents(name: str, weights: Path | None = None) -> EncoderSpec:
     )
 
 
-def resolve_features(name: str, weights: Path | None = None) -> EncoderSpec:
-    """The vision encoder `name`. Raises UserError naming the known ones."""
+def resolve_features(name: str, weights: Path | None = None, dtype: str = "float16") -> EncoderSpec:
+    """The vision encoder `name`, its patch tokens as float16 or int8. Raises UserError naming the known ones."""
+    assert dtype in ("float16", "int8"), dtype
     weights = weights.absolute() if weights else None
-    if name == "tiny-vit":
-        return EncoderSpec(kind="features", store_name=name, family="tiny_vit", model=str(TINY_VIT), weights=weights)
-    if name in DINOV2:
-        return EncoderSpec(kind="features", store_name=name, family="dinov2", model=DINOV2[name], weights=weights)
+    codec = INT8 if dtype == "int8" else None
+    known = {"tiny-vit": ("tiny_vit", str(TINY_VIT)), **{name: ("dinov2", model) for name, model in DINOV2.items()}}
+    if name in known:
+        family, model = known[name]
+        return EncoderSpec(kind="features", store_name=name, family=family, model=model, weights=weights, codec=codec)
     raise UserError(f"unknown vision encoder {name!r}; there are {', '.join([*DINOV2, 'tiny-vit'])}")
 
 
@@ -100,8 +104,9 @@ def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
         "name": spec.store_name,
         "crop": "adm-center-crop",
         "resolution": resolution,
-        "dtype": "float16",
+        "dtype": "int8" if spec.codec else "float16",
         "arithmetic": "float32",
+        **({"codec": spec.codec.identity} if spec.codec else {}),
         **identity,
     }
 
@@ -123,7 +128,14 @@ def array_shapes(identity: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if identity["kind"] == "latents":
         return {"moments": (2 * identity["latent_channels"], *identity["latent_size"])}
     height, width = identity["token_grid"]
-    return {"patches": (height * width, identity["width"]), "cls": (identity["width"],)}
+    shapes = {"patches": (height * width, identity["width"]), "cls": (identity["width"],)}
+    codec = codec_of(identity)
+    return shapes if codec is None else {**shapes, "scale": (height * width, codec.n_groups(identity["width"]))}
+
+
+def array_dtypes(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Array name → dtype. Quantised features differ in their patches only: factors and class tokens are float16."""
+    return {name: identity["dtype"] if name == "patches" else "float16" for name in array_shapes(identity)}
 
 
 def file_sha256(path: Path) -> str:

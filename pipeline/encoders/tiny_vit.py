@@ -37,7 +37,7 @@ def load(spec: EncoderSpec, *, resolution: int, device: torch.device, dtype: tor
     model = VisionTransformer(**_config(spec))
     model.load_state_dict(read_weights(_weights(spec)))
     half = (0.5, 0.5, 0.5)
-    return VisionTransformerEncoder(model, lambda x: normalize(x, half, half), device, dtype)
+    return VisionTransformerEncoder(model, lambda x: normalize(x, half, half), device, dtype, spec.codec)
 
 
 def _config(spec: EncoderSpec) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.quantise import quantise
+from storage.codec import Int8Codec
 from storage.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,10 +21,15 @@ class VisionTransformerEncoder:
     """A timm VisionTransformer whose final-norm tokens are the features; register tokens are left out."""
 
     def __init__(
-        self, model: Any, preprocess: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype
+        self,
+        model: Any,
+        preprocess: Callable[[Tensor], Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        codec: Int8Codec | None = None,
     ) -> None:
         self.model = model.to(device, dtype).eval().requires_grad_(False)
-        self.preprocess, self.device, self.dtype = preprocess, device, dtype
+        self.preprocess, self.device, self.dtype, self.codec = preprocess, device, dtype, codec
 
     @torch.inference_mode()
     def encode_tokens(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -32,9 +39,14 @@ class VisionTransformerEncoder:
         return tokens[:, self.model.num_prefix_tokens :], tokens[:, 0]
 
     def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """`patches` float16 (B, T, D) and `cls` float16 (B, D)."""
+        """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G)."""
         patches, cls = self.encode_tokens(images)
-        return {name: t.to(torch.float16).cpu().numpy() for name, t in (("patches", patches), ("cls", cls))}
+        arrays = {"cls": cls.to(torch.float16)}
+        if self.codec is None:
+            arrays["patches"] = patches.to(torch.float16)
+        else:
+            arrays["patches"], arrays["scale"] = quantise(patches, self.codec)
+        return {name: array.cpu().numpy() for name, array in arrays.items()}
 
 
 def normalize(x: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:

@@ -1,0 +1,222 @@
+"""What int8 features do to a training step: the change of the REPA loss and of its gradient, beside float16's.
+
+    python benchmarks/codec_loss.py [--steps 4] [--batch 4]
+
+Built-in photographs go through the built-in VAE and a vision encoder; SiT takes `--steps` real steps from the float32
+features, so that its gates have left zero, and then one more step is taken apart. Its alignment loss is taken against
+float32, float16 and int8 targets from the same forward pass, with a backward pass for each. Printed are, for each pair,
+the change of the loss relative to its size, and of the gradients 1 − cos and the relative norm of their difference: of
+the REPA loss by the projector and by the transformer, and of the whole loss, velocity + λ · REPA, by all parameters.
+
+Feature sets: `tiny-vit` (trained, at 128 px with sit-tiny-2); DINOv2-B's architecture with seeded random weights and
+LayerScale 1 (sit-b-2, 256 px); the same with one channel in a thousand 15 times the others and one in fifty tokens with
+an activation of 60, as trained transformers have. Pretrained weights are used instead with `--weights FILE`.
+
+Cost: some minutes on one core and 4 GB, nearly all of it SiT-B/2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.encoders import dinov2, registry
+from pipeline.encoders.vision import VisionTransformerEncoder, read_weights
+from pipeline.quantise import quantise
+from pipeline.sources import open_source
+from pipeline.sources.photos import write_photos
+from pipeline.transforms import center_crop, decode_rgb
+from storage.console import progress_bar
+from trainer.config import override
+from trainer.dequantise import dequantise
+from trainer.ema import EMA
+from trainer.loader import Batch
+from trainer.models.sit import SiT, SiTConfig
+from trainer.objectives.alignment import alignment_loss
+from trainer.optim import make_optimizer
+from trainer.order import Order
+from trainer.presets import preset
+from trainer.step import LatentScale, losses, train_step
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+N_CLASSES = 8
+PAIRS = (("float16", "float32"), ("int8", "float32"), ("int8", "float16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One feature set: the model it aligns, the pixels, and the encoder of the patch tokens."""
+
+    name: str
+    preset: str
+    resolution: int
+    encoder: VisionTransformerEncoder
+    outliers: bool = False
+
+
+def photographs(resolution: int, n: int, seed: int) -> np.ndarray:
+    """`n` centre crops of the built-in photographs, uint8 (n, R, R, 3)."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder))
+        source = open_source(Path(folder))
+        locations = source.listing().index.locations
+        chosen = np.random.default_rng(seed).choice(len(locations), n, replace=False)
+        return np.stack([center_crop(decode_rgb(source.read(locations[i])), resolution) for i in chosen])
+
+
+def random_dinov2_b(resolution: int, weights: Path | None) -> VisionTransformerEncoder:
+    """DINOv2-B at a crop's resolution, pretrained when weights are given, else random and seeded."""
+    import timm
+
+    torch.manual_seed(0)
+    size = dinov2.input_size(resolution)
+    model = timm.create_model(registry.DINOV2["dinov2-vitb14"], pretrained=False, num_classes=0, img_size=size)
+    if weights is not None:
+        dinov2.load_state(model, read_weights(weights), weights)
+    else:  # a new LayerScale of 1e-5 would leave the patch embedding as the only thing that acts
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                nn.init.ones_(parameter)
+    return VisionTransformerEncoder(model, lambda x: dinov2.preprocess(x, size), CPU, FP32)
+
+
+def add_outliers(tokens: Tensor) -> Tensor:
+    """Channel 5 of every 1,000 times 15, and an activation of 60 in every fiftieth token; (B, T, D)."""
+    tokens = tokens.clone()
+    tokens[..., 5::1000] *= 15
+    tokens[:, ::50, 7] = 60
+    return tokens
+
+
+def targets(patches: Tensor) -> dict[str, Tensor]:
+    """What the trainer would align with, by storage dtype: float32 (B, T, D) each."""
+    return {"float32": patches, "float16": patches.half().float(), "int8": dequantise(*quantise(patches)).clone()}
+
+
+def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of a scalar by each trainable parameter, zeros where it has no part."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
+
+
+def flat(gradient: dict[str, Tensor], *, of_projector: bool | None = None) -> Tensor:
+    """The gradient as one float64 vector: the projector's part, everything else's, or (None) all of it."""
+    kept = [g for name, g in gradient.items() if of_projector in (None, name.startswith("projectors."))]
+    return torch.cat([g.flatten().double() for g in kept])
+
+
+def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """1 − cos(a, b) and ‖a − b‖/‖b‖. The former as half a squared distance of unit vectors, which does not cancel."""
+    unit = a / a.norm() - b / b.norm()
+    return float(unit.square().sum() / 2), float((a - b).norm() / b.norm())
+
+
+def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
+    """Rows of the table for one feature set."""
+    config = override(preset(case.preset), {"precision": "fp32", "batch": batch})
+    n_images = batch * min(8, n_steps + 1)
+    images = photographs(case.resolution, n_images, seed=0)
+    vae_spec = registry.resolve_latents("tiny-vae")
+    vae_identity = registry.describe(vae_spec, resolution=case.resolution)
+    vae = registry.load(vae_spec, resolution=case.resolution, device=CPU, dtype=FP32)
+    parts = np.array_split(images, max(1, n_images // 4))
+    moments = torch.from_numpy(np.concatenate([vae.encode(part)["moments"] for part in parts]))
+    patches = torch.cat([case.encoder.encode_tokens(part)[0] for part in parts]).clone()
+    if case.outliers:
+        patches = add_outliers(patches)
+    geometry = SiTConfig(
+        input_size=vae_identity["latent_size"][0],
+        channels=vae_identity["latent_channels"],
+        patch=config.model.patch,
+        width=config.model.width,
+        depth=config.model.depth,
+        heads=config.model.heads,
+        n_classes=N_CLASSES,
+        targets=((config.model.align_block, patches.shape[-1]),),
+        projector_width=config.model.projector_width,
+    )
+    torch.manual_seed(0)
+    model = SiT(geometry).train()
+    ema, optimizer, scale = EMA(model, 0.99), make_optimizer(model, config.optim), LatentScale.of(vae_identity)
+    order = Order(n_images, config.seed)
+
+    def batch_of(step: int) -> Batch:
+        rows = torch.from_numpy(order.global_batch(step, batch))
+        return Batch(
+            step=step, rows=rows, labels=rows % N_CLASSES, moments=moments[rows], patches=patches[rows], stall_s=0.0
+        )
+
+    with progress_bar(n_steps, unit="step", description=case.name) as bar:
+        for step in range(n_steps):
+            train_step(model, ema, model, optimizer, batch_of(step), scale, config, geometry.n_classes)
+            bar.update()
+
+    last = batch_of(n_steps)
+    projections: list[Tensor] = []
+    hook = model.projectors[0].register_forward_hook(lambda *call: projections.append(call[2]))
+    of_velocity, of_alignment = losses(model, last, scale, config, geometry.n_classes)
+    hook.remove()
+    by_velocity = flat(gradients(of_velocity.mean(), model))
+    assert last.patches is not None
+    found = {}
+    for dtype, target in targets(last.patches).items():
+        loss = alignment_loss(projections[0], target).mean()
+        assert dtype != "float32" or torch.equal(loss, of_alignment.mean())
+        found[dtype] = (float(loss.detach().double()), gradients(loss, model))
+    rows = []
+    for a, b in PAIRS:
+        (loss_a, gradient_a), (loss_b, gradient_b) = found[a], found[b]
+        weight = config.loss.projection_weight
+        comparisons = [
+            difference(flat(gradient_a, of_projector=True), flat(gradient_b, of_projector=True)),
+            difference(flat(gradient_a, of_projector=False), flat(gradient_b, of_projector=False)),
+            difference(by_velocity + weight * flat(gradient_a), by_velocity + weight * flat(gradient_b)),
+        ]
+        change = abs(loss_a - loss_b) / abs(loss_b)
+        rows.append(
+            [case.name, f"{a} − {b}", f"{loss_b:.4f}", f"{change:.1e}"]
+            + [f"{value:.1e}" for pair in comparisons for value in pair]
+        )
+    return rows
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """A Markdown table, columns aligned."""
+    head = ["features", "compared", "REPA loss", "Δ loss", "projector 1−cos", "‖Δ‖", "transformer 1−cos", "‖Δ‖"]
+    head += ["whole loss 1−cos", "‖Δ‖"]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def main() -> None:
+    """Measure every feature set and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4, help="training steps before the one taken apart (default 4)")
+    parser.add_argument("--batch", type=int, default=4, help="images a step (default 4)")
+    parser.add_argument("--weights", type=Path, default=None, help="weight file of DINOv2-B (default: random weights)")
+    args = parser.parse_args()
+    tiny_spec = registry.resolve_features("tiny-vit")
+    tiny = registry.load(tiny_spec, resolution=128, device=CPU, dtype=FP32)
+    assert isinstance(tiny, VisionTransformerEncoder)
+    large = random_dinov2_b(256, args.weights)
+    kind = "random DINOv2-B" if args.weights is None else "DINOv2-B"
+    cases = [
+        Case(name="tiny-vit", preset="sit-tiny-2", resolution=128, encoder=tiny),
+        Case(name=kind, preset="sit-b-2", resolution=256, encoder=large),
+        Case(name=f"{kind}, outliers", preset="sit-b-2", resolution=256, encoder=large, outliers=True),
+    ]
+    rows = [row for case in cases for row in measure(case, args.steps, args.batch)]
+    print(f"\n{args.batch} images, step {args.steps + 1}, float32 arithmetic, torch {torch.__version__} on the CPU\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Quantising where the encoder runs: numpy's bits on every device, and what `--features-dtype int8` stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from pipeline.config import PrecomputeConfig
+from pipeline.encode import UnitEncoder
+from pipeline.encoders import registry
+from pipeline.plan import GroupPlan, plan_groups
+from pipeline.preview import gather_features
+from pipeline.quantise import quantise
+from storage import GroupLayout, Staging, StoreLayout, UserError, create_group, create_store, open_store
+from storage.codec import INT8, LARGEST, Int8Codec, decode, encode, unquantisable
+from storage.index import make_index
+from tests.features import DISTRIBUTIONS, cosines
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+]
+RESOLUTION = 128
+
+
+def assert_same_bits(x: np.ndarray, codec: Int8Codec, device: str) -> None:
+    expected_q, expected_scale = encode(x, codec)
+    q, scale = (t.cpu().numpy() for t in quantise(torch.from_numpy(x).to(device), codec))
+    assert (q.dtype, scale.dtype) == (np.int8, np.float16)
+    np.testing.assert_array_equal(q, expected_q)
+    np.testing.assert_array_equal(scale.view(np.int16), expected_scale.view(np.int16))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    hnp.arrays(
+        np.float32, st.tuples(st.integers(0, 3), st.integers(1, 9)), elements=st.floats(-LARGEST, LARGEST, width=32)
+    ),
+    st.integers(1, 5),
+)
+def test_torch_equals_numpy_on_any_numbers(device: str, x: np.ndarray, group_channels: int) -> None:
+    assert_same_bits(x, Int8Codec(group_channels=group_channels), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [1, 127, 128, 200, 384, 1024])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_torch_equals_numpy_on_features(name: str, width: int, device: str) -> None:
+    x = DISTRIBUTIONS[name](np.random.default_rng(width), 120, width)
+    for magnitude in (2.0**-20, 0.02, 1.0, 1000.0):
+        assert_same_bits(x * np.float32(magnitude), INT8, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_equals_numpy_beside_every_half(device: str) -> None:
+    """x = (k + 1/2) · s and its float32 neighbours, where an approximate division would show."""
+    half = np.arange(127, dtype=np.float32) + np.float32(0.5)
+    for bits in (1, 5, 1023, 1024, 1025, 0x3C01, 0x3555, 0x7BFF):
+        s = np.array(bits, dtype=np.int16).view(np.float16).astype(np.float32)
+        exact = half * s
+        for x in (np.nextafter(exact, np.float32(0)), exact, np.nextafter(exact, np.float32(np.inf))):
+            assert_same_bits(np.append(x, 127 * s)[None], INT8, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2 * LARGEST])
+def test_the_factors_say_which_token_cannot_be_quantised(bad: float, device: str) -> None:
+    x = torch.ones(2, 5, 300, device=device)
+    x[1, 3, 299] = bad
+    assert unquantisable(quantise(x)[1].cpu().numpy()) == (1, 3)
+
+
+def config(store: Path, **changes: object) -> PrecomputeConfig:
+    settings = {"latents": "none", "features": "tiny-vit", "resolution": RESOLUTION, "shard_rows": 4} | changes
+    return PrecomputeConfig(data=store, store=store, **settings)  # type: ignore[arg-type]
+
+
+def test_a_float16_identity_does_not_know_of_codecs(tmp_path: Path) -> None:
+    layout = StoreLayout(n_rows=4, views=("original",), resolution=RESOLUTION, shard_rows=4)
+    (plain,) = plan_groups(config(tmp_path), layout, "digest")
+    (quantised,) = plan_groups(config(tmp_path, features_dtype="int8"), layout, "digest")
+    assert "codec" not in plain.identity
+    assert plain.identity["dtype"] == "float16"
+    assert quantised.identity == {
+        **plain.identity,
+        "dtype": "int8",
+        "codec": {"name": "int8", "group_channels": 128},
+    }
+    assert arrays_of(plain.layout) == {"cls": ("float16", (128,)), "patches": ("float16", (64, 128))}
+    assert arrays_of(quantised.layout) == {
+        "cls": ("float16", (128,)),
+        "patches": ("int8", (64, 128)),
+        "scale": ("float16", (64, 1)),
+    }
+
+
+def arrays_of(layout: GroupLayout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {array.name: (array.dtype, array.row_shape) for array in layout.arrays}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features_dtype": "int4"}, "--features-dtype must be float16 or int8, got 'int4'"),
+        ({"latents": "tiny-vae", "features": "none", "features_dtype": "int8"}, "has nothing to quantise"),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **changes)
+
+
+def photographs(n: int) -> np.ndarray:
+    """Smooth random pictures, uint8 (n, R, R, 3)."""
+    coarse = np.random.default_rng(0).integers(0, 256, (n, 6, 6, 3), dtype=np.uint8)
+    size = (RESOLUTION, RESOLUTION)
+    return np.stack([np.asarray(Image.fromarray(c).resize(size, Image.Resampling.BICUBIC)) for c in coarse])
+
+
+def encode_store(root: Path, group: GroupPlan, images: np.ndarray) -> None:
+    """What the encoding actor does to a store of one unit."""
+    keys = [f"{i}" for i in range(len(images))]
+    index = make_index(keys, [0] * len(keys), ["one"] * len(keys), keys, [1] * len(keys))
+    with Staging(root) as staging:
+        create_store(root, group.layout.store, index, {}, staging.run_id)
+        digest = create_group(root, group.layout, group.identity, {}, staging.run_id)
+        staging.prepare(group.layout.path)
+        digests = {group.layout.path: digest}
+        encoder = UnitEncoder(root, [group], digests, batch=3, n_threads=1, run_id=staging.run_id)
+        encoder.encode_and_publish(0, images, [], 0.0, [group.layout.path])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_store_holds_the_encoders_float32_numbers_quantised(tmp_path: Path, flip: bool) -> None:
+    images = photographs(4)
+    settings = config(tmp_path, features_dtype="int8", flip=flip)
+    layout = StoreLayout(n_rows=4, views=settings.views, resolution=RESOLUTION, shard_rows=4)
+    (plan,) = plan_groups(settings, layout, "digest")
+    encode_store(tmp_path / "store", plan, images)
+    group = open_store(tmp_path / "store").group("features/tiny-vit")
+    spec = registry.resolve_features("tiny-vit")
+    encoder = registry.load(spec, resolution=RESOLUTION, device=CPU, dtype=FP32)
+    for view in range(len(settings.views)):
+        seen = images if view == 0 else images[:, :, ::-1].copy()
+        parts = [encoder.encode_tokens(part)[0].numpy() for part in (seen[:3], seen[3:])]  # type: ignore[attr-defined]
+        tokens = np.concatenate(parts)
+        stored = {name: np.empty((4, *group[name].row_shape), group[name].dtype) for name in ("patches", "scale")}
+        for name, out in stored.items():
+            group[name].read_into(range(4), view, out)
+        for ours, expected in zip(stored.values(), encode(tokens), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+        assert cosines(tokens, decode(*stored.values())).min() > 0.9995
+        if view == 0:
+            np.testing.assert_array_equal(gather_features(group, np.arange(4)), decode(*stored.values()))
+    group.close()
+
+
+def test_a_token_that_cannot_be_quantised_ends_the_unit_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = StoreLayout(n_rows=3, views=("original",), resolution=RESOLUTION, shard_rows=4)
+    (plan,) = plan_groups(config(tmp_path, features_dtype="int8"), layout, "digest")
+
+    class Broken:
+        def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
+            tokens = torch.ones(len(images), 64, 128)
+            tokens[1, 7, 3] = torch.nan
+            q, scale = quantise(tokens)
+            return {"patches": q.numpy(), "scale": scale.numpy(), "cls": np.zeros((len(images), 128), np.float16)}
+
+    monkeypatch.setattr(registry, "load", lambda *_, **__: Broken())
+    with pytest.raises(UserError, match=r"features/tiny-vit, row 1, view 0: token 7 holds NaN"):
+        encode_store(tmp_path / "store", plan, photographs(3))
+    assert not list((tmp_path / "store").rglob("receipts/**/*.json"))
