@@ -60,7 +60,7 @@ class DiskCache:
         except FileNotFoundError:
             return False
         try:
-            if os.preadv(fd, read.buffers, read.offset) != sum(map(len, read.buffers)):
+            if os.preadv(fd, read.buffers, read.offset) != read.n_bytes:
                 return False
         finally:
             os.close(fd)

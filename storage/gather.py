@@ -19,8 +19,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
@@ -33,13 +34,14 @@ from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout
 from storage.receipts import read_receipt
 from storage.roots import Root
 from storage.shard import HEAL, parse_shard_index
-from storage.shard_files import LocalFiles, Read, RemoteFiles, ShardFiles
+from storage.shard_files import Check, LocalFiles, Read, RemoteFiles, ShardFiles
 
 ChecksumPolicy = Literal["never", "first", "always"]
 EmptyRows = Literal["refuse", "fill"]
 MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
 MAX_MERGED_CHUNKS = 512  # half of what one preadv takes, as each chunk is followed by its checksum
 MIN_PIECE_BYTES = 1 << 20  # less than this is not worth waking another thread for
+PIECES_A_THREAD = 1  # so that a thread that was held up does not hold up the batch
 INDEXES_KEPT = 4096  # irregular ones, 16 bytes a chunk
 CHECKSUMS_KEPT = 16384  # shards, 4 bytes a chunk
 
@@ -100,13 +102,17 @@ class ArrayReader:
                 raise StoreError(f"{where} is empty: its sample failed")
             out[order[empty]] = 0
             units, slots, order, offsets = (array[~empty] for array in (units, slots, order, offsets))
-        reads = self._plan(units, slots, order, offsets, targets)
-        n_pieces = max(1, min(self._n_threads, len(reads), len(order) * self._layout.chunk_bytes // MIN_PIECE_BYTES))
-        if not self._files.by_bytes:
-            n_pieces = min(self._n_threads, len(reads))  # requests wait for the network, not for memory
-        bounds = np.linspace(0, len(reads), n_pieces + 1).astype(int)
-        pieces = [reads[start:stop] for start, stop in pairwise(bounds.tolist())]
-        self._together(self._read_piece, pieces)
+        n_threads = min(self._n_threads, len(order))
+        if self._files.by_bytes:
+            n_threads = max(1, min(n_threads, len(order) * self._layout.chunk_bytes // MIN_PIECE_BYTES))
+        n_pieces = max(1, min(len(order), n_threads * PIECES_A_THREAD)) if n_threads > 1 else 1
+        bounds = [len(order) * i // n_pieces for i in range(n_pieces + 1)]
+        check = None if self._checksums == "never" or self._all_seen(units, slots) else self._check
+        self._together(
+            partial(self._read_piece, check, targets),
+            [(units[i:j], slots[i:j], order[i:j], offsets[i:j]) for i, j in pairwise(bounds)],
+            n_threads,
+        )
 
     def will_read(self, rows: np.ndarray | Sequence[int], views: np.ndarray | int) -> None:
         """Say that these rows are read soon, so that the disk starts now. Costs system calls, returns nothing.
@@ -170,7 +176,7 @@ class ArrayReader:
         units, slots = units[order], slots[order]
         states = self._state[units]
         if (states == UNKNOWN).any():
-            self._together(self._look_up, np.unique(units[states == UNKNOWN]).tolist())
+            self._together(self._look_up, np.unique(units[states == UNKNOWN]).tolist(), self._n_threads)
             states = self._state[units]
         offsets = slots * self._layout.stored_bytes
         if (states == IRREGULAR).any():
@@ -179,48 +185,55 @@ class ArrayReader:
                 offsets[of_unit] = self._index(unit)[slots[of_unit]]
         return units, slots, order, offsets
 
-    def _plan(
-        self, units: np.ndarray, slots: np.ndarray, order: np.ndarray, offsets: np.ndarray, targets: memoryview
-    ) -> list[Read]:
-        """Runs of chunks that touch in a file, each one read."""
-        n_bytes, stored = self._layout.chunk_bytes, self._layout.stored_bytes
-        most = min(MAX_MERGED_CHUNKS, max(1, MAX_MERGED_BYTES // stored))
-        touching = (np.diff(offsets) == stored) & (np.diff(units) == 0)
-        places, positions, unit_list, slot_list = offsets.tolist(), order.tolist(), units.tolist(), slots.tolist()
-        beside = self._checksums != "never" and self._group is None
-        reads = []
-        start = 0
-        for stop in [*(np.flatnonzero(~touching) + 1).tolist(), len(places)]:
-            while start < stop:
-                end = min(stop, start + most)
-                buffers: list[Any] = []
-                for position in positions[start:end]:
-                    buffers.append(targets[position * n_bytes : (position + 1) * n_bytes])
-                    buffers.append(bytearray(CRC_BYTES))
-                if not beside:
-                    buffers.pop()  # nobody looks at the last checksum
-                reads.append(Read(unit_list[start], places[start], slot_list[start:end], buffers))
-                start = end
-        return reads
+    def _all_seen(self, units: np.ndarray, slots: np.ndarray) -> bool:
+        seen = self._seen[units, slots >> 3] >> (slots & 7).astype(np.uint8)
+        return self._checksums == "first" and bool((seen & 1).all())
 
-    def _read_piece(self, reads: list[Read]) -> None:
+    def _read_piece(self, check: Check | None, targets: memoryview, piece: tuple[np.ndarray, ...]) -> None:
         try:
-            for done in self._files.read(reads):
-                if self._checksums != "never":
-                    self._check(done)
+            self._files.read(self._plan(targets, *piece), check)
         except FileNotFoundError as error:
             raise StoreError(f"shard {error.filename or error} is missing; {HEAL}") from None
         except EOFError as error:
             read: Read = error.args[0]
             raise StoreError(f"{self._where(read.unit, read.slots[0])}: the file is too short; {HEAL}") from None
 
+    def _plan(
+        self, targets: memoryview, units: np.ndarray, slots: np.ndarray, order: np.ndarray, offsets: np.ndarray
+    ) -> Iterator[Read]:
+        """Runs of chunks that touch in a file, each one read, in the order of units."""
+        n_bytes, stored = self._layout.chunk_bytes, self._layout.stored_bytes
+        most = min(MAX_MERGED_CHUNKS, max(1, MAX_MERGED_BYTES // stored))
+        touching = (np.diff(offsets) == stored) & (np.diff(units) == 0)
+        places, positions, unit_list, slot_list = offsets.tolist(), order.tolist(), units.tolist(), slots.tolist()
+        beside = self._checksums != "never" and self._group is None  # what is stored beside a chunk is checked against
+        if not beside and not touching.any():
+            for unit, place, slot, position in zip(unit_list, places, slot_list, positions, strict=True):
+                yield Read(unit, place, n_bytes, [slot], [targets[position * n_bytes : (position + 1) * n_bytes]])
+            return
+        scratch = bytearray(CRC_BYTES)
+        start = 0
+        for stop in [*(np.flatnonzero(~touching) + 1).tolist(), len(places)]:
+            while start < stop:
+                end = min(stop, start + most)
+                first = positions[start] * n_bytes
+                buffers: list[Any] = [targets[first : first + n_bytes]]
+                for position in positions[start + 1 : end]:
+                    buffers.append(bytearray(CRC_BYTES) if beside else scratch)
+                    buffers.append(targets[position * n_bytes : (position + 1) * n_bytes])
+                if beside:
+                    buffers.append(bytearray(CRC_BYTES))
+                length = (end - start) * stored - (0 if beside else CRC_BYTES)
+                yield Read(unit_list[start], places[start], length, slot_list[start:end], buffers)
+                start = end
+
     def _check(self, read: Read) -> None:
         seen = self._seen[read.unit]
         once = self._checksums == "first"
-        if once and all(seen[slot >> 3] >> (slot & 7) & 1 for slot in read.slots):
-            return
         crcs = None if self._group is None else self._receipt_crcs(read.unit)
         for i, slot in enumerate(read.slots):
+            if once and seen[slot >> 3] >> (slot & 7) & 1:
+                continue
             wanted = int.from_bytes(read.buffers[2 * i + 1], "little") if crcs is None else int(crcs[slot])
             if crc32c(read.buffers[2 * i]) != wanted:
                 raise StoreError(f"{self._where(read.unit, slot)}: wrong checksum, the bytes are damaged; {HEAL}")
@@ -277,16 +290,27 @@ class ArrayReader:
             while len(cache) > most:
                 cache.popitem(last=False)
 
-    def _together(self, work: Callable[[Any], None], pieces: Sequence[Any]) -> None:
-        """Do the pieces on the pool, one of them here; returns when nobody works on any, and raises the first error."""
-        futures = [self._pool.submit(work, piece) for piece in pieces[1:]]
+    def _together(self, work: Callable[[Any], None], pieces: Sequence[Any], n_threads: int) -> None:
+        """Do the pieces, here and on the pool, each thread taking the next one that is left.
+
+        Returns when nobody works on any, and raises the first error. The caller does not wait for a thread to wake up.
+        """
+        left = iter(pieces)  # taking the next item of a list's iterator is atomic
+
+        def take() -> None:
+            for piece in left:
+                work(piece)
+
+        futures = [self._pool.submit(take) for _ in range(min(n_threads, len(pieces)) - 1)]
         try:
-            work(pieces[0])
+            take()
         finally:
             for future in futures:  # nobody may write into the caller's memory once we return
-                future.exception()
+                if not future.cancel():
+                    future.exception()
         for future in futures:
-            future.result()
+            if not future.cancelled():
+                future.result()
 
     def _where(self, unit: int, slot: int) -> str:
         row, view = divmod(slot, self.shape[1])

@@ -22,7 +22,16 @@ from storage.foreign import ZarrArrayReader
 from storage.gather import ArrayReader, ChecksumPolicy
 from storage.identity import identity_digest, require_same
 from storage.index import Index, read_index
-from storage.layout import FORMAT_VERSION, GROUP_KINDS, METADATA, STORE_RECEIPT, ArrayLayout, GroupLayout, StoreLayout
+from storage.layout import (
+    FORMAT_VERSION,
+    GROUP_KINDS,
+    INDEX_FILE,
+    METADATA,
+    STORE_RECEIPT,
+    ArrayLayout,
+    GroupLayout,
+    StoreLayout,
+)
 from storage.metadata import read_attributes, reads_as_ours
 from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
@@ -78,15 +87,11 @@ class Store:
 
     @cached_property
     def index(self) -> Index:
-        """The table of samples. Raises StoreError when it is missing or is not the one the arrays were made with."""
-        index = read_index(self.root)
-        require_same(
-            {"n_rows": self.n_rows, "index_digest": self.attributes["index_digest"]},
-            {"n_rows": len(index), "index_digest": index.digest()},
-            f"index {self.root.at('index.parquet')}",
-            "restore the store's own index",
-        )
-        return index
+        """The table of samples. Raises StoreError when it is missing or was changed since the store was made."""
+        changed = check_metadata(self.root, STORE_RECEIPT, only=INDEX_FILE)[1]
+        if changed:
+            raise StoreError(f"{changed[0]}; restore the store's own index")
+        return read_index(self.root)
 
     def groups(self) -> list[str]:
         """Paths of the groups there are, latents first: "latents/<name>", "features/<name>"."""
@@ -114,15 +119,15 @@ class Store:
         kind, _, name = path.partition("/")
         if kind not in GROUP_KINDS or not name or not self._has(path):
             raise StoreError(f"store {self.root} has no {path}; it has {', '.join(self.groups()) or 'no group yet'}")
-        attributes = read_attributes(self.root, f"{path}/{METADATA}") or {}
-        if attributes.get("format_version") != FORMAT_VERSION:
-            raise StoreError(f"{path} has format version {attributes.get('format_version')}, not {FORMAT_VERSION}")
         where = self.root.at(path)
-        if identity_digest(attributes.get("identity", {})) != attributes.get("identity_digest"):
-            raise StoreError(f"{where}: the identity was edited, its digest no longer fits; restore zarr.json")
         files, changed = check_metadata(self.root, GroupLayout.metadata_receipt_key(path))
         if changed:
             raise StoreError(f"{changed[0]}; restore it, or remove the group to encode it again")
+        attributes = read_attributes(self.root, f"{path}/{METADATA}") or {}
+        if attributes.get("format_version") != FORMAT_VERSION:
+            raise StoreError(f"{where} has format version {attributes.get('format_version')}, not {FORMAT_VERSION}")
+        if identity_digest(attributes.get("identity", {})) != attributes.get("identity_digest"):
+            raise StoreError(f"{where}: the identity was edited, its digest no longer fits; restore zarr.json")
         names = sorted(key.split("/")[2] for key in files if key.count("/") == 3)
         layouts, foreign = [], {}
         for array_name in names:
@@ -187,19 +192,21 @@ class Store:
 def open_store(where: str | os.PathLike[str] | Root) -> Store:
     """Open the store at a path or URL. Raises StoreError when there is none or its format is another version's."""
     root = open_root(where)
-    attributes = read_attributes(root, METADATA)
-    if attributes is None:
+    try:
+        root.size(METADATA)
+    except (FileNotFoundError, NotADirectoryError):
         exists = root.path is not None and root.path.exists()
         state = "is not a store (it has no zarr.json)" if exists else "does not exist"
-        raise StoreError(f"{root} {state}; make one with `make precompute DATA=… STORE={root}`")
+        raise StoreError(f"{root} {state}; make one with `make precompute DATA=… STORE={root}`") from None
+    changed = check_metadata(root, STORE_RECEIPT, only=METADATA)[1]
+    if changed:
+        raise StoreError(f"{changed[0]}; restore it")
+    attributes = read_attributes(root, METADATA) or {}
     if attributes.get("format_version") != FORMAT_VERSION:
         raise StoreError(
             f"{root} is not a store of format version {FORMAT_VERSION} (it says {attributes.get('format_version')}); "
             "use the code that wrote it, or precompute again"
         )
-    changed = check_metadata(root, STORE_RECEIPT, only=METADATA)[1]
-    if changed:
-        raise StoreError(f"{changed[0]}; restore it")
     return Store(root, attributes)
 
 

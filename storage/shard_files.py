@@ -11,8 +11,9 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,13 +30,19 @@ READ_AHEAD_BYTES = 128 << 10  # the kernel cuts a longer request for read-ahead 
 class Read(NamedTuple):
     """Neighbouring chunks of one shard: where they start, which slots they are, and what they are read into.
 
-    `buffers` alternates a chunk's memory and a scratch buffer of its checksum; the last checksum may be left out.
+    `buffers` alternates a chunk's memory and a buffer of its checksum; the last checksum may be left out, and they may
+    all be the same scratch.
     """
 
     unit: int
     offset: int
+    n_bytes: int  # of all buffers
     slots: list[int]
     buffers: list[Any]
+
+
+Check = Callable[[Read], None]
+_UNIT = attrgetter("unit")
 
 
 class ShardFiles(Protocol):
@@ -49,8 +56,11 @@ class ShardFiles(Protocol):
     def tail(self, unit: int, n_bytes: int) -> tuple[int, bytes]:
         """(bytes of the file, its last n_bytes, fewer when it is shorter). Raises FileNotFoundError."""
 
-    def read(self, reads: Sequence[Read]) -> Iterator[Read]:
-        """Fill the buffers; yields each read when it is done. Raises FileNotFoundError and EOFError(read)."""
+    def read(self, reads: Iterable[Read], check: Check | None) -> None:
+        """Fill the buffers and have each read checked. `reads` are sorted by unit.
+
+        Raises FileNotFoundError, EOFError(read) and what `check` raises.
+        """
 
     def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
         """Start reading [offset, offset + n_bytes) of each unit into the page cache."""
@@ -90,18 +100,19 @@ class LocalFiles:
         finally:
             self._release(unit)
 
-    def read(self, reads: Sequence[Read]) -> Iterator[Read]:
+    def read(self, reads: Iterable[Read], check: Check | None) -> None:
         """One `preadv` a run."""
-        for read in reads:
-            fd = self._acquire(read.unit)
+        for unit, of_unit in groupby(reads, key=_UNIT):
+            fd = self._acquire(unit)
             try:
-                expected = sum(map(len, read.buffers)) if len(read.buffers) > 1 else len(read.buffers[0])
-                got = os.preadv(fd, read.buffers, read.offset)
-                if got != expected and _read_slowly(fd, read.buffers, read.offset) != expected:
-                    raise EOFError(read)
+                for read in of_unit:
+                    got = os.preadv(fd, read.buffers, read.offset)
+                    if got != read.n_bytes and _read_slowly(fd, read.buffers, read.offset) != read.n_bytes:
+                        raise EOFError(read)
+                    if check is not None:
+                        check(read)
             finally:
-                self._release(read.unit)
-            yield read
+                self._release(unit)
 
     def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
         """`posix_fadvise(WILLNEED)`, in pieces that the kernel does not cut short."""
@@ -176,30 +187,28 @@ class RemoteFiles:
             return 0, b""
         return size, bytes(self._root.ranges(self._key(unit), [max(0, size - n_bytes)], [size])[0])
 
-    def read(self, reads: Sequence[Read]) -> Iterator[Read]:
+    def read(self, reads: Iterable[Read], check: Check | None) -> None:
         """All runs of a shard in one call, which merges the near ones and fetches the rest at once."""
-        for unit, group in groupby(reads, key=lambda read: read.unit):
+        for unit, of_unit in groupby(reads, key=_UNIT):
             cache = self._cache if self._cache is not None and unit < self._cache.n_units else None
             wanted = []
-            for read in group:
-                if cache is not None and cache.fill(self._path, read, self._crcs(unit)):
-                    yield read
-                else:
+            for read in of_unit:
+                if cache is None or not cache.fill(self._path, read, self._crcs(unit)):
                     wanted.append(read)
             if not wanted:
                 continue
-            lengths = [sum(map(len, read.buffers)) for read in wanted]
             starts = [read.offset for read in wanted]
-            ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+            ends = [read.offset + read.n_bytes for read in wanted]
             parts = self._root.ranges(self._key(unit), starts, ends)
-            for read, part, length in zip(wanted, parts, lengths, strict=True):
-                if len(part) != length:
+            for read, part in zip(wanted, parts, strict=True):
+                if len(part) != read.n_bytes:
                     raise EOFError(read)
                 taken = 0
                 for buffer in read.buffers:
                     buffer[:] = part[taken : taken + len(buffer)]
                     taken += len(buffer)
-                yield read
+                if check is not None:
+                    check(read)
                 if cache is not None and self._cache_writable:
                     self._cache_writable = cache.keep(self._path, read)
 

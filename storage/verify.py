@@ -5,8 +5,9 @@ every shard's index against the rows its receipt calls present, files that nothi
 besides: each chunk against its receipt and against the checksum beside it, which other programs check, and each number
 of a floating-point array for NaN and infinity.
 
-Every fault is one line that names the file and, where there is one, the row; a fault never hides another one. Cost of
-`deep`: the store read once, on all cores, a shard in memory a core.
+Every fault is one line that names the file and, where there is one, the row. One fault hides no other, except that
+damaged metadata must be restored before what it describes can be looked at. Cost of `deep`: the store read once, on
+all cores, a shard in memory a core.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy as np
 from crc32c import crc32c
 
 from storage.errors import StoreError
-from storage.layout import EMPTY, RECEIPTS_DIR, STORE_RECEIPT, ArrayLayout, GroupLayout
+from storage.layout import EMPTY, INDEX_FILE, RECEIPTS_DIR, STORE_RECEIPT, ArrayLayout, GroupLayout
 from storage.reader import Store, open_store
 from storage.receipts import Receipt, check_metadata, scan
-from storage.roots import Root
+from storage.roots import Root, open_root
 from storage.shard import parse_shard_index
 
 AHEAD_PER_WORKER = 4
@@ -43,7 +44,13 @@ def verify(
     `n_workers` processes read when `deep` (default: the cores); `progress(n)` hears of every n bytes looked at. Raises
     StoreError when there is no store at all or no such group.
     """
-    store = open_store(where)
+    try:
+        store = open_store(where)
+    except StoreError as error:
+        if not open_root(where).children(RECEIPTS_DIR):
+            raise
+        yield str(error)
+        return
     yield from _store_faults(store)
     wanted = groups if groups is not None else store.groups()
     for path in wanted:
@@ -115,15 +122,10 @@ def _each_unit(
 
 
 def _store_faults(store: Store) -> Iterator[str]:
-    try:
-        _, faults = check_metadata(store.root, STORE_RECEIPT)
-        yield from faults
-    except StoreError as error:
-        yield str(error)
-    try:
-        _ = store.index
-    except StoreError as error:
-        yield str(error)
+    _, faults = check_metadata(store.root, STORE_RECEIPT)
+    yield from faults
+    if not faults and len(store.index) != store.n_rows:
+        yield f"{store.root.at(INDEX_FILE)} has {len(store.index)} rows, the store {store.n_rows}"
 
 
 def _stray_files(root: Root, layout: GroupLayout) -> Iterator[str]:

@@ -60,7 +60,7 @@ def random_arrays(layout: GroupLayout, seed: int = 0, codec: Int8Codec | None = 
 
 
 def make_store(
-    root: Path,
+    root: Path | str,
     *,
     n_rows: int = 40,
     n_views: int = 1,
@@ -92,7 +92,7 @@ def make_store(
 
 
 def publish_all(
-    root: Path,
+    root: Path | str,
     layout: GroupLayout,
     identity: Mapping[str, object],
     arrays: Mapping[str, np.ndarray],

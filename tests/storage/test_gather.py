@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 import resource
-import subprocess
-import sys
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorstore
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -69,29 +66,6 @@ def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
         with pytest.raises(StoreError, match=rf"row {row}, view 0 is empty"):
             group["a"].read_into([row], 0, np.empty((1, *shape), dtype))
     group.close()
-
-
-def test_zarr_python_tensorstore_and_zarrs_read_equal_numbers(tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    data = make_store(root, n_rows=37, n_views=2, shard_rows=16)
-    for path, arrays in data.items():
-        for name, written in arrays.items():
-            where = f"{path}/{name}"
-            np.testing.assert_array_equal(zarr.open_array(root / where, mode="r")[:], written)
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(root / where)}}
-            np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), written)
-    # The zarrs pipeline replaces zarr-python's for a whole process, so it gets a process of its own.
-    code = (
-        "import sys, numpy as np, zarr, zarrs\n"
-        "zarr.config.set({'codec_pipeline.path': 'zarrs.ZarrsCodecPipeline'})\n"
-        "a = zarr.open_array(sys.argv[1], mode='r')\n"
-        "assert 'zarrs' in type(a._async_array.codec_pipeline).__module__.lower()\n"
-        "np.save(sys.argv[2], a[:])\n"
-    )
-    for path, name in ((FEATURES, "patches"), (LATENTS, "moments")):
-        saved = tmp_path / f"{name}.npy"
-        subprocess.run([sys.executable, "-c", code, str(root / path / name), str(saved)], check=True)
-        np.testing.assert_array_equal(np.load(saved), data[path][name])
 
 
 def test_open_files_stay_bounded(tmp_path: Path) -> None:
