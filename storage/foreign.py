@@ -7,21 +7,17 @@ once an array. Checksums are whatever the array's own codecs check.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from storage.errors import StoreError
-from storage.receipts import Failure
 
 
 class ZarrArrayReader:
     """One zarr-python array (N, V, *row_shape), read by rows."""
 
-    def __init__(self, array: Any, where: str, failures: Iterable[Failure]) -> None:
-        self._array, self._where = array, where
-        self._failed = frozenset(failure.row for failure in failures)
+    def __init__(self, array: Any, where: str) -> None:
+        self._array = array
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.row_shape = self.shape[2:]
         self.dtype: np.dtype[Any] = array.dtype.newbyteorder("=")
@@ -42,8 +38,6 @@ class ZarrArrayReader:
             if len(values) and (values.min() < 0 or values.max() >= n):
                 raise IndexError(f"{what} must lie in [0, {n}), got {values.min()} to {values.max()}")
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
-            if row in self._failed:
-                raise StoreError(f"{self._where}, row {row}, view {view} is empty: its sample failed")
             out[i] = self._array[row, view]
 
     def will_read(self, rows: np.ndarray | Sequence[int], views: np.ndarray | int) -> None:

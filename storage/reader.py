@@ -50,7 +50,7 @@ class GroupReader:
         layout: GroupLayout,
         attributes: Mapping[str, Any],
         failures: list[Failure],
-        arrays: Mapping[str, RowReader],
+        arrays: Mapping[str, ArrayReader],
     ) -> None:
         self.path = layout.path
         self.layout = layout
@@ -61,7 +61,7 @@ class GroupReader:
         self.failed_rows = np.array(sorted(failure.row for failure in failures), dtype=np.int64)
         self.arrays = dict(arrays)
 
-    def __getitem__(self, name: str) -> RowReader:
+    def __getitem__(self, name: str) -> ArrayReader:
         return self.arrays[name]
 
     def close(self) -> None:
@@ -111,11 +111,6 @@ class Store:
 
     def group_layout(self, path: str) -> tuple[GroupLayout, dict[str, Any]]:
         """The group's geometry and attributes as its Zarr metadata say. Raises StoreError naming what exists."""
-        layout, attributes, _ = self._group_layout(path)
-        return layout, attributes
-
-    def _group_layout(self, path: str) -> tuple[GroupLayout, dict[str, Any], dict[str, Any]]:
-        """And the arrays, by name, that only zarr-python can read."""
         kind, _, name = path.partition("/")
         if kind not in GROUP_KINDS or not name or not self._has(path):
             raise StoreError(f"store {self.root} has no {path}; it has {', '.join(self.groups()) or 'no group yet'}")
@@ -129,7 +124,7 @@ class Store:
         if identity_digest(attributes.get("identity", {})) != attributes.get("identity_digest"):
             raise StoreError(f"{where}: the identity was edited, its digest no longer fits; restore zarr.json")
         names = sorted(key.split("/")[2] for key in files if key.count("/") == 3)
-        layouts, foreign = [], {}
+        layouts = []
         for array_name in names:
             array = zarr.open_array(self.root.zarr_store(), path=f"{path}/{array_name}", mode="r")
             layout = ArrayLayout(
@@ -138,9 +133,9 @@ class Store:
             if tuple(array.shape) != layout.shape:
                 raise StoreError(f"{where}/{array_name} has shape {array.shape}, the store's is {layout.shape}")
             if not reads_as_ours(array, layout):
-                foreign[array_name] = array
+                raise StoreError(f"{where}/{array_name} is not laid out as this format's arrays; read it by open_array")
             layouts.append(layout)
-        return GroupLayout(path=path, arrays=tuple(layouts)), attributes, foreign
+        return GroupLayout(path=path, arrays=tuple(layouts)), attributes
 
     def group(
         self,
@@ -156,7 +151,7 @@ class Store:
         `n_threads` gather at once (default: the cores, at most 8, or 32 for a remote root); `cache` keeps a part of a
         remote group on a local disk, and does nothing for a directory.
         """
-        layout, attributes, foreign = self._group_layout(path)
+        layout, attributes = self.group_layout(path)
         if expect is not None:
             require_same(expect, attributes["identity"], self.root.at(path), "open the group you mean")
         failures: list[Failure] = []
@@ -177,15 +172,18 @@ class Store:
         disk_cache = None
         if cache is not None and self.root.path is None:
             disk_cache = group_cache(cache, str(self.root), layout, attributes["identity_digest"])
-        arrays: dict[str, RowReader] = {}
-        for array in layout.arrays:
-            where = f"{path}/{array.name}"
-            if array.name in foreign:
-                arrays[array.name] = ZarrArrayReader(foreign[array.name], self.root.at(where), failures)
-            else:
-                arrays[array.name] = ArrayReader(
-                    self.root, layout, array, path=where, checksums=checksums, n_threads=n_threads, cache=disk_cache
-                )
+        arrays = {
+            array.name: ArrayReader(
+                self.root,
+                layout,
+                array,
+                path=f"{path}/{array.name}",
+                checksums=checksums,
+                n_threads=n_threads,
+                cache=disk_cache,
+            )
+            for array in layout.arrays
+        }
         return GroupReader(layout, attributes, failures, arrays)
 
 
@@ -234,4 +232,4 @@ def open_array(
         layout = ArrayLayout(name=name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=store)
         if reads_as_ours(array, layout):
             return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty="fill")
-    return ZarrArrayReader(array, root.at(name), [])
+    return ZarrArrayReader(array, root.at(name))

@@ -160,10 +160,17 @@ def _connect(url: str) -> Any:
         "connect_timeout": "10s",
         **({"allow_http": True} if plain_http else {}),
     }
-    if url.startswith("s3") and "AWS_ACCESS_KEY_ID" not in os.environ and find_spec("boto3"):
+    anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
+    if url.startswith("s3") and not anonymous and "AWS_ACCESS_KEY_ID" not in os.environ and find_spec("boto3"):
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = Boto3CredentialProvider()
+        try:
+            options["credential_provider"] = Boto3CredentialProvider()
+        except ValueError:
+            raise StoreError(
+                f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, fill ~/.aws/credentials, or "
+                "set AWS_SKIP_SIGNATURE=true for a public bucket"
+            ) from None
     make: Callable[..., Any] = HTTPStore.from_url if url.startswith(("http://", "https://")) else from_url
     try:
         return make(url, **options)

@@ -112,7 +112,7 @@ def _each_unit(
                 progress(n_bytes)
             yield from faults
         return
-    with ProcessPoolExecutor(n_workers, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as pool:
         rest = iter(tasks)
         while batch := list(islice(rest, n_workers * AHEAD_PER_WORKER)):
             for n_bytes, faults in pool.map(check, batch):

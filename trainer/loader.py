@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage import RowReader
+from storage import ArrayReader
 from trainer import random_keys
 from trainer.data import TrainingData
 from trainer.dequantise import dequantise
@@ -172,6 +172,6 @@ class Loader:
         return (draws * n_views).long().numpy()
 
 
-def _buffer(reader: RowReader, n: int, *, pinned: bool) -> Tensor:
+def _buffer(reader: ArrayReader, n: int, *, pinned: bool) -> Tensor:
     dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
     return torch.empty((n, *reader.row_shape), dtype=dtype, pin_memory=pinned)

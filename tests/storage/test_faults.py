@@ -1,7 +1,7 @@
 """Any damage to any file of a store: `verify --deep` names it, and no read returns a wrong number.
 
-Each occasion damages a good store in one random way, asks, and mends it again. 500 occasions in `make test-all`, a tenth
-of them in `make test`; each prints its seed when it fails.
+Each occasion damages a good store in one random way, asks, and mends it again. 500 occasions in `make test-all`, a
+tenth of them in `make test`; each prints its seed when it fails.
 """
 
 from __future__ import annotations

@@ -165,9 +165,9 @@ def test_other_layouts_fall_back_to_zarr_python_and_say_so(tmp_path: Path, name:
             reader.read_into(rows, views, np.empty((1, 6), "float32"))
 
 
-def test_a_group_recompressed_on_purpose_is_read_through_zarr_python(tmp_path: Path) -> None:
+def test_a_group_rewritten_in_another_layout_is_refused_and_its_array_is_not(tmp_path: Path) -> None:
     root = tmp_path / "s"
-    data = make_store(root, failed_rows=[3])
+    make_store(root)
     path = root / LATENTS / "moments"
     values = zarr.open_array(path, mode="r")[:]
     zarr.create_array(
@@ -176,6 +176,8 @@ def test_a_group_recompressed_on_purpose_is_read_through_zarr_python(tmp_path: P
     )[:] = values  # fmt: skip
     with pytest.raises(StoreError, match=r"moments/zarr.json was edited"):
         open_store(root).group(LATENTS)
+    with pytest.warns(UserWarning, match="slowly"):
+        gather(open_array(path), np.random.default_rng(0), values)
 
 
 def test_what_is_not_an_array_of_samples_is_refused(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_an_edited_identity_is_found(tmp_path: Path) -> None:
     fields = json.loads(metadata.read_text())
     fields["attributes"]["identity"]["layer"] = "blocks.3"
     metadata.write_text(json.dumps(fields))
-    with pytest.raises(StoreError, match="zarr.json was edited since it was written"):
+    with pytest.raises(StoreError, match=r"zarr\.json was edited since it was written"):
         open_store(tmp_path / "s").group(FEATURES)
 
 
