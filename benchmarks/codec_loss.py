@@ -33,6 +33,7 @@ from pipeline.sources import open_source
 from pipeline.sources.photos import write_photos
 from pipeline.transforms import center_crop, decode_rgb
 from storage.console import progress_bar
+from storage.order import Order
 from trainer.config import override
 from trainer.dequantise import dequantise
 from trainer.ema import EMA
@@ -40,7 +41,6 @@ from trainer.loader import Batch
 from trainer.models.sit import SiT, SiTConfig
 from trainer.objectives.alignment import alignment_loss
 from trainer.optim import make_optimizer
-from trainer.order import Order
 from trainer.presets import preset
 from trainer.step import LatentScale, losses, train_step
 

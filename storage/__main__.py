@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 
+from storage import exchange
 from storage.console import EXIT_FAILED, EXIT_OK, Parser, progress_bar, run_command
 from storage.diff import diff_groups, diff_stores
 from storage.errors import StoreError
@@ -167,6 +168,7 @@ def main(argv: Sequence[str]) -> int:
     comparing = commands.add_parser("diff", help="identity fields and rows in which two stores or groups differ")
     comparing.add_argument("a", metavar="STORE|GROUP")
     comparing.add_argument("b", metavar="STORE|GROUP")
+    exchange.add_commands(commands)
     args = parser.parse_args(argv)
     if args.command == "ls":
         list_stores(args.root)
@@ -178,7 +180,9 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     if args.command == "verify":
         return verify_store(args.store, args.deep)
-    return diff(args.a, args.b)
+    if args.command == "diff":
+        return diff(args.a, args.b)
+    return exchange.run(args)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from storage import ArrayReader
+from storage.order import Order, rank_slice
 from trainer import random_keys
 from trainer.data import TrainingData
 from trainer.dequantise import dequantise
-from trainer.order import Order, rank_slice
 
 
 @dataclass(frozen=True, kw_only=True)

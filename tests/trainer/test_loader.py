@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from storage.errors import StoreError, UserError
+from storage.order import Order
 from tests.stores import FEATURES, LATENTS, make_store
 from trainer.config import override
 from trainer.data import TrainingData, model_config, open_data, pick_group
 from trainer.loader import Loader
-from trainer.order import Order
 from trainer.presets import preset
 
 CPU = torch.device("cpu")

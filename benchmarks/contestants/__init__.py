@@ -1,0 +1,58 @@
+"""The storage formats that are measured side by side. One file each, with the same three things:
+
+ARRAY-AGNOSTIC  a sample is the arrays of a `Spec` (features and moments, or int8 features, factors and moments)
+write(root, spec, data)         every row in the format's own recommended way for random access
+VARIANTS                        name → how it is read, for every way its documentation recommends
+batches(root, spec, order, batch, variant, workers) → iterator of {name: torch tensor (B, *row_shape)}
+
+A variant that cannot follow a given order (WebDataset) says so in `OWN_ORDER`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+NAMES = (
+    "ours", "preadv", "tensorstore", "zarr_python", "array_record", "safetensors_file", "mds", "litdata_chunks",
+    "webdataset_tar", "hdf5", "hf_datasets", "npy_file",
+)  # fmt: skip
+ROWS_A_FILE = 512
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a sample."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+Spec = tuple[Array, ...]
+MOMENTS = Array("moments", "float16", (8, 32, 32))
+SPECS: dict[str, Spec] = {
+    "float16": (Array("patches", "float16", (256, 768)), MOMENTS),
+    "int8": (Array("patches", "int8", (256, 768)), Array("scale", "float16", (256, 6)), MOMENTS),
+}
+
+
+def make_rows(spec: Spec, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Rows [start, stop) of every array: incompressible, finite, the same every time."""
+    found = {}
+    for i, array in enumerate(spec):
+        n = (stop - start) * array.n_bytes // 2
+        raw = np.random.default_rng([start, i]).integers(0, 0x7BFF, n, dtype=np.uint16)  # finite as float16
+        found[array.name] = raw.view(array.dtype).reshape(stop - start, *array.shape)
+    return found
+
+
+def contestant(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.contestants.{name}")

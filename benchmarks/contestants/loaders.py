@@ -1,0 +1,51 @@
+"""torch's standard DataLoader over a function that reads one row, and the plain loop over the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.contestants import Spec
+
+Row = Callable[[int], dict[str, np.ndarray]]
+
+
+class Rows(Dataset):
+    """Map-style: what most projects write. `open_row` is called in the process that reads."""
+
+    def __init__(self, open_row: Callable[[], Row], n: int) -> None:
+        self._open, self._row, self._n = open_row, None, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if self._row is None:
+            self._row = self._open()
+        return {name: torch.from_numpy(values) for name, values in self._row(i).items()}
+
+
+def loop_or_loader(
+    open_row: Callable[[], Row], spec: Spec, order: np.ndarray, batch: int, workers: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches in `order`: workers 0 copies rows into buffers that are used again, more is a DataLoader."""
+    if workers:
+        data = Rows(open_row, int(order.max()) + 1)
+        yield from DataLoader(data, batch_size=batch, sampler=order.tolist(), num_workers=workers)
+        return
+    row = open_row()
+    out = buffers(spec, batch)
+    arrays = {name: tensor.numpy() for name, tensor in out.items()}
+    for start in range(0, len(order), batch):
+        for i, wanted in enumerate(order[start : start + batch].tolist()):
+            for name, values in row(wanted).items():
+                arrays[name][i] = values
+        yield out
+
+
+def buffers(spec: Spec, batch: int) -> dict[str, torch.Tensor]:
+    """Tensors (B, *shape) whose pages are there already."""
+    return {array.name: torch.zeros((batch, *array.shape), dtype=getattr(torch, array.dtype)) for array in spec}

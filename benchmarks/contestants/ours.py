@@ -1,0 +1,68 @@
+"""This project: `GroupReader[...].read_into` into buffers that are used again, as the trainer does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
+from benchmarks.contestants.loaders import buffers
+from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, open_store, publish_unit
+from storage.index import make_index
+
+VARIANTS = {
+    "1 thread": ("first", 1, False),
+    "2 threads": ("first", 2, False),
+    "2 threads, every read checked": ("always", 2, False),
+    "2 threads, reading ahead": ("first", 2, True),
+}
+WORKERS = (0,)
+
+
+def layouts(spec: Spec, n_rows: int) -> dict[str, GroupLayout]:
+    """The features and the latents group."""
+    store = StoreLayout(n_rows=n_rows, views=("original",), resolution=256, shard_rows=ROWS_A_FILE)
+    arrays = {a.name: ArrayLayout(name=a.name, dtype=a.dtype, row_shape=a.shape, store=store) for a in spec}
+    moments = arrays.pop("moments")
+    return {
+        "features/f": GroupLayout(path="features/f", arrays=tuple(arrays.values())),
+        "latents/l": GroupLayout(path="latents/l", arrays=(moments,)),
+    }
+
+
+def write(root: Path, spec: Spec, n_rows: int) -> None:
+    """Publish without fsync, since nobody else's writer does it either."""
+    keys = [str(row) for row in range(n_rows)]
+    with Staging(root) as staging:
+        index = make_index(keys, [0] * n_rows, ["x"] * n_rows, keys, [1] * n_rows)
+        for path, layout in layouts(spec, n_rows).items():
+            create_store(root, layout.store, index, {}, staging.run_id)
+            digest = create_group(root, layout, {"name": path}, {}, staging.run_id)
+            staging.prepare(path)
+            for unit in range(layout.store.n_units):
+                rows = layout.store.unit_rows(unit)
+                data = make_rows(spec, rows.start, rows.stop)
+                arrays = {a.name: data[a.name][:, None] for a in layout.arrays}
+                publish_unit(root, layout, digest, unit, arrays, [], staging.run_id, {}, fsync=False)
+
+
+def batches(
+    root: Path, spec: Spec, order: np.ndarray, batch: int, variant: str, workers: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    checksums, n_threads, ahead = VARIANTS[variant]
+    store = open_store(root)
+    readers = {}
+    for path in ("features/f", "latents/l"):
+        readers |= store.group(path, checksums=checksums, n_threads=n_threads).arrays
+    out = buffers(spec, batch)
+    arrays = {name: tensor.numpy() for name, tensor in out.items()}
+    for start in range(0, len(order), batch):
+        soon = order[start + batch : start + 2 * batch]
+        for name, reader in readers.items():
+            if ahead:
+                reader.will_read(soon, 0)
+            reader.read_into(order[start : start + batch], 0, arrays[name])
+        yield out

@@ -1,0 +1,161 @@
+"""Shuffled batches for people who bring their own trainer: a plain iterator of dicts of numpy arrays.
+
+    for batch in iterate_batches("/stores/in256", ["latents/sd-vae-ft-mse"], batch=256, seed=0, start=step):
+        moments, labels = batch["latents/sd-vae-ft-mse/moments"], batch["label"]
+
+The order is a function of the seed in constant memory (`order.py`), so the state of the iterator is the number of the
+next batch, and `start` resumes anywhere; any number of ranks cut the same global batches. A thread gathers ahead into a
+bounded queue; leaving the loop, or closing the iterator, ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from storage.codec import codec_of, decode
+from storage.errors import UserError
+from storage.gather import ChecksumPolicy
+from storage.order import Order, rank_slice
+from storage.reader import GroupReader, open_store
+
+View = int | Literal["random"]
+
+
+class Gatherer:
+    """Batches of some groups by position among the samples that did not fail. Pickles; opens the store when used."""
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str],
+        groups: Sequence[str],
+        *,
+        arrays: Sequence[str] = (),
+        view: View = 0,
+        decode: bool = True,
+        checksums: ChecksumPolicy = "first",
+        n_threads: int | None = None,
+    ) -> None:
+        opened = open_store(store)
+        if not groups:
+            raise UserError(f"name the groups to read; {opened.root} has {', '.join(opened.groups())}")
+        if view != "random" and view not in range(opened.n_views):
+            raise UserError(f"{opened.root} has {opened.n_views} views, so view is 0 to {opened.n_views - 1} or random")
+        self.view: View = view
+        self._groups: list[GroupReader] = [
+            opened.group(path, checksums=checksums, n_threads=n_threads) for path in groups
+        ]
+        self.n_views = opened.n_views
+        self._decode = decode
+        there = {name for group in self._groups for name in group.arrays}
+        if set(arrays) - there:
+            raise UserError(
+                f"{', '.join(groups)} have arrays {', '.join(sorted(there))}, not {sorted(set(arrays) - there)[0]}"
+            )
+        self._arrays = set(arrays) or there
+        if decode and "patches" in self._arrays:
+            self._arrays |= there & {"scale"}
+        self._labels = opened.index.labels
+        failed = np.unique(np.concatenate([group.failed_rows for group in self._groups]))
+        self._valid = np.setdiff1d(np.arange(opened.n_rows), failed) if len(failed) else None
+        self.n_samples = opened.n_rows if self._valid is None else len(self._valid)
+
+    def views(self, n: int, rng: np.random.Generator) -> np.ndarray | int:
+        """Views of n samples: the one that was asked for, or int64 (n,) drawn by `rng`."""
+        return rng.integers(0, self.n_views, n) if self.view == "random" else self.view
+
+    def gather(self, positions: np.ndarray, views: np.ndarray | int) -> dict[str, np.ndarray]:
+        """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} at int64 positions (B,) and views."""
+        rows = positions if self._valid is None else self._valid[positions]
+        batch = {"row": rows, "label": self._labels[rows]}
+        for group in self._groups:
+            arrays = {}
+            for name in self._arrays & group.arrays.keys():
+                reader = group[name]
+                arrays[name] = np.empty((len(rows), *reader.row_shape), reader.dtype)
+                reader.read_into(rows, views, arrays[name])
+            codec = codec_of(group.identity) if self._decode else None
+            if codec is not None and "patches" in arrays:
+                arrays["patches"] = decode(arrays["patches"], arrays.pop("scale"), codec, dtype=np.float16)
+            batch |= {f"{group.path}/{name}": values for name, values in arrays.items()}
+        return batch
+
+    def close(self) -> None:
+        """Close every file."""
+        for group in self._groups:
+            group.close()
+
+
+def iterate_batches(
+    store: str | os.PathLike[str],
+    groups: Sequence[str],
+    *,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    stop: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    arrays: Sequence[str] = (),
+    view: View = "random",
+    decode: bool = True,
+    checksums: ChecksumPolicy = "first",
+    n_threads: int | None = None,
+    prefetch: int = 3,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches number `start` to `stop` − 1 (None: without end) of the order that `seed` gives, epochs following on.
+
+    `batch` is the global batch, of which this rank's equal part is given, as `Gatherer.gather` describes it. Batches
+    hold memory of their own. Raises UserError at once for what does not fit, and in the loop what reading raises.
+    """
+    if batch < 1 or batch % world_size or not 0 <= rank < world_size:
+        raise UserError(f"a global batch of {batch} is not shared out over {world_size} ranks, of which this is {rank}")
+    gatherer = Gatherer(
+        store, groups, arrays=arrays, view=view, decode=decode, checksums=checksums, n_threads=n_threads
+    )
+    return _iterate(gatherer, batch, seed, start, stop, rank_slice(batch, rank, world_size), prefetch)
+
+
+def _iterate(
+    gatherer: Gatherer, batch: int, seed: int, start: int, stop: int | None, part: slice, prefetch: int
+) -> Iterator[dict[str, np.ndarray]]:
+    order = Order(gatherer.n_samples, seed)
+    ready: queue.Queue[dict[str, np.ndarray] | BaseException | None] = queue.Queue(maxsize=prefetch)
+    leaving = threading.Event()
+
+    def put(item: dict[str, np.ndarray] | BaseException | None) -> None:
+        while not leaving.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        number = start
+        try:
+            while not leaving.is_set() and (stop is None or number < stop):
+                # Views are drawn for the global batch, so that they do not depend on the number of ranks.
+                views = np.broadcast_to(gatherer.views(batch, np.random.default_rng([seed, number])), batch)
+                put(gatherer.gather(order.global_batch(number, batch)[part], views[part]))
+                number += 1
+            put(None)
+        except BaseException as error:  # raised again in the loop
+            put(error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        leaving.set()
+        thread.join()
+        gatherer.close()

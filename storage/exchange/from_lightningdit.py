@@ -1,0 +1,93 @@
+"""LightningDiT's folders of safetensors: `latents`, `latents_flip` (n, C, h, w) and `labels` (n,) in every file.
+
+Their latents are single draws or means, without a standard deviation, so they become moments whose std is 0, and both
+views are stored. Their trainer subtracts a mean and divides by a std a channel, from latents_stats.pt, before training;
+a store keeps the numbers as they are and knows one factor for all channels (--latent-scale-factor).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from storage.errors import UserError
+from storage.exchange.incoming import (
+    ImportOptions,
+    Incoming,
+    IncomingGroup,
+    latents_identity,
+    require_folder,
+    sha256_of_listing,
+)
+
+VIEWS = {"original": "latents", "hflip": "latents_flip"}
+
+
+def read(source: Path, options: ImportOptions) -> Incoming:
+    """Describe the folder: its files in the order of their names."""
+    require_folder(source, "folder of .safetensors files")
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{source} has no .safetensors file")
+    labels: list[int] = []
+    counts = []
+    shape: tuple[int, ...] = ()
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                missing = {*VIEWS.values(), "labels"} - set(file.keys())
+                if missing:
+                    raise UserError(
+                        f"{path} has no tensor {sorted(missing)[0]!r}; it is not one of LightningDiT's files"
+                    )
+                of_file = file.get_tensor("labels").reshape(-1)
+                shapes = [tuple(file.get_slice(name).get_shape()) for name in VIEWS.values()]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a safetensors file ({str(error).splitlines()[0]})") from error
+        shape = shape or shapes[0][1:]
+        if shapes[0] != shapes[1] or shapes[0] != (len(of_file), *shape) or len(shape) != 3:
+            raise UserError(f"{path}: latents {shapes[0]}, flipped {shapes[1]} and {len(of_file)} labels do not agree")
+        labels += of_file.astype(np.int64).tolist()
+        counts.append(len(of_file))
+    ends = list(accumulate(counts))
+
+    def rows(wanted: range) -> dict[str, np.ndarray]:
+        moments = np.zeros((len(wanted), 2, 2 * shape[0], *shape[1:]), np.float32)
+        row = wanted.start
+        while row < wanted.stop:
+            i = bisect_right(ends, row)
+            first = ends[i] - counts[i]
+            stop = min(wanted.stop, ends[i])
+            with safe_open(files[i], framework="numpy") as file:
+                for view, name in enumerate(VIEWS.values()):
+                    part = file.get_slice(name)[row - first : stop - first]
+                    moments[row - wanted.start : stop - wanted.start, view, : shape[0]] = part
+            row = stop
+        return {"moments": moments}
+
+    group = IncomingGroup(
+        path=f"latents/{options.name}",
+        identity=latents_identity(
+            options,
+            what="LightningDiT's safetensors",
+            sha256=sha256_of_listing((path.name, path.stat().st_size) for path in files),
+            channels=shape[0],
+            size=(shape[1], shape[2]),
+            scale=1.0,
+        ),
+        arrays={"moments": ("float16", (2 * shape[0], *shape[1:]))},
+        rows=rows,
+    )
+    return Incoming(
+        keys=[f"{path.stem}/{i:06d}" for path, count in zip(files, counts, strict=True) for i in range(count)],
+        labels=labels,
+        class_names=[str(label) for label in labels],
+        views=tuple(VIEWS),
+        resolution=options.resolution,
+        source={"kind": "lightningdit", "path": str(source.absolute())},
+        groups=[group],
+    )

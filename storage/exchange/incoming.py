@@ -1,0 +1,152 @@
+"""Making a store of numbers that another project has computed.
+
+An importer describes what it found (`Incoming`); here it is published unit by unit, as the pipeline publishes, so an
+import that was interrupted goes on where it was and ends with the same bytes. The identity says that the numbers were
+imported, from which kind of file, and the SHA-256 that the importer took of its source: of what made them it can say
+no more than the user does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.console import progress_bar
+from storage.errors import UserError
+from storage.index import make_index
+from storage.layout import ArrayLayout, GroupLayout, StoreLayout
+from storage.receipts import scan
+from storage.staging import Staging
+from storage.writer import create_group, create_store, publish_unit
+
+SD_VAE_SCALE = 0.18215  # of the Stable Diffusion VAEs (Rombach et al., arXiv 2112.10752)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What the user says about numbers that do not say it themselves."""
+
+    name: str
+    resolution: int = 256
+    shard_rows: int = 512
+    latent_scale_factor: float | None = None
+    dataset: str = ""
+    labels: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncomingGroup:
+    """One group: path, identity, dtype and row shape by array, and `rows(range) -> {array: (n, V, *row_shape)}`."""
+
+    path: str
+    identity: Mapping[str, Any]
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
+    rows: Callable[[range], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """Everything an importer found."""
+
+    keys: Sequence[str]
+    labels: Sequence[int]
+    class_names: Sequence[str]
+    views: tuple[str, ...]
+    resolution: int
+    source: Mapping[str, Any]
+    groups: Sequence[IncomingGroup]
+
+
+def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None:
+    """Publish what was found into the store at `where`; units that are there already are not read again."""
+    store = StoreLayout(
+        n_rows=len(incoming.keys),
+        views=incoming.views,
+        resolution=incoming.resolution,
+        shard_rows=options.shard_rows,
+    )
+    index = make_index(incoming.keys, incoming.labels, incoming.class_names, incoming.keys, [0] * len(incoming.keys))
+    with Staging(where) as staging:
+        create_store(staging.root, store, index, incoming.source, staging.run_id)
+        for group in incoming.groups:
+            arrays = tuple(
+                ArrayLayout(name=name, dtype=dtype, row_shape=shape, store=store)
+                for name, (dtype, shape) in sorted(group.arrays.items())
+            )
+            layout = GroupLayout(path=group.path, arrays=arrays)
+            identity = {**group.identity, "views": list(incoming.views), "index_digest": index.digest()}
+            digest = create_group(staging.root, layout, identity, {"source": dict(incoming.source)}, staging.run_id)
+            staging.prepare(layout.path)
+            missing = [unit for unit, _, reason in scan(staging.root, layout, digest) if reason is not None]
+            done = store.n_units - len(missing)
+            with progress_bar(store.n_units, unit="shard", done=done, description=f"import {group.path}") as bar:
+                for unit in missing:
+                    found = _checked(group.rows(store.unit_rows(unit)), layout, unit, incoming.keys)
+                    publish_unit(staging.root, layout, digest, unit, found, [], staging.run_id, {})
+                    bar.update(1)
+            print(
+                f"{staging.root.at(group.path)}: {len(incoming.keys)} rows, {len(missing)} of {store.n_units} units new"
+            )
+
+
+def latents_identity(
+    options: ImportOptions, *, what: str, sha256: str, channels: int, size: tuple[int, int], scale: float
+) -> dict[str, Any]:
+    """The identity of imported latents, with every field that the trainer reads."""
+    return {
+        "kind": "latents",
+        "name": options.name,
+        "encoder": f"imported from {what}",
+        "weights_sha256": "unknown",
+        "source_sha256": sha256,
+        "resolution": options.resolution,
+        "dtype": "float16",
+        "latent_scale_factor": scale if options.latent_scale_factor is None else options.latent_scale_factor,
+        "latent_shift_factor": 0.0,
+        "latent_channels": channels,
+        "latent_size": list(size),
+    }
+
+
+def sha256_of_listing(entries: Iterable[tuple[str, int]]) -> str:
+    """SHA-256 (hex) over "name size LF" of every file: which files, not what is in them, which would mean two reads."""
+    sha = hashlib.sha256()
+    for name, size in entries:
+        sha.update(f"{name} {size}\n".encode())
+    return sha.hexdigest()
+
+
+def require_folder(source: Path, what: str) -> None:
+    """Raise UserError when `source` is not a folder."""
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder; name the {what}")
+
+
+def _checked(
+    found: Mapping[str, np.ndarray], layout: GroupLayout, unit: int, keys: Sequence[str]
+) -> dict[str, np.ndarray]:
+    rows = layout.store.unit_rows(unit)
+    arrays = {}
+    for array in layout.arrays:
+        values = np.asarray(found[array.name])
+        expected = (len(rows), layout.store.n_views, *array.row_shape)
+        if values.shape != expected:
+            raise UserError(
+                f"rows {rows.start} to {rows.stop - 1} of {layout.path} have shape {values.shape}, not {expected}"
+            )
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(values, dtype=array.dtype)
+        if values.dtype.kind == "f":
+            wrong = np.flatnonzero(~np.isfinite(values.reshape(len(rows), -1)).all(axis=1))
+            if len(wrong):
+                key = keys[rows.start + int(wrong[0])]
+                raise UserError(
+                    f"{key}: NaN, infinity or a number beyond {array.dtype} in {array.name}; mend the source"
+                )
+        arrays[array.name] = values
+    return arrays

@@ -1,0 +1,75 @@
+"""Stores for people with a torch training loop of their own: a map-style `Dataset` that gathers whole batches.
+
+The only file of this package that imports torch, and nothing else of it imports this file. `DataLoader` asks a data set
+that has `__getitems__` for a whole batch at once, so a batch is one gather an array, also in worker processes (fork or
+spawn; spawn for a store in an object store). Use it with `collate_fn=collate`, since the batch is one already:
+
+    data = RowDataset("/stores/in256", ["latents/sd-vae-ft-mse", "features/dinov2-vitb14"])
+    loader = DataLoader(data, batch_size=256, shuffle=True, num_workers=2, collate_fn=collate, pin_memory=True)
+
+`shuffle=True` makes torch hold a permutation of all samples; `storage.batches` needs no memory for its order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from storage.batches import Gatherer, View
+from storage.gather import ChecksumPolicy
+
+Batch = dict[str, Tensor]
+
+
+class RowDataset(Dataset[Batch]):
+    """Samples of some groups of a store, by position; those that failed in any of the groups are left out.
+
+    A batch maps "row" and "label" to int64 (B,) and "<group>/<array>" to (B, *row_shape) of the stored dtype, or
+    float16 numbers for int8 features when `decode`. `view` is a stored view, or "random" for a fresh choice each visit.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str],
+        groups: Sequence[str],
+        *,
+        arrays: Sequence[str] = (),
+        view: View = 0,
+        decode: bool = True,
+        checksums: ChecksumPolicy = "first",
+        n_threads: int | None = None,
+    ) -> None:
+        """`arrays` limits what is read to arrays of these names, such as ("moments", "patches")."""
+        self._gatherer = Gatherer(
+            store, groups, arrays=arrays, view=view, decode=decode, checksums=checksums, n_threads=n_threads
+        )
+
+    def __len__(self) -> int:
+        return self._gatherer.n_samples
+
+    def __getitem__(self, position: int) -> Batch:
+        """One sample, without the batch axis."""
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"position {position} of {len(self)} samples")
+        return {name: values[0] for name, values in self.__getitems__([position % len(self)]).items()}
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """A whole batch."""
+        if self._gatherer.view == "random":  # torch's generator, which its workers seed apart
+            views: np.ndarray | int = torch.randint(self._gatherer.n_views, (len(positions),)).numpy()
+        else:
+            views = self._gatherer.view
+        batch = self._gatherer.gather(np.asarray(positions, dtype=np.int64), views)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def collate(batch: Batch | list[Batch]) -> Batch:
+    """`collate_fn` for `DataLoader`: a batch as it is; single samples (`batch_size=None` or other samplers) stacked."""
+    if isinstance(batch, list):
+        return {name: torch.stack([sample[name] for sample in batch]) for name in batch[0]}
+    return batch

@@ -1,0 +1,281 @@
+"""Exports hold every row in order, and imports make stores that read, verify and train."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import save_file
+
+from storage import open_store
+from storage.__main__ import main
+from storage.codec import INT8, decode
+from storage.console import EXIT_USAGE
+from storage.diff import diff_stores
+from storage.errors import UserError
+from storage.verify import verify
+from tests.stores import FEATURES, LATENTS, make_store
+
+FAILED = [4, 30]
+KEPT = [row for row in range(40) if row not in FAILED]
+Data = dict[str, dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Data]:
+    root = tmp_path_factory.mktemp("export") / "store"
+    return root, make_store(root, n_views=2, failed_rows=FAILED, codec=INT8)
+
+
+def columns(data: Data) -> dict[str, np.ndarray]:
+    return {f"{path}/{name}": values[KEPT] for path, arrays in data.items() for name, values in arrays.items()}
+
+
+def read_hdf5(out: Path) -> dict[str, np.ndarray]:
+    with h5py.File(out) as file:
+        names = [f"{path}/{name}" for path in (LATENTS, FEATURES) for name in file[path]]
+        return {name: file[name][:] for name in names} | {"label": file["label"][:], "row": file["row"][:]}
+
+
+def read_npy(out: Path) -> dict[str, np.ndarray]:
+    found = {path.stem.replace(".", "/"): np.load(path) for path in out.glob("*.npy")}
+    return found | {"label": pq.read_table(out / "index.parquet")["label"].to_numpy()}
+
+
+def read_parquet(out: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(out)
+    found = {name: table[name].to_numpy() for name in ("row", "label")}
+    for field in table.schema:
+        if "/" in field.name:
+            about = {key.decode(): value.decode() for key, value in field.metadata.items()}
+            cells = [np.frombuffer(cell.as_py(), about["dtype"]) for cell in table[field.name]]
+            found[field.name] = np.stack(cells).reshape(len(cells), *json.loads(about["shape"]))
+    return found
+
+
+def read_webdataset(out: Path) -> dict[str, np.ndarray]:
+    samples: dict[str, dict[str, bytes]] = {}
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                samples.setdefault(key, {})[extension] = file.read()
+    found: dict[str, list[np.ndarray]] = {}
+    for key, parts in samples.items():
+        found.setdefault("row", []).append(np.array(int(key)))
+        found.setdefault("label", []).append(np.array(int(parts["cls"])))
+        for extension, raw in parts.items():
+            if extension.endswith(".npy"):
+                name = extension.removesuffix(".npy").replace(".", "/")
+                found.setdefault(name, []).append(np.load(io.BytesIO(raw)))
+    return {name: np.stack(values) for name, values in found.items()}
+
+
+READERS = {"hdf5": read_hdf5, "npy": read_npy, "parquet": read_parquet, "webdataset": read_webdataset}
+
+
+@pytest.mark.parametrize("to", READERS)
+def test_an_export_holds_every_row_bit_for_bit(
+    made: tuple[Path, Data], to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, data = made
+    out = tmp_path / "out"
+    assert main(["export", str(root), "--to", to, "--out", str(out)]) == 0
+    assert "left out, since their samples failed: rows 4, 30" in capsys.readouterr().out
+    found = READERS[to](out)
+    for name, written in columns(data).items():
+        np.testing.assert_array_equal(found.pop(name), written)
+    assert found.pop("row").tolist() == KEPT
+    assert found.pop("label").tolist() == [row % 5 for row in KEPT]
+    assert not found
+    with pytest.raises(UserError, match="exists; name another --out"):
+        main(["export", str(root), "--to", to, "--out", str(out)])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_decoded_features_and_a_part_of_the_rows(made: tuple[Path, Data], tmp_path: Path) -> None:
+    root, data = made
+    out = tmp_path / "out"
+    argv = ["export", str(root), "--to", "npy", "--out", str(out), "--decode", "--rows", "2:8", "--groups", FEATURES]
+    assert main(argv) == 0
+    found = read_npy(out)
+    numbers = decode(data[FEATURES]["patches"], data[FEATURES]["scale"], INT8, dtype=np.float16)
+    np.testing.assert_array_equal(found[f"{FEATURES}/patches"], numbers[[2, 3, 5, 6, 7]])
+    assert f"{FEATURES}/scale" not in found
+    for rows in ("8:2", "0:41", "x:y", "3"):
+        with pytest.raises(UserError, match=r"--rows is A:B"):
+            main(["export", str(root), "--to", "npy", "--out", str(tmp_path / "o2"), "--rows", rows])
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    shard = tmp_path / "s" / LATENTS / "moments/c/1/0/0/0/0"
+    raw = bytearray(shard.read_bytes())
+    raw[9] ^= 1
+    shard.write_bytes(raw)
+    for to in READERS:
+        with pytest.raises(UserError, match="row 16, view 0: wrong checksum"):
+            main(["export", str(tmp_path / "s"), "--to", to, "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.slow
+def test_mds_is_read_back_by_its_own_library(made: tuple[Path, Data], tmp_path: Path) -> None:
+    python = Path(".venv-bench/bin/python")
+    if not python.exists():
+        pytest.skip("there is no .venv-bench with mosaicml-streaming; `make bench-env` makes it")
+    root, data = made
+    out = tmp_path / "out"
+    subprocess.run([python, "-m", "storage", "export", str(root), "--to", "mds", "--out", str(out)], check=True)
+    code = (
+        "import sys, numpy as np; from streaming import StreamingDataset\n"
+        "d = StreamingDataset(local=sys.argv[1], shuffle=False, batch_size=1)\n"
+        "np.savez(sys.argv[2], **{k: np.stack([np.asarray(d[i][k]) for i in range(len(d))]) for k in d[0]})\n"
+    )
+    subprocess.run([python, "-c", code, str(out), str(tmp_path / "found.npz")], check=True)
+    found = np.load(tmp_path / "found.npz")
+    assert found["row"].tolist() == KEPT
+    for name, written in columns(data).items():
+        np.testing.assert_array_equal(found[name.replace("/", ".")], written)
+
+
+def test_mds_without_its_library_says_where_it_lives(made: tuple[Path, Data], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="make bench-env"):
+        main(["export", str(made[0]), "--to", "mds", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_hdf5_there_and_back(tmp_path: Path) -> None:
+    data = make_store(tmp_path / "s", n_views=2, codec=INT8)
+    main(["export", str(tmp_path / "s"), "--to", "hdf5", "--out", str(tmp_path / "x.h5")])
+    argv = ["import", str(tmp_path / "x.h5"), "--from", "hdf5", "--store", str(tmp_path / "t"), "--name", "x",
+            "--shard-rows", "7"]  # fmt: skip
+    assert main(argv) == 0
+    assert list(verify(tmp_path / "t", deep=True, n_workers=1)) == []
+    for path, arrays in data.items():
+        group = open_store(tmp_path / "t").group(path)
+        for name, written in arrays.items():
+            out = np.empty((40, *written.shape[2:]), written.dtype)
+            for view in range(2):
+                group[name].read_into(np.arange(40), view, out)
+                np.testing.assert_array_equal(out, written[:, view])
+    lines = list(diff_stores(open_store(tmp_path / "s"), open_store(tmp_path / "t")))  # shard sizes do not matter
+    # The identities of this test's stores lack what the pipeline's have and every import adds.
+    assert [line.split(":")[1].strip() for line in lines] == ["index_digest", "views"] * 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").rglob("*") if path.is_file()}
+    assert main(argv) == 0  # again: nothing to do
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "t").rglob("*") if path.is_file()}
+
+
+def test_foreign_hdf5(tmp_path: Path) -> None:
+    moments = np.random.default_rng(0).standard_normal((9, 8, 16, 16)).astype("float32")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["a/latents"] = moments
+        file["y"] = np.arange(9) % 3
+    argv = ["import", str(tmp_path / "x.h5"), "--from", "hdf5", "--store", str(tmp_path / "t"), "--name", "mine"]
+    with pytest.raises(UserError, match="was not written by export"):
+        main(argv)
+    with pytest.raises(UserError, match="has no dataset 'z'"):
+        main([*argv, "--dataset", "a/latents", "--labels", "z"])
+    assert main([*argv, "--dataset", "a/latents", "--labels", "y"]) == 0
+    group = open_store(tmp_path / "t").group("latents/mine")
+    out = np.empty((9, 8, 16, 16), np.float16)
+    group["moments"].read_into(np.arange(9), 0, out)
+    np.testing.assert_array_equal(out, moments.astype(np.float16))
+    assert group.identity["latent_scale_factor"] == 0.18215
+
+
+def make_repa_folder(root: Path, n: int = 23) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    moments = rng.standard_normal((n, 8, 16, 16)).astype("float32")
+    labels = []
+    for i in range(n):
+        name = f"{i // 10:05d}/img-mean-std-{i:08d}.npy"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / name, moments[i])
+        labels.append([name, i % 4])
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return moments
+
+
+def test_the_public_repa_folder_becomes_a_store_that_trains(tmp_path: Path) -> None:
+    moments = make_repa_folder(tmp_path / "vae-sd")
+    argv = ["import", str(tmp_path / "vae-sd"), "--from", "repa-npy", "--store", str(tmp_path / "t"),
+            "--name", "sd-vae-ft-mse", "--resolution", "128", "--shard-rows", "8"]  # fmt: skip
+    assert main(argv) == 0
+    store = open_store(tmp_path / "t")
+    out = np.empty((23, 8, 16, 16), np.float16)
+    store.group("latents/sd-vae-ft-mse")["moments"].read_into(np.arange(23), 0, out)
+    np.testing.assert_array_equal(out, moments.astype(np.float16))
+    assert store.index.labels.tolist() == [i % 4 for i in range(23)]
+    assert list(verify(tmp_path / "t", deep=True, n_workers=1)) == []
+    train = [sys.executable, "-m", "trainer", "train", "--store", str(tmp_path / "t"), "--preset", "sit-tiny-2"]
+    train += ["--run", str(tmp_path / "run"), "--loss.projection-weight", "0", "--steps", "2", "--batch", "4"]
+    subprocess.run(train, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda root: (root / "dataset.json").unlink(), "has no dataset.json"),
+        (lambda root: (root / "dataset.json").write_text("[]"), "is not {"),
+        (lambda root: (root / "00001/img-mean-std-00000012.npy").unlink(), "00000012.npy is missing"),
+        (lambda root: np.save(root / "00001/more.npy", np.zeros(3)), "more.npy has no label"),
+        (lambda root: np.save(root / "00002/img-mean-std-00000021.npy", np.zeros((4, 16, 16))), "has shape"),
+        (lambda root: (root / "00000/img-mean-std-00000000.npy").write_bytes(b"x"), "is not a .npy file"),
+        (
+            lambda root: np.save(root / "00000/img-mean-std-00000003.npy", np.full((8, 16, 16), np.nan)),
+            "00000003.npy: NaN",
+        ),
+    ],
+)
+def test_a_spoilt_repa_folder_is_one_line(tmp_path: Path, spoil: object, says: str) -> None:
+    make_repa_folder(tmp_path / "vae-sd")
+    spoil(tmp_path / "vae-sd")  # type: ignore[operator]
+    argv = ["import", str(tmp_path / "vae-sd"), "--from", "repa-npy", "--store", str(tmp_path / "t"), "--name", "x"]
+    done = subprocess.run([sys.executable, "-m", "storage", *argv], capture_output=True, text=True)
+    assert done.returncode == EXIT_USAGE
+    errors = [line for line in done.stderr.splitlines() if line.startswith("python -m storage: error: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_lightningdit_files_become_two_views(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "latents"
+    source.mkdir()
+    parts = []
+    for shard, n in enumerate((5, 9, 3)):
+        part = {
+            "latents": rng.standard_normal((n, 32, 16, 16)).astype("float32"),
+            "latents_flip": rng.standard_normal((n, 32, 16, 16)).astype("float32"),
+            "labels": rng.integers(0, 4, n),
+        }
+        save_file(part, source / f"latents_rank00_shard{shard:03d}.safetensors")
+        parts.append(part)
+    argv = ["import", str(source), "--from", "lightningdit", "--store", str(tmp_path / "t"), "--name", "vavae",
+            "--shard-rows", "4"]  # fmt: skip
+    assert main(argv) == 0
+    group = open_store(tmp_path / "t").group("latents/vavae")
+    out = np.empty((17, 64, 16, 16), np.float16)
+    for view, name in enumerate(("latents", "latents_flip")):
+        group["moments"].read_into(np.arange(17), view, out)
+        written = np.concatenate([part[name] for part in parts]).astype(np.float16)
+        np.testing.assert_array_equal(out[:, :32], written)
+        assert not out[:, 32:].any()
+    labels = np.concatenate([part["labels"] for part in parts]).tolist()
+    assert open_store(tmp_path / "t").index.labels.tolist() == labels
+    save_file({"latents": parts[0]["latents"]}, source / "zz.safetensors")
+    with pytest.raises(UserError, match="has no tensor 'labels'"):
+        main(["import", str(source), "--from", "lightningdit", "--store", str(tmp_path / "u"), "--name", "x"])
