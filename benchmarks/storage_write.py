@@ -151,7 +151,7 @@ def main() -> None:
     heading = "Publishing shards of 256 rows of 393 kB, float16"
     text = "\n".join([
         f"## {heading}", "", machine(Path(".bench"), packages), "",
-        f"{N_SHARDS} shards a run, median of {args.rounds} rounds; the last column is a median of ratios within a round.",
+        f"{N_SHARDS} shards a run, median of {args.rounds} rounds; last column: median of the ratios within a round.",
         "", table(["writer", "rows/s", "GB/s", "CPU µs a row", "ours / this"], rows), "",
         f"- ours / writev, both with fsync: {statistics.median(b / a for a, b in synced):.2f}", "",
     ])  # fmt: skip

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 IOV_MAX = 1024  # buffers a single writev or preadv takes on Linux
+WRITE_BYTES = 1 << 20  # fits a core's cache
 
 
 def fsync_directory(directory: Path) -> None:
@@ -26,7 +27,7 @@ def fsync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def make_directories(directory: Path) -> None:
+def make_directories(directory: Path, *, fsync: bool = True) -> None:
     """`mkdir -p`, durably: each directory made is synced into its parent."""
     missing = []
     while not directory.exists():
@@ -34,7 +35,8 @@ def make_directories(directory: Path) -> None:
         directory = directory.parent
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        fsync_directory(path.parent)
+        if fsync:
+            fsync_directory(path.parent)
 
 
 def publish(temporary: Path, final: Path, *, fsync: bool = True) -> None:
@@ -44,12 +46,27 @@ def publish(temporary: Path, final: Path, *, fsync: bool = True) -> None:
         fsync_directory(final.parent)
 
 
-def write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
-    """`writev` every buffer (uint8, 1-D) in order, going on after a short write. Raises OSError."""
-    pending = list(buffers)
+def write_all(fd: int, buffers: Iterable[np.ndarray]) -> None:
+    """`writev` every buffer (uint8, 1-D) in order, about WRITE_BYTES at a time. Raises OSError.
+
+    A buffer is taken from the iterable just before it is written, so what was just computed from it is still cached.
+    """
+    pending: list[np.ndarray] = []
+    n_bytes = 0
+    for buffer in buffers:
+        pending.append(buffer)
+        n_bytes += buffer.nbytes
+        if n_bytes >= WRITE_BYTES or len(pending) == IOV_MAX:
+            _writev(fd, pending)
+            pending, n_bytes = [], 0
+    _writev(fd, pending)
+
+
+def _writev(fd: int, pending: list[np.ndarray]) -> None:
+    """One `writev`, going on after a short one."""
     first = 0
     while first < len(pending):
-        written = os.writev(fd, pending[first : first + IOV_MAX])  # type: ignore[arg-type]
+        written = os.writev(fd, pending[first:])  # type: ignore[arg-type]
         while first < len(pending) and written >= pending[first].nbytes:
             written -= pending[first].nbytes
             first += 1

@@ -14,7 +14,7 @@ Limit: the connection does not survive a fork, and says so; start worker process
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
@@ -107,7 +107,7 @@ class ObjectRoot:
     def write(
         self,
         key: str,
-        buffers: Sequence[bytes | np.ndarray],
+        buffers: Iterable[bytes | np.ndarray],
         run_id: str,
         *,
         staging: str = "",

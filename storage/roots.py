@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,7 +64,7 @@ class Root(Protocol):
         """Names directly below a prefix, sorted; [] when there is none. Raises StoreError where nothing can list."""
 
     def write(
-        self, key: str, buffers: Sequence[Buffer], run_id: str, *, staging: str = "", exclusive: bool = False,
+        self, key: str, buffers: Iterable[Buffer], run_id: str, *, staging: str = "", exclusive: bool = False,
         fsync: bool = True,
     ) -> int:  # fmt: skip
         """Publish a file whole; returns its bytes. Raises FileExistsError when `exclusive` and there is one."""
@@ -132,7 +132,7 @@ class LocalRoot:
     def write(
         self,
         key: str,
-        buffers: Sequence[Buffer],
+        buffers: Iterable[Buffer],
         run_id: str,
         *,
         staging: str = "",
@@ -150,17 +150,17 @@ class LocalRoot:
             if staging:
                 temporary = self.path / staging / secrets.token_hex(8)
             else:
-                make_directories(final.parent)
+                make_directories(final.parent, fsync=fsync)
                 temporary = partial_name(final, run_id)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
-                write_all(fd, [np.frombuffer(b, np.uint8) if isinstance(b, bytes) else b for b in buffers])
+                write_all(fd, (np.frombuffer(b, np.uint8) if isinstance(b, bytes) else b for b in buffers))
                 if fsync:
                     os.fsync(fd)
                 nbytes = os.fstat(fd).st_size
             finally:
                 os.close(fd)
-            make_directories(final.parent)
+            make_directories(final.parent, fsync=fsync)
             if exclusive:
                 os.link(temporary, final)
                 temporary.unlink()

@@ -7,6 +7,8 @@ bytes: one CRC-32C pass over memory (tens of GB/s) and, unless the caller waives
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from crc32c import crc32c
 
@@ -39,7 +41,10 @@ def write_shard(
     assert rows.flags.c_contiguous
     assert present.shape == expected[:1]
     key = f"{layout.name}/{layout.shard_key(unit)}"
-    buffers, crcs = _shard_buffers(layout, rows, present)
+    if np.dtype(layout.dtype).byteorder == ">" or not np.little_endian:
+        raise StoreError("shards are little-endian; this machine or dtype is not")
+    crcs = np.zeros(layout.n_shard_chunks, dtype="<u4")
+    buffers = _shard_buffers(layout, rows, present, crcs)
     staging = staging_key(group_path, run_id)
     nbytes = root.write(f"{group_path}/{key}", buffers, run_id, staging=staging, fsync=fsync)
     return ShardRecord(path=key, nbytes=nbytes, chunk_crc32c=ShardRecord.pack(crcs))
@@ -70,23 +75,19 @@ def parse_shard_index(tail: bytes, file_bytes: int, layout: ArrayLayout, where: 
 HEAL = "run precompute again with this unit's receipt deleted to write the shard anew"
 
 
-def _shard_buffers(layout: ArrayLayout, rows: np.ndarray, present: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The file as a list of uint8 buffers that share memory with `rows`, and the chunk checksums uint32 (S·V,)."""
-    n_views = layout.store.n_views
-    if np.dtype(layout.dtype).byteorder == ">" or not np.little_endian:
-        raise StoreError("shards are little-endian; this machine or dtype is not")
-    chunks = rows.reshape(len(present) * n_views, -1).view(np.uint8)
-    crcs = np.zeros(layout.n_shard_chunks, dtype="<u4")
+def _shard_buffers(
+    layout: ArrayLayout, rows: np.ndarray, present: np.ndarray, crcs: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The file as uint8 buffers that share memory with `rows`; fills the chunk checksums `crcs` uint32 (S·V,)."""
+    chunks = rows.reshape(len(present) * layout.store.n_views, -1).view(np.uint8)
     index = np.full((layout.n_shard_chunks, 2), EMPTY, dtype="<u8")
-    buffers: list[np.ndarray] = []
-    slots = np.flatnonzero(np.repeat(present, n_views))
-    for slot in slots.tolist():
-        crcs[slot] = crc32c(chunks[slot])
-        buffers.append(chunks[slot])
-        buffers.append(crcs[slot : slot + 1].view(np.uint8))
+    slots = np.flatnonzero(np.repeat(present, layout.store.n_views))
     index[slots, 0] = np.arange(len(slots), dtype=np.uint64) * np.uint64(layout.stored_bytes)
     index[slots, 1] = layout.stored_bytes
-    buffers.append(index.reshape(-1).view(np.uint8))
-    buffers.append(np.array([crc32c(index.tobytes())], dtype="<u4").view(np.uint8))
+    for slot in slots.tolist():
+        crcs[slot] = crc32c(chunks[slot])
+        yield chunks[slot]
+        yield crcs[slot : slot + 1].view(np.uint8)
+    yield index.reshape(-1).view(np.uint8)
+    yield np.array([crc32c(index.tobytes())], dtype="<u4").view(np.uint8)
     assert index.nbytes == layout.n_shard_chunks * INDEX_ENTRY_BYTES
-    return buffers, crcs

@@ -114,6 +114,29 @@ class LocalFiles:
             finally:
                 self._release(unit)
 
+    def read_rows(
+        self, units: np.ndarray, offsets: np.ndarray, order: np.ndarray, targets: memoryview, n_bytes: int
+    ) -> None:
+        """What `read` does for chunks that do not touch and need no check, the usual case, with nothing made for each.
+
+        Sorted by unit; chunk i goes to `targets[order[i]·n_bytes : (order[i] + 1)·n_bytes]`.
+        """
+        preadv, fd, open_unit = os.preadv, -1, -1
+        try:
+            for unit, offset, at in zip(units.tolist(), offsets.tolist(), (order * n_bytes).tolist(), strict=True):
+                if unit != open_unit:
+                    if open_unit >= 0:
+                        self._release(open_unit)
+                        open_unit = -1
+                    fd = self._acquire(unit)
+                    open_unit = unit
+                target = targets[at : at + n_bytes]
+                if preadv(fd, (target,), offset) != n_bytes and _read_slowly(fd, [target], offset) != n_bytes:
+                    raise EOFError(Read(unit, offset, n_bytes, [offset // n_bytes], [target]))
+        finally:
+            if open_unit >= 0:
+                self._release(open_unit)
+
     def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
         """`posix_fadvise(WILLNEED)`, in pieces that the kernel does not cut short."""
         for unit, offset in zip(units.tolist(), offsets.tolist(), strict=True):

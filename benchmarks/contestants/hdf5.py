@@ -10,10 +10,14 @@ import numpy as np
 import torch
 
 from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
-from benchmarks.contestants.loaders import Row, buffers, loop_or_loader
+from benchmarks.contestants.loaders import LOOP, Row, buffers, loop_or_loader
 
-VARIANTS = {"chunked, row by row": ("chunked", "rows"), "contiguous, row by row": ("contiguous", "rows"),
-            "contiguous, sorted selection": ("contiguous", "select")}  # fmt: skip
+VARIANTS = {
+    "chunked, DataLoader": ("chunked", "rows"),
+    "contiguous, DataLoader": ("contiguous", "rows"),
+    f"contiguous, {LOOP}": ("contiguous", "rows"),
+    f"contiguous, sorted selection, {LOOP}": ("contiguous", "select"),
+}
 WORKERS = (0, 2, 4)
 
 
@@ -34,14 +38,14 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     kind, how = VARIANTS[variant]
     path = root / f"{kind}.h5"
-    if how == "rows" or workers:
+    if how == "rows":
 
         def open_row() -> Row:
             file = h5py.File(path)
             data = {a.name: file[a.name] for a in spec}
             return lambda row: {name: d[row] for name, d in data.items()}
 
-        yield from loop_or_loader(open_row, spec, order, batch, workers)
+        yield from loop_or_loader(open_row, spec, order, batch, variant, workers)
         return
     out = buffers(spec, batch)
     with h5py.File(path) as file:

@@ -1,4 +1,4 @@
-"""Hugging Face datasets: an Arrow data set of fixed-shape arrays with the torch format (its guide "Use with PyTorch")."""
+"""Hugging Face datasets: an Arrow data set of raw bytes in a DataLoader (its guide "Use with PyTorch")."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pyarrow as pa
 import torch
 
 from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
-from benchmarks.contestants.loaders import Row, loop_or_loader
+from benchmarks.contestants.loaders import LOOP, Row, loop_or_loader
 
-VARIANTS = {"torch format, a batch": "batch", "bytes, row by row": "rows"}
+VARIANTS = {"DataLoader": "rows", f"a batch at once, {LOOP}": "batch", f"row by row, {LOOP}": "rows"}
 WORKERS = (0, 2, 4)
 
 
@@ -32,7 +32,7 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     shapes = {a.name: (a.dtype, a.shape) for a in spec}
     data = datasets.load_from_disk(str(root))
-    if VARIANTS[variant] == "batch" and not workers:
+    if VARIANTS[variant] == "batch":
         for start in range(0, len(order), batch):
             part = data[order[start : start + batch].tolist()]
             yield {
@@ -46,4 +46,4 @@ def batches(
             name: np.frombuffer(raw, shapes[name][0]).reshape(shapes[name][1]).copy() for name, raw in data[row].items()
         }
 
-    yield from loop_or_loader(open_row, spec, order, batch, workers)
+    yield from loop_or_loader(open_row, spec, order, batch, variant, workers)

@@ -1,4 +1,4 @@
-"""LitData: chunks written by its `optimize`, read by StreamingDataset and StreamingDataLoader (its README), and by index."""
+"""LitData: chunks written by its `optimize`, read by StreamingDataset and StreamingDataLoader, as its README shows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from litdata import StreamingDataLoader, StreamingDataset, optimize
 
 from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
+from benchmarks.contestants.loaders import LOOP
 
-VARIANTS = {"its own shuffle": "own", "by index": "index"}
+VARIANTS = {"its own shuffle": "own", f"by index, {LOOP}": "index"}
 OWN_ORDER = ("its own shuffle",)
 WORKERS = (0, 2, 4)
 

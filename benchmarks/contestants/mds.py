@@ -1,8 +1,7 @@
-"""MosaicML Streaming, local, uncompressed (its guide "Dataset format"): by index, and by its own shuffle in a DataLoader."""
+"""MosaicML Streaming, local, uncompressed (guide "Dataset format"): its own shuffle in a DataLoader, and by index."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from streaming.base.util import clean_stale_shared_memory
 from torch.utils.data import DataLoader
 
 from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
-from benchmarks.contestants.loaders import Row, loop_or_loader
+from benchmarks.contestants.loaders import LOOP, Row, loop_or_loader
 
-VARIANTS = {"by index": "index", "its own shuffle (py1e)": "own"}
+VARIANTS = {"its own shuffle (py1e)": "own", "by index, DataLoader": "index", f"by index, {LOOP}": "index"}
 OWN_ORDER = ("its own shuffle (py1e)",)
 WORKERS = (0, 2, 4)
 
@@ -42,8 +41,4 @@ def batches(
     def open_row() -> Row:
         return lambda row: dict(data[row])
 
-    yield from loop_or_loader(open_row, spec, order, batch, workers)
-
-
-def clean(root: Path) -> None:
-    shutil.rmtree(root, ignore_errors=True)
+    yield from loop_or_loader(open_row, spec, order, batch, variant, workers)

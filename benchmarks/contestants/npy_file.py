@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
-from benchmarks.contestants.loaders import Row, loop_or_loader
+from benchmarks.contestants.loaders import LOOP, Row, loop_or_loader
 
-VARIANTS = {"np.load": None}
+VARIANTS = {"np.load, DataLoader": None, f"np.load, {LOOP}": None}
 WORKERS = (0, 2, 4)
 
 
@@ -36,4 +36,4 @@ def batches(
 
         return row
 
-    yield from loop_or_loader(open_row, spec, order, batch, workers)
+    yield from loop_or_loader(open_row, spec, order, batch, variant, workers)

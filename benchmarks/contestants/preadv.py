@@ -1,4 +1,4 @@
-"""The honest ceiling: `os.preadv` from this project's own files at known offsets, nothing checked, nothing looked up."""
+"""The ceiling: `os.preadv` from this project's own files at known offsets, nothing checked, nothing looked up."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
-from benchmarks.contestants.loaders import Row, loop_or_loader
+from benchmarks.contestants.loaders import LOOP, Row, loop_or_loader
 
-VARIANTS = {"get_slice": None}
+VARIANTS = {"get_slice, DataLoader": None, f"get_slice, {LOOP}": None}
 WORKERS = (0, 2, 4)
 
 
@@ -31,4 +31,4 @@ def batches(
         slices = [{array.name: file.get_slice(array.name) for array in spec} for file in files]
         return lambda row: {name: s[row % ROWS_A_FILE] for name, s in slices[row // ROWS_A_FILE].items()}
 
-    yield from loop_or_loader(open_row, spec, order, batch, workers)
+    yield from loop_or_loader(open_row, spec, order, batch, variant, workers)
