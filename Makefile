@@ -3,6 +3,7 @@ VENV     ?= .venv
 PYTHON   ?= python3
 PY       := $(VENV)/bin/python
 STAMP    := $(VENV)/.installed
+VENV_BENCH ?= .venv-bench
 
 OUT      ?= runs/demo
 DATA     ?=
@@ -16,7 +17,7 @@ GPUS     ?= 1
 ARGS     ?=
 export RAY_ADDRESS ?=
 
-.PHONY: help env demo precompute train sample test test-all lint format clean
+.PHONY: help env demo precompute train sample test test-all bench-env bench lint format clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
@@ -55,6 +56,19 @@ test: $(STAMP)  ## the tests, a few minutes
 
 test-all: $(STAMP)  ## and the slow ones
 	$(PY) -m pytest -m 'slow or not slow' $(ARGS)
+
+bench-env: $(VENV_BENCH)/.installed  ## the environment of the formats that bench compares with
+$(VENV_BENCH)/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv $(VENV_BENCH)
+	$(VENV_BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
+
+bench: bench-env  ## storage beside its peers: half an hour, 10 GB of disk; tables and plots in benchmarks/results
+	$(VENV_BENCH)/bin/python -m benchmarks.storage_write
+	$(VENV_BENCH)/bin/python -m benchmarks.storage_read $(ARGS)
+	$(VENV_BENCH)/bin/python -m benchmarks.storage_read --dtype int8 $(ARGS)
+	$(VENV_BENCH)/bin/python -m benchmarks.storage_read --cache cold $(ARGS)
+	$(VENV_BENCH)/bin/python -m benchmarks.bookkeeping --shards 1000 10000
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .

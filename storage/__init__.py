@@ -6,7 +6,7 @@ writer needs `create_store`, `create_group`, `Staging` and `publish_unit`.
 
 from storage.cache import CacheConfig
 from storage.errors import StoreError, UserError
-from storage.gather import ArrayReader
+from storage.gather import ArrayReader, gather_into
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
 from storage.reader import GroupReader, RowReader, Store, open_array, open_store
 from storage.staging import Staging
@@ -27,6 +27,7 @@ __all__ = [
     "UserError",
     "create_group",
     "create_store",
+    "gather_into",
     "open_array",
     "open_store",
     "publish_unit",

@@ -20,7 +20,7 @@ import numpy as np
 
 from storage.codec import codec_of, decode
 from storage.errors import UserError
-from storage.gather import ChecksumPolicy
+from storage.gather import ChecksumPolicy, gather_into
 from storage.order import Order, rank_slice
 from storage.reader import GroupReader, open_store
 
@@ -73,12 +73,11 @@ class Gatherer:
         """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} at int64 positions (B,) and views."""
         rows = positions if self._valid is None else self._valid[positions]
         batch = {"row": rows, "label": self._labels[rows]}
+        wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
+        out = [np.empty((len(rows), *group[name].row_shape), group[name].dtype) for group, name in wanted]
+        gather_into([(group[name], values) for (group, name), values in zip(wanted, out, strict=True)], rows, views)
         for group in self._groups:
-            arrays = {}
-            for name in self._arrays & group.arrays.keys():
-                reader = group[name]
-                arrays[name] = np.empty((len(rows), *reader.row_shape), reader.dtype)
-                reader.read_into(rows, views, arrays[name])
+            arrays = {name: values for (of, name), values in zip(wanted, out, strict=True) if of is group}
             codec = codec_of(group.identity) if self._decode else None
             if codec is not None and "patches" in arrays:
                 arrays["patches"] = decode(arrays["patches"], arrays.pop("scale"), codec, dtype=np.float16)

@@ -117,7 +117,7 @@ class LocalFiles:
     def read_rows(
         self, units: np.ndarray, offsets: np.ndarray, order: np.ndarray, targets: memoryview, n_bytes: int
     ) -> None:
-        """What `read` does for chunks that do not touch and need no check, the usual case, with nothing made for each.
+        """What `read` does, for chunks that need no check and seldom touch, the usual case, with nothing made for each.
 
         Sorted by unit; chunk i goes to `targets[order[i]·n_bytes : (order[i] + 1)·n_bytes]`.
         """

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage import ArrayReader
+from storage import ArrayReader, gather_into
 from storage.order import Order, rank_slice
 from trainer import random_keys
 from trainer.data import TrainingData
@@ -142,8 +142,8 @@ class Loader:
                     next_rows, next_views = self._samples(step + 1)
                     for reader in self._readers.values():
                         reader.will_read(next_rows, next_views)
-                for name, reader in self._readers.items():
-                    reader.read_into(rows, views, buffers[name].numpy())
+                targets = [(reader, buffers[name].numpy()) for name, reader in self._readers.items()]
+                gather_into(targets, rows, views)
                 self._ready.put((step, rows, buffers))
             self._ready.put(None)
         except BaseException as error:  # raised again where the batch was asked for

@@ -1,4 +1,4 @@
-"""This project: `GroupReader[...].read_into` into buffers that are used again, as the trainer does."""
+"""This project: `gather_into` into buffers that are used again, as the trainer does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import torch
 
 from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
 from benchmarks.contestants.loaders import buffers
-from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, open_store, publish_unit
+from storage import (
+    ArrayLayout,
+    GroupLayout,
+    Staging,
+    StoreLayout,
+    create_group,
+    create_store,
+    gather_into,
+    open_store,
+    publish_unit,
+)
 from storage.index import make_index
 
 VARIANTS = {
@@ -61,8 +71,8 @@ def batches(
     arrays = {name: tensor.numpy() for name, tensor in out.items()}
     for start in range(0, len(order), batch):
         soon = order[start + batch : start + 2 * batch]
-        for name, reader in readers.items():
-            if ahead:
+        if ahead:
+            for reader in readers.values():
                 reader.will_read(soon, 0)
-            reader.read_into(order[start : start + batch], 0, arrays[name])
+        gather_into([(reader, arrays[name]) for name, reader in readers.items()], order[start : start + batch], 0)
         yield out
