@@ -48,6 +48,7 @@ def node_metadata(path: str, attributes: Mapping[str, Any], layout: GroupLayout 
             compressors=[Crc32cCodec()],
             filters=None,
             fill_value=0,
+            dimension_names=["row", "view", *(f"{array.name}_{axis}" for axis in range(len(array.row_shape)))],
         )
     names = [METADATA, *(f"{array.name}/{METADATA}" for array in (layout.arrays if layout else ()))]
     return {f"{path}/{name}".lstrip("/"): _stored(memory, name) for name in names}

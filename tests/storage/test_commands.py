@@ -1,0 +1,112 @@
+"""`python -m storage`: what it prints, its exit status, and mistakes on one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.__main__ import main
+from storage.codec import INT8
+from tests.stores import FEATURES, LATENTS, make_store
+
+
+def storage(*argv: str | Path) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "storage", *map(str, argv)], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_ls_finds_stores_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path / "a" / "in128")
+    make_store(tmp_path / "b", codec=INT8, n_views=2)
+    (tmp_path / "b" / "receipts" / LATENTS / "00000002.json").unlink()
+    assert main(["ls", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"a/in128: 40 rows, views original, 128 px", out)
+    assert re.search(
+        r"features/tiny-vit  test  float16  cls 40×1×24 f2, patches 40×1×64×24 f2  \d.\d+ GB  complete", out
+    )
+    assert re.search(r"b: 40 rows, views original, hflip", out)
+    assert re.search(r"features/tiny-vit  test  int8 .*scale 40×2×64×1 f2", out)
+    assert re.search(r"latents/tiny-vae .* units 2/3", out)
+
+
+def test_info_tells_identity_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path / "s", failed_rows=[3])
+    assert main(["info", str(tmp_path / "s" / FEATURES)]) == 0
+    out = capsys.readouterr().out
+    assert '"layer": "norm"' in out
+    assert "row 3 class3/00003: test" in out
+    assert "units done 3/3" in out
+    assert main(["info", str(tmp_path / "s")]) == 0
+    assert capsys.readouterr().out.count("identity digest") == 2
+
+
+def test_verify_exits_1_and_names_the_fault(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    assert storage("verify", root)[0] == 0
+    shard = root / FEATURES / "patches/c/1/0/0/0"
+    raw = bytearray(shard.read_bytes())
+    raw[7] ^= 1
+    shard.write_bytes(raw)
+    assert storage("verify", root)[0] == 0  # that takes reading
+    status, out, _ = storage("verify", root, "--deep")
+    assert status == 1
+    assert f"shard {shard}, row 16, view 0: wrong checksum" in out
+    assert "1 fault (every byte read)" in out
+    status, out, _ = storage("verify", root / LATENTS, "--deep")  # one group
+    assert (status, "no fault" in out) == (0, True)
+
+
+def test_diff_names_fields_samples_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = make_store(tmp_path / "a")
+    make_store(tmp_path / "b", shard_rows=9)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    patches = a[FEATURES]["patches"].copy()
+    patches[[5, 22]] += 1
+    make_store(tmp_path / "c", features={"patches": patches}, failed_rows=[30])
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    out = capsys.readouterr().out
+    assert f"{FEATURES}/patches: rows differ: 5, 22" in out
+    assert f"{FEATURES}: rows failed in one of them only: 30" in out
+    make_store(tmp_path / "d", width=48, n_classes=4)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "d")]) == 1
+    out = capsys.readouterr().out
+    assert "width: the first has 24, the second has 48" in out
+    assert "index: label differs at rows: 4" in out
+    group = [str(tmp_path / "a" / FEATURES), str(tmp_path / "c" / FEATURES)]
+    assert main(["diff", *group]) == 1
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    (tmp_path / "empty").mkdir()
+    for argv, says in (
+        (["ls", tmp_path / "nowhere"], "does not exist"),
+        (["ls", tmp_path / "empty"], "is not a store"),
+        (["info", tmp_path / "s/features/clip"], "has no features/clip; it has latents/tiny-vae, features/tiny-vit"),
+        (["verify", tmp_path / "s/latents/x"], "has no latents/x"),
+        (["diff", tmp_path / "s", tmp_path / "s" / LATENTS], "compare two stores or two groups"),
+        (["export", tmp_path / "s", "--to", "csv", "--out", "x"], "invalid choice"),
+        (["ls", "ftp://x/y"], "a store lies in a directory or at s3://"),
+    ):
+        status, _, err = storage(*argv)
+        assert status == 2, argv
+        assert says in err
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_what_is_listed_is_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path / "s")
+    main(["info", str(tmp_path / "s" / LATENTS)])
+    text = capsys.readouterr().out
+    identity = json.loads(text[text.index("{") : text.index("provenance")])
+    assert identity["latent_scale_factor"] == 0.5
+    assert np.isclose(identity["latent_shift_factor"], 0)
