@@ -112,7 +112,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         if task["cold"] and n >= per_epoch:  # a second visit would be warm
             seconds = time.perf_counter() - start_s
             break
-    cpu_us = (cpu_s() - cpu_start_s) / n * 1e6
+    # Workers that ended meanwhile took their times with them: then there is no figure.
+    cpu_us = max(-1.0, (cpu_s() - cpu_start_s) / n * 1e6)
     done.set()
     return {"rows_s": n / seconds, "cpu_us": cpu_us, "rss_mb": peak[0] / 1e6}
 
@@ -242,7 +243,7 @@ def write_report(args: argparse.Namespace, root: Path, results: dict[str, list[d
     order = sorted(middle, key=lambda label: -middle[label]["rows_s"])
     rows = [
         [label, f"{middle[label]['rows_s']:,.0f}", f"{middle[label]['rows_s'] * row_bytes / 1e9:.2f}",
-         f"{middle[label]['cpu_us']:.0f}", f"{middle[label]['rss_mb']:.0f}", ratio(label)]
+         f"{middle[label]['cpu_us']:.0f}" if middle[label]["cpu_us"] > 0 else "–", f"{middle[label]['rss_mb']:.0f}", ratio(label)]
         for label in order
     ]  # fmt: skip
     heading = f"Shuffled reads, {args.dtype} features and moments ({row_bytes / 1e3:.0f} kB a row), {args.cache} cache"

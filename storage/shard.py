@@ -8,6 +8,7 @@ bytes: one CRC-32C pass over memory (tens of GB/s) and, unless the caller waives
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from crc32c import crc32c
@@ -17,6 +18,8 @@ from storage.layout import CRC_BYTES, EMPTY, INDEX_ENTRY_BYTES, ArrayLayout
 from storage.receipts import ShardRecord
 from storage.roots import Root
 from storage.staging import staging_key
+
+CHECKSUM_AHEAD_BYTES = 8 << 20
 
 
 def write_shard(
@@ -78,16 +81,30 @@ HEAL = "run precompute again with this unit's receipt deleted to write the shard
 def _shard_buffers(
     layout: ArrayLayout, rows: np.ndarray, present: np.ndarray, crcs: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """The file as uint8 buffers that share memory with `rows`; fills the chunk checksums `crcs` uint32 (S·V,)."""
+    """The file as uint8 buffers that share memory with `rows`; fills the chunk checksums `crcs` uint32 (S·V,).
+
+    A thread computes the checksums of the next block while one is written; both let go of the GIL.
+    """
     chunks = rows.reshape(len(present) * layout.store.n_views, -1).view(np.uint8)
     index = np.full((layout.n_shard_chunks, 2), EMPTY, dtype="<u8")
     slots = np.flatnonzero(np.repeat(present, layout.store.n_views))
     index[slots, 0] = np.arange(len(slots), dtype=np.uint64) * np.uint64(layout.stored_bytes)
     index[slots, 1] = layout.stored_bytes
-    for slot in slots.tolist():
-        crcs[slot] = crc32c(chunks[slot])
-        yield chunks[slot]
-        yield crcs[slot : slot + 1].view(np.uint8)
+    n_ahead = max(1, CHECKSUM_AHEAD_BYTES // layout.chunk_bytes)
+    blocks = [slots[i : i + n_ahead].tolist() for i in range(0, len(slots), n_ahead)]
+
+    def checksum(block: list[int]) -> None:
+        for slot in block:
+            crcs[slot] = crc32c(chunks[slot])
+
+    with ThreadPoolExecutor(1, thread_name_prefix="checksum") as pool:
+        ahead = [pool.submit(checksum, block) for block in blocks[:1]]
+        for i, block in enumerate(blocks):
+            ahead.pop().result()
+            ahead += [pool.submit(checksum, block) for block in blocks[i + 1 : i + 2]]
+            for slot in block:
+                yield chunks[slot]
+                yield crcs[slot : slot + 1].view(np.uint8)
     yield index.reshape(-1).view(np.uint8)
     yield np.array([crc32c(index.tobytes())], dtype="<u4").view(np.uint8)
     assert index.nbytes == layout.n_shard_chunks * INDEX_ENTRY_BYTES
