@@ -243,7 +243,8 @@ def write_report(args: argparse.Namespace, root: Path, results: dict[str, list[d
     order = sorted(middle, key=lambda label: -middle[label]["rows_s"])
     rows = [
         [label, f"{middle[label]['rows_s']:,.0f}", f"{middle[label]['rows_s'] * row_bytes / 1e9:.2f}",
-         f"{middle[label]['cpu_us']:.0f}" if middle[label]["cpu_us"] > 0 else "–", f"{middle[label]['rss_mb']:.0f}", ratio(label)]
+         f"{middle[label]['cpu_us']:.0f}" if middle[label]["cpu_us"] > 0 else "–",
+         f"{middle[label]['rss_mb']:.0f}", ratio(label)]
         for label in order
     ]  # fmt: skip
     heading = f"Shuffled reads, {args.dtype} features and moments ({row_bytes / 1e3:.0f} kB a row), {args.cache} cache"
