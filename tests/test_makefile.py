@@ -35,7 +35,7 @@ def test_train_on_two_ranks_through_torchrun(shared_tiny_store: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["precompute", "DATA=/somewhere"], "--store: must not be empty"),
+        (["precompute", "DATA=/somewhere"], "STORE is empty"),
         (["train", "STORE=/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["train", "STORE=/nowhere", "PRESET=sit-xxl-2"], "unknown preset 'sit-xxl-2'"),
     ],
