@@ -25,7 +25,7 @@ class PrecomputeConfig:
         "VAEs: names, diffusers directories or hub ids, with commas; none: no latents", "sd-vae-ft-mse"
     )
     features: str = option(
-        "vision encoders' names, with commas (`python -m pipeline encoders` lists them and their options); none: no features",
+        "vision encoders, with commas (`python -m pipeline encoders` lists them and their options); none: no features",
         "dinov2-vitb14",
     )
     latents_weights: str = option("diffusers directory to load the named VAE from; of several, NAME=DIR,NAME=DIR", "")

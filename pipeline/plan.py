@@ -67,7 +67,7 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
 
     Raises UserError for unknown encoders, missing weights and one group asked for twice.
     """
-    arithmetic = {"precision": config.precision, "compiled": config.compile}
+    arithmetic: dict[str, Any] = {"precision": config.precision, "compiled": config.compile}
     specs = [
         *registry.resolve_all(
             config.latents, config.latents_weights, "latents", partial(registry.resolve_latents, **arithmetic)

@@ -87,7 +87,7 @@ class VisionModel:
         return (self.preprocessing.input_size(resolution) // self.preprocessing.patch) ** 2
 
     def gflop(self, resolution: int) -> float:
-        """Forward pass of one image, 10⁹ operations: 2 a multiply-add; qkv, projection, MLP, attention, patches."""
+        """Forward pass of one image, 10⁹ operations, 2 a multiply-add; registers (at most 2 %) are left out."""
         n, d = self.n_tokens(resolution) + self.has_cls, self.width
         block = n * ((4 + self.mlp) * d**2 + 2 * n * d)
         patches = self.n_tokens(resolution) * 3 * self.preprocessing.patch**2 * d
@@ -128,9 +128,9 @@ VAES = {
         factor=32,
         channels=32,
         posterior=False,
-        gflop_256=0.0,
+        gflop_256=324.0,
     ),
-    "tiny-vae": Autoencoder(model=str(TINY_VAE), channels=4, gflop_256=0.0),
+    "tiny-vae": Autoencoder(model=str(TINY_VAE), channels=4, gflop_256=3.0),
 }
 
 PATCH_14 = Preprocessing(patch=14)
@@ -162,13 +162,13 @@ def _dinov3(size: str, letter: str, width: int, depth: int, mlp: float = 8.0) ->
     )
 
 
-def _mocov3(size: str, width: int, depth: int, heads: int) -> VisionModel:
+def _mocov3(size: str, width: int, depth: int, heads: int, original: str) -> VisionModel:
     return VisionModel(
         family="mocov3",
         model=f"vit_{size}_patch16_224",
         width=width,
         depth=depth,
-        original=f"facebookresearch/moco-v3: vit-{size[0]}-300ep.pth.tar",
+        original=original,
         settings={"num_heads": heads},
     )
 
@@ -217,9 +217,9 @@ VISION = {
         repository="timm/vit_large_patch16_224.mae",
         original="facebookresearch/mae: mae_pretrain_vit_large.pth",
     ),
-    "mocov3-vits16": _mocov3("small", 384, 12, heads=12),
-    "mocov3-vitb16": _mocov3("base", 768, 12, heads=12),
-    "mocov3-vitl16": _mocov3("large", 1024, 24, heads=16),
+    "mocov3-vits16": _mocov3("small", 384, 12, heads=12, original="facebookresearch/moco-v3: vit-s-300ep.pth.tar"),
+    "mocov3-vitb16": _mocov3("base", 768, 12, heads=12, original="facebookresearch/moco-v3: vit-b-300ep.pth.tar"),
+    "mocov3-vitl16": _mocov3("large", 1024, 24, heads=16, original="LTH14/rcg: its MoCo v3 ViT-L/16"),
     "clip-vitl14": VisionModel(
         model="vit_large_patch14_clip_quickgelu_224.openai",
         width=1024,

@@ -16,7 +16,7 @@ Any other vision transformer of timm: --features timm:NAME, say timm:vit_base_pa
 Options behind a name: layer=N, the output of block N without norm, or layer=norm; tokens=patch|cls|both;
 precision=fp32|tf32|fp16|bf16 (a VAE's too). Several in one pass: --features dinov2-vitb14,clip-vitl14
 Weights come from the hub's cache, the hub, or files: --features-weights FILE or NAME=FILE,NAME=FILE, in timm's layout
-or as released by"""
+or as their authors released them."""
 
 
 def list_encoders() -> str:
@@ -39,8 +39,7 @@ def list_encoders() -> str:
                 _built_in(model.model) or model.repository or model.original,
             )
         )
-    releases = dict.fromkeys(model.original.partition(":")[0] for model in VISION.values() if model.original)
-    return f"{_table(latents)}\n\n{_table(features)}\n{NOTES} {', '.join(releases)}."
+    return f"{_table(latents)}\n\n{_table(features)}\n{NOTES}"
 
 
 def _features(model: VisionModel) -> str:

@@ -6,8 +6,8 @@ A name may carry options, `NAME:layer=8:tokens=patch:precision=fp16`:
     tokens=         patch, cls or both
     precision=      fp32, tf32, bf16 or fp16 for this encoder (`precision.py`)
 
-`catalogue.py` lists the names; `timm:NAME` is any vision transformer of timm. A family is a module with two functions of
-the same signature as its siblings':
+`catalogue.py` lists the names; `timm:NAME` is any vision transformer of timm. A family is a module with two functions
+of the same signature as its siblings':
 
     describe(spec, resolution) -> dict        the identity: everything that determines the numbers, weights' SHA-256 too
     load(spec, resolution, device) -> Encoder

@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers: an image's posterior mean and standard deviation, or its latent where there is no posterior.
+"""Autoencoders of diffusers: an image's posterior mean and standard deviation, or its latent without a posterior.
 
 Input is x / 127.5 − 1, in [−1, 1]. What is stored is concat(mean, std) on the channel axis, unscaled: the trainer draws
 z = (mean + std · ε − shift) · scale afresh at each visit. The standard deviation, not the log-variance, as REPA stores
@@ -109,8 +109,8 @@ def read_geometry(directory: Path) -> Geometry:
     config = model.config
     if config.get("scaling_factor") is None or config.get("latents_mean") is not None or height != width:
         raise UserError(
-            f"{directory} holds a {name} whose latents are normalised by more than one scaling_factor and shift_factor, "
-            "which the trainer does not know; name another VAE"
+            f"{directory} holds a {name} whose latents are not normalised by one scaling_factor and shift_factor, all "
+            "that the trainer knows; name another VAE"
         )
     return Geometry(
         class_name=name,
