@@ -45,7 +45,7 @@ class Preprocessing:
 
     normalisation: Normalisation = IMAGENET
     patch: int = 16
-    resize_first: bool = False  # CLIP: before normalising; it matters, since bicubic overshoots
+    resize_first: bool = False  # before normalising; the difference is rounding, bicubic weights sum to one
 
     @property
     def resizes(self) -> bool:

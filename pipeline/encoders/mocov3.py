@@ -1,8 +1,8 @@
 """MoCo v3 (arXiv 2104.02057): timm's ViT with the paper's 12 heads in ViT-S, and the public checkpoint's names.
 
 The checkpoint holds a whole training run under `module.`: the base encoder, its momentum copy and the predictor. The
-features are the base encoder's. In the public ViT-L (RCG's, arXiv 2312.03701), four names of blocks 13 and 14 carry the block's number
-where the layer's should be (`blocks.13.norm13` for `blocks.13.norm1`).
+features are the base encoder's. In the public ViT-L (of RCG, arXiv 2312.03701), four names of blocks 13 and 14 carry
+the block's number where the layer's should be (`blocks.13.norm13` for `blocks.13.norm1`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +71,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         if _is_torchscript(path):
-            scripted = torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch means to replace TorchScript, not these files
+                scripted = torch.jit.load(path, map_location="cpu").state_dict()
             return {name: value.float() for name, value in scripted.items()}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise their own kinds for a damaged file
