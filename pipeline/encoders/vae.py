@@ -104,7 +104,7 @@ def read_geometry(directory: Path) -> Geometry:
             latent = latents_of(model.eval().encode(torch.empty(1, 3, PROBE_PIXELS, PROBE_PIXELS)))
         channels, height, width = latent[0].shape[1:]
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        first = str(error).splitlines()[0][:120]
+        first = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise UserError(f"{directory} holds a {name}, which does not encode images to latents ({first})") from error
     config = model.config
     if config.get("scaling_factor") is None or config.get("latents_mean") is not None or height != width:
