@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import PrecomputeConfig
-from pipeline.encode import UnitEncoder
 from pipeline.encoders import registry, timm_vit
 from pipeline.encoders.catalogue import CLIP, HALF, IMAGENET, VAES, VISION
 from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
 from pipeline.encoders.weights import read_weights
 from pipeline.plan import plan_groups
-from storage import Staging, StoreLayout, create_group, create_store, open_store
+from storage import StoreLayout, open_store
 from storage.errors import UserError
-from storage.index import make_index
+from tests.pipeline.encoding import encode_store, read_all
 from tests.pipeline.hub import empty_cache, put_in_cache
 
 CPU = torch.device("cpu")
@@ -185,24 +184,15 @@ def test_several_encoders_of_one_pass_encode_the_same_pixels(tmp_path: Path) -> 
     paths = [group.layout.path for group in groups]
     assert paths == ["latents/tiny-vae", "features/tiny-vit", "features/tiny-vit-layer2-cls"]
     images = pictures(4, 128)
-    keys = [f"{i}" for i in range(4)]
-    root = tmp_path / "store"
-    with Staging(root) as staging:
-        create_store(root, LAYOUT, make_index(keys, [0] * 4, ["one"] * 4, keys, [1] * 4), {}, staging.run_id)
-        digests = {g.layout.path: create_group(root, g.layout, g.identity, {}, staging.run_id) for g in groups}
-        for path in paths:
-            staging.prepare(path)
-        encoder = UnitEncoder(root, groups, digests, batch=4, n_threads=1, run_id=staging.run_id)
-        encoder.encode_and_publish(0, images, [], 0.0, paths)
-    store = open_store(root)
+    encode_store(tmp_path / "store", groups, images)
+    store = open_store(tmp_path / "store")
     for group in groups:
-        direct = registry.load(group.spec, resolution=128, device=CPU).encode(images)
+        encoder = registry.load(group.spec, resolution=128, device=CPU)
+        parts = [encoder.encode(part) for part in (images[:3], images[3:])]
         reader = store.group(group.layout.path)
-        assert {array.name for array in group.layout.arrays} == set(direct)
-        for name, wanted in direct.items():
-            out = np.empty(wanted.shape, wanted.dtype)
-            reader[name].read_into(range(4), 0, out)
-            np.testing.assert_array_equal(out, wanted)
+        assert {array.name for array in group.layout.arrays} == set(parts[0])
+        for name in parts[0]:
+            np.testing.assert_array_equal(read_all(reader, name, 4), np.concatenate([part[name] for part in parts]))
         reader.close()
 
 
