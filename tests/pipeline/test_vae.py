@@ -162,6 +162,7 @@ def test_the_published_configurations_have_the_catalogues_geometry(
     found, known = vae.read_geometry(tmp_path), VAES[name]
     assert (found.channels, found.factor, found.posterior) == (known.channels, known.factor, known.posterior)
     assert (found.scale, found.shift) == (scale, shift)
+    assert found == vae.probe(config, config["_class_name"], tmp_path)
 
 
 @pytest.mark.parametrize(("resolution", "side"), [(256, 64), (512, 128)])
