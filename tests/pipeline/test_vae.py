@@ -211,6 +211,8 @@ def test_a_pipelines_folder_and_the_hubs_cache_are_looked_into(
     ]
     for identity in identities[1:]:
         assert {**identity, "name": ""} == {**identities[0], "name": ""}
+    assert registry.resolve_latents(str(whole)).decoder == str(whole / "vae")
+    assert registry.resolve_latents("flux-vae", weights=whole).weights == whole / "vae"
     assert [identity["name"] for identity in identities[1:]] == ["some-pipeline", "flux-vae", "someone--vae"]
 
 
