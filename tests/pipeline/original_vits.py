@@ -7,6 +7,7 @@ a file is compared with something it did not come from.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -282,4 +283,6 @@ class Tree(nn.Module):
 
 def save_torchscript(state: State, path: Any) -> None:
     """The file format of CLIP's release: a TorchScript archive of float16 parameters."""
-    torch.jit.script(Tree({name: value.half() for name, value in state.items()})).save(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch means to replace TorchScript
+        torch.jit.script(Tree({name: value.half() for name, value in state.items()})).save(str(path))
