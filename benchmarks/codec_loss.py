@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.decode import to_rgb
 from pipeline.encoders import dinov2, registry
 from pipeline.encoders.vision import VisionTransformerEncoder, read_weights
 from pipeline.quantise import quantise
 from pipeline.sources import open_source
 from pipeline.sources.photos import write_photos
-from pipeline.transforms import center_crop, decode_rgb
+from pipeline.transforms import center_crop
 from storage.console import progress_bar
 from storage.order import Order
 from trainer.config import override
@@ -64,10 +65,11 @@ def photographs(resolution: int, n: int, seed: int) -> np.ndarray:
     """`n` centre crops of the built-in photographs, uint8 (n, R, R, 3)."""
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder))
-        source = open_source(Path(folder))
+        source = open_source(folder)
         locations = source.listing().index.locations
         chosen = np.random.default_rng(seed).choice(len(locations), n, replace=False)
-        return np.stack([center_crop(decode_rgb(source.read(locations[i])), resolution) for i in chosen])
+        samples = source.read_many([locations[i] for i in chosen])
+        return np.stack([center_crop(to_rgb(sample), resolution) for sample in samples])
 
 
 def random_dinov2_b(resolution: int, weights: Path | None) -> VisionTransformerEncoder:

@@ -18,8 +18,9 @@ def option(help_text: str, default: object) -> Any:
 class PrecomputeConfig:
     """Stage one: which images, which encoders, where to, and with what resources."""
 
-    data: Path = field(metadata={"help": "folder of images, one sub-folder a class"})
+    data: str = field(metadata={"help": "images: a folder, file, pattern or URL (see `python -m pipeline index`)"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
+    source: str = option("kind of DATA; auto: by what is there", "auto")
     latents: str = option("VAE: a name, a diffusers directory or a hub id; none: no latents", "sd-vae-ft-mse")
     features: str = option("vision encoder's name; none: no features", "dinov2-vitb14")
     latents_weights: Path | None = option("diffusers directory to load the named VAE from", None)
@@ -43,6 +44,8 @@ class PrecomputeConfig:
     verbose: bool = option("let Ray's own log messages through", False)
 
     def __post_init__(self) -> None:
+        if not self.data.strip():
+            raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
         if not str(self.store).strip():
             raise UserError("STORE is empty; name a directory or an s3:// or gs:// URL")
         for name in ("shard_rows", "batch"):

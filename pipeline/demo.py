@@ -29,7 +29,7 @@ def demo_config(out: Path) -> PrecomputeConfig:
     n_images = write_photos(photos)
     print(f"{n_images} crops of the built-in photographs in {photos}")
     return PrecomputeConfig(
-        data=photos,
+        data=str(photos),
         store=str(out / "store"),
         latents="tiny-vae",
         features="tiny-vit",

@@ -36,8 +36,8 @@ def precompute(config: PrecomputeConfig) -> Summary:
 
     Raises UserError for what the user can mend. Units that failed three times are in the summary; the others are done.
     """
-    config = dataclasses.replace(config, data=config.data.absolute(), store=absolute(config.store))
-    source = open_source(config.data)
+    config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
+    source = open_source(config.data, config.source)
     found = source.listing()
     if found.left_out:
         print(f"{len(found.left_out)} files are no images by their extension, such as {found.left_out[0]}; left out")

@@ -8,10 +8,12 @@ depend on the locale. Listing costs one directory scan and one stat a file, on s
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.sources.listing import Listing
+from pipeline.sources.protocol import Sample, Unreadable
 from storage.errors import UserError
 from storage.index import make_index
 
@@ -24,8 +26,8 @@ class ImageFolder:
 
     kind = "image-folder"
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+    def __init__(self, data: str) -> None:
+        self.root = Path(data)
 
     def listing(self) -> Listing:
         """List every image; files with another extension are left out by name. Raises UserError when there is none."""
@@ -47,9 +49,13 @@ class ImageFolder:
             left_out=tuple(path for _, others in listings for path in others),
         )
 
-    def read(self, location: str) -> bytes:
-        """The file's bytes."""
-        return (self.root / location).read_bytes()
+    def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
+        """The files' bytes; one that is gone or forbidden is unreadable."""
+        for location in locations:
+            try:
+                yield (self.root / location).read_bytes()
+            except (FileNotFoundError, PermissionError) as error:
+                yield Unreadable(f"cannot be read: {error.strerror}")
 
     def provenance(self) -> dict[str, str]:
         """Kind and absolute path."""
