@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
+from pipeline.sources.found import look
+from pipeline.sources.hdf5 import HDF5
 from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import Listing
+from pipeline.sources.parquet import Parquet
 from pipeline.sources.protocol import Sample, Source, Unreadable
+from pipeline.sources.tar import ClassTars, TarOfTars
+from pipeline.sources.webdataset import WebDataset
+from pipeline.sources.zip import Zip
 from storage.errors import UserError
 
-__all__ = ["Listing", "Sample", "Source", "Unreadable", "open_source"]
+__all__ = ["KINDS", "Listing", "Sample", "Source", "Unreadable", "open_source"]
 
 AUTO = "auto"
-SOURCES = {source.kind: source for source in (ImageFolder,)}
+SOURCES: list[Any] = [ImageFolder, TarOfTars, ClassTars, Parquet, WebDataset, HDF5, Zip, LabelsFile]
+KINDS = [AUTO, *(source.kind for source in SOURCES)]
 
 
 def open_source(data: str, kind: str = AUTO) -> Source:
-    """The source at an absolute path or URL. Raises UserError when there is nothing there that can be read."""
-    if kind not in (AUTO, *SOURCES):
-        raise UserError(f"--source must be {AUTO} or one of {', '.join(SOURCES)}, got {kind!r}")
-    if not Path(data).exists():
-        raise UserError(f"DATA {data} does not exist; name a folder with one sub-folder of images a class")
-    if not Path(data).is_dir():
-        raise UserError(f"DATA {data} is a file; name a folder with one sub-folder of images a class")
-    return ImageFolder(data)
+    """The source at an absolute path, pattern or URL, of the kind that is named or recognised.
+
+    Raises UserError when there is nothing, nothing that is recognised, or more than one kind.
+    """
+    by_kind = {source.kind: source for source in SOURCES}
+    if kind not in (AUTO, *by_kind):
+        raise UserError(f"--source must be one of {', '.join([AUTO, *by_kind])}, got {kind!r}")
+    found = look(data)
+    if kind != AUTO:
+        return by_kind[kind](found)
+    recognised = [source for source in SOURCES if source.recognises(found)]
+    if len(recognised) > 1:
+        kinds = " or ".join(source.kind for source in recognised)
+        raise UserError(f"DATA {data} holds {found.summary()}: is it {kinds}? Say which with --source")
+    if not recognised:
+        expected = "; ".join(f"{source.kind}: {source.expects}" for source in SOURCES)
+        raise UserError(f"DATA {data} holds {found.summary()}, expected one of these: {expected}")
+    return recognised[0](found)
