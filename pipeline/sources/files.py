@@ -163,7 +163,8 @@ class RemoteFiles:
 
                 from storage.remote import connection_options
 
-                return FsspecStore(protocol, skip_instance_cache=True, **connection_options(self.root))
+                make: Any = FsspecStore  # its stubs do not know fsspec's own arguments
+                return make(protocol, skip_instance_cache=True, **connection_options(self.root))
             import fsspec
 
             return fsspec.filesystem(protocol)

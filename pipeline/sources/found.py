@@ -73,14 +73,12 @@ class Found:
         suffixes = Counter(os.path.splitext(file.path)[1].lower() or "no suffix" for file in self.files)
         parts = [f"{n} × {suffix}" for suffix, n in suffixes.most_common(SHOWN)]
         if self.folders:
-            parts.append(
-                f"{len(self.folders)} folders ({', '.join(self.folders[:SHOWN])}{', …' * (len(self.folders) > SHOWN)})"
-            )
+            parts.append(f"{len(self.folders)} folders ({', '.join(self.folders[:SHOWN])})")
         return ", ".join(parts) or "nothing"
 
 
 def look(data: str) -> Found:
-    """What an absolute path, pattern or URL names. Raises UserError when there is nothing, OSError when it is out of reach."""
+    """What an absolute path, pattern or URL names. Raises UserError when there is nothing, OSError when out of reach."""
     data = data.removeprefix("file://")
     remote = is_url(data)
     if not (os.path.exists(data) if not remote else False) and PATTERN.search(data):

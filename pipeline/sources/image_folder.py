@@ -39,9 +39,10 @@ class ImageFolder:
         images = [(label, file) for label, files in enumerate(below) for file in files if is_image(file.path)]
         left_out = [file.path for files in below for file in files if not is_image(file.path)]
         if not images:
+            seen = f"; there is {left_out[0]}" if left_out else ""
             raise UserError(
                 f"DATA {self.data} has {len(below)} class folders and no image in them "
-                f"(by extension: {' '.join(sorted(EXTENSIONS))}){'; there is ' * bool(left_out)}{', '.join(left_out[:1])}"
+                f"(by extension: {' '.join(sorted(EXTENSIONS))}){seen}"
             )
         paths = [file.path for _, file in images]
         return make_listing(

@@ -4,8 +4,8 @@
                    a.jpg,3               a third column class_name may name the integers
     dataset.json   {"labels": [["a.jpg", 3], …]}
 
-Samples are those that the file names, sorted by path, which is the key. One whose image is not there is a sample all the
-same, and fails when it is read. Images that the file does not name are left out. Listing costs a stat a file.
+Samples are those that the file names, sorted by path, which is the key. One whose image is not there is a sample all
+the same, and fails when it is read. Images that the file does not name are left out. Listing costs a stat a file.
 """
 
 from __future__ import annotations

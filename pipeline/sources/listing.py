@@ -15,7 +15,8 @@ from storage.errors import UserError
 from storage.index import Index, make_index
 
 EXTENSIONS = frozenset(
-    ".jpeg .jpg .jpe .jfif .mpo .png .apng .bmp .gif .webp .avif .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm .tga .ico".split()
+    ".jpeg .jpg .jpe .jfif .mpo .png .apng .bmp .gif .webp .avif .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
+    ".ico".split()
 )
 CLASS_NAMES_FILE = "classes.txt"
 NO_LABEL = -1

@@ -1,9 +1,9 @@
 """Parquet as on the Hugging Face hub: a column `image`, a struct {bytes, path} or plain bytes, and a column `label`.
 
 Class names come from the schema's Hugging Face metadata, or from `classes.txt`. Samples are in the order of the files'
-names, then of their rows; the key is the file's name without suffix and the row (`train-00000-of-00294/000123`). Listing
-reads footers and the label column, files on several threads; sizes of single images stay unknown. A unit reads each of
-its row groups once, and of them the image column alone.
+names, then of their rows; the key is the file's name without suffix and the row (`train-00000-of-00294/000123`).
+Listing reads footers and the label column, files on several threads; sizes of single images stay unknown. A unit reads
+each of its row groups once, and of them the image column alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Parquet:
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
         """The rows' bytes, each row group read once as long as locations go upwards."""
-        wanted = [(path, *map(int, rest.split(":"))) for path, _, rest in (s.rpartition("#") for s in locations)]
+        wanted = [_parse(location) for location in locations]
         for path, of_file in groupby(wanted, key=lambda where: where[0]):
             with self.place.open(path) as handle, pq.ParquetFile(handle) as file:
                 for group, of_group in groupby(of_file, key=lambda where: where[1]):
@@ -97,16 +97,24 @@ class Parquet:
 
 def _rows(file: pq.ParquetFile, group: int, rows: Sequence[int]) -> Iterator[Sample]:
     """Rows of one row group, in the order asked for, which is read through once when they go upwards."""
-    first, batches, batch = 0, iter(()), ()
+    batches: Iterator[Any] = iter(())
+    first, stop, column = 0, 0, None
     for row in rows:
-        if row < first or not batches:
-            first, batch = 0, ()
+        if column is None or row < first:
             batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE])
-        while row >= first + len(batch):
-            first += len(batch)
-            batch = _encoded(next(batches).column(0))
-        data = batch[row - first].as_py()
+            first, stop = 0, 0
+        while row >= stop:
+            column = _encoded(next(batches).column(0))
+            first, stop = stop, stop + len(column)
+        assert column is not None
+        data = column[row - first].as_py()
         yield Unreadable("the image column is null") if data is None else data
+
+
+def _parse(location: str) -> tuple[str, int, int]:
+    path, _, rest = location.rpartition("#")
+    group, _, row = rest.partition(":")
+    return path, int(group), int(row)
 
 
 def _encoded(column: Any) -> Any:

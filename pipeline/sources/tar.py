@@ -1,8 +1,8 @@
 """Tars of classes: the original `ILSVRC2012_img_train.tar`, a tar of one tar a class, or a folder of such class tars.
 
-Nothing is unpacked: images are read by their offsets. Classes are numbered in the sorted order of the class tars' names,
-and samples sorted by class, then by name, so that labels, keys (`n01440764/n01440764_10026.JPEG`) and rows agree with
-those of the unpacked ImageFolder tree. Listing reads every member's header, class tars on several threads.
+Nothing is unpacked: images are read by their offsets. Classes are numbered in the sorted order of the class tars'
+names, and samples sorted by class, then by name, so that labels, keys (`n01440764/n01440764_10026.JPEG`) and rows agree
+with those of the unpacked ImageFolder tree. Listing reads every member's header, class tars on several threads.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from pipeline.sources.files import Files, Part
 from storage.errors import UserError
@@ -20,7 +21,7 @@ PEEK = 64  # members that a kind is recognised by
 
 @dataclass(frozen=True)
 class Member:
-    """A member's name, where its data begins in the file, and its size; `regular` is false for links, folders, devices."""
+    """A member's name, where its data begins in the file, and its size; `regular` is false for links and devices."""
 
     name: str
     start: int
@@ -39,9 +40,9 @@ def members(files: Files, path: str, start: int = 0, end: int | None = None) -> 
             end = handle.seek(0, 2)
         handle.seek(start)
         try:
-            archive = tarfile.open(fileobj=handle, mode="r:")
+            archive: Any = tarfile.open(fileobj=handle, mode="r:")  # noqa: SIM115 - closing it would do nothing
             for info in archive:
-                archive.members = []  # tarfile keeps all it has seen, which is memory and, with millions, time
+                archive.members = []  # it keeps all it has seen, which is gigabytes with millions
                 stop = info.offset_data + (info.size if info.isreg() else 0)
                 if stop > end:
                     raise tarfile.ReadError(f"{info.name} ends at byte {stop} of {end}")
@@ -52,7 +53,7 @@ def members(files: Files, path: str, start: int = 0, end: int | None = None) -> 
                 raise tarfile.ReadError(f"no header at byte {archive.offset}, where one should be")
         except tarfile.TarError as error:
             raise UserError(
-                f"{where} is no whole, uncompressed tar ({error}); fetch it again, or unpack and repack it without compression"
+                f"{where} is no whole, uncompressed tar ({error}); fetch it again, or repack it without compression"
             ) from error
 
 
