@@ -220,8 +220,8 @@ class RemoteFiles:
         return f"{self.root}/{path}" if path else self.root
 
     def _below(self, name: str) -> str:
-        root = self.file_system._strip_protocol(self.root).strip("/")
-        return self.file_system._strip_protocol(name).strip("/").removeprefix(root).lstrip("/")
+        root = self.root.split("://")[1].strip("/")
+        return name.split("://")[-1].strip("/").removeprefix(root).lstrip("/")
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:

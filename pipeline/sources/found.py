@@ -19,6 +19,7 @@ from storage.roots import is_url
 
 PATTERN = re.compile(r"[*?\[]")
 SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test)(?![a-z])")
+CONTAINERS = (".tar", ".parquet", ".h5", ".hdf5", ".zip")
 SHOWN = 4  # examples in a message
 LISTING_THREADS = 16  # enough to hide a network file system's latency
 
@@ -78,10 +79,10 @@ class Found:
 
 
 def look(data: str) -> Found:
-    """What an absolute path, pattern or URL names. Raises UserError when there is nothing, OSError when out of reach."""
+    """What an absolute path, pattern or URL names. Raises UserError for nothing, OSError when it is out of reach."""
     data = data.removeprefix("file://")
     remote = is_url(data)
-    if not (os.path.exists(data) if not remote else False) and PATTERN.search(data):
+    if PATTERN.search(data) and (remote or not os.path.exists(data)):
         fixed = re.split(PATTERN, data, maxsplit=1)[0].rpartition("/")[0] or "/"
         place: Files = RemoteFiles(fixed) if remote else LocalFiles(fixed)
         files = place.matches(data[len(fixed) :].lstrip("/"))
@@ -103,14 +104,15 @@ def _look_locally(data: str) -> Found:
 
 
 def _look_remotely(data: str) -> Found:
-    parent, _, name = data.rstrip("/").rpartition("/")
+    place = RemoteFiles(data)
+    if data.startswith("http") and not data.lower().endswith(CONTAINERS):
+        raise UserError(f"DATA {data}: an http server cannot list a folder; name one {', '.join(CONTAINERS)} file")
     try:
-        nbytes = RemoteFiles(parent).size(name)
+        nbytes = place.size("")
         if nbytes is not None:
+            parent, name = data.rsplit("/", 1)
             return Found(data, RemoteFiles(parent), (), (File(name, nbytes),), is_folder=False)
-        folders, files = RemoteFiles(data).entries("")
+        folders, files = place.entries("")
     except FileNotFoundError:
-        raise UserError(
-            f"DATA {data} does not exist, or cannot be listed (an http server cannot: name one file)"
-        ) from None
-    return Found(data, RemoteFiles(data), tuple(folders), tuple(files), is_folder=True)
+        raise UserError(f"DATA {data} does not exist") from None
+    return Found(data, place, tuple(folders), tuple(files), is_folder=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.sources.files import Part
 from pipeline.sources.found import Found, look
+from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
 from storage.errors import UserError
@@ -27,8 +28,8 @@ class ImageFolder:
 
     @staticmethod
     def recognises(found: Found) -> bool:
-        """By its sub-folders."""
-        return bool(found.folders)
+        """By its sub-folders, unless a file holds the labels."""
+        return bool(found.folders) and not LabelsFile.recognises(found)
 
     def listing(self) -> Listing:
         """List every image; files with another extension are left out by name. Raises UserError when there is none."""

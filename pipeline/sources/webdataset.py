@@ -120,8 +120,7 @@ def read_shard(place: Files, shard: File) -> tuple[list[_Sample], list[str]]:
 
 def _decisive(sidecars: dict[str, Member]) -> list[tuple[str, Member]]:
     """Those that are read: `.cls` and `.json`, and `.txt` where there is neither."""
-    chosen = [suffix for suffix in ("json", "cls") if suffix in sidecars] or list(sidecars)
-    return [(suffix, sidecars[suffix]) for suffix in chosen]
+    return [(s, sidecars[s]) for s in ("json", "cls") if s in sidecars] or list(sidecars.items())
 
 
 def _describe(sample: _Sample, suffix: str, text: str) -> None:
