@@ -10,13 +10,14 @@ Reading many parts keeps one file open locally, and `REQUESTS` range requests in
 from __future__ import annotations
 
 import errno
-import glob
 import os
+import posixpath
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import IO, Any, Protocol
 
@@ -55,10 +56,6 @@ class Files(Protocol):
         """Paths of the folders, and the files, directly below a folder ("" is the root); sorted."""
         ...
 
-    def matches(self, pattern: str) -> list[File]:
-        """The files that match a shell pattern of paths, sorted."""
-        ...
-
     def open(self, path: str) -> IO[bytes]:
         """A seekable file. Raises OSError."""
         ...
@@ -77,6 +74,16 @@ def walk(files: Files, folder: str) -> list[File]:
         folders += below
         found += here
     return sorted(found, key=lambda file: file.path)
+
+
+def matches(files: Files, pattern: str, folder: str = "") -> list[File]:
+    """The files below a folder whose path matches a shell pattern, level by level; sorted."""
+    first, _, rest = pattern.partition("/")
+    below, here = files.entries(folder)
+    if not rest:
+        return [file for file in here if fnmatchcase(posixpath.basename(file.path), first)]
+    folders = [path for path in below if fnmatchcase(posixpath.basename(path), first)]
+    return [file for path in folders for file in matches(files, rest, path)]
 
 
 class LocalFiles:
@@ -98,11 +105,6 @@ class LocalFiles:
             elif (file := self._file(path)) is not None:
                 found.append(file)
         return sorted(folders), sorted(found, key=lambda file: file.path)
-
-    def matches(self, pattern: str) -> list[File]:
-        """By the shell's rules; `**` is any depth."""
-        paths = sorted(glob.glob(pattern, root_dir=self.root, recursive=True))
-        return [file for path in paths if (file := self._file(path)) is not None]
 
     def open(self, path: str) -> IO[bytes]:
         """A buffered file."""
@@ -180,13 +182,6 @@ class RemoteFiles:
         folders = sorted(path for path, entry in seen if entry["type"] == "directory")
         found = [File(path, int(entry["size"])) for path, entry in seen if entry["type"] == "file" and path != folder]
         return folders, sorted(found, key=lambda file: file.path)
-
-    def matches(self, pattern: str) -> list[File]:
-        """By fsspec's rules, which are the shell's."""
-        with self._errors(pattern):
-            found = self.file_system.glob(self._at(pattern), detail=True)
-        files = [File(self._below(name), int(e["size"])) for name, e in found.items() if e["type"] == "file"]
-        return sorted(files, key=lambda file: file.path)
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None for a folder. Raises FileNotFoundError when it is neither."""

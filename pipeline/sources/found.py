@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline.sources.files import File, Files, LocalFiles, RemoteFiles, walk
+from pipeline.sources.files import File, Files, LocalFiles, RemoteFiles, matches, walk
 from pipeline.sources.listing import CLASS_NAMES_FILE
 from storage.errors import UserError
 from storage.roots import is_url
@@ -82,10 +82,12 @@ def look(data: str) -> Found:
     """What an absolute path, pattern or URL names. Raises UserError for nothing, OSError when it is out of reach."""
     data = data.removeprefix("file://")
     remote = is_url(data)
+    if data.startswith(("http://", "https://")) and not data.lower().endswith(CONTAINERS):
+        raise UserError(f"DATA {data}: an http server cannot list files; name one {', '.join(CONTAINERS)} file")
     if PATTERN.search(data) and (remote or not os.path.exists(data)):
         fixed = re.split(PATTERN, data, maxsplit=1)[0].rpartition("/")[0] or "/"
         place: Files = RemoteFiles(fixed) if remote else LocalFiles(fixed)
-        files = place.matches(data[len(fixed) :].lstrip("/"))
+        files = matches(place, data[len(fixed) :].lstrip("/"))
         if not files:
             raise UserError(f"DATA {data}: no file matches the pattern")
         return Found(data, place, (), tuple(files), is_folder=False)
@@ -105,8 +107,6 @@ def _look_locally(data: str) -> Found:
 
 def _look_remotely(data: str) -> Found:
     place = RemoteFiles(data)
-    if data.startswith("http") and not data.lower().endswith(CONTAINERS):
-        raise UserError(f"DATA {data}: an http server cannot list a folder; name one {', '.join(CONTAINERS)} file")
     try:
         nbytes = place.size("")
         if nbytes is not None:
