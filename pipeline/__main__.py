@@ -1,5 +1,6 @@
 """`python -m pipeline`: stage one.
 
+index        what a data set holds, before anything is encoded
 precompute   encode every image of a data set into a feature store; run it again to go on
 preview      pictures of what a store holds: reconstructions and principal components
 demo         both stages on the built-in photographs
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from pipeline.config import PrecomputeConfig
 from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
+from storage.errors import UserError
+from storage.roots import absolute
 
 PROG = "python -m pipeline"
 
@@ -54,11 +57,19 @@ def add_options(parser: Parser) -> None:
         )
 
 
+def config_help(name: str) -> str:
+    """The help text of a field of PrecomputeConfig."""
+    return str(PrecomputeConfig.__dataclass_fields__[name].metadata["help"])
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     add_options(commands.add_parser("precompute", help="encode a data set into a store"))
+    index = commands.add_parser("index", help="what was found in DATA: kind, images, classes, what is left out")
+    index.add_argument("data", help=config_help("data"))
+    index.add_argument("--source", default="auto", help=config_help("source"))
     preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
     preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
@@ -72,6 +83,15 @@ def main(argv: Sequence[str]) -> int:
     if command == "precompute":
         args["ray_address"] = args["ray_address"] or os.environ.get("RAY_ADDRESS", "")
         return report_precompute(PrecomputeConfig(**args))
+    if command == "index":
+        from pipeline.index import report
+        from pipeline.sources import open_source
+
+        if not args["data"].strip():
+            raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
+        source = open_source(absolute(args["data"]), args["source"])
+        print(report(source, source.listing()))
+        return EXIT_OK
     if command == "preview":
         from pipeline.preview import write_preview
 

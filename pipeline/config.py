@@ -18,9 +18,13 @@ def option(help_text: str, default: object) -> Any:
 class PrecomputeConfig:
     """Stage one: which images, which encoders, where to, and with what resources."""
 
-    data: str = field(metadata={"help": "images: a folder, file, pattern or URL (see `python -m pipeline index`)"})
+    data: str = field(metadata={"help": "images: a folder, file, pattern or URL (CONTRIBUTING.md lists the kinds)"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
-    source: str = option("kind of DATA; auto: by what is there", "auto")
+    source: str = option(
+        "kind of DATA: image-folder, tar-of-tars, class-tars, parquet, webdataset, hdf5, zip or labels-file; auto: "
+        "recognised",
+        "auto",
+    )
     latents: str = option("VAE: a name, a diffusers directory or a hub id; none: no latents", "sd-vae-ft-mse")
     features: str = option("vision encoder's name; none: no features", "dinov2-vitb14")
     latents_weights: Path | None = option("diffusers directory to load the named VAE from", None)

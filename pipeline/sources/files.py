@@ -191,6 +191,7 @@ class RemoteFiles:
 
     def open(self, path: str) -> IO[bytes]:
         """A file that reads ahead."""
+        self.size(path)  # where there is none, obstore's file says so from its destructor too
         with self._errors(path):
             return self.file_system.open(self._at(path), "rb")
 
