@@ -81,11 +81,7 @@ def test_a_unit_of_the_whole_zoo(tmp_path: Path, capfd: pytest.CaptureFixture[st
             assert failed[row].key == key
             assert fails_as_it_should(animal, failed[row].reason)
             assert not images[row].any()
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert all(line.startswith(("TIFF", "Fax", "JPEG", "LZW", "ZIP")) for line in err.splitlines()), (
-        err
-    )  # libtiff's own
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_store_of_the_whole_zoo_and_the_same_from_parquet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

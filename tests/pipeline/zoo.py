@@ -266,8 +266,8 @@ def others() -> list[Animal]:
         Animal("bmp-cut", bytes(bmp[:9000]), reason=r"OSError: image file is truncated"),
         Animal(
             "ico-largest",
-            encode(image.resize((64, 64)), "ICO", sizes=[(16, 16), (64, 64)]),
-            rgb(image.resize((64, 64))),
+            encode(icon, "ICO", sizes=[(16, 16), (64, 64)]),
+            rgb(icon),
         ),
         Animal("ppm-binary", encode(image, "PPM"), pixels),
         Animal("ppm-ascii", ascii_ppm, pixels),
