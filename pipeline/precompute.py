@@ -41,6 +41,8 @@ def precompute(config: PrecomputeConfig) -> Summary:
     found = source.listing()
     if found.left_out:
         print(f"{len(found.left_out)} files are no images by their extension, such as {found.left_out[0]}; left out")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
     with Staging(config.store) as staging:
         plan = make_plan(config, source, found.index, staging)
         print(describe_plan(plan), flush=True)

@@ -152,7 +152,7 @@ def test_interrupted_and_run_again_redoes_only_what_is_missing(
 
 MISTAKES = [
     (["--data", "/nowhere/at/all"], "does not exist"),
-    (["--data", "EMPTY"], "has no sub-folder"),
+    (["--data", "EMPTY"], "holds nothing, expected one of these: image-folder"),
     (["--resolution", "256", "--features", "none", "--store", "WHOLE"], "resolution: found 128, asked for 256"),
     (["--features", "none", "--store", "WHOLE", "--shard-rows", "4"], "shard_rows: found 8, asked for 4"),
     (["--latents", "OTHER", "--features", "none", "--store", "WHOLE"], "weights_sha256: found"),
