@@ -68,9 +68,7 @@ class LabelsFile:
             locations=paths,
             nbytes=[sizes.get(path, UNKNOWN_BYTES) for path in paths],
             data_bytes=sum(max(0, sizes.get(path, 0)) for path in paths),
-            left_out=sorted(
-                path for path in sizes if path not in labelled and path not in (named[0], CLASS_NAMES_FILE)
-            ),
+            left_out=sorted(path for path in sizes if path not in known),
             warnings=[f"{len(absent)} images of {named[0]} are not there, such as {absent[0]}"] if absent else [],
         )
 
