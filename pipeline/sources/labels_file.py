@@ -18,7 +18,7 @@ from itertools import chain
 
 from pipeline.sources.files import UNKNOWN_BYTES, Part
 from pipeline.sources.found import Found, look
-from pipeline.sources.listing import CLASS_NAMES_FILE, Label, Listing, make_listing, number_labels
+from pipeline.sources.listing import CLASS_NAMES_FILE, Label, Listing, decode_text, make_listing, number_labels
 from pipeline.sources.protocol import Sample
 from storage.errors import UserError
 
@@ -83,13 +83,15 @@ class LabelsFile:
 
 def parse_csv(content: bytes, where: str) -> tuple[dict[str, Label], dict[int, str]]:
     """Path → label, and label → class name where there is such a column. Raises UserError."""
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
+    rows = csv.DictReader(io.StringIO(decode_text(content, where)))
     if not {FILE, LABEL} <= set(rows.fieldnames or ()):
         raise UserError(f"{where} must begin with a header line that has {FILE} and {LABEL}, got {rows.fieldnames}")
     labelled: dict[str, Label] = {}
     class_names: dict[int, str] = {}
     for row in rows:
-        path, label = row[FILE], row[LABEL]
+        path, label = (row[FILE] or "").removeprefix("./"), row[LABEL]
+        if not path:
+            raise UserError(f"{where}, line {rows.line_num}: no {FILE}")
         if path in labelled:
             raise UserError(f"{where}, line {rows.line_num}: {path} comes a second time")
         labelled[path] = label

@@ -89,6 +89,14 @@ def number_labels(values: Sequence[Label]) -> tuple[list[int], dict[int, str]]:
     )
 
 
+def decode_text(data: bytes, where: str) -> str:
+    """UTF-8 text, with or without a byte order mark. Raises UserError."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
 def is_image(path: str) -> bool:
     """Whether the name ends as those of pictures do; what the bytes are is found out when they are decoded."""
     return "." + path.rpartition(".")[2].lower() in EXTENSIONS

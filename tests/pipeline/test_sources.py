@@ -260,6 +260,9 @@ def test_s3(containers: dict[str, str], bucket: str) -> None:
                 decode_all(source, listing), decode_all(local := open_source(containers[name]), local.listing())
             )
     check(f"{bucket}/sets/parquet/train-*.parquet", SAMPLES)
+    file_system.pipe_file(f"{bucket}/empty/a.tar", tar_bytes([("no.jpg", b""), ("no.cls", b"0"), ("b.jpg", b"B")]))
+    source = open_source(f"{bucket}/empty/a.tar")
+    assert read_all(source, source.listing()) == [b"", b"B"]
     with pytest.raises(UserError, match="does not exist"):
         open_source(f"{bucket}/nowhere")
 
@@ -462,10 +465,12 @@ def test_labels_files(tmp_path: Path) -> None:
         ("file,label\na.png,1\na.png,2\n", "line 3: a.png comes a second time"),
         ("file,label,class_name\na.png,dog,dog\n", "class_name names integers"),
         ("file,label\n", "names no image"),
+        ("file,label\n,3\n", "line 2: no file"),
+        ("file,label\né.png,3\n", "is not UTF-8"),
         ("file,label\na.png,-3\n", "labels must be at least 0"),
     ]:
         (tmp_path / "dataset.json").unlink(missing_ok=True)
-        (tmp_path / "labels.csv").write_text(content)
+        (tmp_path / "labels.csv").write_bytes(content.encode("latin-1"))
         with pytest.raises(UserError, match=message):
             open_source(str(tmp_path)).listing()
 
