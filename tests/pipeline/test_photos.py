@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.sources import photos
-from pipeline.sources import open_source
+from pipeline.sources import open_source, photos
 from pipeline.sources.photos import CLASSES, crops, load_photograph, random_crop, write_photos
 
 
