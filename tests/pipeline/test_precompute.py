@@ -66,7 +66,7 @@ def whole(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("whole") / "store"
     done = run(command(tree, store))
     assert done.returncode == 0, done.stderr
-    assert "1 files are no images by their extension, such as n00000002/notes.txt" in done.stdout
+    assert "1 files hold no image of this kind, such as n00000002/notes.txt" in done.stdout
     assert '"images_failed": 1' in done.stdout
     return store
 
