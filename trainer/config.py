@@ -4,13 +4,14 @@ Each field carries its help text; the command line's dotted options (`--loss.pro
 classes, so an option exists once. A field marked *free* may change when a run is resumed; every other one determines
 the numbers, and changing it on resume must be asked for.
 
-A config is saved as plain YAML: nested mappings of numbers, strings and booleans, nothing else.
+A config is saved as plain YAML: nested mappings of numbers, strings, booleans and lists of them, nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -45,35 +46,46 @@ class ModelConfig:
     patch: int = option(2, "latent pixels a side of a token")
     qk_norm: bool = option(False, "normalise queries and keys")
     classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names")
-    align_block: int = option(8, "block after which hidden states are aligned with the features, counted from 1")
-    projector_width: int = option(2048, "hidden width of the projector")
+    align_block: tuple[int, ...] = option(
+        (8,), "block after which hidden states are aligned with the features, counted from 1; one, or one a target"
+    )
+    projector_width: int = option(2048, "hidden width of the projectors")
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "patch", "projector_width", "align_block"):
+        for name in ("depth", "width", "heads", "patch", "projector_width"):
             at_least(self, "model", name, 1)
         at_least(self, "model", "classes", 0)
         if self.width % self.heads:
             raise UserError(f"--model.heads must divide --model.width, got {self.heads} and {self.width}")
         if self.width % 4:
             raise UserError(f"--model.width must be a multiple of 4 for the position embedding, got {self.width}")
-        if self.align_block > self.depth:
-            raise UserError(
-                f"--model.align-block must be a block, 1 to {self.depth} (--model.depth), got {self.align_block}"
-            )
+        if not self.align_block:
+            raise UserError("--model.align-block must name a block; a vanilla run is --loss.projection-weight 0")
+        for block in self.align_block:
+            if not 1 <= block <= self.depth:
+                raise UserError(f"--model.align-block must be a block, 1 to {self.depth} (--model.depth), got {block}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The objective: velocity loss + projection weight × alignment loss."""
+    """The objective: denoising loss + Σ projection weight × alignment loss, over the alignment targets."""
 
     path: Literal["linear", "cosine"] = option("linear", "interpolant between image (t = 0) and noise (t = 1)")
     time_sampling: Literal["uniform", "lognormal"] = option("uniform", "distribution of t")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
-    projection_weight: float = option(0.5, "λ of the alignment loss; 0: vanilla, no features are read")
+    projection_weight: tuple[float, ...] = option(
+        (0.5,), "λ of the alignment loss, one or one a target; 0: vanilla, no features are read"
+    )
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
-        at_least(self, "loss", "projection_weight", 0)
+        if not self.projection_weight or not all(0 <= weight < math.inf for weight in self.projection_weight):
+            raise UserError(f"--loss.projection-weight must be at least 0, got {spelled(self.projection_weight)}")
+        if len(self.projection_weight) > 1 and 0 in self.projection_weight:
+            raise UserError(
+                f"--loss.projection-weight {spelled(self.projection_weight)} gives a target no weight; leave it out of "
+                "the lists, or pass 0 alone for a vanilla run"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,9 @@ class DataConfig:
     """What is read from the store."""
 
     latents: str = option("", "latents to train on, a name below latents/; empty: the only ones there are")
-    features: str = option("", "features to align with, a name below features/; empty: the only ones there are")
+    features: tuple[str, ...] = option(
+        (), "features to align with, names below features/, one a target; empty: the only ones there are"
+    )
     failed_rows: Literal["leave-out", "refuse"] = option(
         "leave-out", "what to do when samples of a group used could not be decoded"
     )
@@ -98,9 +112,10 @@ class DataConfig:
             raise UserError(
                 "a cache needs a folder and a size; pass --data.cache DIR and --data.cache-gb N, or neither"
             )
-        for name in ("latents", "features"):
-            if getattr(self, name).startswith(f"{name}/"):
-                object.__setattr__(self, name, getattr(self, name).removeprefix(f"{name}/"))
+        if "" in self.features:
+            raise UserError(f"--data.features {spelled(self.features)} has an empty name; separate names by one comma")
+        object.__setattr__(self, "latents", self.latents.removeprefix("latents/"))
+        object.__setattr__(self, "features", tuple(name.removeprefix("features/") for name in self.features))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +214,46 @@ class TrainConfig:
             raise UserError(f"--seed must be in [0, 2⁶³), got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+        if self.data.features and not self.aligns:
+            raise UserError(
+                f"--data.features {spelled(self.data.features)} would not be read with --loss.projection-weight 0; "
+                "give a weight, or leave the features empty"
+            )
+        lists = (self.data.features, self.model.align_block, self.loss.projection_weight)
+        lengths = {len(values) for values in lists if len(values) > 1}
+        if len(lengths) > 1 and self.aligns:
+            given = " ".join(
+                f"{name} {spelled(values)}" for name, values in zip(TARGET_OPTIONS, lists, strict=True) if values
+            )
+            raise UserError(f"{given} do not agree on the number of alignment targets; give one value, or one a target")
 
     @property
     def aligns(self) -> bool:
         """Whether the alignment loss is part of the objective; without it no features are read."""
-        return self.loss.projection_weight > 0
+        return any(self.loss.projection_weight)
+
+    @property
+    def targets(self) -> tuple[AlignmentTarget, ...]:
+        """What hidden states are aligned with, none in a vanilla run; a setting given once applies to all."""
+        lists = (self.data.features or ("",), self.model.align_block, self.loss.projection_weight)
+        n = max(len(values) for values in lists) if self.aligns else 0
+        features, blocks, weights = (values * n if len(values) == 1 else values for values in lists)
+        return tuple(
+            AlignmentTarget(features=features[i], block=blocks[i], weight=weights[i])  # type: ignore[arg-type]
+            for i in range(n)
+        )
+
+
+TARGET_OPTIONS = ("--data.features", "--model.align-block", "--loss.projection-weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentTarget:
+    """One target of the alignment loss: features (empty: the only ones there are), block counted from 1, and λ."""
+
+    features: str
+    block: int
+    weight: float
 
 
 def flag(topic: str, name: str) -> str:
@@ -221,6 +271,11 @@ def in_unit_interval(config: object, topic: str, name: str) -> None:
     """Raise UserError when the field is outside [0, 1]."""
     if not 0 <= getattr(config, name) <= 1:
         raise UserError(f"{flag(topic, name)} must be in [0, 1], got {getattr(config, name)}")
+
+
+def spelled(value: Any) -> str:
+    """A value as the command line takes it: a tuple as its values between commas."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def leaves(config: Any, topic: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
@@ -267,8 +322,14 @@ def close_matches(word: str, known: Iterator[str] | set[str] | list[str]) -> str
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Dotted name → plain value (paths as strings), as compared on resume and saved in a checkpoint."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value, _ in leaves(config)}
+    """Dotted name → plain value, as compared on resume and saved in a checkpoint; a tuple of one is its value."""
+    return {name: _plain(value) for name, value, _ in leaves(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return value[0] if len(value) == 1 else list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def free_fields(config: Any) -> set[str]:
@@ -315,7 +376,14 @@ def from_tree(tree: Mapping[str, Any], where: str) -> TrainConfig:
 
 
 def checked(value: Any, kind: Any, name: str) -> Any:
-    """`value` as the annotated type `kind` (int, float, bool, str, Path or a Literal of strings), or UserError."""
+    """`value` as the annotated type `kind`, or UserError.
+
+    Kinds are int, float, bool, str, Path, a Literal of strings, and a tuple of any length of one of them, for which a
+    list or a single value is taken.
+    """
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        return tuple(checked(item, element, name) for item in (value if isinstance(value, list) else [value]))
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise UserError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")

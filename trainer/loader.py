@@ -37,7 +37,7 @@ class Batch:
     rows: Tensor  # int64 (B,)
     labels: Tensor  # int64 (B,)
     moments: Tensor  # float16 (B, 2C, h, w)
-    patches: Tensor | None  # float16 (B, T, D), or float32 from int8 and factors
+    targets: tuple[Tensor, ...]  # one an alignment target: float16 (B, T, D), or float32 from int8 and factors
     stall_s: float  # how long the consumer waited for it
 
 
@@ -64,10 +64,9 @@ class Loader:
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         readers = {"moments": data.latents["moments"]}
-        if data.features is not None:
-            readers["patches"] = data.features["patches"]
-            if data.codec is not None:
-                readers["scale"] = data.features["scale"]
+        for group in data.features:  # two targets may share a group, which is then read once
+            for name in ("patches", "scale") if group.path in data.codecs else ("patches",):
+                readers[f"{group.path}/{name}"] = group[name]
         self._readers = readers
         share = batch // world_size
         self._free: queue.Queue[dict[str, Tensor]] = queue.Queue()
@@ -109,7 +108,7 @@ class Loader:
                 rows=torch.from_numpy(rows).to(self._device),
                 labels=torch.from_numpy(self._data.labels[rows]).to(self._device),
                 moments=on_device["moments"],
-                patches=self._patches(on_device),
+                targets=self._targets(on_device),
                 stall_s=stall_s,
             )
 
@@ -126,10 +125,12 @@ class Loader:
             tensor.record_stream(current)
         return on_device, copied
 
-    def _patches(self, on_device: dict[str, Tensor]) -> Tensor | None:
-        if self._data.codec is None:
-            return on_device.get("patches")
-        return dequantise(on_device["patches"], on_device["scale"], self._data.codec)
+    def _targets(self, on_device: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The patch tokens of each alignment target."""
+        tokens = {group.path: on_device[f"{group.path}/patches"] for group in self._data.features}
+        for path, codec in self._data.codecs.items():
+            tokens[path] = dequantise(tokens[path], on_device[f"{path}/scale"], codec)
+        return tuple(tokens[group.path] for group in self._data.features)
 
     def _gather_all(self) -> None:
         try:

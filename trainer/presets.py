@@ -42,7 +42,7 @@ def sit(size: str, patch: int) -> TrainConfig:
     return TrainConfig(
         preset=name,
         run=Path("runs") / name,
-        model=ModelConfig(depth=depth, width=width, heads=heads, patch=patch, align_block=align_block),
+        model=ModelConfig(depth=depth, width=width, heads=heads, patch=patch, align_block=(align_block,)),
     )
 
 
@@ -54,7 +54,7 @@ def sit_tiny(patch: int = 2) -> TrainConfig:
         steps=1000,
         batch=32,
         ema_decay=0.99,
-        model=ModelConfig(depth=4, width=128, heads=4, patch=patch, align_block=2, projector_width=256),
+        model=ModelConfig(depth=4, width=128, heads=4, patch=patch, align_block=(2,), projector_width=256),
         optim=OptimConfig(lr=2e-3),
         checkpoint=CheckpointConfig(every=200),
         log=LogConfig(every=10),

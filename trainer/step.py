@@ -1,7 +1,7 @@
-"""One training step: draw latents, times, noise and dropped labels; velocity and alignment loss; AdamW; EMA.
+"""One training step: draw latents, times, noise and dropped labels; denoising and alignment losses; AdamW; EMA.
 
     z = (mean + std · ε') · scale     afresh at each visit (after shifting, where a VAE has a shift)
-    L = mean over the global batch of L_velocity + λ · L_alignment          (REPA, arXiv 2410.06940, equation 9)
+    L = mean over the global batch of L_denoising + Σ_k λ_k · L_alignment,k  (REPA, arXiv 2410.06940, equation 9)
 
 Every random number is keyed by (seed, purpose, step, row), so a step does not depend on ranks or on a resume.
 """
@@ -35,6 +35,22 @@ class LatentScale:
         return cls(scale=identity["latent_scale_factor"], shift=identity["latent_shift_factor"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What this rank's B samples cost, in float32, with K alignment targets in the configuration's order."""
+
+    denoising: Tensor  # (B,)
+    alignments: Tensor  # (B, K)
+    times: Tensor  # (B,) in [0, 1], from image to noise
+
+    def total(self, config: TrainConfig) -> Tensor:
+        """The scalar that is minimised."""
+        weights = [target.weight for target in config.targets]
+        return self.denoising.mean() + sum(
+            weight * alignment for weight, alignment in zip(weights, self.alignments.mean(0), strict=True)
+        )
+
+
 class NonFiniteError(RuntimeError):
     """The loss or the gradient is not finite; the message names step and rows."""
 
@@ -46,10 +62,8 @@ def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
     return (mean + std * noise - scale.shift) * scale.scale
 
 
-def losses(
-    model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int
-) -> tuple[Tensor, Tensor]:
-    """Velocity loss and alignment loss, each float32 (B,); the latter is zero without alignment."""
+def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Losses:
+    """Each sample's losses; nothing is drawn that is not keyed by the batch's step and rows."""
     seed, step, rows = config.seed, batch.step, batch.rows
     x = sample_latents(batch, scale, seed)
     noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
@@ -65,9 +79,12 @@ def losses(
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
         predicted, projections = model(x_t, t, labels)
     of_velocity = velocity_loss(predicted, velocity)
-    if batch.patches is None:
-        return of_velocity, torch.zeros_like(of_velocity)
-    return of_velocity, alignment_loss(projections[0], batch.patches)
+    aligned = [alignment_loss(h, target) for h, target in zip(projections, batch.targets, strict=True)]
+    return Losses(
+        denoising=of_velocity,
+        alignments=torch.stack(aligned, dim=1) if aligned else of_velocity.new_empty(len(of_velocity), 0),
+        times=t,
+    )
 
 
 def train_step(
@@ -80,20 +97,19 @@ def train_step(
     config: TrainConfig,
     null_label: int,
 ) -> Tensor:
-    """Take one step; returns float64 (3,): velocity loss, alignment loss (this rank's means) and gradient norm.
+    """Take one step; returns float64 (2 + K,): denoising loss, gradient norm, K alignment losses (this rank's means).
 
     `model` may wrap `bare_model` (DDP). Raises NonFiniteError before anything is updated.
     """
-    of_velocity, of_alignment = losses(model, batch, scale, config, null_label)
-    loss = of_velocity.mean() + config.loss.projection_weight * of_alignment.mean()
+    of_batch = losses(model, batch, scale, config, null_label)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    of_batch.total(config).backward()
     norm = nn.utils.clip_grad_norm_(bare_model.parameters(), config.optim.clip)
-    values = torch.stack([of_velocity.mean(), of_alignment.mean(), norm]).detach().double()
+    values = torch.stack([of_batch.denoising.mean(), norm, *of_batch.alignments.mean(0)]).detach().double()
     if not torch.isfinite(values).all():
         raise NonFiniteError(
-            f"step {batch.step}: velocity loss {values[0]:.4g}, alignment {values[1]:.4g}, gradient norm "
-            f"{values[2]:.4g}; rows {batch.rows.tolist()}; nothing was updated, the last checkpoint is good"
+            f"step {batch.step}: denoising loss {values[0]:.4g}, gradient norm {values[1]:.4g}, alignment "
+            f"{values[2:].tolist()}; rows {batch.rows.tolist()}; nothing was updated, the last checkpoint is good"
         )
     optimizer.step()
     ema.update(bare_model)

@@ -25,7 +25,7 @@ from storage.console import progress_bar, stop_on_signals
 from storage.errors import UserError
 from storage.files import write_atomic
 from trainer.checkpoint import RunState, latest_checkpoint, read_state, restore, save_checkpoint
-from trainer.config import TrainConfig, flatten, free_fields, override, to_yaml
+from trainer.config import TrainConfig, checked, field_type, flatten, free_fields, override, to_yaml
 from trainer.data import TrainingData, model_config, open_data
 from trainer.distributed import World, world_of_ranks
 from trainer.ema import EMA
@@ -40,7 +40,7 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass
 class _Interval:
-    """Sums since the last log line: velocity loss, alignment loss, gradient norm; and where the time went."""
+    """Sums since the last log line of what `train_step` returns; and where the time went."""
 
     sums: Tensor
     count: int = 0
@@ -72,14 +72,19 @@ def _remember_groups(config: TrainConfig) -> TrainConfig:
     if checkpoint is None:
         return config
     before = read_state(checkpoint).config
-    chosen = {name: before[name] for name in ("data.latents", "data.features") if not flatten(config)[name]}
+    chosen = {
+        name: checked(before[name], field_type(config, name), name)
+        for name in ("data.latents", "data.features")
+        if not flatten(config)[name]
+    }
     return override(config, chosen)
 
 
 def _resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfig:
     """The configuration with what was chosen automatically written out, so that a resume chooses the same."""
-    features = data.features.path.partition("/")[2] if data.features is not None else ""
-    resolved = {"data.latents": data.latents.path.partition("/")[2], "data.features": features}
+    resolved: dict[str, Any] = {"data.latents": data.latents.path.removeprefix("latents/")}
+    if not config.data.features:  # all targets share the only features there are
+        resolved["data.features"] = tuple({group.path.removeprefix("features/") for group in data.features})
     if config.precision == "auto":
         resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
     return override(config, resolved)
@@ -104,7 +109,7 @@ def _train(
     model = SiT(geometry).to(world.device)
     ema = EMA(model, config.ema_decay)
     optimizer = make_optimizer(model, config.optim)
-    interval = _Interval(torch.zeros(3, dtype=torch.float64, device=world.device))
+    interval = _Interval(torch.zeros(2 + len(config.targets), dtype=torch.float64, device=world.device))
     first_step = _resume(config, data, model, ema, optimizer, interval, accept_changes)
     wrapped: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if world.is_main:
@@ -152,7 +157,7 @@ def _train(
             if step % config.log.every == 0 or step == config.steps:
                 line = _close_interval(interval, step, config)
                 bar.set_postfix_str(
-                    f"velocity {line['velocity_loss']:.4f}  align {line['alignment_loss']:.4f}  "
+                    f"denoising {line['denoising_loss']:.4f}  align {line['alignment_loss']:.4f}  "
                     f"{line['images_per_s']:.0f} img/s  stall {line['stall_share']:.0%}"
                 )
                 if log is not None:
@@ -217,16 +222,19 @@ def _resume(
 def _close_interval(interval: _Interval, step: int, config: TrainConfig) -> dict[str, Any]:
     """The log line of the interval, which begins anew."""
     seconds = time.perf_counter() - interval.start_s
-    velocity, alignment, norm = (interval.sums / interval.count).tolist()
+    denoising, norm, *alignments = (interval.sums / interval.count).tolist()
+    targets = config.targets
     line = {
         "step": step,
-        "loss": velocity + config.loss.projection_weight * alignment,
-        "velocity_loss": velocity,
-        "alignment_loss": alignment,
+        "loss": denoising + sum(target.weight * a for target, a in zip(targets, alignments, strict=True)),
+        "denoising_loss": denoising,
+        "alignment_loss": sum(alignments) / max(1, len(alignments)),
         "gradient_norm": norm,
         "images_per_s": interval.count * config.batch / seconds,
         "stall_share": interval.stall_s / seconds,
     }
+    if len(targets) > 1:
+        line |= {f"alignment_loss/{t.features}@{t.block}": a for t, a in zip(targets, alignments, strict=True)}
     interval.sums.zero_()
     interval.count, interval.stall_s, interval.start_s = 0, 0.0, time.perf_counter()
     return line

@@ -46,7 +46,7 @@ def test_published_sizes_and_settings() -> None:
     assert SIT_SIZES["l"] == (24, 1024, 16, 8)
     assert SIT_SIZES["xl"] == (28, 1152, 16, 8)
     config = preset("sit-xl-2")
-    assert (config.batch, config.ema_decay, config.loss.projection_weight) == (256, 0.9999, 0.5)
+    assert (config.batch, config.ema_decay, config.loss.projection_weight) == (256, 0.9999, (0.5,))
     assert (config.optim.lr, config.optim.beta2, config.optim.weight_decay, config.optim.clip) == (1e-4, 0.999, 0, 1)
     assert (config.loss.label_dropout, config.loss.path, config.loss.time_sampling) == (0.1, "linear", "uniform")
     assert config.model.projector_width == 2048

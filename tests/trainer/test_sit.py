@@ -325,7 +325,7 @@ def imagenet_config(name: str, target_width: int = 768) -> SiTConfig:
         heads=model.heads,
         n_classes=1000,
         qk_norm=model.qk_norm,
-        targets=((model.align_block, target_width),),
+        targets=((model.align_block[0], target_width),),
         projector_width=model.projector_width,
     )
 
