@@ -38,7 +38,7 @@ from trainer.config import override
 from trainer.dequantise import dequantise
 from trainer.ema import EMA
 from trainer.loader import Batch
-from trainer.models.sit import SiT, SiTConfig
+from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.objectives.alignment import alignment_loss
 from trainer.optim import make_optimizer
 from trainer.presets import preset
@@ -131,7 +131,8 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     patches = torch.cat([case.encoder.encode_tokens(part)[0] for part in parts]).clone()
     if case.outliers:
         patches = add_outliers(patches)
-    geometry = SiTConfig(
+    geometry = Geometry(
+        kind=config.model.kind,
         input_size=vae_identity["latent_size"][0],
         channels=vae_identity["latent_channels"],
         patch=config.model.patch,
@@ -143,7 +144,7 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
         projector_width=config.model.projector_width,
     )
     torch.manual_seed(0)
-    model = SiT(geometry).train()
+    model = DiffusionTransformer(geometry).train()
     ema, optimizer, scale = EMA(model, 0.99), make_optimizer(model, config.optim), LatentScale.of(vae_identity)
     order = Order(n_images, config.seed)
 

@@ -38,8 +38,11 @@ def section(default: type) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The diffusion transformer (SiT)."""
+    """The diffusion transformer."""
 
+    kind: Literal["sit", "dit"] = option(
+        "sit", "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps"
+    )
     depth: int = option(28, "transformer blocks")
     width: int = option(1152, "channels of a token")
     heads: int = option(16, "attention heads; must divide the width")
@@ -70,8 +73,8 @@ class ModelConfig:
 class LossConfig:
     """The objective: denoising loss + Σ projection weight × alignment loss, over the alignment targets."""
 
-    path: Literal["linear", "cosine"] = option("linear", "interpolant between image (t = 0) and noise (t = 1)")
-    time_sampling: Literal["uniform", "lognormal"] = option("uniform", "distribution of t")
+    path: Literal["linear", "cosine"] = option("linear", "SiT: interpolant between image (t = 0) and noise (t = 1)")
+    time_sampling: Literal["uniform", "lognormal"] = option("uniform", "SiT: distribution of t")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target; 0: vanilla, no features are read"
@@ -166,15 +169,24 @@ class LogConfig:
 class SampleConfig:
     """How `trainer sample` draws images from this run; saved with it, and may be overridden there."""
 
-    sampler: Literal["sde", "ode"] = option("sde", "Euler–Maruyama (sde) or Euler (ode)", free=True)
+    sampler: Literal["sde", "ode", "ddpm"] = option(
+        "sde", "SiT: Euler–Maruyama (sde) or Euler (ode); DiT: ancestral sampling (ddpm)", free=True
+    )
     steps: int = option(250, "steps of the sampler", free=True)
+    heun: bool = option(False, "Heun's correction of the ode sampler, which calls the model twice a step", free=True)
     guidance: float = option(1.0, "classifier-free guidance scale; 1: none", free=True)
-    guidance_low: float = option(0.0, "guidance applies from this t", free=True)
+    guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
     guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
+    guidance_channels: int = option(0, "latent channels that guidance applies to, the first ones; 0: all", free=True)
 
     def __post_init__(self) -> None:
-        at_least(self, "sample", "steps", 1)
+        at_least(self, "sample", "steps", 2 if self.sampler == "sde" else 1)
         at_least(self, "sample", "guidance", 1)
+        at_least(self, "sample", "guidance_channels", 0)
+        if self.sampler == "ddpm" and self.steps > 1000:
+            raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
+        if self.heun and self.sampler != "ode":
+            raise UserError(f"--sample.heun true goes with --sample.sampler ode, not {self.sampler}")
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise UserError(
                 "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
@@ -214,6 +226,16 @@ class TrainConfig:
             raise UserError(f"--seed must be in [0, 2⁶³), got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+        if (self.model.kind == "dit") != (self.sample.sampler == "ddpm"):
+            fitting = "ddpm" if self.model.kind == "dit" else "sde or ode"
+            raise UserError(
+                f"--sample.sampler {self.sample.sampler} cannot draw from --model.kind {self.model.kind}; choose {fitting}"
+            )
+        if self.model.kind == "dit" and (self.loss.path, self.loss.time_sampling) != ("linear", "uniform"):
+            raise UserError(
+                f"--loss.path {self.loss.path} and --loss.time-sampling {self.loss.time_sampling} are settings of "
+                "--model.kind sit; leave them at linear and uniform for dit, whose diffusion is fixed"
+            )
         if self.data.features and not self.aligns:
             raise UserError(
                 f"--data.features {spelled(self.data.features)} would not be read with --loss.projection-weight 0; "

@@ -11,7 +11,7 @@ from storage import CacheConfig, GroupReader, Store, UserError, open_store
 from storage.codec import Int8Codec, codec_of
 from storage.shard_files import raise_open_file_limit
 from trainer.config import TrainConfig
-from trainer.models.sit import SiTConfig
+from trainer.models.transformer import Geometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +108,12 @@ def pick_group(store: Store, kind: str, name: str) -> str:
     raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")
 
 
-def model_config(config: TrainConfig, data: TrainingData) -> SiTConfig:
+def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
     """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit."""
     latents: dict[str, Any] = data.latents.identity
     height, width = latents["latent_size"]
     if height != width:
-        raise UserError(f"latents of {height}×{width} are not square; SiT's position embedding needs a square")
+        raise UserError(f"latents of {height}×{width} are not square; the model's position embedding needs a square")
     n_classes = config.model.classes or len(data.class_names)
     if n_classes < len(data.class_names):
         raise UserError(f"--model.classes {n_classes} is fewer than the store's {len(data.class_names)} classes")
@@ -125,7 +125,8 @@ def model_config(config: TrainConfig, data: TrainingData) -> SiTConfig:
                 f"{features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, patch "
                 f"{config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
             )
-    return SiTConfig(
+    return Geometry(
+        kind=config.model.kind,
         input_size=height,
         channels=latents["latent_channels"],
         patch=config.model.patch,

@@ -36,7 +36,7 @@ class Batch:
     step: int
     rows: Tensor  # int64 (B,)
     labels: Tensor  # int64 (B,)
-    moments: Tensor  # float16 (B, 2C, h, w)
+    moments: Tensor  # float16 (B, 2C, h, w), or (B, C, h, w) of a deterministic autoencoder
     targets: tuple[Tensor, ...]  # one an alignment target: float16 (B, T, D), or float32 from int8 and factors
     stall_s: float  # how long the consumer waited for it
 

@@ -18,8 +18,8 @@ from trainer import random_keys
 from trainer.config import TrainConfig
 from trainer.ema import EMA
 from trainer.loader import Batch
+from trainer.objectives import OBJECTIVES
 from trainer.objectives.alignment import alignment_loss
-from trainer.objectives.interpolant import interpolate, sample_times, velocity_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,16 @@ class LatentScale:
 
     scale: float
     shift: float
+    has_posterior: bool = True  # a deterministic autoencoder stores the latent itself, without a deviation
 
     @classmethod
     def of(cls, identity: dict[str, Any]) -> LatentScale:
         """From the identity of a latents group."""
-        return cls(scale=identity["latent_scale_factor"], shift=identity["latent_shift_factor"])
+        return cls(
+            scale=identity["latent_scale_factor"],
+            shift=identity["latent_shift_factor"],
+            has_posterior=identity.get("posterior", True),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,9 @@ class NonFiniteError(RuntimeError):
 
 
 def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
-    """Latents float32 (B, C, h, w), drawn from the stored posteriors."""
+    """Latents float32 (B, C, h, w), drawn from the stored posteriors where there are any."""
+    if not scale.has_posterior:
+        return (batch.moments.float() - scale.shift) * scale.scale
     mean, std = batch.moments.float().chunk(2, dim=1)
     noise = random_keys.normal(seed, "posterior", batch.step, batch.rows, mean.shape[1:])
     return (mean + std * noise - scale.shift) * scale.scale
@@ -65,25 +72,25 @@ def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
 def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Losses:
     """Each sample's losses; nothing is drawn that is not keyed by the batch's step and rows."""
     seed, step, rows = config.seed, batch.step, batch.rows
+    objective = OBJECTIVES[config.model.kind]
     x = sample_latents(batch, scale, seed)
     noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
-    t = sample_times(
+    t = objective.draw_times(
         random_keys.uniform(seed, "time", step, rows),
         random_keys.normal(seed, "time", step, rows, (1,))[:, 0],
-        config.loss.time_sampling,
-        config.loss.path,
+        config.loss,
     )
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
     labels = torch.where(dropped, null_label, batch.labels)
-    x_t, velocity = interpolate(x, noise, t, config.loss.path)
+    x_t = objective.perturb(x, noise, t, config.loss)
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-        predicted, projections = model(x_t, t, labels)
-    of_velocity = velocity_loss(predicted, velocity)
+        output, projections = model(x_t, t, labels)
+    denoising = objective.denoising_loss(output, x, noise, x_t, t, config.loss)
     aligned = [alignment_loss(h, target) for h, target in zip(projections, batch.targets, strict=True)]
     return Losses(
-        denoising=of_velocity,
-        alignments=torch.stack(aligned, dim=1) if aligned else of_velocity.new_empty(len(of_velocity), 0),
-        times=t,
+        denoising=denoising,
+        alignments=torch.stack(aligned, dim=1) if aligned else denoising.new_empty(len(denoising), 0),
+        times=objective.unit_times(t),
     )
 
 

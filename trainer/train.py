@@ -31,7 +31,7 @@ from trainer.distributed import World, world_of_ranks
 from trainer.ema import EMA
 from trainer.loader import Loader
 from trainer.metrics import MetricsLog, read_metrics
-from trainer.models.sit import SiT, SiTConfig, forward_flops_per_image
+from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
 from trainer.optim import make_optimizer
 from trainer.step import LatentScale, train_step
 
@@ -103,10 +103,10 @@ def _only_writer(run: Path) -> Iterator[None]:
 
 
 def _train(
-    config: TrainConfig, data: TrainingData, geometry: SiTConfig, world: World, accept_changes: bool
+    config: TrainConfig, data: TrainingData, geometry: Geometry, world: World, accept_changes: bool
 ) -> dict[str, Any]:
     torch.manual_seed(config.seed)
-    model = SiT(geometry).to(world.device)
+    model = DiffusionTransformer(geometry).to(world.device)
     ema = EMA(model, config.ema_decay)
     optimizer = make_optimizer(model, config.optim)
     interval = _Interval(torch.zeros(2 + len(config.targets), dtype=torch.float64, device=world.device))
@@ -260,7 +260,7 @@ def _summary(
 
 
 def _opening(
-    config: TrainConfig, data: TrainingData, geometry: SiTConfig, model: nn.Module, first_step: int, world: World
+    config: TrainConfig, data: TrainingData, geometry: Geometry, model: nn.Module, first_step: int, world: World
 ) -> str:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.trainer.test_sit import load_reference, reference_model
+from tests.trainer.test_transformer import load_reference, reference_model
 from trainer.objectives.alignment import alignment_loss
 from trainer.objectives.interpolant import (
     Path,

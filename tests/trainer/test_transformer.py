@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from storage.errors import UserError
 from trainer.models.blocks import sincos_position_embedding, unpatchify
-from trainer.models.sit import SiT, SiTConfig, forward_flops_per_image
+from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
 from trainer.objectives.alignment import alignment_loss
 from trainer.objectives.interpolant import interpolate, velocity_loss
 from trainer.presets import PRESETS
 
 REFERENCE = Path(__file__).parents[1] / "data" / "sit_linear.npz"
-REFERENCE_CONFIG = SiTConfig(
+REFERENCE_CONFIG = Geometry(
+    kind="sit",
     input_size=8,
     channels=4,
     patch=2,
@@ -32,7 +33,8 @@ REFERENCE_CONFIG = SiTConfig(
     targets=((2, 40),),
     projector_width=64,
 )
-SMALL = SiTConfig(
+SMALL = Geometry(
+    kind="sit",
     input_size=8,
     channels=3,
     patch=2,
@@ -50,17 +52,17 @@ def load_reference() -> dict[str, Tensor]:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
-def reference_model(reference: dict[str, Tensor]) -> SiT:
-    model = SiT(REFERENCE_CONFIG)
+def reference_model(reference: dict[str, Tensor]) -> DiffusionTransformer:
+    model = DiffusionTransformer(REFERENCE_CONFIG)
     state = {name.removeprefix("state/"): value for name, value in reference.items() if name.startswith("state/")}
     model.load_state_dict(state, strict=True)
     return model
 
 
-def randomised(config: SiTConfig, seed: int = 0) -> SiT:
+def randomised(config: Geometry, seed: int = 0) -> DiffusionTransformer:
     """A SiT whose gates and output layer are not zero, so that every parameter matters."""
     torch.manual_seed(seed)
-    model = SiT(config)
+    model = DiffusionTransformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -68,7 +70,7 @@ def randomised(config: SiTConfig, seed: int = 0) -> SiT:
     return model
 
 
-def inputs(config: SiTConfig, batch: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(config: Geometry, batch: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, config.channels, config.input_size, config.input_size, generator=generator)
     t = torch.rand(batch, generator=generator)
@@ -87,15 +89,17 @@ def test_forward_and_projections_agree_with_the_public_implementation() -> None:
 def test_names_and_shapes_are_the_public_checkpoints() -> None:
     reference = load_reference()
     expected = {n.removeprefix("state/"): tuple(v.shape) for n, v in reference.items() if n.startswith("state/")}
-    assert {name: tuple(value.shape) for name, value in SiT(REFERENCE_CONFIG).state_dict().items()} == expected
-    with_norm = SiT(dataclasses.replace(REFERENCE_CONFIG, qk_norm=True)).state_dict()
+    assert {
+        name: tuple(value.shape) for name, value in DiffusionTransformer(REFERENCE_CONFIG).state_dict().items()
+    } == expected
+    with_norm = DiffusionTransformer(dataclasses.replace(REFERENCE_CONFIG, qk_norm=True)).state_dict()
     extra = {f"blocks.{i}.attn.{n}_norm.{p}" for i in range(4) for n in "qk" for p in ("weight", "bias")}
     assert with_norm.keys() - expected.keys() == extra
 
 
 def test_position_embedding_is_computed_as_the_checkpoints_hold_it() -> None:
-    assert torch.equal(SiT(REFERENCE_CONFIG).pos_embed, load_reference()["state/pos_embed"])
-    assert not SiT(REFERENCE_CONFIG).pos_embed.requires_grad
+    assert torch.equal(DiffusionTransformer(REFERENCE_CONFIG).pos_embed, load_reference()["state/pos_embed"])
+    assert not DiffusionTransformer(REFERENCE_CONFIG).pos_embed.requires_grad
 
 
 def test_position_embedding_puts_the_column_first() -> None:
@@ -118,7 +122,7 @@ def test_unpatchify_puts_each_token_in_its_place() -> None:
 def test_adaln_zero_initialisation() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, width=128, n_classes=500)
-    model: Any = SiT(config)
+    model: Any = DiffusionTransformer(config)
     x, t, y = inputs(config, 3)
     velocity, projections = model(x, t, y)
     assert torch.count_nonzero(velocity) == 0
@@ -200,7 +204,7 @@ def gelu64(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def plain_sit(p: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+def plain_sit(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     """SiT from its equations in float64: explicit patches, explicit softmax; no module and no fused operation."""
 
     def linear(name: str, value: Tensor) -> Tensor:
@@ -302,9 +306,9 @@ def test_a_double_model_gives_double_gradients() -> None:
 # ---- cost -------------------------------------------------------------------------------------------------------
 
 
-def meta_flops(config: SiTConfig, backward: bool) -> int:
+def meta_flops(config: Geometry, backward: bool) -> int:
     with torch.device("meta"):
-        model = SiT(config)
+        model = DiffusionTransformer(config)
         x = torch.empty(1, config.channels, config.input_size, config.input_size)
         t, y = torch.empty(1), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
@@ -316,7 +320,8 @@ def meta_flops(config: SiTConfig, backward: bool) -> int:
 
 def imagenet_config(name: str, target_width: int = 768) -> SiTConfig:
     model = PRESETS[name]().model
-    return SiTConfig(
+    return Geometry(
+        kind="sit",
         input_size=32,
         channels=4,
         patch=model.patch,
@@ -335,7 +340,7 @@ def imagenet_config(name: str, target_width: int = 768) -> SiTConfig:
     [imagenet_config("sit-s-4"), imagenet_config("sit-b-8"), dataclasses.replace(SMALL, qk_norm=True)],
     ids=["s-4", "b-8", "two targets"],
 )
-def test_flop_count_equals_torch_s_count(config: SiTConfig) -> None:
+def test_flop_count_equals_torch_s_count(config: Geometry) -> None:
     assert forward_flops_per_image(config) == meta_flops(config, backward=False)
 
 
@@ -363,4 +368,4 @@ def test_an_impossible_geometry_is_the_user_s_error(change: dict[str, object], w
 
 def test_latents_of_another_shape_are_refused() -> None:
     with pytest.raises(AssertionError):
-        SiT(SMALL)(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        DiffusionTransformer(SMALL)(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
