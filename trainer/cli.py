@@ -15,7 +15,7 @@ from storage.console import Parser
 from storage.errors import UserError
 from storage.roots import absolute
 from trainer.config import TrainConfig, checked, close_matches, field_type, from_yaml, leaves, override, spelled
-from trainer.presets import DEFAULT_PRESET, PRESETS, preset
+from trainer.presets import DEFAULT_PRESET, PRESET_NAMES, PRESETS, preset
 
 
 def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
@@ -30,7 +30,7 @@ def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
         kind = field_type(shown, name)
         help_text = item.metadata["help"]
         if name == "preset":
-            help_text = f"{help_text}: {', '.join(PRESETS)} (default {DEFAULT_PRESET})"
+            help_text = f"{help_text}: {PRESET_NAMES} (default {DEFAULT_PRESET})"
         elif spelled(default) not in ("", "."):
             help_text += f" (default {spelled(default)})"
         parser.add_argument(

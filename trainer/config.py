@@ -99,6 +99,7 @@ class DataConfig:
     features: tuple[str, ...] = option(
         (), "features to align with, names below features/, one a target; empty: the only ones there are"
     )
+    resolution: int = option(0, "pixels a side that the store must have been made at; 0: any")
     failed_rows: Literal["leave-out", "refuse"] = option(
         "leave-out", "what to do when samples of a group used could not be decoded"
     )
@@ -110,6 +111,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         at_least(self, "data", "prefetch", 1)
         at_least(self, "data", "threads", 0)
+        at_least(self, "data", "resolution", 0)
         at_least(self, "data", "cache_gb", 0)
         if (self.cache != Path()) != (self.cache_gb > 0):
             raise UserError(
@@ -251,7 +253,8 @@ class TrainConfig:
         if (self.model.kind == "dit") != (self.sample.sampler == "ddpm"):
             fitting = "ddpm" if self.model.kind == "dit" else "sde or ode"
             raise UserError(
-                f"--sample.sampler {self.sample.sampler} cannot draw from --model.kind {self.model.kind}; choose {fitting}"
+                f"--sample.sampler {self.sample.sampler} cannot draw from --model.kind {self.model.kind}; "
+                f"choose {fitting}"
             )
         if self.model.kind == "dit" and (self.loss.path, self.loss.time_sampling) != ("linear", "uniform"):
             raise UserError(

@@ -55,6 +55,11 @@ def open_data(config: TrainConfig) -> TrainingData:
     if not config.store:
         raise UserError("no store was named; pass --store ROOT (make train STORE=ROOT)")
     store = open_store(config.store)
+    if config.data.resolution not in (0, store.resolution):
+        raise UserError(
+            f"store {store.root} was made at {store.resolution} px, --data.resolution asks for "
+            f"{config.data.resolution}; choose a preset of the store's resolution, or pass --data.resolution 0"
+        )
     raise_open_file_limit()
     latents = pick_group(store, "latents", config.data.latents)
     features = [pick_group(store, "features", target.features) for target in config.targets]

@@ -32,8 +32,8 @@ def sample(
 ) -> Tensor:
     """Latents float64 (B, C, …) from noise x (B, C, …) and labels y int64 (B,).
 
-    `noise(i)` gives the draws of step i, so that a caller decides what each image's randomness is keyed by; the ODE asks
-    for none, the others for one fewer than there are steps. `x.dtype` is what the model is called with.
+    `noise(i)` gives the draws of step i, so that a caller decides what each image's randomness is keyed by: none are
+    asked for by ode, one fewer than there are steps by the others. `x.dtype` is what the model is called with.
     """
     return SAMPLERS[config.sampler](predict, x, y, null_label, config, path, noise)
 

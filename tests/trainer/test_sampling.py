@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from storage.errors import UserError
-from tests.trainer.test_transformer import load_reference, reference_model
+from tests.trainer.reference import load_reference, reference_model
 from trainer.config import SampleConfig
+from trainer.objectives.diffusion import reverse, schedule
 from trainer.objectives.interpolant import Path, coefficients
 from trainer.random_keys import normal
 from trainer.sampling import LAST_SDE_TIME, Predict, sample
@@ -31,9 +32,9 @@ def no_noise(step: int) -> Tensor:
     ],
 )
 def test_agrees_with_the_public_implementation(name: str, config: SampleConfig) -> None:
-    reference = load_reference()
+    reference = load_reference("sit")
     assert reference["sampler_args"].tolist() == [8, 1.8, 0.0, 0.7, 0]
-    model = reference_model(reference)
+    model = reference_model("sit")
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return model(x, t, y, with_projections=False)[0]
@@ -44,6 +45,90 @@ def test_agrees_with_the_public_implementation(name: str, config: SampleConfig) 
         )
     assert drawn.dtype == torch.float64
     torch.testing.assert_close(drawn, reference[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddpm_cfg"])
+def test_ancestral_sampling_agrees_with_the_public_implementation(name: str) -> None:
+    """Ten strided steps; guidance on the first three channels, as released."""
+    reference = load_reference("dit")
+    steps, guidance = reference["sampler_args"].tolist()
+    config = SampleConfig(
+        sampler="ddpm", steps=int(steps), guidance=guidance if name == "ddpm_cfg" else 1.0, guidance_channels=3
+    )
+    model, noise = reference_model("dit"), reference[f"{name}_noise"]
+    with torch.no_grad():
+        drawn = sample(
+            lambda x, t, y: model(x, t, y)[0],
+            reference["xT"],
+            reference["y"],
+            1000,
+            config,
+            "linear",
+            noise.__getitem__,
+        )
+    torch.testing.assert_close(drawn, reference[name].double(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("channels", [0, 1, 2])
+def test_guidance_acts_on_the_first_channels_and_never_on_the_variance(channels: int) -> None:
+    """Both halves of the output depend on the label; what is not guided is the conditional output's."""
+    asked: list[Tensor] = []
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        asked.append(y)
+        return torch.where(y == NULL, 0.1, 0.3)[:, None].expand(len(x), 4).to(x.dtype)
+
+    def by_hand(guided: float) -> Tensor:
+        return torch.tensor([guided if i < (channels or 2) else 0.3 for i in range(2)] + [0.3, 0.3]).double()
+
+    x, labels = torch.zeros(1, 2), torch.tensor([1])
+    config = SampleConfig(sampler="ddpm", steps=1, guidance=2.0, guidance_channels=channels)
+    drawn = sample(predict, x, labels, NULL, config, "linear", no_noise)
+    step = reverse(by_hand(0.1 + 2 * 0.2)[None], x.double(), torch.tensor([0]), schedule(1, x.device))
+    torch.testing.assert_close(drawn, step.mean, atol=1e-6, rtol=1e-6)
+    assert [y.tolist() for y in asked] == [[1, NULL]]
+
+
+def test_ancestral_sampling_visits_strided_steps_and_ends_without_noise() -> None:
+    times: list[int] = []
+    asked: list[int] = []
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert t.dtype == torch.int64
+        times.append(int(t[0]))
+        return torch.zeros(len(x), 4, dtype=x.dtype)
+
+    def noise(step: int) -> Tensor:
+        asked.append(step)
+        return torch.zeros(1, 2)
+
+    sample(predict, torch.zeros(1, 2), torch.tensor([0]), NULL, SampleConfig(sampler="ddpm", steps=4), "linear", noise)
+    assert times == [999, 666, 333, 0]
+    assert asked == [0, 1, 2]
+
+
+def test_ancestral_samples_have_the_variance_of_the_data() -> None:
+    """With E[ε | x_t] of data N(0, s²) in closed form, 250 steps of the chain end at N(0, s²)."""
+    count, deviation = 20_000, 0.5
+    generator = torch.Generator().manual_seed(0)
+    alphas_bar = schedule(1000, torch.device("cpu")).alphas_bar
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        at = alphas_bar[t][:, None]
+        noise = (1 - at).sqrt() / (at * deviation**2 + 1 - at) * x
+        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
+
+    drawn = sample(
+        predict,
+        torch.randn(count, 1, generator=generator, dtype=torch.float64),
+        torch.zeros(count, dtype=torch.long),
+        NULL,
+        SampleConfig(sampler="ddpm", steps=250),
+        "linear",
+        lambda step: torch.randn(count, 1, generator=generator, dtype=torch.float64),
+    )
+    assert abs(drawn.mean().item()) < 4 * deviation / math.sqrt(count)
+    assert drawn.std().item() == pytest.approx(deviation, rel=0.03)
 
 
 class Recorder:
@@ -185,8 +270,8 @@ def test_samples_have_the_variance_of_the_data(sampler: str, path: Path) -> None
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
-    reference = load_reference()
-    model = reference_model(reference)
+    reference = load_reference("sit")
+    model = reference_model("sit")
     config = SampleConfig(sampler="sde", steps=4, guidance=1.5)
 
     def draw(images: list[int]) -> Tensor:
@@ -217,6 +302,8 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
         ({"guidance_high": 1.2}, "interval"),
         ({"guidance_low": -0.1}, "interval"),
         ({"sampler": "sde", "heun": True}, "heun"),
+        ({"sampler": "ddpm", "steps": 1001}, "at most 1000"),
+        ({"guidance_channels": -1}, "guidance-channels must be at least 0"),
     ],
 )
 def test_an_impossible_sampler_is_the_user_s_error(settings: dict[str, object], word: str) -> None:

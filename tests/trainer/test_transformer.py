@@ -1,38 +1,23 @@
-"""SiT agrees with the public implementation, with a plain float64 rendering of itself, and with its own FLOP count."""
+"""SiT and DiT agree with the public implementations, and with their own FLOP count; what their parts promise."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from storage.errors import UserError
+from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from trainer.models.blocks import sincos_position_embedding, unpatchify
-from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
-from trainer.objectives.alignment import alignment_loss
-from trainer.objectives.interpolant import interpolate, velocity_loss
+from trainer.models.transformer import DiffusionTransformer, Geometry, Kind, forward_flops_per_image
 from trainer.presets import PRESETS
 
-REFERENCE = Path(__file__).parents[1] / "data" / "sit_linear.npz"
-REFERENCE_CONFIG = Geometry(
-    kind="sit",
-    input_size=8,
-    channels=4,
-    patch=2,
-    width=48,
-    depth=4,
-    heads=4,
-    n_classes=1000,
-    targets=((2, 40),),
-    projector_width=64,
-)
+KINDS: tuple[Kind, ...] = ("sit", "dit")
 SMALL = Geometry(
     kind="sit",
     input_size=8,
@@ -47,20 +32,8 @@ SMALL = Geometry(
 )
 
 
-def load_reference() -> dict[str, Tensor]:
-    with np.load(REFERENCE) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def reference_model(reference: dict[str, Tensor]) -> DiffusionTransformer:
-    model = DiffusionTransformer(REFERENCE_CONFIG)
-    state = {name.removeprefix("state/"): value for name, value in reference.items() if name.startswith("state/")}
-    model.load_state_dict(state, strict=True)
-    return model
-
-
 def randomised(config: Geometry, seed: int = 0) -> DiffusionTransformer:
-    """A SiT whose gates and output layer are not zero, so that every parameter matters."""
+    """A model whose gates and output layer are not zero, so that every parameter matters."""
     torch.manual_seed(seed)
     model = DiffusionTransformer(config)
     with torch.no_grad():
@@ -78,28 +51,44 @@ def inputs(config: Geometry, batch: int, seed: int = 1) -> tuple[Tensor, Tensor,
 
 
 def test_forward_and_projections_agree_with_the_public_implementation() -> None:
-    reference = load_reference()
+    reference = load_reference("sit")
     with torch.no_grad():
-        velocity, projections = reference_model(reference)(reference["x"], reference["t"], reference["y"])
+        velocity, projections = reference_model("sit")(reference["x"], reference["t"], reference["y"])
     assert len(projections) == 1
     torch.testing.assert_close(velocity, reference["v"], atol=1e-5, rtol=0)
     torch.testing.assert_close(projections[0], reference["projection/0"], atol=1e-5, rtol=0)
 
 
-def test_names_and_shapes_are_the_public_checkpoints() -> None:
-    reference = load_reference()
-    expected = {n.removeprefix("state/"): tuple(v.shape) for n, v in reference.items() if n.startswith("state/")}
-    assert {
-        name: tuple(value.shape) for name, value in DiffusionTransformer(REFERENCE_CONFIG).state_dict().items()
-    } == expected
-    with_norm = DiffusionTransformer(dataclasses.replace(REFERENCE_CONFIG, qk_norm=True)).state_dict()
-    extra = {f"blocks.{i}.attn.{n}_norm.{p}" for i in range(4) for n in "qk" for p in ("weight", "bias")}
+def test_noise_and_variance_agree_with_the_public_implementation() -> None:
+    reference = load_reference("dit")
+    with torch.no_grad():
+        output, projections = reference_model("dit")(reference["x"], reference["t"], reference["y"])
+    assert projections == []
+    torch.testing.assert_close(output, reference["model_out"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_and_shapes_are_the_public_checkpoints(kind: Kind) -> None:
+    geometry = GEOMETRIES[kind]
+    expected = {name: value.shape for name, value in reference_state(kind).items()}
+    assert {name: value.shape for name, value in DiffusionTransformer(geometry).state_dict().items()} == expected
+    with_norm = DiffusionTransformer(dataclasses.replace(geometry, qk_norm=True)).state_dict()
+    extra = {f"blocks.{i}.attn.{n}_norm.{p}" for i in range(geometry.depth) for n in "qk" for p in ("weight", "bias")}
     assert with_norm.keys() - expected.keys() == extra
 
 
-def test_position_embedding_is_computed_as_the_checkpoints_hold_it() -> None:
-    assert torch.equal(DiffusionTransformer(REFERENCE_CONFIG).pos_embed, load_reference()["state/pos_embed"])
-    assert not DiffusionTransformer(REFERENCE_CONFIG).pos_embed.requires_grad
+def test_kinds_differ_by_the_last_layer_only() -> None:
+    sit, dit = (DiffusionTransformer(dataclasses.replace(SMALL, kind=kind)).state_dict() for kind in KINDS)
+    assert sit.keys() == dit.keys()
+    other = {name for name in sit if sit[name].shape != dit[name].shape}
+    assert other == {"final_layer.linear.weight", "final_layer.linear.bias"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_position_embedding_is_computed_as_the_checkpoints_hold_it(kind: Kind) -> None:
+    model = DiffusionTransformer(GEOMETRIES[kind])
+    assert torch.equal(model.pos_embed, reference_state(kind)["pos_embed"])
+    assert not model.pos_embed.requires_grad
 
 
 def test_position_embedding_puts_the_column_first() -> None:
@@ -188,110 +177,6 @@ def test_the_model_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(projections, expected_projections)
 
 
-# ---- a plain rendering in float64, term by term -----------------------------------------------------------------
-
-
-def norm64(x: Tensor, eps: float = 1e-6) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def silu64(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def gelu64(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def plain_sit(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """SiT from its equations in float64: explicit patches, explicit softmax; no module and no fused operation."""
-
-    def linear(name: str, value: Tensor) -> Tensor:
-        return value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    batch, grid, patch, heads = len(x), config.grid, config.patch, config.heads
-    patches = x.reshape(batch, config.channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
-    kernel = p["x_embedder.proj.weight"].reshape(config.width, -1)
-    h = patches.reshape(batch, grid * grid, -1) @ kernel.T + p["x_embedder.proj.bias"] + p["pos_embed"]
-    frequencies = torch.tensor([10_000.0 ** (-k / 128) for k in range(128)], dtype=torch.float64)
-    angles = t[:, None] * frequencies
-    time = linear("t_embedder.mlp.0", torch.cat([torch.cos(angles), torch.sin(angles)], 1))
-    c = linear("t_embedder.mlp.2", silu64(time)) + p["y_embedder.embedding_table.weight"][y]
-    projections: dict[int, Tensor] = {}
-    for i in range(config.depth):
-        name = f"blocks.{i}"
-        modulation = linear(f"{name}.adaLN_modulation.1", silu64(c))[:, None, :]
-        shift1, scale1, gate1, shift2, scale2, gate2 = torch.split(modulation, config.width, dim=-1)
-        qkv = linear(f"{name}.attn.qkv", norm64(h) * (1 + scale1) + shift1)
-        q, k, v = (part.reshape(batch, grid * grid, heads, -1) for part in qkv.split(config.width, dim=-1))
-        if config.qk_norm:
-            q = norm64(q, 1e-5) * p[f"{name}.attn.q_norm.weight"] + p[f"{name}.attn.q_norm.bias"]
-            k = norm64(k, 1e-5) * p[f"{name}.attn.k_norm.weight"] + p[f"{name}.attn.k_norm.bias"]
-        scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(config.width // heads)
-        attended = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(h.shape)
-        h = h + gate1 * linear(f"{name}.attn.proj", attended)
-        hidden = gelu64(linear(f"{name}.mlp.fc1", norm64(h) * (1 + scale2) + shift2))
-        h = h + gate2 * linear(f"{name}.mlp.fc2", hidden)
-        for target, (block, _) in enumerate(config.targets):
-            if block == i + 1:
-                inner = silu64(linear(f"projectors.{target}.0", h))
-                projections[target] = linear(f"projectors.{target}.4", silu64(linear(f"projectors.{target}.2", inner)))
-    shift, scale = linear("final_layer.adaLN_modulation.1", silu64(c))[:, None, :].split(config.width, dim=-1)
-    pixels = linear("final_layer.linear", norm64(h) * (1 + scale) + shift)
-    image = pixels.reshape(batch, grid, grid, patch, patch, config.channels).permute(0, 5, 1, 3, 2, 4)
-    return image.reshape(x.shape), [projections[target] for target in range(len(config.targets))]
-
-
-def plain_loss(velocity: Tensor, wanted: Tensor, projections: list[Tensor], targets: list[Tensor]) -> Tensor:
-    total = (velocity - wanted).square().mean()
-    for projection, target in zip(projections, targets, strict=True):
-        lengths = projection.square().sum(-1).sqrt() * target.square().sum(-1).sqrt()
-        total = total - 0.5 * ((projection * target).sum(-1) / lengths).mean() / len(targets)
-    return total
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_loss_and_every_gradient_agree_with_float64(qk_norm: bool) -> None:
-    config = dataclasses.replace(SMALL, qk_norm=qk_norm)
-    model = randomised(config)
-    x, t, y = inputs(config, 3)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
-    targets = [torch.randn(3, 16, width, generator=torch.Generator().manual_seed(width)) for _, width in config.targets]
-
-    x_t, wanted = interpolate(x, noise, t, "linear")
-    velocity, projections = model(x_t, t, y)
-    aligned = [alignment_loss(p, target).mean() for p, target in zip(projections, targets, strict=True)]
-    loss = velocity_loss(velocity, wanted).mean() + 0.5 * torch.stack(aligned).mean()
-    loss.backward()
-
-    weights = {
-        name: parameter.detach().double().requires_grad_(parameter.requires_grad)
-        for name, parameter in model.named_parameters()
-    }
-    times = t.double()[:, None, None, None]
-    x_t64 = (1 - times) * x.double() + times * noise.double()
-    plain_velocity, plain_projections = plain_sit(weights, config, x_t64, t.double(), y)
-    plain = plain_loss(
-        plain_velocity, noise.double() - x.double(), plain_projections, [target.double() for target in targets]
-    )
-    plain.backward()
-
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    torch.testing.assert_close(velocity.double(), plain_velocity, atol=1e-4, rtol=1e-4)
-    for name, parameter in model.named_parameters():
-        expected = weights[name].grad
-        if expected is None:
-            assert name == "pos_embed"
-            assert parameter.grad is None
-            continue
-        assert parameter.grad is not None, name
-        # The key bias moves every score of a query alike, so its gradient is zero but for rounding: compare by the
-        # largest gradient of the whole tensor, with a floor for tensors whose gradient is all small.
-        error = (parameter.grad.double() - expected).abs().max().item()
-        assert error < 2e-4 * expected.abs().max().item() + 1e-7, (name, error)
-
-
 def test_a_double_model_gives_double_gradients() -> None:
     model = randomised(SMALL).double()
     x, t, y = inputs(SMALL, 2)
@@ -318,10 +203,10 @@ def meta_flops(config: Geometry, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def imagenet_config(name: str, target_width: int = 768) -> SiTConfig:
+def imagenet_config(name: str, target_width: int = 768) -> Geometry:
     model = PRESETS[name]().model
     return Geometry(
-        kind="sit",
+        kind=model.kind,
         input_size=32,
         channels=4,
         patch=model.patch,
@@ -337,8 +222,14 @@ def imagenet_config(name: str, target_width: int = 768) -> SiTConfig:
 
 @pytest.mark.parametrize(
     "config",
-    [imagenet_config("sit-s-4"), imagenet_config("sit-b-8"), dataclasses.replace(SMALL, qk_norm=True)],
-    ids=["s-4", "b-8", "two targets"],
+    [
+        imagenet_config("sit-s-4"),
+        imagenet_config("sit-b-8"),
+        imagenet_config("dit-s-4"),
+        dataclasses.replace(SMALL, qk_norm=True),
+        dataclasses.replace(SMALL, kind="dit"),
+    ],
+    ids=["sit-s-4", "sit-b-8", "dit-s-4", "two targets", "dit, two targets"],
 )
 def test_flop_count_equals_torch_s_count(config: Geometry) -> None:
     assert forward_flops_per_image(config) == meta_flops(config, backward=False)

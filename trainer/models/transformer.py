@@ -31,7 +31,6 @@ from trainer.models.blocks import (
 )
 from trainer.models.projector import make_projector
 
-
 Kind = Literal["sit", "dit"]
 OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2}
 

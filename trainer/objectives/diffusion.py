@@ -30,9 +30,9 @@ SMALLEST_PROBABILITY = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A diffusion in K steps, tables (K,): float64 but for `timesteps`, those of the 1,000 that it visits, ascending."""
+    """A diffusion in K steps, tables float64 (K,)."""
 
-    timesteps: Tensor  # int64
+    timesteps: Tensor  # int64 (K,), those of the 1,000 that it visits, ascending
     alphas_bar: Tensor
     log_betas: Tensor  # the upper end of the learned variance
     log_posterior_variances: Tensor  # the lower end, ln β̃_t
