@@ -150,10 +150,17 @@ class CheckpointConfig:
 
     every: int = option(10_000, "steps between checkpoints; the last step is always saved", free=True)
     keep: int = option(2, "newest checkpoints kept", free=True)
+    milestone_every: int = option(0, "checkpoints of multiples of so many steps are kept for good; 0: none", free=True)
 
     def __post_init__(self) -> None:
         at_least(self, "checkpoint", "every", 1)
         at_least(self, "checkpoint", "keep", 1)
+        at_least(self, "checkpoint", "milestone_every", 0)
+        if self.milestone_every % self.every:
+            raise UserError(
+                f"--checkpoint.milestone-every must be a multiple of --checkpoint.every ({self.every}), "
+                f"got {self.milestone_every}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +169,14 @@ class LogConfig:
 
     every: int = option(50, "steps between lines of metrics.jsonl and TensorBoard points", free=True)
     tensorboard: bool = option(True, "write TensorBoard events below RUN/tensorboard", free=True)
+    wandb: str = option("", "Weights & Biases project to log to as well; empty: none", free=True)
+    samples_every: int = option(10_000, "steps between grids of samples in RUN/samples; 0: none", free=True)
+    samples: int = option(16, "images in a grid of samples", free=True)
 
     def __post_init__(self) -> None:
         at_least(self, "log", "every", 1)
+        at_least(self, "log", "samples_every", 0)
+        at_least(self, "log", "samples", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +218,21 @@ class TrainConfig:
     )
     preset: str = option("", "recipe that the other defaults come from", free=True)
     steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True)
-    batch: int = option(256, "samples a step over all ranks (global batch)")
+    batch: int = option(256, "samples a step over all ranks and micro-batches (global batch)")
     seed: int = option(0, "seed of weights, order, noise, times and label dropout")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda when there is one", free=True)
-    precision: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "arithmetic of the model's forward pass; auto: bf16 on cuda, fp32 on cpu"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
+        "auto",
+        "arithmetic of the model, whose weights are float32: bf16 and fp16 (with a loss scale) by autocast, tf32 in "
+        "matrix products only; auto: bf16 on cuda, fp32 on cpu",
     )
+    deterministic: bool = option(False, "only kernels that repeat bit for bit; slower on cuda")
+    compile: bool = option(False, "compile the transformer blocks (torch.compile)", free=True)
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "on several ranks: weights and optimiser on each (ddp), or sharded over them (fsdp)", free=True
+    )
+    accumulate: int = option(1, "micro-batches that a rank's part of a batch is computed in, to save memory", free=True)
+    max_skipped: int = option(10, "steps with a non-finite loss or gradient left out before the run stops", free=True)
     ema_decay: float = option(0.9999, "decay of the averaged weights, which samples are drawn from")
     model: ModelConfig = section(ModelConfig)
     loss: LossConfig = section(LossConfig)
@@ -222,8 +243,9 @@ class TrainConfig:
     sample: SampleConfig = section(SampleConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
+        for name in ("steps", "batch", "accumulate"):
             at_least(self, "", name, 1)
+        at_least(self, "", "max_skipped", 0)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be in [0, 2⁶³), got {self.seed}")
         if not 0 <= self.ema_decay < 1:

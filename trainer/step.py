@@ -1,4 +1,4 @@
-"""One training step: draw latents, times, noise and dropped labels; denoising and alignment losses; AdamW; EMA.
+"""What a batch costs: draw latents, times, noise and dropped labels; run the model; denoising and alignment losses.
 
     z = (mean + std · ε') · scale     afresh at each visit (after shifting, where a VAE has a shift)
     L = mean over the global batch of L_denoising + Σ_k λ_k · L_alignment,k  (REPA, arXiv 2410.06940, equation 9)
@@ -8,6 +8,7 @@ Every random number is keyed by (seed, purpose, step, row), so a step does not d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import random_keys
+from trainer.arithmetic import autocast_dtype
 from trainer.config import TrainConfig
-from trainer.ema import EMA
 from trainer.loader import Batch
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.alignment import alignment_loss
@@ -48,16 +49,21 @@ class Losses:
     alignments: Tensor  # (B, K)
     times: Tensor  # (B,) in [0, 1], from image to noise
 
+    @classmethod
+    def joined(cls, parts: Sequence[Losses]) -> Losses:
+        """Of several micro-batches, without what their gradients need."""
+        return cls(
+            denoising=torch.cat([part.denoising.detach() for part in parts]),
+            alignments=torch.cat([part.alignments.detach() for part in parts]),
+            times=torch.cat([part.times for part in parts]),
+        )
+
     def total(self, config: TrainConfig) -> Tensor:
         """The scalar that is minimised."""
         weights = [target.weight for target in config.targets]
         return self.denoising.mean() + sum(
             weight * alignment for weight, alignment in zip(weights, self.alignments.mean(0), strict=True)
         )
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; the message names step and rows."""
 
 
 def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
@@ -83,7 +89,8 @@ def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConf
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
     labels = torch.where(dropped, null_label, batch.labels)
     x_t = objective.perturb(x, noise, t, config.loss)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    half = autocast_dtype(config.precision)
+    with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
         output, projections = model(x_t, t, labels)
     denoising = objective.denoising_loss(output, x, noise, x_t, t, config.loss)
     aligned = [alignment_loss(h, target) for h, target in zip(projections, batch.targets, strict=True)]
@@ -92,32 +99,3 @@ def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConf
         alignments=torch.stack(aligned, dim=1) if aligned else denoising.new_empty(len(denoising), 0),
         times=objective.unit_times(t),
     )
-
-
-def train_step(
-    model: nn.Module,
-    ema: EMA,
-    bare_model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    scale: LatentScale,
-    config: TrainConfig,
-    null_label: int,
-) -> Tensor:
-    """Take one step; returns float64 (2 + K,): denoising loss, gradient norm, K alignment losses (this rank's means).
-
-    `model` may wrap `bare_model` (DDP). Raises NonFiniteError before anything is updated.
-    """
-    of_batch = losses(model, batch, scale, config, null_label)
-    optimizer.zero_grad(set_to_none=True)
-    of_batch.total(config).backward()
-    norm = nn.utils.clip_grad_norm_(bare_model.parameters(), config.optim.clip)
-    values = torch.stack([of_batch.denoising.mean(), norm, *of_batch.alignments.mean(0)]).detach().double()
-    if not torch.isfinite(values).all():
-        raise NonFiniteError(
-            f"step {batch.step}: denoising loss {values[0]:.4g}, gradient norm {values[1]:.4g}, alignment "
-            f"{values[2:].tolist()}; rows {batch.rows.tolist()}; nothing was updated, the last checkpoint is good"
-        )
-    optimizer.step()
-    ema.update(bare_model)
-    return values
