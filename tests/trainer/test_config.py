@@ -22,7 +22,6 @@ def parse(*argv: str) -> TrainConfig:
     parser = Parser(prog="train")
     add_train_options(parser)
     values = vars(parser.parse_args(argv))
-    values.pop("resume_with_changes")
     return train_config(values)
 
 
