@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from storage.errors import UserError
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
+from trainer.config import Kind
 from trainer.models.blocks import sincos_position_embedding, unpatchify
-from trainer.models.transformer import DiffusionTransformer, Geometry, Kind, forward_flops_per_image
+from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
 from trainer.presets import PRESETS
 
 KINDS: tuple[Kind, ...] = ("sit", "dit")
