@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,8 @@ def read_release(file: Path) -> tuple[Weights, Weights]:
             found: Any = load_file(file)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the scripts save their options as one
-                found = torch.load(file, map_location="cpu", weights_only=True)
+                # Mapped where the format allows it, since an optimiser's state of twice the size may lie beside.
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:
         raise UserError(f"checkpoint {file} does not exist") from None
     except pickle.UnpicklingError as error:

@@ -149,6 +149,20 @@ def test_which_features_is_a_question_when_there_are_two(two_features: Path, tmp
         open_data(micro(two_features, tmp_path / "run", **{"data.features": ("tiny-vit", "none")}))
 
 
+def test_features_without_patch_tokens_are_refused(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    group = GroupLayout(
+        path="features/cls-only",
+        arrays=(ArrayLayout(name="cls", dtype="float16", row_shape=(24,), store=store.layout),),
+    )
+    identity = make_identities()[FEATURES] | {"name": "cls-only"}
+    with Staging(tmp_path / "store") as staging:
+        publish_all(tmp_path / "store", group, identity, random_arrays(group), store.index.keys, (), staging)
+    with pytest.raises(UserError, match="features/cls-only holds cls and no patch tokens"):
+        open_data(micro(tmp_path / "store", tmp_path / "run", **{"data.features": ("cls-only",)}))
+
+
 def test_a_token_grid_that_is_not_the_model_s_is_named(tmp_path: Path) -> None:
     make_store(tmp_path / "store")
     add_group(tmp_path / "store", "coarse", 24, n_tokens=16)
