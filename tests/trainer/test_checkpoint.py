@@ -64,7 +64,15 @@ def all_tensors(parts: Parts) -> dict[str, Tensor]:
 
 
 def state_at(step: int) -> RunState:
-    return RunState(step=step, config={"batch": 8}, identities={"latents/a": "0"}, log_sums=[0.1, 0.2], log_count=1, skipped=3, scaler={"scale": 8.0})
+    return RunState(
+        step=step,
+        config={"batch": 8},
+        identities={"latents/a": "0"},
+        log_sums=[0.1, 0.2],
+        log_count=1,
+        skipped=3,
+        scaler={"scale": 8.0},
+    )
 
 
 def save(run: Path, step: int, parts: Parts, keep: int = 2, milestone_every: int = 0) -> Path:

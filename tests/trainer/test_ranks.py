@@ -71,9 +71,7 @@ def runs(shared_tiny_store: Path, poisoned_store: Path, tmp_path_factory: pytest
     return root, {name: [rank[i] for rank in said] for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize(
-    "name", ["ddp", "fsdp", "accumulated", "fsdp-accumulated", "resumed-fsdp", "to-1", "to-3"]
-)
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "accumulated", "fsdp-accumulated", "resumed-fsdp", "to-1", "to-3"])
 def test_ranks_and_micro_batches_train_as_one(runs: Any, name: str) -> None:
     root, said = runs
     assert said[name] == ["", ""]
@@ -147,7 +145,8 @@ def test_samples_do_not_depend_on_the_ranks(runs: Any, name: str) -> None:
     root, _ = runs
     for step in (3, 6):
         one, other = (
-            np.asarray(Image.open(root / run / "samples" / f"step-000000{step}.png"), dtype=int) for run in ("one", name)
+            np.asarray(Image.open(root / run / "samples" / f"step-000000{step}.png"), dtype=int)
+            for run in ("one", name)
         )
         assert one.shape == other.shape
         assert np.abs(one - other).mean() < 2
