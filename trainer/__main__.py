@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     import_parser.add_argument("--release", choices=("repa", "sit", "dit"), required=True, help="whose it is")
     add_train_options(import_parser, argv)
     args, unknown = parser.parse_known_args(argv)
-    refuse_unknown({"train": train_parser, "sample": sample_parser, "import": import_parser}[args.command], unknown)
+    refuse_unknown(commands.choices[args.command], unknown)
     values = vars(args)
     command = values.pop("command")
     if command == "import":
