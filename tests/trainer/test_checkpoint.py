@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -128,6 +130,19 @@ def test_a_crash_at_any_point_leaves_a_whole_latest(tmp_path: Path, monkeypatch:
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def test_milestones_stay_too(tmp_path: Path) -> None:
+    parts = make_parts(0)
+    for step in range(10, 90, 10):
+        save(tmp_path, step, parts, keep=2, milestone_every=30)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-0000030", "step-0000060", "step-0000070", "step-0000080"]
+
+
+def test_a_rank_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state_at(1), *make_parts(0), 2, writes=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_checkpoint_that_latest_names_is_never_removed(tmp_path: Path) -> None:
     """A crash between the renaming and `latest`, then a shorter interval: older steps are saved beside a newer one."""
     parts = make_parts(0)
@@ -163,6 +178,41 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
     os.truncate(path / f"{name}.safetensors", 100)
     with pytest.raises(UserError, match="step-0000007"):
         restore(path, *make_parts(1, steps=0))
+
+
+def test_wandb_is_imported_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a stand-in: the package is no dependency. The same folder goes on with the same run."""
+    config = override(preset("sit-tiny-2"), {"run": tmp_path / "r", "log.tensorboard": False, "log.wandb": "repa"})
+    config.run.mkdir()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--log.wandb needs the package wandb; pip install wandb"):
+        MetricsLog(config, from_step=0)
+    began: list[dict[str, Any]] = []
+    logged: list[tuple[dict[str, Any], int]] = []
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            logged.append((values, step))
+
+        def finish(self) -> None:
+            logged.append(({}, -1))
+
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda **options: began.append(options) or Run()  # type: ignore[attr-defined]
+    stand_in.Image = str  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for _ in range(2):
+        log = MetricsLog(config, from_step=0)
+        log.write({"step": 4, "loss": 0.5, "loss_by_time": [1.0, None, 3.0], "gradient_norm": None})
+        log.picture(tmp_path / "grid.png", None, 5)
+        log.close()
+    assert began[0] == began[1]
+    assert (began[0]["project"], began[0]["resume"], began[0]["config"]["batch"]) == ("repa", "allow", 32)
+    assert logged[:3] == [
+        ({"loss": 0.5, "loss_by_time/0": 1.0, "loss_by_time/2": 3.0}, 4),
+        ({"samples": str(tmp_path / "grid.png")}, 5),
+        ({}, -1),
+    ]
 
 
 def test_metrics_after_a_resume_hold_each_step_once(tmp_path: Path) -> None:

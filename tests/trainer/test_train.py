@@ -17,8 +17,10 @@ from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
+from trainer.config import from_yaml, override
 from trainer.guard import NonFiniteError
 from trainer.loader import Batch
+from trainer.metrics import read_metrics
 from trainer.step import LatentScale, sample_latents
 from trainer.train import train
 from trainer.update import Parts, train_step
@@ -215,3 +217,57 @@ def test_a_users_mistake_is_one_line_and_status_2(
     assert err.count("\n") == 1, err
     assert out == ""
     assert not run.exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """The system refuses to write beyond a size, as it does when there is no room."""
+    run = tmp_path / "run"
+    train(micro(shared_tiny_store, run, steps=2))
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    argv = command(shared_tiny_store, run, steps=4)
+    process = start([argv[0], "-c", f"{limit}runpy.run_module('trainer', run_name='__main__')", *argv[3:]])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    last = err.splitlines()[-1]
+    assert "error: step 4 could not be saved" in last
+    assert "goes on from the checkpoint before" in last
+    assert "Traceback" not in err
+    assert not list((run / "checkpoints").glob(".*"))
+    assert train(micro(shared_tiny_store, run, steps=4))["steps_now"] == 2
+
+
+def test_a_saved_configuration_runs_again(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """`--config RUN/config.yaml`: the same run elsewhere, bit for bit."""
+    train(micro(shared_tiny_store, tmp_path / "a", steps=3))
+    config = from_yaml(tmp_path / "a" / "config.yaml")
+    train(override(config, {"run": tmp_path / "b"}))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_line_says_what_the_issue_asks_for(shared_tiny_store: Path, tmp_path: Path) -> None:
+    train(micro(shared_tiny_store, tmp_path / "run", steps=8, **{"log.every": 4}))
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [4, 8]
+    for line in lines:
+        assert line["alignment_cosine"] == -line["alignment_loss"]
+        assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["alignment_loss"])
+        assert len(line["loss_by_time"]) == 10
+        assert 0 <= line["stall_share"] <= 1
+        assert line["images_per_s"] > 0
+        assert line["skipped_steps"] == 0
+
+
+def test_samples_without_a_decoder_are_the_latents_as_colours(shared_tiny_store: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    changes = {"log.samples_every": 2, "log.samples": 4, "sample.steps": 2}
+    train(micro(shared_tiny_store, tmp_path / "run", steps=5, **changes))
+    pictures = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step-0000002.png", "step-0000004.png"]
+    assert Image.open(pictures[0]).size == (2 * 64 + 2, 2 * 64 + 2)
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_micro_batches_must_fit_the_batch(shared_tiny_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--batch 8 must be a multiple of the 1 ranks times --accumulate 3"):
+        train(micro(shared_tiny_store, tmp_path / "run", accumulate=3))
