@@ -54,7 +54,7 @@ def nearest(x: Tensor, k: int = NEIGHBOURS, block_rows: int = BLOCK_ROWS) -> Nei
         own = torch.arange(len(similarities), device=x.device)
         similarities[own, start + own] = -torch.inf
         found.append(similarities.topk(k))
-    index, similarity = (torch.cat(parts) for parts in zip(*found, strict=True))
+    similarity, index = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Neighbours(index=index, similarity=similarity.double())
 
 
@@ -73,7 +73,7 @@ def _agreement(a: Neighbours, b: Neighbours) -> float:
     k, l = a.similarity[row, slot_a], b.similarity[row, slot_b]  # noqa: E741 — the formula's letters
     key, order = (row * n + column).sort()
     mirrored = column * n + row
-    place = torch.searchsorted(key, mirrored).clamp(max=max(0, len(key) - 1))
+    place = torch.searchsorted(key, mirrored).clamp(max=len(key) - 1)
     both_ways = key[place] == mirrored
     trace = (k * l[order][place])[both_ways].sum()
     into = torch.zeros(n, dtype=torch.float64, device=k.device).index_add_(0, column, k)  # 1ᵀK
