@@ -46,7 +46,9 @@ def cknna(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
 def nearest(x: Tensor, k: int = NEIGHBOURS, block_rows: int = BLOCK_ROWS) -> Neighbours:
     """The k nearest by cosine of each of x (N, D). Raises UserError when there are too few samples."""
     if k < 2 or len(x) < max(k + 1, 4):
-        raise UserError(f"CKNNA needs k of at least 2 and more than k samples (4 or more), got k = {k} and {len(x)} samples")
+        raise UserError(
+            f"CKNNA needs k of at least 2 and more than k samples (4 or more), got k = {k} and {len(x)} samples"
+        )
     x = F.normalize(x.float(), dim=-1)
     found = []
     for start in range(0, len(x), block_rows):

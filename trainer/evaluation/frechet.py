@@ -77,7 +77,9 @@ def gaussian_of(features: np.ndarray, block: int = 4096) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """The squared distance d², as is published. Raises UserError when the widths differ."""
     if a.mean.shape != b.mean.shape:
-        raise UserError(f"features of widths {len(a.mean)} and {len(b.mean)} cannot be compared; use one encoder for both")
+        raise UserError(
+            f"features of widths {len(a.mean)} and {len(b.mean)} cannot be compared; use one encoder for both"
+        )
     overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     shift = a.mean - b.mean
     return max(0.0, float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))

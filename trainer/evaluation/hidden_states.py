@@ -89,7 +89,9 @@ def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.d
         model.load_state_dict(load_file(file))
     except (OSError, RuntimeError) as error:
         first = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} cannot be loaded into the model of {run.path} ({first}); name another checkpoint") from None
+        raise UserError(
+            f"{file} cannot be loaded into the model of {run.path} ({first}); name another checkpoint"
+        ) from None
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -48,7 +48,9 @@ def precision_recall(
             raise UserError(f"precision and recall with k = {k} need more than {k} {name} images, got {len(features)}")
     # A shift changes no distance, and small norms lose fewer digits in ‖x‖² − 2xy + ‖y‖².
     centre = real.mean(axis=0, dtype=np.float64).astype(np.float32)
-    x, y = (torch.from_numpy(features.astype(np.float32) - centre).to(device or "cpu") for features in (real, generated))
+    x, y = (
+        torch.from_numpy(features.astype(np.float32) - centre).to(device or "cpu") for features in (real, generated)
+    )
     return PrecisionRecall(
         precision=_share_inside(y, x, _radii2(x, k, block_rows), block_rows),
         recall=_share_inside(x, y, _radii2(y, k, block_rows), block_rows),

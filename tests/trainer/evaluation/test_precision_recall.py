@@ -28,7 +28,12 @@ def naive_share(candidates: np.ndarray, members: np.ndarray, k: int) -> float:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(5, 30), st.integers(5, 30), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32 - 1), st.integers(1, 40)
+    st.integers(5, 30),
+    st.integers(5, 30),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 40),
 )
 def test_agrees_with_the_definition_whatever_the_block(
     n: int, m: int, width: int, k: int, seed: int, block_rows: int

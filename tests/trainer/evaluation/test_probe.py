@@ -21,7 +21,8 @@ def blobs(n: int, width: int, n_classes: int, spread: float, seed: int) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("n", "width", "n_classes", "spread", "c"), [(1500, 24, 10, 2.0, 1.0), (2000, 40, 5, 3.0, 0.01), (600, 64, 3, 4.0, 10.0)]
+    ("n", "width", "n_classes", "spread", "c"),
+    [(1500, 24, 10, 2.0, 1.0), (2000, 40, 5, 3.0, 0.01), (600, 64, 3, 4.0, 10.0)],
 )
 def test_accuracy_equals_scikit_learns(n: int, width: int, n_classes: int, spread: float, c: float) -> None:
     x, labels = blobs(n, width, n_classes, spread, seed=n)
@@ -48,7 +49,9 @@ def test_validation_is_every_fifth_and_never_trained_on() -> None:
     assert validation.tolist() == [4, 9]
     assert sorted(train.tolist() + validation.tolist()) == list(range(13))
     labels = torch.arange(200) // 100
-    x = torch.nn.functional.one_hot(labels, 2).float() + 0.01 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.one_hot(labels, 2).float() + 0.01 * torch.randn(
+        200, 2, generator=torch.Generator().manual_seed(0)
+    )
     x[split(200)[1]] *= -1  # right on what it was trained on, wrong on the rest
     found = probe(x, labels)
     assert (found.train_accuracy, found.accuracy) == (1, 0)
@@ -57,7 +60,9 @@ def test_validation_is_every_fifth_and_never_trained_on() -> None:
 def test_a_channel_that_never_changes_is_harmless() -> None:
     x, labels = blobs(300, 6, 3, 0.5, seed=2)
     with_constant = np.concatenate([x, np.full((300, 1), 7, dtype=np.float32)], axis=1)
-    assert probe(torch.from_numpy(with_constant), torch.from_numpy(labels)) == probe(torch.from_numpy(x), torch.from_numpy(labels))
+    assert probe(torch.from_numpy(with_constant), torch.from_numpy(labels)) == probe(
+        torch.from_numpy(x), torch.from_numpy(labels)
+    )
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [1] * 10])
