@@ -73,9 +73,7 @@ def resolve(
     except UserError as error:
         raise UserError(f"{error}, and {INCEPTION}") from None
     if size[0] != size[1]:
-        raise UserError(
-            f"{name} knows square images only, these are {size[1]}×{size[0]}; pass --resolution to crop them"
-        )
+        raise UserError(f"{name} takes square images, these are {size[1]}×{size[0]}; pass --resolution to crop them")
     described = registry.describe(spec, resolution=size[0])
     identity = {key: described[key] for key in ("encoder", "weights_sha256", "preprocessing", "resolution", "layer")}
 

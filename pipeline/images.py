@@ -1,4 +1,4 @@
-"""Images to describe, in one order, a batch at a time: a folder, an `.npz` in ADM's layout, or what a store was made of.
+"""Images to describe, in one order and in batches: a folder, an `.npz` in ADM's layout, or what a store was made of.
 
     folder   image files at any depth, sorted by path; all of one size, unless they are to be cropped
     .npz     `arr_0` uint8 (N, H, W, 3), read through the archive a batch at a time: 50,000 at 256 px are 10 GB

@@ -56,7 +56,8 @@ def write_feature_file(
     temporary = partial_name(path.absolute(), "features")
     try:
         with open(temporary, "xb") as file:
-            np.savez(file, identity=np.array(json.dumps(identity)), images=np.array(json.dumps(images)), **arrays)
+            records = {"identity": np.array(json.dumps(identity)), "images": np.array(json.dumps(images))}
+            np.savez(file, allow_pickle=False, **records, **arrays)
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path.absolute())

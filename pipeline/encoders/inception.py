@@ -1,10 +1,10 @@
-"""Inception-v3 of 2015-12-05, the network that FID is defined by, through torch-fidelity's port of the TensorFlow graph.
+"""Inception-v3 of 2015-12-05, the network that FID is defined by, in torch-fidelity's port of the TensorFlow graph.
 
 Images of any size are resized as TensorFlow 1 did it (bilinear, no half-pixel centres) to 299 and scaled by
 (x − 128)/128. Of the network are taken
 
     features  (2048)   the last average pool                                   FID (arXiv 1706.08500), precision, recall
-    spatial   (2023)   7 channels of the 17×17 map of the first branch of `mixed_6`, pixels first  sFID (arXiv 2103.03841)
+    spatial   (2023)   7 channels of the 17×17 map of `mixed_6`'s first branch  sFID (arXiv 2103.03841)
     logits    (1008)   without the final bias                                  the Inception Score
 
 as ADM's evaluator takes them (arXiv 2105.05233), so that its reference batches' statistics can be used. The network is
@@ -54,7 +54,7 @@ class Inception:
         except RuntimeError as error:
             first = " ".join(str(error).split())[:160]
             raise UserError(
-                f"{path} does not hold torch-fidelity's Inception weights ({first}…); {_remedy()}"
+                f"{path} holds other weights than torch-fidelity's Inception ({first}…); {_remedy()}"
             ) from None
         self._network = network.to(device)
         self._device = device

@@ -33,8 +33,8 @@ class Gaussian:
         width = self.mean.shape[0]
         if self.mean.shape != (width,) or self.covariance.shape != (width, width):
             raise UserError(
-                f"a mean of shape {self.mean.shape} and a covariance of {self.covariance.shape} are no Gaussian's; they "
-                "are (D,) and (D, D)"
+                f"a mean of shape {self.mean.shape} and a covariance of {self.covariance.shape} are no Gaussian's; "
+                "they are (D,) and (D, D)"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise UserError("a mean or covariance holds NaN or infinity; check the features that it was made from")

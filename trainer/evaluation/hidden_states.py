@@ -2,11 +2,11 @@
 
 As REPA's analysis was made (arXiv 2410.06940, figures 2 and 3, and its authors' answers to questions about them): no
 class label is given, so that none can leak, and a sample's tokens are averaged into one vector. Latents are drawn from
-the stored posteriors and noised at one time t; draws are keyed by (seed, purpose, row), so a row's noise is the same for
+the stored posteriors and noised at one time t; draws are keyed by (seed, purpose, row), so a row's noise is the same in
 every run, checkpoint, time and batch size.
 
-Hidden states are collected by forward hooks; the model's code knows nothing of it. Memory: rows × blocks × width float32
-for one t, 1.3 GB for 10,000 rows of SiT-XL's 28 blocks.
+Hidden states are collected by forward hooks; the model's code knows nothing of it. Memory: rows × blocks × width
+float32 for one t, 1.3 GB for 10,000 rows of SiT-XL's 28 blocks.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
 
 
 def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.device) -> nn.Module:
-    """The run's model with a checkpoint's averaged (ema) or last (raw) weights. Raises UserError when they do not fit."""
+    """The run's model with a checkpoint's averaged (ema) or last (raw) weights. Raises UserError if they do not fit."""
     file = checkpoint / (EMA_WEIGHTS if weights == "ema" else WEIGHTS)
     model = SiT(run.geometry)
     try:

@@ -83,6 +83,6 @@ def fit(x: Tensor, labels: Tensor, n_classes: int, c: float = 1.0) -> tuple[Tens
         return value
 
     with torch.enable_grad():
-        solver.step(loss)  # type: ignore[no-untyped-call]
+        solver.step(loss)
     folded = weight.detach() * scale
     return folded, bias.detach() - folded @ mean
