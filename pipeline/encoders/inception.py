@@ -33,6 +33,7 @@ def describe(weights: Path | None) -> dict[str, Any]:
     path = find_weights(weights)
     sha256 = file_sha256(path)
     return {
+        "name": "inception",
         "encoder": "inception-v3-2015-12-05",
         "weights_sha256": sha256,
         "published_weights": sha256.startswith(_expected_sha256()),
