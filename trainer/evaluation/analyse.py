@@ -12,19 +12,18 @@ for one run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
 from trainer.evaluation.evaluate import read_record
 from trainer.evaluation.hidden_states import checkpoints_of
-from trainer.evaluation.plots import Panel, Series, write_figure
+from trainer.evaluation.plots import Panel, Series, Style, write_figure
 from trainer.evaluation.sweep import Measure, SweepConfig, sweep
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
-STYLES = ("solid", "dashed", "dotted")
-Point = dict[str, Any]
+STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 
 
 def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | None) -> list[Path]:
@@ -35,7 +34,7 @@ def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | 
     for group, step in enumerate(steps):
         for i, t in enumerate(config.times):
             label = f"step {step:,}, t = {t:g}"
-            series.append(_line(found, measure, label, lambda p, s=step, t=t: p["step"] == s and p["t"] == t, group, i))
+            series.append(_line(found, measure, label, step, t, group=group, style=STYLES[i % len(STYLES)]))
     panel = _over_depth(measure, found["name"], series, [found])
     return write_figure([panel], out or run / "analysis" / measure, found)
 
@@ -70,7 +69,9 @@ def motivation(found: list[dict[str, Any]], times: Sequence[float], middle: floa
     panels = []
     for measure in MEASURES:
         series = [
-            _line(run, measure, f"{run['name']}, t = {t:g}", lambda p, r=run, t=t: _newest(r, p, t), group, i)
+            _line(
+                run, measure, f"{run['name']}, t = {t:g}", _newest(run), t, group=group, style=STYLES[i % len(STYLES)]
+            )
             for group, run in enumerate(found)
             for i, t in enumerate(times)
         ]
@@ -96,8 +97,7 @@ def key_idea(found: list[dict[str, Any]], records: list[list[dict[str, Any]]], m
     panels = []
     for measure in MEASURES:
         series = [
-            _line(run, measure, _described(run), lambda p, r=run: _newest(r, p, middle), group, 0)
-            for group, run in enumerate(found)
+            _line(run, measure, _described(run), _newest(run), middle, group=group) for group, run in enumerate(found)
         ]
         panels.append(_over_depth(measure, f"Over depth, t = {middle:g}", series, found))
     against = []
@@ -136,20 +136,18 @@ def _over_depth(measure: Measure, title: str, series: list[Series], found: list[
 
 
 def _line(
-    run: dict[str, Any], measure: Measure, label: str, chosen: Callable[[Point], bool], group: int, style: int
+    run: dict[str, Any], measure: Measure, label: str, step: int, t: float, *, group: int, style: Style = "solid"
 ) -> Series:
-    points = sorted((p for p in run["points"] if measure in p and chosen(p)), key=lambda p: p["block"])
-    return Series(
-        label=label,
-        x=[point["block"] for point in points],
-        y=[point[measure] for point in points],
-        group=group,
-        style=STYLES[style % len(STYLES)],  # type: ignore[arg-type]
+    """One measure over blocks."""
+    points = sorted(
+        (p for p in run["points"] if measure in p and p["step"] == step and p["t"] == t), key=lambda p: p["block"]
     )
+    y = [point[measure] for point in points]
+    return Series(label=label, x=[point["block"] for point in points], y=y, group=group, style=style)
 
 
-def _newest(run: dict[str, Any], point: Point, t: float) -> bool:
-    return point["t"] == t and point["step"] == max(p["step"] for p in run["points"])
+def _newest(run: dict[str, Any]) -> int:
+    return max(point["step"] for point in run["points"])
 
 
 def _best_alignment(run: dict[str, Any], t: float) -> dict[int, float]:

@@ -12,12 +12,22 @@ COMMANDS = ("evaluate", "probe", "cknna", "analyse")
 ANALYSE_TIMES = (0.25, 0.5, 0.75)
 
 
+def named_path(text: str) -> Path:
+    """A path option; an empty one is a variable that was forgotten, not the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty (make evaluate needs both IMAGES=… and REFERENCE=…)")
+    return Path(text)
+
+
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the four parsers."""
     evaluate = commands.add_parser("evaluate", help="FID, sFID, Inception Score, precision and recall of images")
-    evaluate.add_argument("images", type=Path, help="folder of images, an .npz with arr_0, or a feature file")
+    evaluate.add_argument("images", type=named_path, help="folder of images, an .npz with arr_0, or a feature file")
     evaluate.add_argument(
-        "--reference", type=Path, required=True, help="ADM reference .npz, folder of images, store, or feature file"
+        "--reference",
+        type=named_path,
+        required=True,
+        help="ADM reference .npz, folder of images, store, or feature file",
     )
     evaluate.add_argument("--encoder", default="inception", help="inception, or a vision encoder (default inception)")
     evaluate.add_argument("--weights", "--inception-weights", type=Path, help="the encoder's weight file")

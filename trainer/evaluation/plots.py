@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from storage.files import write_atomic
 
+Style = Literal["solid", "dashed", "dotted", "points"]
 PANEL_INCHES = (5.0, 4.0)
 DOTS_PER_INCH = 150
 
@@ -25,7 +26,7 @@ class Series:
     x: list[float]
     y: list[float]
     group: int
-    style: Literal["solid", "dashed", "dotted", "points"] = "solid"
+    style: Style = "solid"
 
 
 @dataclass(frozen=True, kw_only=True)
