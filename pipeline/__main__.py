@@ -70,7 +70,7 @@ def add_features_options(parser: Parser) -> None:
         help="a vision encoder's vector (default cls); Inception has one",
     )
     parser.add_argument(
-        "--resolution", type=int, default=0, help="crop a folder's images to this side (default: as they are)"
+        "--resolution", type=int, default=0, help="side to crop a folder's images to (default: as they are)"
     )
     parser.add_argument("--n", dest="limit", type=int, default=0, help="at most so many, evenly spread (default: all)")
     parser.add_argument("--batch", type=int, default=50, help="images at once (default 50)")

@@ -40,21 +40,18 @@ class Images:
 def open_images(where: Path, *, resolution: int = 0, limit: int = 0) -> Images:
     """The images at a path, at most `limit` of them, evenly spread; 0: all.
 
-    `resolution` makes a folder's images square by the ADM centre crop; 0: they are taken as they are. Raises UserError.
+    `resolution` is the side that they are to have: a folder's images are brought to it by the ADM centre crop, others
+    must have it. 0: they are taken as they are. Raises UserError.
     """
     if limit < 0 or resolution < 0:
         raise UserError(f"--n and --resolution must not be negative, got {limit} and {resolution}")
     if where.is_dir() and (where / METADATA).is_file():
-        images = _of_store(open_store(where), limit)
-    elif where.is_dir():
-        images = _of_folder(where, resolution, limit)
-    elif where.is_file():
-        images = _of_npz(where, limit)
-    else:
-        raise UserError(f"{where} does not exist; name a folder of images, an .npz with {IMAGES_ARRAY}, or a store")
-    if resolution and images.record["kind"] != "folder":
-        raise UserError(f"--resolution crops a folder's images; the {images.record['kind']} {where} has its own")
-    return images
+        return _of_store(open_store(where), resolution, limit)
+    if where.is_dir():
+        return _of_folder(where, resolution, limit)
+    if where.is_file():
+        return _of_npz(where, resolution, limit)
+    raise UserError(f"{where} does not exist; name a folder of images, an .npz with {IMAGES_ARRAY}, or a store")
 
 
 def _of_folder(root: Path, resolution: int, limit: int) -> Images:
@@ -94,13 +91,14 @@ def _decoded(path: Path, resolution: int) -> np.ndarray:
         raise UserError(f"{path} cannot be read as an image ({error}); remove it or make it again") from None
 
 
-def _of_npz(path: Path, limit: int) -> Images:
+def _of_npz(path: Path, resolution: int, limit: int) -> Images:
     if IMAGES_ARRAY not in npz_names(path):
         raise UserError(
             f"{path} has no {IMAGES_ARRAY}, the images of ADM's layout; it has {', '.join(npz_names(path))}"
         )
     with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_ARRAY}.npy") as member:
         shape, dtype = _header(member, path)
+    _require_size(path, shape[1:3], resolution)
     chosen = spread(shape[0], limit)
     status = path.stat()
     digest = hashlib.sha256(f"{status.st_size}\0{status.st_mtime_ns}\0{len(chosen)}".encode())
@@ -136,9 +134,10 @@ def _header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype[An
     return shape, dtype
 
 
-def _of_store(store: Store, limit: int) -> Images:
+def _of_store(store: Store, resolution: int, limit: int) -> Images:
     from pipeline.preview import read_originals
 
+    _require_size(Path(str(store.root)), (store.resolution, store.resolution), resolution)
     failed = [store.group(path).failed_rows for path in store.groups()]
     kept = np.setdiff1d(np.arange(store.n_rows), np.concatenate([np.empty(0, dtype=np.int64), *failed]))
     rows = kept[spread(len(kept), limit)]
@@ -149,6 +148,13 @@ def _of_store(store: Store, limit: int) -> Images:
             yield read_originals(store, rows[start : start + batch])
 
     return Images(n=len(rows), record=_record("store", Path(str(store.root)), len(rows), digest), read=read)
+
+
+def _require_size(where: Path, size: tuple[int, ...], resolution: int) -> None:
+    if resolution and size != (resolution, resolution):
+        raise UserError(
+            f"{where} holds images of {size[1]}×{size[0]}, and --resolution {resolution} crops a folder's only"
+        )
 
 
 def spread(total: int, limit: int) -> np.ndarray:

@@ -118,6 +118,7 @@ def key_idea(found: list[dict[str, Any]], records: list[list[dict[str, Any]]], m
             x_label=f"CKNNA of the best block, t = {middle:g}",
             y_label="Fréchet distance",
             series=against,
+            whole_x=False,
             note="" if against else "no Fréchet distance was measured of these checkpoints\n(evaluate … --run RUN)",
         ),
     ]

@@ -37,7 +37,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         default="cls",
         help="a vision encoder's vector: class token, or mean of patches",
     )
-    evaluate.add_argument("--resolution", type=int, default=0, help="crop a reference folder's images to this side")
+    evaluate.add_argument("--resolution", type=int, default=0, help="side to crop folders' images to (default: do not)")
     evaluate.add_argument(
         "--n-reference", type=int, default=0, help="at most so many reference images, evenly spread (default: all)"
     )
@@ -85,7 +85,7 @@ def run_command(command: str, values: dict[str, Any]) -> int:
     if command == "evaluate":
         from trainer.evaluation.evaluate import Description, evaluate, table
 
-        described = {name: values.pop(name) for name in ("encoder", "weights", "token", "device")}
+        described = {name: values.pop(name) for name in ("encoder", "weights", "token", "resolution", "device")}
         print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
         return EXIT_OK
     from trainer.evaluation.analyse import write_analysis, write_measure

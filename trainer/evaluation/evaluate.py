@@ -38,12 +38,14 @@ class Description:
     encoder: str
     weights: Path | None = None
     token: str = "cls"
+    resolution: int = 0
     device: str = "auto"
 
-    def describe(self, images: Path, out: Path, *more: str) -> FeatureFile:
+    def describe(self, images: Path, out: Path, limit: int = 0) -> FeatureFile:
         """Run the command; ends with its status when it fails, having said why itself."""
         command = [sys.executable, "-m", "pipeline", "features", str(images), "--out", str(out)]
-        command += ["--encoder", self.encoder, "--token", self.token, "--device", self.device, *more]
+        command += ["--encoder", self.encoder, "--token", self.token, "--device", self.device]
+        command += ["--resolution", str(self.resolution), "--n", str(limit)]
         if self.weights is not None:
             command += ["--weights", str(self.weights)]
         status = subprocess.run(command).returncode
@@ -68,7 +70,6 @@ def evaluate(
     description: Description,
     *,
     out: Path | None = None,
-    resolution: int = 0,
     n_reference: int = 0,
     run: Path | None = None,
     step: int | None = None,
@@ -85,7 +86,7 @@ def evaluate(
     else:
         raise UserError(f"{images} holds statistics only; name the generated images, or their feature file")
     name = generated.identity["name"]
-    against = _open_reference(reference, generated, description, folder, resolution, n_reference)
+    against = _open_reference(reference, generated, description, folder, n_reference)
     result: dict[str, Any] = {
         "encoder": generated.identity,
         "generated": generated.images,
@@ -166,7 +167,7 @@ def _step(run: Path | None, step: int | None) -> int | None:
 
 
 def _open_reference(
-    path: Path, generated: FeatureFile, description: Description, folder: Path, resolution: int, limit: int
+    path: Path, generated: FeatureFile, description: Description, folder: Path, limit: int
 ) -> Reference:
     there = contents(path)
     name = generated.identity["name"]
@@ -176,8 +177,7 @@ def _open_reference(
     elif there.images:
         if name != description.encoder:
             raise UserError(f"{generated.path} is of {name}; pass --encoder {name} to describe the reference alike")
-        crop = ["--resolution", str(resolution)] if resolution else []
-        features = description.describe(path, folder / f"reference-{name}.npz", *crop, "--n", str(limit))
+        features = description.describe(path, folder / f"reference-{name}.npz", limit)
     if features is not None and features.identity != generated.identity:
         differing = sorted(
             key

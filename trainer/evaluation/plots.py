@@ -38,12 +38,14 @@ class Panel:
     y_label: str
     series: list[Series]
     levels: list[tuple[float, str]] = dataclasses.field(default_factory=list)
+    whole_x: bool = True  # blocks and steps are counted
     note: str = ""
 
 
 def write_figure(panels: list[Panel], path: Path, record: dict[str, Any]) -> list[Path]:
     """Write PATH.png and PATH.json (the panels and `record`); returns both paths."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(PANEL_INCHES[0] * len(panels), PANEL_INCHES[1]), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -62,6 +64,8 @@ def write_figure(panels: list[Panel], path: Path, record: dict[str, Any]) -> lis
             axes.axhline(value, color="0.4", linestyle="dashdot", linewidth=1, label=label)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(alpha=0.3)
+        if panel.whole_x:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.series or panel.levels:
             axes.legend(fontsize=7)
         if panel.note:
