@@ -3,7 +3,7 @@
     features   float32 (N, D)       one vector an image; distances are measured between these
     spatial    float32 (N, S)       Inception only: what sFID is computed from
     logits     float32 (N, classes) Inception only: what the Inception Score is computed from
-    identity   JSON text            encoder, SHA-256 of its weights, preprocessing, and which vector
+    identity   JSON text            name, encoder, SHA-256 of its weights, preprocessing, vector (cls, mean, pool_3)
     images     JSON text            which images: path, how many, a digest of their names, sizes and times
 
 `python -m pipeline features` writes it and `python -m trainer evaluate` reads it, so that the two need not know each
@@ -36,6 +36,12 @@ class FeatureFile:
     identity: dict[str, Any]
     images: dict[str, Any]
     arrays: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The encoder's name, and which vector it is where that is not its usual one."""
+        name, vector = self.identity["name"], self.identity["vector"]
+        return f"{name}-mean" if vector == "mean" else name
 
     def read(self, name: str) -> np.ndarray:
         """An array by name. Raises UserError for numbers that are not finite."""

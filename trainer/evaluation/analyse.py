@@ -163,7 +163,7 @@ def _distances(record: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
     found = {}
     for line in record:
         metric = line["metrics"].get("fid") or line["metrics"]["fd"]
-        found[line["encoder"]["name"], line["step"]] = metric["value"]
+        found[line["name"], line["step"]] = metric["value"]
     return found
 
 

@@ -41,6 +41,11 @@ class Description:
     resolution: int = 0
     device: str = "auto"
 
+    @property
+    def label(self) -> str:
+        """As `FeatureFile.label`."""
+        return f"{self.encoder}-mean" if self.token == "mean" and self.encoder != INCEPTION else self.encoder
+
     def describe(self, images: Path, out: Path, limit: int = 0) -> FeatureFile:
         """Run the command; ends with its status when it fails, having said why itself."""
         command = [sys.executable, "-m", "pipeline", "features", str(images), "--out", str(out)]
@@ -82,19 +87,19 @@ def evaluate(
     if there.features:
         generated = open_feature_file(images)
     elif there.images:
-        generated = description.describe(images, folder / f"generated-{description.encoder}.npz")
+        generated = description.describe(images, folder / f"generated-{description.label}.npz")
     else:
         raise UserError(f"{images} holds statistics only; name the generated images, or their feature file")
-    name = generated.identity["name"]
     against = _open_reference(reference, generated, description, folder, n_reference)
     result: dict[str, Any] = {
+        "name": generated.label,
         "encoder": generated.identity,
         "generated": generated.images,
         "reference": against.features.images if against.features else {"path": str(reference.absolute())},
         "metrics": measure(generated, against, torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "warnings": _warnings(generated, against, name),
+        "warnings": _warnings(generated, against),
     }
-    write_atomic(folder / f"{name}.json", json.dumps(result, indent=1).encode(), "evaluate")
+    write_atomic(folder / f"{generated.label}.json", json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
         with open(run / RUN_RECORD, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **result}) + "\n")
@@ -128,7 +133,7 @@ def measure(generated: FeatureFile, against: Reference, device: torch.device) ->
 
 def table(result: dict[str, Any]) -> str:
     """The result for a person."""
-    titles = {"fid": "FID", "sfid": "sFID", "fd": f"Fréchet distance ({result['encoder']['name']})"}
+    titles = {"fid": "FID", "sfid": "sFID", "fd": f"Fréchet distance ({result['name']})"}
     rows = []
     for name, metric in result["metrics"].items():
         n_reference = metric.get("n_reference", 0)
@@ -170,14 +175,16 @@ def _open_reference(
     path: Path, generated: FeatureFile, description: Description, folder: Path, limit: int
 ) -> Reference:
     there = contents(path)
-    name = generated.identity["name"]
     features: FeatureFile | None = None
     if there.features:
         features = open_feature_file(path)
     elif there.images:
-        if name != description.encoder:
-            raise UserError(f"{generated.path} is of {name}; pass --encoder {name} to describe the reference alike")
-        features = description.describe(path, folder / f"reference-{name}.npz", limit)
+        if generated.label != description.label:
+            raise UserError(
+                f"{generated.path} is of {generated.label}, the reference would be of {description.label}; pass "
+                f"--encoder {generated.identity['name']} --token {generated.identity['vector']}"
+            )
+        features = description.describe(path, folder / f"reference-{description.label}.npz", limit)
     if features is not None and features.identity != generated.identity:
         differing = sorted(
             key
@@ -186,11 +193,13 @@ def _open_reference(
         )
         shown = "; ".join(f"{key}: {generated.identity.get(key)} and {features.identity.get(key)}" for key in differing)
         raise UserError(f"generated images and reference are described differently ({shown}); describe both alike")
-    if there.statistics and name == INCEPTION:
+    if there.statistics and generated.label == INCEPTION:
         pooled, spatial = read_statistics(path)
         return Reference(pooled=pooled, spatial=spatial, features=features, statistics_given=True)
     if features is None:
-        raise UserError(f"{path} holds Inception's statistics and no images; {name} needs images or their feature file")
+        raise UserError(
+            f"{path} holds Inception's statistics and no images; {generated.label} needs them, or a feature file"
+        )
     return Reference(
         pooled=gaussian_of(features.read(FEATURES)),
         spatial=gaussian_of(features.read(SPATIAL)) if SPATIAL in features.arrays else None,
@@ -199,14 +208,14 @@ def _open_reference(
     )
 
 
-def _warnings(generated: FeatureFile, against: Reference, name: str) -> list[str]:
+def _warnings(generated: FeatureFile, against: Reference) -> list[str]:
     n, width = generated.images["n"], len(against.pooled.mean)
     found = []
     if n != PUBLISHED_IMAGES:
         found.append(f"{n:,} images; published figures are of {PUBLISHED_IMAGES:,}, and fewer give larger distances")
     if n <= width:
         found.append(f"{n:,} images do not determine the covariance of {width:,} features; compare equal counts only")
-    if name == INCEPTION and not generated.identity["published_weights"]:
+    if generated.label == INCEPTION and not generated.identity["published_weights"]:
         found.append("Inception's weights are not the published ones; no number here compares with any other")
     if against.features is None:
         found.append("the reference has no images, so there is no precision and no recall")
