@@ -20,7 +20,6 @@ FORBIDDEN = {
     "trainer.train": ENCODERS | {"pipeline"},
     "trainer.__main__": ENCODERS | {"pipeline"},
     "trainer.evaluation.generate": ENCODERS | {"pipeline"},
-    "trainer.evaluation.evaluate": ENCODERS | {"pipeline", "torch_fidelity", "matplotlib"},
     "trainer.evaluation.analyse": ENCODERS | {"pipeline", "torch_fidelity", "matplotlib"},
 }
 

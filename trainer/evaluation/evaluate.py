@@ -136,9 +136,10 @@ def table(result: dict[str, Any]) -> str:
     titles = {"fid": "FID", "sfid": "sFID", "fd": f"Fréchet distance ({result['name']})"}
     rows = []
     for name, metric in result["metrics"].items():
-        n_reference = metric.get("n_reference", 0)
         counts = f"{metric['n_generated']:,} generated"
-        counts += {None: ", given statistics", 0: ""}.get(n_reference, f", {n_reference:,} reference")
+        if "n_reference" in metric:
+            n_reference = metric["n_reference"]
+            counts += ", given statistics" if n_reference is None else f", {n_reference:,} reference"
         rows.append((titles.get(name, name.replace("_", " ")), f"{metric['value']:.4f}", counts))
     width = max(len(title) for title, _, _ in rows)
     lines = [f"{title:<{width}}  {value:>10}  {counts}" for title, value, counts in rows]

@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.d
     model = SiT(run.geometry)
     try:
         model.load_state_dict(load_file(file))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(
             f"{file} cannot be loaded into the model of {run.path} ({first}); name another checkpoint"

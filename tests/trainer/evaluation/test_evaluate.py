@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from PIL import Image
 
 from storage.errors import UserError
 from storage.feature_file import write_feature_file
+from trainer.__main__ import main
 from trainer.evaluation.evaluate import RUN_RECORD, Description, evaluate, read_record, table
 from trainer.evaluation.frechet import frechet_distance, gaussian_of
 from trainer.evaluation.inception_score import inception_score
@@ -141,33 +140,36 @@ def test_what_cannot_be_compared_is_refused(files: tuple[Path, Path], tmp_path: 
         evaluate(generated, tmp_path / "images.npz", Description(encoder="inception"), out=tmp_path)
 
 
-def command(*options: object) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "trainer", "evaluate", *map(str, options)]
-    return subprocess.run(argv, capture_output=True, text=True)
-
-
 def test_one_command_from_pictures_to_numbers_without_a_network(tmp_path: Path) -> None:
-    """A folder of PNGs against an archive, by the built-in encoder; what was described is not described again."""
+    """A folder of PNGs against an archive of the same pictures, by the built-in encoder in a process of its own."""
     pictures = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
     (tmp_path / "png").mkdir()
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / "png" / f"{i}.png")
     np.savez(tmp_path / "same.npz", pictures)
-    options = [tmp_path / "png", "--reference", tmp_path / "same.npz", "--encoder", "tiny-vit", "--device", "cpu"]
-    done = command(*options)
-    assert done.returncode == 0, done.stderr
+    options = ["--reference", str(tmp_path / "same.npz"), "--encoder", "tiny-vit", "--device", "cpu"]
+    assert main(["evaluate", str(tmp_path / "png"), *options]) == 0
     result = json.loads((tmp_path / "png-evaluation" / "tiny-vit.json").read_text())
     assert result["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-6)
     assert (result["metrics"]["precision"]["value"], result["metrics"]["recall"]["value"]) == (1, 1)
     assert result["generated"]["n"] == result["reference"]["n"] == 8
-    assert command(*options).stdout.count("it was kept") == 2
 
 
-def test_missing_weights_are_one_line_that_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_are_one_line_that_says_what_to_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     np.savez(tmp_path / "a.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8))
-    done = command(tmp_path / "a.npz", "--reference", tmp_path / "a.npz")
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "weights-inception-2015-12-05" in done.stderr
-    assert str(tmp_path / "hub" / "checkpoints") in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.npz")])
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "weights-inception-2015-12-05" in said
+    assert str(tmp_path / "hub" / "checkpoints") in said
+
+
+def test_an_unnamed_path_is_a_forgotten_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "", "--reference", "x"])
+    assert "make evaluate needs both IMAGES" in capsys.readouterr().err

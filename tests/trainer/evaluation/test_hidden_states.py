@@ -37,7 +37,7 @@ def run(micro_run: Path) -> Iterator[OpenRun]:
 
 @pytest.fixture
 def model(run: OpenRun) -> nn.Module:
-    """The newest averaged weights, with gates that are open: at this age blocks would still pass tokens on unchanged."""
+    """The newest averaged weights, with gates that are open: so early, blocks would pass tokens on unchanged."""
     found = load_model(run, checkpoints_of(run.path)[0], "ema", CPU)
     generator = torch.Generator().manual_seed(0)
     for parameter in found.parameters():

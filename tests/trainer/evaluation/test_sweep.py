@@ -96,7 +96,7 @@ def test_another_store_must_have_the_same_vaes_latents(
         (["--blocks", "0,2"], "--blocks must be `all` or numbers from 1 to 3"),
         (["--blocks", "four"], "--blocks must be"),
         (["--times", "1.5"], r"--times must lie in \[0, 1\]"),
-        (["--n", "4"], "CKNNA needs k ≥ 2 and more than k samples"),
+        (["--n", "4"], "CKNNA needs k of at least 2 and more than k samples"),
         (["--checkpoints", "7"], "has no checkpoint of step '7'; it has 1, 2, 3"),
         (["--batch", "0"], "--batch must be at least 1"),
     ],
