@@ -2,6 +2,8 @@
 
 Encoders are Inception (FID) and every vision encoder a store can be made with: a Fréchet distance in DINOv2's features
 (Stein et al., arXiv 2306.04675) uses the same code, weights and preprocessing as the alignment does.
+
+Memory: what is described stays in memory until it is written; of Inception 20 kB an image, 2 GB in all for 50,000.
 """
 
 from __future__ import annotations

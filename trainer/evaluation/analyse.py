@@ -18,9 +18,9 @@ from typing import Any
 
 from storage.errors import UserError
 from trainer.evaluation.evaluate import read_record
-from trainer.evaluation.hidden_states import checkpoints_of
+from trainer.evaluation.hidden_states import checkpoints_of, open_run
 from trainer.evaluation.plots import Panel, Series, Style, write_figure
-from trainer.evaluation.sweep import Measure, SweepConfig, sweep
+from trainer.evaluation.sweep import Measure, SweepConfig, open_samples, sweep
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
 STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
@@ -44,12 +44,42 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     if len(set(runs)) < len(runs):
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))
-    for run in runs:  # a run that is none ends the analysis before hours are spent on the others
-        checkpoints_of(run)
+    config = _one_target(runs, config)
     found = [_measure_run(run, config, middle) for run in runs]
     paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
     records = [read_record(run) for run in runs]
     return paths + write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})
+
+
+def _one_target(runs: Sequence[Path], config: SweepConfig) -> SweepConfig:
+    """The configuration with the features that every run is compared with; hours are not spent on runs that differ.
+
+    Raises UserError when a run is none, and when stores or targets differ and neither --store nor --features decides.
+    """
+    targets: dict[str, str] = {}
+    for path in runs:
+        run = open_run(path)
+        checkpoints_of(path)
+        if run.data.features is not None and not config.features:
+            targets.setdefault(run.data.features.path, path.name)
+        run.data.close()
+    if len(targets) > 1:
+        shown = ", ".join(f"{name} with {target}" for target, name in targets.items())
+        raise UserError(f"the runs are aligned with different features ({shown}); choose one by --features NAME")
+    config = dataclasses.replace(config, features=next(iter(targets), config.features))
+    digests: dict[str, str] = {}
+    for path in runs:
+        run = open_run(path)
+        samples = open_samples(run, config)
+        digests.setdefault(samples.features.identity_digest, path.name)
+        samples.close()
+        run.data.close()
+    if len(digests) > 1:
+        raise UserError(
+            f"{' and '.join(digests.values())} are of stores whose {samples.features.path} differ (other images or "
+            "another encoder); name one --store for all"
+        )
+    return config
 
 
 def _measure_run(run: Path, config: SweepConfig, middle: float) -> dict[str, Any]:

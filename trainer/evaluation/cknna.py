@@ -4,14 +4,14 @@ Huh et al., arXiv 2405.07987, section 3 and appendix A, as in the implementation
 Kᵢⱼ = ⟨φᵢ, φⱼ⟩ and Lᵢⱼ = ⟨ψᵢ, ψⱼ⟩ of unit vectors, and
 
     αᵢⱼ = 1 if j ≠ i is among the k nearest of i both in φ and in ψ, else 0,
-    A(K, L) = HSIC( α∘K, α∘L ),          CKNNA = A(K, L) / √( A(K, K) · A(L, L) ),
+    A(K, L) = HSIC( α∘K, α∘L ),          CKNNA = A(K, L) / ( √( A(K, K) · A(L, L) ) + 10⁻⁶ ),
 
 where HSIC is the unbiased estimator (Song et al., JMLR 13, 2012, equation 5), for matrices with an empty diagonal
 
     HSIC(K, L) = [ tr KL + 1ᵀK1 · 1ᵀL1 / ((n−1)(n−2)) − 2/(n−2) · 1ᵀKL1 ] / (n(n−3)).
 
-(Theirs adds 10⁻⁶ to the denominator, which matters only where it would be zero; that is 0 here.) k = 10 as in REPA
-(arXiv 2410.06940), whose authors average hidden states and features over patches first.
+(A is about k/n, so the 10⁻⁶ of their implementation takes a thousandth off at n = 10,000.) k = 10 as in REPA (arXiv
+2410.06940), whose authors average hidden states and features over patches first.
 
 The masked kernels have k entries a row and are kept so: memory is N·k, and one block of B·N similarities at a time.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 from storage.errors import UserError
 
 NEIGHBOURS = 10
+EPSILON = 1e-6
 BLOCK_ROWS = 2048
 
 
@@ -39,7 +40,7 @@ class Neighbours:
 
 
 def cknna(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
-    """Alignment of representations x (N, D) and y (N, E) of the same samples; 1 for equal neighbourhoods."""
+    """Alignment of representations x (N, D) and y (N, E) of the same samples; near 1 for equal neighbourhoods."""
     return alignment(nearest(x, k), nearest(y, k))
 
 
@@ -63,8 +64,8 @@ def nearest(x: Tensor, k: int = NEIGHBOURS, block_rows: int = BLOCK_ROWS) -> Nei
 def alignment(a: Neighbours, b: Neighbours) -> float:
     """CKNNA of two sets of neighbours of the same samples."""
     assert a.index.shape == b.index.shape, (a.index.shape, b.index.shape)
-    norm = _agreement(a, a) * _agreement(b, b)
-    return _agreement(a, b) / norm**0.5 if norm > 0 else 0.0
+    norm2 = max(0.0, _agreement(a, a) * _agreement(b, b))  # an unbiased estimate of nothing may be negative
+    return _agreement(a, b) / (norm2**0.5 + EPSILON)
 
 
 def _agreement(a: Neighbours, b: Neighbours) -> float:

@@ -152,3 +152,31 @@ def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> 
     assert against["x"] == over_training["y"][1:]
     with pytest.raises(UserError, match="named twice"):
         write_analysis([run, run], config, tmp_path / "figures")
+
+
+def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
+    micro_run: Path, shared_tiny_store: Path, tmp_path: Path
+) -> None:
+    def copy(name: str, **changes: str) -> Path:
+        run = tmp_path / name
+        run.mkdir()
+        text = (micro_run / "config.yaml").read_text()
+        for before, after in changes.values():
+            assert before in text
+            text = text.replace(before, after)
+        (run / "config.yaml").write_text(text)
+        for part in ("latest", "checkpoints"):
+            (run / part).symlink_to(micro_run / part)
+        return run
+
+    make_store(tmp_path / "larger", n_rows=60)
+    elsewhere = copy("elsewhere", store=(str(shared_tiny_store), str(tmp_path / "larger")))
+    config = SweepConfig(device="cpu")
+    with pytest.raises(UserError, match=r"micro and elsewhere are of stores whose features/tiny-vit differ.*--store"):
+        write_analysis([micro_run, elsewhere], config, tmp_path / "out")
+    with pytest.raises(UserError, match="is not a run"):
+        write_analysis([micro_run, tmp_path / "none"], config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    same = SweepConfig(device="cpu", store=str(shared_tiny_store), times=(0.5,), blocks="1")
+    write_analysis([micro_run, elsewhere], same, tmp_path / "out")
+    assert (tmp_path / "out" / "motivation.png").is_file()
