@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage.console import EXIT_OK, Parser, run_command
+from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 
 PROG = "python -m trainer"
 
@@ -46,10 +47,15 @@ def main(argv: Sequence[str]) -> int:
     if command in evaluation.COMMANDS:
         return evaluation.run_command(command, values)
     if command == "train":
+        from trainer.guard import NonFiniteError
         from trainer.train import train
 
         accept = values.pop("resume_with_changes")
-        summary = train(train_config(values), accept_changes=accept)
+        try:
+            summary = train(train_config(values), accept_changes=accept)
+        except NonFiniteError as error:
+            print(f"{PROG}: error: {error}", file=sys.stderr)
+            return EXIT_FAILED
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(summary, indent=1))
             print(f"next: {PROG} sample --run {summary['run']}   ·   tensorboard --logdir {summary['run']}")

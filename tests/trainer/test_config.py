@@ -15,7 +15,7 @@ from storage.console import Parser
 from storage.errors import UserError
 from trainer.cli import add_train_options, train_config
 from trainer.config import TrainConfig, flatten, free_fields, from_yaml, leaves, override, to_yaml
-from trainer.presets import PRESETS, SIT_SIZES, preset
+from trainer.presets import PRESETS, SIZES, preset
 
 
 def parse(*argv: str) -> TrainConfig:
@@ -42,11 +42,11 @@ def test_a_preset_survives_yaml(name: str, tmp_path: Path) -> None:
 
 def test_published_sizes_and_settings() -> None:
     """SiT (arXiv 2401.08740, table 1); REPA (arXiv 2410.06940, appendix): block 4 for B, block 8 for L and XL."""
-    assert SIT_SIZES["b"] == (12, 768, 12, 4)
-    assert SIT_SIZES["l"] == (24, 1024, 16, 8)
-    assert SIT_SIZES["xl"] == (28, 1152, 16, 8)
+    assert SIZES["b"] == (12, 768, 12, 4)
+    assert SIZES["l"] == (24, 1024, 16, 8)
+    assert SIZES["xl"] == (28, 1152, 16, 8)
     config = preset("sit-xl-2")
-    assert (config.batch, config.ema_decay, config.loss.projection_weight) == (256, 0.9999, 0.5)
+    assert (config.batch, config.ema_decay, config.loss.projection_weight) == (256, 0.9999, (0.5,))
     assert (config.optim.lr, config.optim.beta2, config.optim.weight_decay, config.optim.clip) == (1e-4, 0.999, 0, 1)
     assert (config.loss.label_dropout, config.loss.path, config.loss.time_sampling) == (0.1, "linear", "uniform")
     assert config.model.projector_width == 2048

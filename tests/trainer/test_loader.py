@@ -43,11 +43,10 @@ def test_moments_and_patches_are_of_the_same_row_and_view(tmp_path: Path, n_view
     seen = set()
     with loader(data) as batches:
         for batch in batches:
-            assert batch.patches is not None
             for i, row in enumerate(batch.rows.tolist()):
                 views = [v for v in range(n_views) if np.array_equal(batch.moments[i].numpy(), moments[row, v])]
                 assert len(views) == 1
-                np.testing.assert_array_equal(batch.patches[i].numpy(), patches[row, views[0]])
+                np.testing.assert_array_equal(batch.targets[0][i].numpy(), patches[row, views[0]])
                 seen.add(views[0])
             assert batch.labels.tolist() == [row % 5 for row in batch.rows.tolist()]
     assert seen == set(range(n_views))
@@ -106,11 +105,12 @@ def test_a_store_without_failures_needs_no_list_of_rows(shared_tiny_store: Path)
 
 
 def test_vanilla_opens_no_features(shared_tiny_store: Path) -> None:
-    data = opened(shared_tiny_store, **{"loss.projection_weight": 0.0})
-    assert data.features is None
+    config = override(preset("sit-tiny-2"), {"store": str(shared_tiny_store), "loss.projection_weight": (0.0,)})
+    data = open_data(config)
+    assert data.features == ()
     with loader(data) as batches:
-        assert all(batch.patches is None for batch in batches)
-    assert model_config(preset("sit-tiny-2"), data).targets == ()
+        assert all(batch.targets == () for batch in batches)
+    assert model_config(config, data).targets == ()
     data.close()
 
 
@@ -139,7 +139,7 @@ def test_leaving_early_ends_the_thread(shared_tiny_store: Path) -> None:
 
 def test_missing_groups_are_named(shared_tiny_store: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no features/dinov2-vitb14; it has latents/tiny-vae, features/tiny-vit"):
-        opened(shared_tiny_store, **{"data.features": "dinov2-vitb14"})
+        opened(shared_tiny_store, **{"data.features": ("dinov2-vitb14",)})
     with pytest.raises(StoreError, match="does not exist"):
         opened(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no store was named"):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
-from trainer.config import TrainConfig, override
+from trainer.config import TrainConfig, override, spelled
 from trainer.loader import Batch
 from trainer.metrics import read_metrics
 from trainer.presets import preset
@@ -36,7 +36,7 @@ MICRO: dict[str, Any] = {
     "model.depth": 2,
     "model.width": 32,
     "model.heads": 2,
-    "model.align_block": 1,
+    "model.align_block": (1,),
     "model.projector_width": 32,
     "log.every": 1,
     "log.tensorboard": False,
@@ -50,8 +50,8 @@ def micro(store: Path, run: Path, **changes: Any) -> TrainConfig:
 
 def command(store: Path, run: Path, **changes: Any) -> list[str]:
     options = {**MICRO, "store": store, "run": run, **changes}
-    spelled = {name: str(value).lower() if isinstance(value, bool) else value for name, value in options.items()}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in spelled.items()]
+    texts = {name: str(value).lower() if isinstance(value, bool) else spelled(value) for name, value in options.items()}
+    flags = [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
     return [sys.executable, "-m", "trainer", "train", "--preset=sit-tiny-2", *flags]
 
 
@@ -76,7 +76,7 @@ def start(argv: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def curve(run: Path) -> list[tuple[int, float, float, float]]:
     """What must be equal bit for bit; the timings in the same lines need not be."""
-    fields = ("step", "velocity_loss", "alignment_loss", "gradient_norm")
+    fields = ("step", "denoising_loss", "alignment_loss", "gradient_norm")
     return [tuple(line[field] for field in fields) for line in read_metrics(run)]
 
 
@@ -111,7 +111,7 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss.projection_weight": 0.0}, {"log.every": 4}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"loss.projection_weight": (0.0,)}, {"log.every": 4}], ids=str)
 def test_stopping_and_resuming_is_never_having_stopped(
     shared_tiny_store: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -144,7 +144,7 @@ def test_latents_are_drawn_from_the_posterior_afresh_at_each_visit() -> None:
         moments = torch.full((len(rows), 8, 16, 16), 3.0, dtype=torch.float16)
         moments[:, 4:] = std
         index = torch.tensor(rows)
-        batch = Batch(step=step, rows=index, labels=index, moments=moments, patches=None, stall_s=0.0)
+        batch = Batch(step=step, rows=index, labels=index, moments=moments, targets=(), stall_s=0.0)
         return sample_latents(batch, LatentScale(scale=0.5, shift=1.0), seed=0)
 
     assert torch.equal(drawn(0, [7], std=0.0), torch.full((1, 4, 16, 16), 1.0))
@@ -225,7 +225,7 @@ def test_it_learns(shared_tiny_store: Path, tmp_path: Path) -> None:
     lines = curve(tmp_path / "run")
     assert all(math.isfinite(value) for line in lines for value in line)
     assert lines[-1][2] < lines[0][2] - 0.01
-    assert summary["last"]["velocity_loss"] < summary["first"]["velocity_loss"]
+    assert summary["last"]["denoising_loss"] < summary["first"]["denoising_loss"]
 
 
 def test_seed_changes_the_run(shared_tiny_store: Path, tmp_path: Path) -> None:
@@ -283,7 +283,10 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_checkpoint(
     ("options", "says"),
     [
         ({"store": "/nowhere/at/all"}, "/nowhere/at/all does not exist"),
-        ({"data.features": "dinov2-vitb14"}, "no features/dinov2-vitb14; it has latents/tiny-vae, features/tiny-vit"),
+        (
+            {"data.features": ("dinov2-vitb14",)},
+            "no features/dinov2-vitb14; it has latents/tiny-vae, features/tiny-vit",
+        ),
         ({"model.patch": 4}, "--model.patch 2"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
     ],

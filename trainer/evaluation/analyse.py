@@ -60,8 +60,8 @@ def _one_target(runs: Sequence[Path], config: SweepConfig) -> SweepConfig:
     for path in runs:
         run = open_run(path)
         checkpoints_of(path)
-        if run.data.features is not None and not config.features:
-            targets.setdefault(run.data.features.path, path.name)
+        if run.data.features and not config.features:
+            targets.setdefault(run.data.features[0].path, path.name)
         run.data.close()
     if len(targets) > 1:
         shown = ", ".join(f"{name} with {target}" for target, name in targets.items())
@@ -198,5 +198,5 @@ def _distances(record: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
 
 
 def _described(run: dict[str, Any]) -> str:
-    aligned = run["aligned_block"]
-    return f"{run['name']} ({f'aligned after block {aligned}' if aligned else 'not aligned'})"
+    blocks = " and ".join(str(block) for block in run["aligned_blocks"])
+    return f"{run['name']} ({f'aligned after block {blocks}' if blocks else 'not aligned'})"

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from storage import GroupReader
 from storage.errors import UserError
 from trainer import random_keys
+from trainer.arithmetic import autocast_dtype
 from trainer.checkpoint import EMA_WEIGHTS, STATE, WEIGHTS, latest_checkpoint, read_state
 from trainer.config import TrainConfig, from_yaml
 from trainer.data import TrainingData, model_config, open_data
 from trainer.loader import Batch
-from trainer.models.sit import SiT, SiTConfig
-from trainer.objectives.interpolant import interpolate
+from trainer.models.transformer import DiffusionTransformer, Geometry
+from trainer.objectives import OBJECTIVES
 from trainer.step import LatentScale, sample_latents
 
 Weights = Literal["ema", "raw"]
@@ -43,7 +44,7 @@ class OpenRun:
     path: Path
     config: TrainConfig
     data: TrainingData
-    geometry: SiTConfig
+    geometry: Geometry
 
     @property
     def scale(self) -> LatentScale:
@@ -85,7 +86,7 @@ def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
 def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.device) -> nn.Module:
     """The run's model with a checkpoint's averaged (ema) or last (raw) weights. Raises UserError if they do not fit."""
     file = checkpoint / (EMA_WEIGHTS if weights == "ema" else WEIGHTS)
-    model = SiT(run.geometry)
+    model = DiffusionTransformer(run.geometry)
     try:
         model.load_state_dict(load_file(file))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -118,6 +119,7 @@ def pooled_hidden_states(
     """Block (counted from 1) → float32 (len(rows), D) on `device`, of `latents`' rows at time t."""
     states = {block: torch.empty(len(rows), run.geometry.width, device=device) for block in blocks}
     moments = latents["moments"]
+    half = autocast_dtype(run.config.precision)
     now = slice(0, 0)
 
     def keep(block: int) -> Callable[[nn.Module, object, Tensor], None]:
@@ -133,10 +135,9 @@ def pooled_hidden_states(
             now = slice(start, min(start + batch, len(rows)))
             stored = np.empty((now.stop - now.start, *moments.row_shape), dtype=moments.dtype)
             moments.read_into(rows[now], 0, stored)
-            x_t = noisy_latents(torch.from_numpy(stored).to(device), rows[now], t, run, seed)
+            x_t, times = noisy_latents(torch.from_numpy(stored).to(device), rows[now], t, run, seed)
             null = torch.full((len(x_t),), run.geometry.n_classes, dtype=torch.int64, device=device)
-            times = torch.full((len(x_t),), t, device=device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.config.precision == "bf16"):
+            with torch.autocast(device.type, dtype=half, enabled=half is not None):
                 model(x_t, times, null, with_projections=False)
             progress(len(x_t))
     finally:
@@ -145,12 +146,13 @@ def pooled_hidden_states(
     return states
 
 
-def noisy_latents(moments: Tensor, rows: np.ndarray, t: float, run: OpenRun, seed: int) -> Tensor:
-    """x_t float32 (B, C, h, w) of stored moments (B, 2C, h, w), with the draws of the rows."""
+def noisy_latents(moments: Tensor, rows: np.ndarray, t: float, run: OpenRun, seed: int) -> tuple[Tensor, Tensor]:
+    """x_t float32 (B, C, h, w) of stored moments with the draws of the rows, and what the model is given as t (B,)."""
     index = torch.from_numpy(rows).to(moments.device)
     x = sample_latents(
-        Batch(step=0, rows=index, labels=index, moments=moments, patches=None, stall_s=0.0), run.scale, seed
+        Batch(step=0, rows=index, labels=index, moments=moments, targets=(), stall_s=0.0), run.scale, seed
     )
     noise = random_keys.normal(seed, "noise", 0, index, x.shape[1:])
-    times = torch.full((len(x),), t, device=x.device)
-    return interpolate(x, noise, times, run.config.loss.path)[0]
+    objective = OBJECTIVES[run.config.model.kind]
+    times = objective.model_times(torch.full((len(x),), t, device=x.device))
+    return objective.perturb(x, noise, times, run.config.loss), times

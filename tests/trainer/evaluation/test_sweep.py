@@ -14,13 +14,22 @@ from storage import open_store
 from storage.codec import INT8, decode
 from storage.errors import UserError
 from tests.stores import FEATURES, LATENTS, make_store
+from tests.trainer.evaluation.conftest import MICRO
 from trainer.__main__ import main
+from trainer.cli import train_config
 from trainer.evaluation.analyse import write_analysis
 from trainer.evaluation.cknna import cknna
 from trainer.evaluation.evaluate import RUN_RECORD
-from trainer.evaluation.hidden_states import checkpoints_of, load_model, open_run, pooled_hidden_states
+from trainer.evaluation.hidden_states import (
+    checkpoints_of,
+    load_model,
+    noisy_latents,
+    open_run,
+    pooled_hidden_states,
+)
 from trainer.evaluation.probe import probe
 from trainer.evaluation.sweep import SweepConfig, open_samples, parse_blocks, pooled_features, sweep
+from trainer.train import train
 
 CPU = torch.device("cpu")
 
@@ -178,3 +187,15 @@ def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
     same = SweepConfig(device="cpu", store=str(shared_tiny_store), times=(0.5,), blocks="1")
     write_analysis([micro_run, elsewhere], same, tmp_path / "out")
     assert (tmp_path / "out" / "motivation.png").is_file()
+
+
+def test_a_dit_is_measured_at_the_steps_of_its_own(shared_tiny_store: Path, tmp_path: Path) -> None:
+    changes = {"model.kind": "dit", "sample.sampler": "ddpm", "steps": "1"}
+    train(train_config({**MICRO, **changes, "store": str(shared_tiny_store), "run": str(tmp_path)}))
+    found = sweep(tmp_path, SweepConfig(times=(0.0, 0.5, 1.0), blocks="3", device="cpu"), ["cknna"])
+    assert [point["t"] for point in found["points"]] == [0, 0.5, 1]
+    run = open_run(tmp_path)
+    moments = torch.zeros(2, 8, 16, 16)
+    times = [noisy_latents(moments, np.array([0, 1]), t, run, 0)[1].tolist() for t in (0.0, 0.5, 1.0)]
+    assert times == [[0, 0], [500, 500], [999, 999]]
+    run.data.close()
