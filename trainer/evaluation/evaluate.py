@@ -83,7 +83,8 @@ def evaluate(
     step = _step(run, step)
     there = contents(images)  # both are looked at before anything is described
     contents(reference)
-    folder = out or images.with_name(f"{images.stem}-evaluation")
+    name = images.name if images.is_dir() else images.stem
+    folder = out or images.absolute().with_name(f"{name}-evaluation")
     if there.features:
         generated = open_feature_file(images)
     elif there.images:
