@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     values = vars(args)
     command = values.pop("command")
     if command in evaluation.COMMANDS:
-        return evaluation.run_command(command, values)
+        return evaluation.run(command, values)
     if command == "train":
         from trainer.guard import NonFiniteError
         from trainer.train import train
