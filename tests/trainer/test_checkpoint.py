@@ -15,15 +15,16 @@ from torch import Tensor
 from storage.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import RunState, latest_checkpoint, load_ema_weights, read_state, restore, save_checkpoint
-from trainer.config import OptimConfig
+from trainer.config import OptimConfig, override
 from trainer.ema import EMA
 from trainer.metrics import MetricsLog, read_metrics
-from trainer.models.sit import SiT, SiTConfig
+from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.optim import make_optimizer, optimizer_tensors
+from trainer.presets import preset
 
 
 class Parts(NamedTuple):
-    model: SiT
+    model: DiffusionTransformer
     ema: EMA
     optimizer: torch.optim.AdamW
 
@@ -31,7 +32,8 @@ class Parts(NamedTuple):
 def make_parts(seed: int, width: int = 16, steps: int = 2) -> Parts:
     """A small model after some steps, so that moments and averages differ from zero and from the weights."""
     torch.manual_seed(seed)
-    geometry = SiTConfig(
+    geometry = Geometry(
+        kind="sit",
         input_size=4,
         channels=2,
         patch=2,
@@ -42,7 +44,7 @@ def make_parts(seed: int, width: int = 16, steps: int = 2) -> Parts:
         targets=((1, 5),),
         projector_width=8,
     )
-    model = SiT(geometry)
+    model = DiffusionTransformer(geometry)
     parts = Parts(model, EMA(model, 0.5), make_optimizer(model, OptimConfig(lr=1e-2)))
     for _ in range(steps):
         velocity, projections = model(torch.randn(3, 2, 4, 4), torch.rand(3), torch.arange(3))
@@ -62,11 +64,19 @@ def all_tensors(parts: Parts) -> dict[str, Tensor]:
 
 
 def state_at(step: int) -> RunState:
-    return RunState(step=step, config={"batch": 8}, identities={"latents/a": "0"}, log_sums=[0.1, 0.2], log_count=1)
+    return RunState(
+        step=step,
+        config={"batch": 8},
+        identities={"latents/a": "0"},
+        log_sums=[0.1, 0.2],
+        log_count=1,
+        skipped=3,
+        scaler={"scale": 8.0},
+    )
 
 
-def save(run: Path, step: int, parts: Parts, keep: int = 2) -> Path:
-    return save_checkpoint(run, state_at(step), *parts, keep)
+def save(run: Path, step: int, parts: Parts, keep: int = 2, milestone_every: int = 0) -> Path:
+    return save_checkpoint(run, state_at(step), *parts, keep, milestone_every=milestone_every)
 
 
 def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
@@ -109,7 +119,7 @@ def test_a_crash_at_any_point_leaves_a_whole_latest(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, call, crash)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match=r"step 2 could not be saved in .*No space.*free some space"):
             save(tmp_path, 2, parts)
     assert latest_checkpoint(tmp_path) == first
     restore(first, *make_parts(1, steps=0))
@@ -134,7 +144,7 @@ def test_unknown_versions_and_missing_ones_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 7, make_parts(0))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "version": 99}))
-    with pytest.raises(UserError, match="version 99, this code reads 1"):
+    with pytest.raises(UserError, match="version 99, this code reads 2"):
         read_state(path)
     (tmp_path / "latest").write_text("step-0000008")
     with pytest.raises(UserError, match="names step-0000008, which is not in"):
@@ -156,13 +166,14 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
 
 
 def test_metrics_after_a_resume_hold_each_step_once(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, from_step=0, tensorboard=False)
+    config = override(preset("sit-tiny-2"), {"run": tmp_path, "log.tensorboard": False})
+    log = MetricsLog(config, from_step=0)
     for step in (1, 2, 3, 4):
         log.write({"step": step, "loss": 0.1 * step})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # killed while it wrote
-    log = MetricsLog(tmp_path, from_step=2, tensorboard=True)
+    log = MetricsLog(override(config, {"log.tensorboard": True}), from_step=2)
     log.write({"step": 3, "loss": 7.0})
     log.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 7.0)]
