@@ -3,6 +3,10 @@
 train     train a diffusion transformer from a feature store; run it again to resume
 sample    draw images from a run's averaged weights
 import    make a run, to sample from or to train on, from a public checkpoint of DiT, SiT or REPA
+evaluate  FID, sFID, Inception Score, precision and recall; or a Fréchet distance in another encoder's features
+probe     linear probing of hidden states over blocks, times and checkpoints
+cknna     alignment of hidden states with a store's features
+analyse   the paper's analysis figures, for any set of runs
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ PROG = "python -m trainer"
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     from trainer.cli import add_train_options, refuse_unknown, train_config
+    from trainer.evaluation import commands as evaluation
 
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -42,10 +47,13 @@ def main(argv: Sequence[str]) -> int:
     import_parser.add_argument("file", type=Path, help="what torch.save or safetensors wrote")
     import_parser.add_argument("--release", choices=("repa", "sit", "dit"), required=True, help="whose it is")
     add_train_options(import_parser, argv)
+    evaluation.add_commands(commands)
     args, unknown = parser.parse_known_args(argv)
     refuse_unknown(commands.choices[args.command], unknown)
     values = vars(args)
     command = values.pop("command")
+    if command in evaluation.COMMANDS:
+        return evaluation.run(command, values)
     if command == "import":
         from trainer.releases import import_checkpoint
 

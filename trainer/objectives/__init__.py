@@ -1,6 +1,6 @@
 """What is minimised: an objective for each kind of model, and the alignment loss.
 
-An objective is a module with the four functions of `Objective`. The training step draws the numbers and calls it, so it
+An objective is a module with the five functions of `Objective`. The training step draws the numbers and calls it, so it
 knows no objective by name; to add one, write the module and its line in `OBJECTIVES`.
 """
 
@@ -30,6 +30,9 @@ class Objective(Protocol):
 
     def unit_times(self, t: Tensor) -> Tensor:
         """t on a common scale from image (0) to noise (1), for logs and for the interval of guidance."""
+
+    def model_times(self, unit: Tensor) -> Tensor:
+        """What the model is given as t at times (B,) on that scale; the inverse of `unit_times`."""
 
 
 OBJECTIVES: dict[str, Objective] = {"sit": interpolant, "dit": diffusion}

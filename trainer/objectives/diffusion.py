@@ -168,3 +168,8 @@ def denoising_loss(output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Ten
 def unit_times(t: Tensor) -> Tensor:
     """t / 1000, in [0, 1)."""
     return t / N_STEPS
+
+
+def model_times(unit: Tensor) -> Tensor:
+    """The step int64 (B,) that holds t, the last one for 1."""
+    return (unit * N_STEPS).long().clamp(max=N_STEPS - 1)
