@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.sources.image_folder import EXTENSIONS
+from pipeline.sources.listing import EXTENSIONS
 from pipeline.transforms import DecodeError, center_crop, decode_rgb
 from storage import Store, UserError, open_store
 from storage.feature_file import npz_names
