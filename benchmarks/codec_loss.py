@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.decode import to_rgb
 from pipeline.encoders import registry, timm_vit
 from pipeline.encoders.catalogue import VISION
 from pipeline.encoders.vision import VisionTransformerEncoder, preprocess
@@ -33,14 +34,14 @@ from pipeline.encoders.weights import read_weights
 from pipeline.quantise import quantise
 from pipeline.sources import open_source
 from pipeline.sources.photos import write_photos
-from pipeline.transforms import center_crop, decode_rgb
+from pipeline.transforms import center_crop
 from storage.console import progress_bar
 from storage.order import Order
 from trainer.config import override
 from trainer.dequantise import dequantise
 from trainer.ema import EMA
 from trainer.loader import Batch
-from trainer.models.sit import SiT, SiTConfig
+from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.objectives.alignment import alignment_loss
 from trainer.optim import make_optimizer
 from trainer.presets import preset
@@ -66,10 +67,11 @@ def photographs(resolution: int, n: int, seed: int) -> np.ndarray:
     """`n` centre crops of the built-in photographs, uint8 (n, R, R, 3)."""
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder))
-        source = open_source(Path(folder))
+        source = open_source(folder)
         locations = source.listing().index.locations
         chosen = np.random.default_rng(seed).choice(len(locations), n, replace=False)
-        return np.stack([center_crop(decode_rgb(source.read(locations[i])), resolution) for i in chosen])
+        samples = source.read_many([locations[i] for i in chosen])
+        return np.stack([center_crop(to_rgb(sample), resolution) for sample in samples])
 
 
 def random_dinov2_b(resolution: int, weights: Path | None) -> VisionTransformerEncoder:
@@ -131,7 +133,8 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     patches = torch.cat([case.encoder.encode_tokens(part)[0] for part in parts]).clone()
     if case.outliers:
         patches = add_outliers(patches)
-    geometry = SiTConfig(
+    geometry = Geometry(
+        kind=config.model.kind,
         input_size=vae_identity["latent_size"][0],
         channels=vae_identity["latent_channels"],
         patch=config.model.patch,
@@ -139,18 +142,18 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
         depth=config.model.depth,
         heads=config.model.heads,
         n_classes=N_CLASSES,
-        targets=((config.model.align_block, patches.shape[-1]),),
+        targets=((config.model.align_block[0], patches.shape[-1]),),
         projector_width=config.model.projector_width,
     )
     torch.manual_seed(0)
-    model = SiT(geometry).train()
+    model = DiffusionTransformer(geometry).train()
     ema, optimizer, scale = EMA(model, 0.99), make_optimizer(model, config.optim), LatentScale.of(vae_identity)
     order = Order(n_images, config.seed)
 
     def batch_of(step: int) -> Batch:
         rows = torch.from_numpy(order.global_batch(step, batch))
         return Batch(
-            step=step, rows=rows, labels=rows % N_CLASSES, moments=moments[rows], patches=patches[rows], stall_s=0.0
+            step=step, rows=rows, labels=rows % N_CLASSES, moments=moments[rows], targets=(patches[rows],), stall_s=0.0
         )
 
     with progress_bar(n_steps, unit="step", description=case.name) as bar:
@@ -161,19 +164,18 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     last = batch_of(n_steps)
     projections: list[Tensor] = []
     hook = model.projectors[0].register_forward_hook(lambda *call: projections.append(call[2]))
-    of_velocity, of_alignment = losses(model, last, scale, config, geometry.n_classes)
+    of_batch = losses(model, last, scale, config, geometry.n_classes)
     hook.remove()
-    by_velocity = flat(gradients(of_velocity.mean(), model))
-    assert last.patches is not None
+    by_velocity = flat(gradients(of_batch.denoising.mean(), model))
     found = {}
-    for dtype, target in targets(last.patches).items():
+    for dtype, target in targets(last.targets[0]).items():
         loss = alignment_loss(projections[0], target).mean()
-        assert dtype != "float32" or torch.equal(loss, of_alignment.mean())
+        assert dtype != "float32" or torch.equal(loss, of_batch.alignments.mean())
         found[dtype] = (float(loss.detach().double()), gradients(loss, model))
     rows = []
     for a, b in PAIRS:
         (loss_a, gradient_a), (loss_b, gradient_b) = found[a], found[b]
-        weight = config.loss.projection_weight
+        weight = config.loss.projection_weight[0]
         comparisons = [
             difference(flat(gradient_a, of_projector=True), flat(gradient_b, of_projector=True)),
             difference(flat(gradient_a, of_projector=False), flat(gradient_b, of_projector=False)),

@@ -1,9 +1,12 @@
-"""`python -m pipeline`: stage one.
+"""`python -m pipeline`: stage one, and what else runs on Ray.
 
+index        what a data set holds, before anything is encoded
 precompute   encode every image of a data set into a feature store; run it again to go on
 encoders     the encoders there are: what they store, their preprocessing, whose weights they take
 preview      pictures of what a store holds: reconstructions and principal components
+features     one vector an image from Inception or a vision encoder, for `python -m trainer evaluate`
 demo         both stages on the built-in photographs
+launch       train on a Ray cluster: the trainer's own command, on workers that Ray Train places
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from pathlib import Path
 
 from pipeline.config import PrecomputeConfig
 from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
+from storage.errors import UserError
+from storage.roots import absolute
 
 PROG = "python -m pipeline"
 
@@ -55,20 +60,60 @@ def add_options(parser: Parser) -> None:
         )
 
 
+def config_help(name: str) -> str:
+    """The help text of a field of PrecomputeConfig."""
+    return str(PrecomputeConfig.__dataclass_fields__[name].metadata["help"])
+
+
+def add_features_options(parser: Parser) -> None:
+    """The options of `features`."""
+    parser.add_argument(
+        "where", metavar="IMAGES", type=Path, help="folder of images, an .npz with arr_0 (ADM's layout), or a store"
+    )
+    parser.add_argument("--encoder", default="inception", help="inception, or a vision encoder (default inception)")
+    parser.add_argument("--out", type=Path, required=True, help="feature file to write, .npz")
+    parser.add_argument("--weights", type=Path, help="the encoder's weight file (default: its library's cache)")
+    parser.add_argument(
+        "--token",
+        choices=["cls", "mean"],
+        default="cls",
+        help="a vision encoder's vector (default cls); Inception has one",
+    )
+    parser.add_argument(
+        "--resolution", type=int, default=0, help="side to crop a folder's images to (default: as they are)"
+    )
+    parser.add_argument("--n", dest="limit", type=int, default=0, help="at most so many, evenly spread (default: all)")
+    parser.add_argument("--batch", type=int, default=50, help="images at once (default 50)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     add_options(commands.add_parser("precompute", help="encode a data set into a store"))
     commands.add_parser("encoders", help="list every encoder")
+    index = commands.add_parser("index", help="what was found in DATA: kind, images, classes, what is left out")
+    index.add_argument("data", help=config_help("data"))
+    index.add_argument("--source", default="auto", help=config_help("source"))
     preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
     preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     preview.add_argument("--images", type=int, default=8, help="how many images to show (default 8)")
+    add_features_options(commands.add_parser("features", help="one vector an image, for the trainer's evaluate"))
     demo = commands.add_parser("demo", help="both stages on the built-in photographs")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
     demo.add_argument("--steps", type=int, default=None, help="training steps (default: the preset's)")
     demo.add_argument("--only-precompute", action="store_true", help="stop after stage one")
+    launched = commands.add_parser("launch", help="train on a Ray cluster")
+    launched.add_argument("--workers", type=int, default=1, help="ranks, a GPU each where there are any (default 1)")
+    launched.add_argument("--cpus", type=int, default=1, help="CPU cores a rank reads and decodes with (default 1)")
+    launched.add_argument("--restarts", type=int, default=0, help="new starts after a lost machine (default 0)")
+    launched.add_argument("--scratch", type=Path, default=Path("runs/.ray"), help="shared folder for Ray Train's files")
+    launched.add_argument("--ray-address", default="", help="cluster to join (default RAY_ADDRESS; empty: start one)")
+    launched.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="-- train …", help="the trainer's command line"
+    )
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
     if command == "precompute":
@@ -78,6 +123,31 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.encoders.listing import list_encoders
 
         print(list_encoders())
+        return EXIT_OK
+    if command == "index":
+        from pipeline.index import report
+        from pipeline.sources import open_source
+
+        if not args["data"].strip():
+            raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
+        source = open_source(absolute(args["data"]), args["source"])
+        print(report(source, source.listing()))
+        return EXIT_OK
+    if command == "launch":
+        from pipeline.launch import launch
+
+        return launch(
+            [argument for i, argument in enumerate(args["arguments"]) if i or argument != "--"],
+            address=args["ray_address"] or os.environ.get("RAY_ADDRESS", ""),
+            workers=args["workers"],
+            cpus=args["cpus"],
+            restarts=args["restarts"],
+            scratch=args["scratch"],
+        )
+    if command == "features":
+        from pipeline.features import write_features
+
+        print(write_features(**args))
         return EXIT_OK
     if command == "preview":
         from pipeline.preview import write_preview

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.encoders.precision import ARITHMETIC
@@ -19,8 +18,13 @@ def option(help_text: str, default: object) -> Any:
 class PrecomputeConfig:
     """Stage one: which images, which encoders, where to, and with what resources."""
 
-    data: Path = field(metadata={"help": "folder of images, one sub-folder a class"})
+    data: str = field(metadata={"help": "images: a folder, file, pattern or URL; `index` shows what it holds"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
+    source: str = option(
+        "kind of DATA: image-folder, tar-of-tars, class-tars, parquet, webdataset, hdf5, zip or labels-file; auto: "
+        "recognised",
+        "auto",
+    )
     latents: str = option(
         "VAEs: names, diffusers directories or hub ids, with commas; none: no latents", "sd-vae-ft-mse"
     )
@@ -53,6 +57,8 @@ class PrecomputeConfig:
     verbose: bool = option("let Ray's own log messages through", False)
 
     def __post_init__(self) -> None:
+        if not self.data.strip():
+            raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
         if not str(self.store).strip():
             raise UserError("STORE is empty; name a directory or an s3:// or gs:// URL")
         for name in ("shard_rows", "batch"):

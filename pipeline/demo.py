@@ -29,7 +29,7 @@ def demo_config(out: Path) -> PrecomputeConfig:
     n_images = write_photos(photos)
     print(f"{n_images} crops of the built-in photographs in {photos}")
     return PrecomputeConfig(
-        data=photos,
+        data=str(photos),
         store=str(out / "store"),
         latents="tiny-vae",
         features="tiny-vit",
@@ -71,7 +71,7 @@ def report(stage_one: Summary, stage_two: dict[str, Any], pictures: list[Path], 
         ("training", f"{trained}, {stage_two['steps']} steps, {stage_two['parameters'] / 1e6:.1f} M parameters"),
         *(
             (f"{name.replace('_', ' ')}, first → last", f"{first[name]:.4f} → {last[name]:.4f}")
-            for name in ("velocity_loss", "alignment_loss")
+            for name in ("denoising_loss", "alignment_loss")
         ),
         ("seconds in all", f"{seconds:.0f}"),
         ("store", stage_one.store),

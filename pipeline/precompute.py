@@ -36,11 +36,14 @@ def precompute(config: PrecomputeConfig) -> Summary:
 
     Raises UserError for what the user can mend. Units that failed three times are in the summary; the others are done.
     """
-    config = dataclasses.replace(config, data=config.data.absolute(), store=absolute(config.store))
-    source = open_source(config.data)
+    config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
+    source = open_source(config.data, config.source)
+    print(f"listing {config.data} ({source.kind})", flush=True)  # minutes, for a million headers far away
     found = source.listing()
     if found.left_out:
-        print(f"{len(found.left_out)} files are no images by their extension, such as {found.left_out[0]}; left out")
+        print(f"{len(found.left_out)} files hold no image of this kind, such as {found.left_out[0]}; left out")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
     with Staging(config.store) as staging:
         plan = make_plan(config, source, found.index, staging)
         print(describe_plan(plan), flush=True)

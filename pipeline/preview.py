@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.decode import to_rgb
 from pipeline.sources import open_source
-from pipeline.transforms import center_crop, decode_rgb
+from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
 from storage.codec import codec_of, decode
 
@@ -52,10 +53,15 @@ def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Path]:
 
 
 def read_originals(store: Store, rows: np.ndarray) -> np.ndarray:
-    """The centre crops of the rows' images, uint8 (n, R, R, 3), read from the source again."""
-    source = open_source(Path(store.attributes["source"]["path"]))
+    """The centre crops of the rows' images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
+    recorded = store.attributes["source"]
+    source = open_source(recorded["path"], recorded["kind"])
     locations = store.index.locations
-    return np.stack([center_crop(decode_rgb(source.read(locations[row])), store.resolution) for row in rows])
+    samples = source.read_many([locations[row] for row in rows])
+    try:
+        return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
+    except DecodeError as error:
+        raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
 
 
 def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:

@@ -89,10 +89,15 @@ def open_root(where: str | os.PathLike[str] | Root) -> Root:
     return ObjectRoot(name)
 
 
+def is_url(where: str) -> bool:
+    """Whether a name is a URL, of whatever protocol, and not a path."""
+    return _URL.match(where) is not None
+
+
 def absolute(where: str | os.PathLike[str]) -> str:
     """The name of a root that holds on every machine: URLs as they are, paths made absolute."""
     name = os.fspath(where)
-    return name.rstrip("/") if _URL.match(name) else str(Path(name).absolute())
+    return name.rstrip("/") if is_url(name) else str(Path(name).absolute())
 
 
 class LocalRoot:

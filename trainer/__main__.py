@@ -2,6 +2,11 @@
 
 train     train a diffusion transformer from a feature store; run it again to resume
 sample    draw images from a run's averaged weights
+import    make a run, to sample from or to train on, from a public checkpoint of DiT, SiT or REPA
+evaluate  FID, sFID, Inception Score, precision and recall; or a Fréchet distance in another encoder's features
+probe     linear probing of hidden states over blocks, times and checkpoints
+cknna     alignment of hidden states with a store's features
+analyse   the paper's analysis figures, for any set of runs
 """
 
 from __future__ import annotations
@@ -9,10 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage.console import EXIT_OK, Parser, run_command
+from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 
 PROG = "python -m trainer"
 
@@ -20,10 +26,14 @@ PROG = "python -m trainer"
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     from trainer.cli import add_train_options, refuse_unknown, train_config
+    from trainer.evaluation import commands as evaluation
 
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     train_parser = commands.add_parser("train", help="train from a feature store, or resume")
+    train_parser.add_argument(
+        "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
+    )
     add_train_options(train_parser, argv)
     sample_parser = commands.add_parser("sample", help="draw images from a run")
     sample_parser.add_argument("--run", type=Path, required=True, help="folder of the run")
@@ -33,14 +43,35 @@ def main(argv: Sequence[str]) -> int:
     sample_parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the run's)")
     sample_parser.add_argument("--steps", type=int, default=None, help="sampler steps (default: the run's)")
     sample_parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    import_parser = commands.add_parser("import", help="make a run from a public checkpoint")
+    import_parser.add_argument("file", type=Path, help="what torch.save or safetensors wrote")
+    import_parser.add_argument("--release", choices=("repa", "sit", "dit"), required=True, help="whose it is")
+    add_train_options(import_parser, argv)
+    evaluation.add_commands(commands)
     args, unknown = parser.parse_known_args(argv)
-    refuse_unknown(train_parser if args.command == "train" else sample_parser, unknown)
+    refuse_unknown(commands.choices[args.command], unknown)
     values = vars(args)
-    if values.pop("command") == "train":
+    command = values.pop("command")
+    if command in evaluation.COMMANDS:
+        return evaluation.run(command, values)
+    if command == "import":
+        from trainer.releases import import_checkpoint
+
+        file, release = values.pop("file"), values.pop("release")
+        config = train_config(values)
+        print("\n".join(import_checkpoint(file, release, config)))
+        print(f"next: {PROG} sample --run {config.run}   ·   {PROG} train --config {config.run / 'config.yaml'}")
+        return EXIT_OK
+    if command == "train":
+        from trainer.guard import NonFiniteError
         from trainer.train import train
 
         accept = values.pop("resume_with_changes")
-        summary = train(train_config(values), accept_changes=accept)
+        try:
+            summary = train(train_config(values), accept_changes=accept)
+        except NonFiniteError as error:
+            print(f"{PROG}: error: {error}", file=sys.stderr)
+            return EXIT_FAILED
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(summary, indent=1))
             print(f"next: {PROG} sample --run {summary['run']}   ·   tensorboard --logdir {summary['run']}")

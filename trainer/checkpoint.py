@@ -6,7 +6,8 @@
                              state.json              version, step, configuration, store identities, running means
     latest                   "step-0000100", written last
 
-Nothing is pickled. A checkpoint is written under another name, synced, and renamed; a crash leaves the one before.
+Tensors are whole, however many ranks trained and whatever each held, so a run goes on on any number of them. Nothing is
+pickled. A checkpoint is written under another name, synced, and renamed; a crash leaves the one before.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from storage.errors import UserError
 from storage.files import fsync_directory, partial_name, publish, write_atomic
 from trainer.ema import EMA
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
+from trainer.parallel import gather_state, load_state
 
-VERSION = 1
+VERSION = 2
 OTHER_CHECKPOINT = "write the name of another one into RUN/latest"
 WEIGHTS, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 
@@ -42,37 +44,77 @@ class RunState:
     identities: dict[str, str]
     log_sums: list[float]
     log_count: int
+    skipped: int  # steps left out so far
+    scaler: dict[str, Any]  # the loss scale of fp16, empty otherwise
 
 
 def save_checkpoint(
-    run: Path, state: RunState, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int
+    run: Path,
+    state: RunState,
+    model: nn.Module,
+    ema: EMA[Any],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    *,
+    milestone_every: int = 0,
+    writes: bool = True,
 ) -> Path:
-    """Publish the checkpoint of `state.step`, then `latest`, then remove all but the newest `keep`. Raises OSError."""
+    """Publish the checkpoint of `state.step`, then `latest`, then remove all but the newest `keep` and the milestones.
+
+    Of several ranks, every one must call, and one writes. Raises UserError, with the checkpoint before still in place,
+    when it cannot be written. Cost: while it is written, the rank that writes holds all of it in host memory.
+    """
     folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for stray in folder.glob(".*.partial"):  # of a run that was killed while it saved; one run writes here at a time
-        shutil.rmtree(stray)
     final = folder / f"step-{state.step:07d}"
+    named = {
+        WEIGHTS: model.state_dict(),
+        EMA_WEIGHTS: ema.state_dict(),
+        OPTIMIZER: optimizer_tensors(model, optimizer),
+    }
+    whole = {name: gather_state(tensors, keep=writes) for name, tensors in named.items()}
+    if not writes:
+        return final
     aside = partial_name(final, "save")
-    aside.mkdir()
-    save_file(_contiguous(model.state_dict()), aside / WEIGHTS)
-    save_file(_contiguous(ema.state_dict()), aside / EMA_WEIGHTS)
-    save_file(_contiguous(optimizer_tensors(model, optimizer)), aside / OPTIMIZER)
-    (aside / STATE).write_text(json.dumps({"version": VERSION, **vars(state)}, indent=1))
-    for path in aside.iterdir():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stray in folder.glob(".*.partial"):  # of a run that was killed as it saved; one run writes here at a time
+            shutil.rmtree(stray)
+        _write(aside, whole, state)
+        if final.exists():  # the same step again, after a resume with changes
+            shutil.rmtree(final)
+        publish(aside, final)
+        write_atomic(run / "latest", final.name.encode(), "save")
+        _remove_older(final, keep, milestone_every)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)  # which gives back the room it took
+        raise UserError(
+            f"step {state.step} could not be saved in {folder} ({error}); mend that (free some space?), and the same "
+            "command goes on from the checkpoint before"
+        ) from error
+    return final
+
+
+def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: RunState) -> None:
+    """Every file of a checkpoint, synced."""
+    folder.mkdir()
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+    (folder / STATE).write_text(json.dumps({"version": VERSION, **vars(state)}, indent=1))
+    for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    fsync_directory(aside)
-    if final.exists():  # the same step again, after a resume with changes
-        shutil.rmtree(final)
-    publish(aside, final)
-    write_atomic(run / "latest", final.name.encode(), "save")
-    older = [path for path in sorted(folder.glob("step-*")) if path.name < final.name]
+    fsync_directory(folder)
+
+
+def _remove_older(newest: Path, keep: int, milestone_every: int) -> None:
+    """Remove all checkpoints before `newest` but for the newest of them, `keep` in all, and the milestones."""
+    older = [path for path in sorted(newest.parent.glob("step-*")) if path.name < newest.name]
     for old in older[: max(0, len(older) - keep + 1)]:
+        if milestone_every and int(old.name.removeprefix("step-")) % milestone_every == 0:
+            continue
         gone = partial_name(old, "old")  # renamed first, so that a kill leaves no half under a checkpoint's name
         old.rename(gone)
         shutil.rmtree(gone)
-    return final
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -103,10 +145,13 @@ def read_state(checkpoint: Path) -> RunState:
     return RunState(**fields)
 
 
-def restore(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, averaged weights and optimiser state. Raises UserError when they are of another model."""
+def restore(checkpoint: Path, model: nn.Module, ema: EMA[Any], optimizer: torch.optim.Optimizer) -> None:
+    """Load weights, averaged weights and optimiser state; of several ranks, each reads its own part.
+
+    Raises UserError when they are of another model.
+    """
     try:
-        model.load_state_dict(load_file(checkpoint / WEIGHTS))
+        load_state(model, load_file(checkpoint / WEIGHTS))
         ema.load_state_dict(load_file(checkpoint / EMA_WEIGHTS))
         load_optimizer_tensors(model, optimizer, load_file(checkpoint / OPTIMIZER))
     except (SafetensorError, FileNotFoundError) as error:
@@ -120,7 +165,3 @@ def restore(checkpoint: Path, model: nn.Module, ema: EMA, optimizer: torch.optim
 def load_ema_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The averaged weights, for sampling."""
     return load_file(checkpoint / EMA_WEIGHTS)
-
-
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -14,29 +14,33 @@ from typing import Any, Literal
 from storage.console import Parser
 from storage.errors import UserError
 from storage.roots import absolute
-from trainer.config import TrainConfig, checked, close_matches, field_type, from_yaml, leaves, override
-from trainer.presets import DEFAULT_PRESET, PRESETS, preset
+from trainer.config import TrainConfig, checked, close_matches, field_type, from_yaml, leaves, override, spelled
+from trainer.presets import DEFAULT_PRESET, PRESET_NAMES, PRESETS, preset
 
 
 def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
     """Every option of a run, with help text and the defaults of the preset that `argv` names."""
     parser.add_argument("--config", type=Path, help="run again what RUN/config.yaml says")
-    parser.add_argument(
-        "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
-    )
     named = dict(itertools.pairwise(argv)).get("--preset", DEFAULT_PRESET)
     shown = preset(named if named in PRESETS else DEFAULT_PRESET)
     for name, default, item in leaves(shown):
         kind = field_type(shown, name)
         help_text = item.metadata["help"]
         if name == "preset":
-            help_text = f"{help_text}: {', '.join(PRESETS)} (default {DEFAULT_PRESET})"
-        elif str(default) not in ("", "."):
-            help_text += f" (default {default})"
-        choices = (
-            f"{{{','.join(typing.get_args(kind))}}}" if typing.get_origin(kind) is Literal else kind.__name__.upper()
+            help_text = f"{help_text}: {PRESET_NAMES} (default {DEFAULT_PRESET})"
+        elif spelled(default) not in ("", "."):
+            help_text += f" (default {spelled(default)})"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, metavar=_metavar(kind), default=None, help=help_text
         )
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=choices, default=None, help=help_text)
+
+
+def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return f"{{{','.join(typing.get_args(kind))}}}"
+    if typing.get_origin(kind) is tuple:
+        return f"{_metavar(typing.get_args(kind)[0])}[,…]"
+    return kind.__name__.upper()
 
 
 def train_config(values: dict[str, Any]) -> TrainConfig:
@@ -60,6 +64,8 @@ def refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
 
 def _parse(name: str, text: str, kind: Any) -> Any:
     """An option's text as its field's type. Raises UserError."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in (text.split(",") if text else []))
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
         if text.lower() not in ("true", "false"):

@@ -11,7 +11,7 @@ from storage import CacheConfig, GroupReader, Store, UserError, open_store
 from storage.codec import Int8Codec, codec_of
 from storage.shard_files import raise_open_file_limit
 from trainer.config import TrainConfig
-from trainer.models.sit import SiTConfig
+from trainer.models.transformer import Geometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,11 @@ class TrainingData:
 
     store: Store
     latents: GroupReader
-    features: GroupReader | None
+    features: tuple[GroupReader, ...]  # one an alignment target; two targets may share one
     labels: np.ndarray  # int64 (N,)
     class_names: list[str]
     valid_rows: np.ndarray | None  # int64, sorted
-    codec: Int8Codec | None  # of the features' patches; None: plain float16
+    codecs: dict[str, Int8Codec]  # by path, of the features that are quantised; others are plain float16
 
     @property
     def n_samples(self) -> int:
@@ -32,15 +32,19 @@ class TrainingData:
         return self.store.n_rows if self.valid_rows is None else len(self.valid_rows)
 
     @property
+    def groups(self) -> tuple[GroupReader, ...]:
+        """Every group that is read, once."""
+        return tuple({group.path: group for group in (self.latents, *self.features)}.values())
+
+    @property
     def identities(self) -> dict[str, str]:
         """Group path → identity digest of what is read."""
-        return {group.path: group.identity_digest for group in (self.latents, self.features) if group is not None}
+        return {group.path: group.identity_digest for group in self.groups}
 
     def close(self) -> None:
         """Close every file."""
-        for group in (self.latents, self.features):
-            if group is not None:
-                group.close()
+        for group in self.groups:
+            group.close()
 
 
 def open_data(config: TrainConfig) -> TrainingData:
@@ -51,15 +55,24 @@ def open_data(config: TrainConfig) -> TrainingData:
     if not config.store:
         raise UserError("no store was named; pass --store ROOT (make train STORE=ROOT)")
     store = open_store(config.store)
+    if config.data.resolution not in (0, store.resolution):
+        raise UserError(
+            f"store {store.root} was made at {store.resolution} px, --data.resolution asks for "
+            f"{config.data.resolution}; choose a preset of the store's resolution, or pass --data.resolution 0"
+        )
     raise_open_file_limit()
-    paths = [pick_group(store, "latents", config.data.latents)]
-    if config.aligns:
-        paths.append(pick_group(store, "features", config.data.features))
-    threads = config.data.threads or None
-    caches = _share_cache(config, store, paths)
-    latents, *others = (store.group(path, n_threads=threads, cache=caches.get(path)) for path in paths)
-    features = others[0] if others else None
-    failed = np.unique(np.concatenate([group.failed_rows for group in (latents, features) if group is not None]))
+    latents = pick_group(store, "latents", config.data.latents)
+    features = [pick_group(store, "features", target.features) for target in config.targets]
+    paths = dict.fromkeys([latents, *features])
+    caches = _share_cache(config, store, list(paths))
+    groups = {path: store.group(path, n_threads=config.data.threads or None, cache=caches.get(path)) for path in paths}
+    for path in features:
+        if "patches" not in groups[path].arrays:
+            raise UserError(
+                f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
+                "other --data.features, or precompute it with patch tokens"
+            )
+    failed = np.unique(np.concatenate([group.failed_rows for group in groups.values()]))
     if len(failed) and config.data.failed_rows == "refuse":
         raise UserError(
             f"{len(failed)} samples of {store.root} could not be decoded (first row {failed[0]}); mend and precompute "
@@ -71,12 +84,12 @@ def open_data(config: TrainConfig) -> TrainingData:
         raise UserError(f"{store.root} has samples without a label; class-conditional training needs one for each")
     return TrainingData(
         store=store,
-        latents=latents,
-        features=features,
+        latents=groups[latents],
+        features=tuple(groups[path] for path in features),
         labels=labels,
         class_names=store.index.class_names,
         valid_rows=valid,
-        codec=codec_of(features.identity) if features is not None else None,
+        codecs={path: codec for path in features if (codec := codec_of(groups[path].identity)) is not None},
     )
 
 
@@ -106,26 +119,25 @@ def pick_group(store: Store, kind: str, name: str) -> str:
     raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")
 
 
-def model_config(config: TrainConfig, data: TrainingData) -> SiTConfig:
+def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
     """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit."""
     latents: dict[str, Any] = data.latents.identity
     height, width = latents["latent_size"]
     if height != width:
-        raise UserError(f"latents of {height}×{width} are not square; SiT's position embedding needs a square")
+        raise UserError(f"latents of {height}×{width} are not square; the model's position embedding needs a square")
     n_classes = config.model.classes or len(data.class_names)
     if n_classes < len(data.class_names):
         raise UserError(f"--model.classes {n_classes} is fewer than the store's {len(data.class_names)} classes")
-    targets: tuple[tuple[int, int], ...] = ()
-    if data.features is not None:
-        grid = data.features.identity["token_grid"]
-        side = height // config.model.patch
+    side = height // config.model.patch
+    for features in data.features:
+        grid = features.identity["token_grid"]
         if grid != [side, side]:
             raise UserError(
-                f"{data.features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, "
-                f"patch {config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
+                f"{features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, patch "
+                f"{config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
             )
-        targets = ((config.model.align_block, data.features.identity["width"]),)
-    return SiTConfig(
+    return Geometry(
+        kind=config.model.kind,
         input_size=height,
         channels=latents["latent_channels"],
         patch=config.model.patch,
@@ -134,6 +146,9 @@ def model_config(config: TrainConfig, data: TrainingData) -> SiTConfig:
         heads=config.model.heads,
         n_classes=n_classes,
         qk_norm=config.model.qk_norm,
-        targets=targets,
+        targets=tuple(
+            (target.block, features.identity["width"])
+            for target, features in zip(config.targets, data.features, strict=True)
+        ),
         projector_width=config.model.projector_width,
     )

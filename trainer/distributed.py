@@ -1,4 +1,12 @@
-"""Ranks: who this process is under `torchrun`, and the few collectives needed. One process is a world of one."""
+"""Ranks: who this process is under `torchrun`, and the few collectives needed. One process is a world of one.
+
+    torchrun --standalone --nproc-per-node 8 -m -- trainer train …                            one machine
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+             -m -- trainer train …                                                            the same line on each
+
+Machines share the folder of the run. Whatever else starts the ranks sets the same variables (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or has joined them in a process group already, which is then used.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,10 +22,13 @@ from torch import Tensor
 
 from storage.errors import UserError
 
+# The main rank alone writes checkpoints, to file systems that may be slow, while the others wait.
+TIMEOUT = timedelta(hours=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all ranks, and the device it trains on."""
+    """This process among all ranks, and the device it trains on. Every rank must call the same collectives."""
 
     rank: int
     size: int
@@ -28,30 +40,37 @@ class World:
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over ranks of a tensor of equal shape everywhere."""
+        """Mean over ranks of a tensor of equal shape everywhere; the host does not wait for it."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
             values /= self.size
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; every rank must ask at the same place."""
+    def max(self, value: float) -> float:
+        """The largest of the ranks' numbers, once every rank has come here."""
         if self.size == 1:
-            return flag
-        value = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return value
+        on_device = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
+        return on_device.item()
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, once every rank has come here."""
+        return self.max(float(flag)) > 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Tensors of equal shape, one after another in the order of ranks."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
 
 
 @contextmanager
 def world_of_ranks(device: str) -> Iterator[World]:
-    """The world that torchrun's environment describes; `device` is auto, cpu or cuda. Raises UserError."""
+    """The world that the environment describes; `device` is auto, cpu or cuda. Raises UserError."""
     rank, size, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and torch sees no GPU; pass --device cpu or mend the driver")
@@ -62,12 +81,14 @@ def world_of_ranks(device: str) -> Iterator[World]:
                 f"rank {local} of this machine has no GPU of its own ({torch.cuda.device_count()} there); lower GPUS"
             )
         torch.cuda.set_device(local)
-    if size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+    mine = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, device_id=mine if use_cuda else None)
     try:
-        yield World(rank=rank, size=size, device=torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+        yield World(rank=rank, size=size, device=mine)
     finally:
-        if size > 1:
+        if joins:
             dist.destroy_process_group()
 
 

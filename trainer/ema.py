@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from trainer.parallel import load_state, local
 
-class EMA:
-    """A float32 copy of a model, updated with a few fused operations over all parameters at once."""
+M = TypeVar("M", bound=nn.Module)
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+
+class EMA(Generic[M]):
+    """A float32 copy of a model, updated with one fused operation over all parameters; sharded where the model is."""
+
+    def __init__(self, model: M, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move towards `model`, which has the same parameters; buffers are copied."""
-        averaged: list[Tensor] = list(self.model.parameters())
-        current = [parameter.detach().to(torch.float32) for parameter in model.parameters()]
+    def update(self, model: M) -> None:
+        """Move towards `model`, which has the same parameters (and shards); buffers are copied."""
+        averaged = [local(parameter) for parameter in self.model.parameters()]
+        current = [local(parameter).detach().float() for parameter in model.parameters()]
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
@@ -30,5 +35,5 @@ class EMA:
         return self.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore; raises RuntimeError when names or shapes differ."""
-        self.model.load_state_dict(state)
+        """Restore whole tensors; raises RuntimeError when names or shapes differ."""
+        load_state(self.model, state)

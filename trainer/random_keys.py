@@ -46,16 +46,20 @@ def uniform(seed: int, purpose: Purpose, step: int, rows: Tensor) -> Tensor:
     return (_words(seed, purpose, step, rows, 1)[0][:, 0] >> 8).float() * 2.0**-24
 
 
+@torch.compiler.assume_constant_result  # the compiler cannot trace hashing, and the key is the same at every step
+def _key(seed: int, purpose: Purpose) -> tuple[int, int]:
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
 def _words(
     seed: int, purpose: Purpose, step: int, rows: Tensor, n_blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four int64 tensors (B, n_blocks) of 32-bit words."""
     assert 0 <= step <= MASK, step
-    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
     block = torch.arange(n_blocks, device=rows.device).expand(len(rows), n_blocks)
     low, high = ((rows >> shift & MASK)[:, None].expand_as(block) for shift in (0, 32))
-    return philox4x32((block, low, high, torch.full_like(block, step)), key)
+    return philox4x32((block, low, high, torch.full_like(block, step)), _key(seed, purpose))
 
 
 def philox4x32(

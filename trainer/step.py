@@ -1,13 +1,14 @@
-"""One training step: draw latents, times, noise and dropped labels; velocity and alignment loss; AdamW; EMA.
+"""What a batch costs: draw latents, times, noise and dropped labels; run the model; denoising and alignment losses.
 
     z = (mean + std · ε') · scale     afresh at each visit (after shifting, where a VAE has a shift)
-    L = mean over the global batch of L_velocity + λ · L_alignment          (REPA, arXiv 2410.06940, equation 9)
+    L = mean over the global batch of L_denoising + Σ_k λ_k · L_alignment,k  (REPA, arXiv 2410.06940, equation 9)
 
 Every random number is keyed by (seed, purpose, step, row), so a step does not depend on ranks or on a resume.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer import random_keys
+from trainer.arithmetic import autocast_dtype
 from trainer.config import TrainConfig
-from trainer.ema import EMA
 from trainer.loader import Batch
-from trainer.objectives.alignment import alignment_loss
-from trainer.objectives.interpolant import interpolate, sample_times, velocity_loss
+from trainer.objectives import OBJECTIVES
+from trainer.objectives.alignment import ALIGNMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,73 +29,74 @@ class LatentScale:
 
     scale: float
     shift: float
+    has_posterior: bool = True  # a deterministic autoencoder stores the latent itself, without a deviation
 
     @classmethod
     def of(cls, identity: dict[str, Any]) -> LatentScale:
         """From the identity of a latents group."""
-        return cls(scale=identity["latent_scale_factor"], shift=identity["latent_shift_factor"])
+        return cls(
+            scale=identity["latent_scale_factor"],
+            shift=identity["latent_shift_factor"],
+            has_posterior=identity.get("posterior", True),
+        )
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; the message names step and rows."""
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What this rank's B samples cost, in float32, with K alignment targets in the configuration's order."""
+
+    denoising: Tensor  # (B,)
+    alignments: Tensor  # (B, K)
+    times: Tensor  # (B,) in [0, 1], from image to noise
+
+    @classmethod
+    def joined(cls, parts: Sequence[Losses]) -> Losses:
+        """Of several micro-batches, without what their gradients need."""
+        return cls(
+            denoising=torch.cat([part.denoising.detach() for part in parts]),
+            alignments=torch.cat([part.alignments.detach() for part in parts]),
+            times=torch.cat([part.times for part in parts]),
+        )
+
+    def total(self, config: TrainConfig) -> Tensor:
+        """The scalar that is minimised."""
+        weights = [target.weight for target in config.targets]
+        return self.denoising.mean() + sum(
+            weight * alignment for weight, alignment in zip(weights, self.alignments.mean(0), strict=True)
+        )
 
 
 def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
-    """Latents float32 (B, C, h, w), drawn from the stored posteriors."""
+    """Latents float32 (B, C, h, w), drawn from the stored posteriors where there are any."""
+    if not scale.has_posterior:
+        return (batch.moments.float() - scale.shift) * scale.scale
     mean, std = batch.moments.float().chunk(2, dim=1)
     noise = random_keys.normal(seed, "posterior", batch.step, batch.rows, mean.shape[1:])
     return (mean + std * noise - scale.shift) * scale.scale
 
 
-def losses(
-    model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int
-) -> tuple[Tensor, Tensor]:
-    """Velocity loss and alignment loss, each float32 (B,); the latter is zero without alignment."""
+def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Losses:
+    """Each sample's losses; nothing is drawn that is not keyed by the batch's step and rows."""
     seed, step, rows = config.seed, batch.step, batch.rows
+    objective = OBJECTIVES[config.model.kind]
     x = sample_latents(batch, scale, seed)
     noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
-    t = sample_times(
+    t = objective.draw_times(
         random_keys.uniform(seed, "time", step, rows),
         random_keys.normal(seed, "time", step, rows, (1,))[:, 0],
-        config.loss.time_sampling,
-        config.loss.path,
+        config.loss,
     )
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
     labels = torch.where(dropped, null_label, batch.labels)
-    x_t, velocity = interpolate(x, noise, t, config.loss.path)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-        predicted, projections = model(x_t, t, labels)
-    of_velocity = velocity_loss(predicted, velocity)
-    if batch.patches is None:
-        return of_velocity, torch.zeros_like(of_velocity)
-    return of_velocity, alignment_loss(projections[0], batch.patches)
-
-
-def train_step(
-    model: nn.Module,
-    ema: EMA,
-    bare_model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    scale: LatentScale,
-    config: TrainConfig,
-    null_label: int,
-) -> Tensor:
-    """Take one step; returns float64 (3,): velocity loss, alignment loss (this rank's means) and gradient norm.
-
-    `model` may wrap `bare_model` (DDP). Raises NonFiniteError before anything is updated.
-    """
-    of_velocity, of_alignment = losses(model, batch, scale, config, null_label)
-    loss = of_velocity.mean() + config.loss.projection_weight * of_alignment.mean()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(bare_model.parameters(), config.optim.clip)
-    values = torch.stack([of_velocity.mean(), of_alignment.mean(), norm]).detach().double()
-    if not torch.isfinite(values).all():
-        raise NonFiniteError(
-            f"step {batch.step}: velocity loss {values[0]:.4g}, alignment {values[1]:.4g}, gradient norm "
-            f"{values[2]:.4g}; rows {batch.rows.tolist()}; nothing was updated, the last checkpoint is good"
-        )
-    optimizer.step()
-    ema.update(bare_model)
-    return values
+    x_t = objective.perturb(x, noise, t, config.loss)
+    half = autocast_dtype(config.precision)
+    with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
+        output, projections = model(x_t, t, labels)
+    denoising = objective.denoising_loss(output, x, noise, x_t, t, config.loss)
+    align = ALIGNMENTS[config.loss.alignment]
+    aligned = [align(h, target) for h, target in zip(projections, batch.targets, strict=True)]
+    return Losses(
+        denoising=denoising,
+        alignments=torch.stack(aligned, dim=1) if aligned else denoising.new_empty(len(denoising), 0),
+        times=objective.unit_times(t),
+    )

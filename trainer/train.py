@@ -1,51 +1,44 @@
 """The training loop: open the data, build the model, resume, step, log, save.
 
 A run is a folder; running it again resumes from its newest checkpoint. SIGTERM (preemption) and Ctrl-C finish the step,
-save, and end: with status 0 after SIGTERM, 130 after Ctrl-C. On the CPU a resumed run's losses equal an unbroken one's
-bit for bit.
+save, and end: with status 0 after SIGTERM, 130 after Ctrl-C. A resumed run's losses equal an unbroken one's bit for bit
+on the same number of ranks, on a GPU with `--deterministic true`; on another number, the same batches follow in the
+same order. The host runs one step ahead of the numbers it reads (`readback.py`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import deque
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from storage.console import progress_bar, stop_on_signals
+from storage.console import Stop, progress_bar, stop_on_signals
 from storage.errors import UserError
 from storage.files import write_atomic
-from trainer.checkpoint import RunState, latest_checkpoint, read_state, restore, save_checkpoint
-from trainer.config import TrainConfig, flatten, free_fields, override, to_yaml
+from trainer.arithmetic import set_arithmetic
+from trainer.checkpoint import RunState, save_checkpoint
+from trainer.config import TrainConfig, flatten, to_yaml
 from trainer.data import TrainingData, model_config, open_data
-from trainer.distributed import World, world_of_ranks
-from trainer.ema import EMA
+from trainer.distributed import world_of_ranks
+from trainer.evaluation.preview import write_preview
+from trainer.guard import Guard
+from trainer.interval import Interval, spoken
 from trainer.loader import Loader
 from trainer.metrics import MetricsLog, read_metrics
-from trainer.models.sit import SiT, SiTConfig, forward_flops_per_image
-from trainer.optim import make_optimizer
-from trainer.step import LatentScale, train_step
+from trainer.models.transformer import forward_flops_per_image
+from trainer.readback import Readback
+from trainer.resume import only_writer, remember_groups, resolve, resume
+from trainer.step import LatentScale, Losses
+from trainer.update import Parts, StepNumbers, build, train_step
 
 SUMMARY_FILE = "summary.json"
-
-
-@dataclass
-class _Interval:
-    """Sums since the last log line: velocity loss, alignment loss, gradient norm; and where the time went."""
-
-    sums: Tensor
-    count: int = 0
-    stall_s: float = 0.0
-    start_s: float = field(default_factory=time.perf_counter)
 
 
 def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any]:
@@ -54,214 +47,213 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
     Raises UserError for what the user can mend, KeyboardInterrupt after Ctrl-C with the state saved.
     """
     with world_of_ranks(config.device) as world:
-        if config.batch % world.size:
-            raise UserError(f"--batch {config.batch} must be a multiple of the {world.size} ranks")
-        config = _remember_groups(config)
+        if config.batch % (world.size * config.accumulate):
+            raise UserError(
+                f"--batch {config.batch} must be a multiple of the {world.size} ranks times --accumulate "
+                f"{config.accumulate}"
+            )
+        config = remember_groups(config)
         data = open_data(config)
         try:
             geometry = model_config(config, data)
-            with _only_writer(config.run) if world.is_main else nullcontext():
-                return _train(_resolve(config, data, world), data, geometry, world, accept_changes)
+            config = resolve(config, data, world)
+            set_arithmetic(config)
+            with only_writer(config.run) if world.is_main else nullcontext():
+                parts = build(config, geometry, LatentScale.of(data.latents.identity), world)
+                return _Run(parts, data, resume(parts, data.identities, accept_changes)).run()
         finally:
             data.close()
 
 
-def _remember_groups(config: TrainConfig) -> TrainConfig:
-    """A run that chose the only group there was keeps to it when a store has gained others."""
-    checkpoint = latest_checkpoint(config.run)
-    if checkpoint is None:
-        return config
-    before = read_state(checkpoint).config
-    chosen = {name: before[name] for name in ("data.latents", "data.features") if not flatten(config)[name]}
-    return override(config, chosen)
+@dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    """A step that the device may still be at."""
+
+    step: int
+    rows: Tensor
+    losses: Losses
+    numbers: Readback
 
 
-def _resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfig:
-    """The configuration with what was chosen automatically written out, so that a resume chooses the same."""
-    features = data.features.path.partition("/")[2] if data.features is not None else ""
-    resolved = {"data.latents": data.latents.path.partition("/")[2], "data.features": features}
-    if config.precision == "auto":
-        resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
-    return override(config, resolved)
+class _Run:
+    """A run from the first step that is missing to the last, or to a signal."""
 
+    def __init__(self, parts: Parts, data: TrainingData, resumed: RunState | None) -> None:
+        self.parts, self.data, self.config, self.world = parts, data, parts.config, parts.world
+        self.first_step = resumed.step if resumed is not None else 0
+        self.guard = Guard(budget=self.config.max_skipped, skipped=resumed.skipped if resumed is not None else 0)
+        self.interval = Interval.empty(self.config)
+        if resumed is not None and len(resumed.log_sums) == len(self.interval.sums):  # as many alignment targets
+            self.interval.sums += self.interval.sums.new_tensor(resumed.log_sums)
+            self.interval.count = resumed.log_count
+        self.in_flight: deque[_InFlight] = deque()
+        self.bar = progress_bar(
+            self.config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
+        )
+        self.log: MetricsLog | None = None
 
-@contextmanager
-def _only_writer(run: Path) -> Iterator[None]:
-    """Hold the run's lock; a second process on the same run would delete what the first is writing."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {run}; name another --run, or wait for it") from None
-        yield
-
-
-def _train(
-    config: TrainConfig, data: TrainingData, geometry: SiTConfig, world: World, accept_changes: bool
-) -> dict[str, Any]:
-    torch.manual_seed(config.seed)
-    model = SiT(geometry).to(world.device)
-    ema = EMA(model, config.ema_decay)
-    optimizer = make_optimizer(model, config.optim)
-    interval = _Interval(torch.zeros(3, dtype=torch.float64, device=world.device))
-    first_step = _resume(config, data, model, ema, optimizer, interval, accept_changes)
-    wrapped: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
-    if world.is_main:
-        config.run.mkdir(parents=True, exist_ok=True)
-        write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
-        print(_opening(config, data, geometry, model, first_step, world), flush=True)
-    log = MetricsLog(config.run, from_step=first_step, tensorboard=config.log.tensorboard) if world.is_main else None
-    scale = LatentScale.of(data.latents.identity)
-
-    def save(step: int) -> None:
-        if world.is_main:
-            state = RunState(
-                step=step,
-                config=flatten(config),
-                identities=data.identities,
-                log_sums=interval.sums.tolist(),
-                log_count=interval.count,
+    def run(self) -> dict[str, Any]:
+        """Train; returns the summary."""
+        config, start_s = self.config, time.perf_counter()
+        if self.world.is_main:
+            write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
+            print(self._opening(), flush=True)
+            self.log = MetricsLog(config, from_step=self.first_step)
+        self.parts.model.train()
+        loader = Loader(
+            self.data,
+            seed=config.seed,
+            batch=config.batch,
+            start=self.first_step,
+            stop=config.steps,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            device=self.world.device,
+            prefetch=config.data.prefetch,
+            on_wait=self._show_wait,
+        )
+        with (
+            closing(self.log) if self.log is not None else nullcontext(),
+            stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
+            loader,
+            self.bar,
+        ):
+            step = self._steps(loader, stop)
+        summary = self._summary(step, time.perf_counter() - start_s)
+        if self.world.is_main:
+            write_atomic(config.run / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), "summary")
+        if stop.signal is not None and self.world.is_main:
+            print(
+                f"stopped by {signal.Signals(stop.signal).name}; step {step} is saved in {config.run}; "
+                "the same command goes on from there"
             )
-            save_checkpoint(config.run, state, model, ema, optimizer, config.checkpoint.keep)
-        world.barrier()
+        if stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        return summary
 
-    loader = Loader(
-        data,
-        seed=config.seed,
-        batch=config.batch,
-        start=first_step,
-        stop=config.steps,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-        prefetch=config.data.prefetch,
-    )
-    step = saved = first_step
-    start_s = time.perf_counter()
-    bar = progress_bar(config.steps, unit="step", done=first_step, description="train", hidden=not world.is_main)
-    model.train()
-    with stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop, loader, bar:
+    def _steps(self, loader: Loader, stop: Stop) -> int:
+        """Every step there is to take; returns how many are done and saved."""
+        config = self.config
+        done = self.first_step
         for batch in loader:
-            values = train_step(wrapped, ema, model, optimizer, batch, scale, config, geometry.n_classes)
-            step = batch.step + 1
-            interval.sums += world.mean(values)
-            interval.count += 1
-            interval.stall_s += batch.stall_s
-            bar.update()
-            if step % config.log.every == 0 or step == config.steps:
-                line = _close_interval(interval, step, config)
-                bar.set_postfix_str(
-                    f"velocity {line['velocity_loss']:.4f}  align {line['alignment_loss']:.4f}  "
-                    f"{line['images_per_s']:.0f} img/s  stall {line['stall_share']:.0%}"
-                )
-                if log is not None:
-                    log.write(line)
-            stopping = world.any(stop.signal is not None)
-            if step % config.checkpoint.every == 0 or step == config.steps or stopping:
-                save(step)
-                saved = step
+            numbers, losses = train_step(self.parts, batch, stop=stop.signal is not None)
+            readback = Readback(numbers.packed())
+            self.in_flight.append(_InFlight(step=batch.step, rows=batch.rows, losses=losses, numbers=readback))
+            self.interval.stall_s += batch.stall_s
+            self.interval.n_timed += 1
+            done = batch.step + 1
+            is_last = done == config.steps
+            logs = is_last or done % config.log.every == 0
+            saves = is_last or done % config.checkpoint.every == 0
+            samples = config.log.samples_every > 0 and done % config.log.samples_every == 0
+            stopping = self._settle(keep=0 if logs or saves or samples else 1)
+            self.bar.update()
+            if logs:
+                self._log(done)
+            if saves or stopping:
+                self._settle(keep=0)
+                self._save(done)
             if stopping:
                 break
-    if log is not None:
-        log.close()
-    assert saved == step, (saved, step)
-    summary = _summary(config, data, model, step, step - first_step, time.perf_counter() - start_s)
-    if world.is_main:
-        write_atomic(config.run / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), "summary")
-    if stop.signal is not None and world.is_main:
-        print(
-            f"stopped by {signal.Signals(stop.signal).name}; step {step} is saved in {config.run}; "
-            "the same command goes on from there"
+            if samples:
+                self._sample(done)
+        return done
+
+    def _settle(self, keep: int) -> bool:
+        """Take in the numbers of all but the last `keep` steps; returns whether a rank was told to stop."""
+        stopping = False
+        while len(self.in_flight) > keep:
+            step = self.in_flight.popleft()
+            numbers = StepNumbers.unpack(step.numbers.wait())
+            if numbers.losses.isfinite().all():
+                self.interval.add(numbers)
+            else:
+                loss_scale = self.parts.scaler.get_scale()
+                told = self.guard.skip(step.step, numbers, step.losses, step.rows, self.world, loss_scale)
+                if self.world.is_main:
+                    self.bar.write(told, file=sys.stderr)
+            stopping |= numbers.wants_to_stop.item() > 0
+        return stopping
+
+    def _log(self, step: int) -> None:
+        line = self.interval.line(step, self.config, self.parts.geometry, self.world, self.guard.skipped)
+        self.interval = Interval.empty(self.config)
+        self.bar.set_description_str("train", refresh=False)
+        self.bar.set_postfix_str(spoken(line))
+        if self.log is not None:
+            self.log.write(line)
+
+    def _save(self, step: int) -> None:
+        state = RunState(
+            step=step,
+            config=flatten(self.config),
+            identities=self.data.identities,
+            log_sums=self.interval.sums.tolist(),
+            log_count=self.interval.count,
+            skipped=self.guard.skipped,
+            scaler=self.parts.scaler.state_dict(),
         )
-    if stop.signal == signal.SIGINT:
-        raise KeyboardInterrupt
-    return summary
+        parts, checkpoint = self.parts, self.config.checkpoint
+        failure: UserError | None = None
+        try:
+            save_checkpoint(
+                self.config.run,
+                state,
+                parts.model,
+                parts.ema,
+                parts.optimizer,
+                checkpoint.keep,
+                milestone_every=checkpoint.milestone_every,
+                writes=self.world.is_main,
+            )
+        except UserError as error:
+            failure = error
+        if self.world.any(failure is not None):  # every rank ends, and none waits for one that is gone
+            raise failure or UserError(f"the main rank could not save step {step}, and says why")
 
+    def _sample(self, step: int) -> None:
+        drawn = write_preview(self.parts, self.data, step)
+        if self.log is not None and drawn is not None:
+            self.log.picture(*drawn, step)
 
-def _resume(
-    config: TrainConfig,
-    data: TrainingData,
-    model: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    interval: _Interval,
-    accept_changes: bool,
-) -> int:
-    """Restore the newest checkpoint, if there is one; returns how many steps are done."""
-    checkpoint = latest_checkpoint(config.run)
-    if checkpoint is None:
-        return 0
-    state = read_state(checkpoint)
-    free = free_fields(config)
-    now = {**flatten(config), **{f"store {path}": digest for path, digest in data.identities.items()}}
-    then = {**state.config, **{f"store {path}": digest for path, digest in state.identities.items()}}
-    changed = [
-        f"{name}: was {then.get(name)}, is {now.get(name)}"
-        for name in sorted({*now, *then})
-        if name not in free and now.get(name) != then.get(name)
-    ]
-    if changed and not accept_changes:
-        raise UserError(
-            f"run {config.run} was made otherwise ({'; '.join(changed)}); name another --run, undo the change, or pass "
-            "--resume-with-changes"
-        )
-    if state.step > config.steps:
-        raise UserError(f"run {config.run} is at step {state.step}, beyond --steps {config.steps}; raise --steps")
-    restore(checkpoint, model, ema, optimizer)
-    interval.sums.copy_(torch.tensor(state.log_sums, dtype=torch.float64))
-    interval.count = state.log_count
-    return state.step
+    def _show_wait(self, seconds: float) -> None:
+        self.bar.set_description_str(f"train, waiting for data for {seconds:.0f} s")
 
+    def _summary(self, step: int, seconds: float) -> dict[str, Any]:
+        lines = read_metrics(self.config.run)
+        n_new = step - self.first_step
+        return {
+            "run": str(self.config.run),
+            "checkpoint": str(self.config.run / "checkpoints" / f"step-{step:07d}"),
+            "store": str(self.data.store.root),
+            "steps": step,
+            "steps_now": n_new,
+            "steps_skipped": self.guard.skipped,
+            "seconds": round(seconds, 2),
+            "steps_per_s": round(n_new / seconds, 3) if n_new else 0.0,
+            "images_per_s": round(n_new * self.config.batch / seconds, 1) if n_new else 0.0,
+            "parameters": sum(parameter.numel() for parameter in self.parts.model.parameters()),
+            "first": lines[0] if lines else {},
+            "last": lines[-1] if lines else {},
+        }
 
-def _close_interval(interval: _Interval, step: int, config: TrainConfig) -> dict[str, Any]:
-    """The log line of the interval, which begins anew."""
-    seconds = time.perf_counter() - interval.start_s
-    velocity, alignment, norm = (interval.sums / interval.count).tolist()
-    line = {
-        "step": step,
-        "loss": velocity + config.loss.projection_weight * alignment,
-        "velocity_loss": velocity,
-        "alignment_loss": alignment,
-        "gradient_norm": norm,
-        "images_per_s": interval.count * config.batch / seconds,
-        "stall_share": interval.stall_s / seconds,
-    }
-    interval.sums.zero_()
-    interval.count, interval.stall_s, interval.start_s = 0, 0.0, time.perf_counter()
-    return line
-
-
-def _summary(
-    config: TrainConfig, data: TrainingData, model: nn.Module, step: int, n_new: int, seconds: float
-) -> dict[str, Any]:
-    lines = read_metrics(config.run)
-    return {
-        "run": str(config.run),
-        "checkpoint": str(config.run / "checkpoints" / f"step-{step:07d}"),
-        "store": str(data.store.root),
-        "steps": step,
-        "steps_now": n_new,
-        "seconds": round(seconds, 2),
-        "steps_per_s": round(n_new / seconds, 3) if n_new else 0.0,
-        "images_per_s": round(n_new * config.batch / seconds, 1) if n_new else 0.0,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "first": lines[0] if lines else {},
-        "last": lines[-1] if lines else {},
-    }
-
-
-def _opening(
-    config: TrainConfig, data: TrainingData, geometry: SiTConfig, model: nn.Module, first_step: int, world: World
-) -> str:
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
-    lines = [
-        to_yaml(config).rstrip(),
-        f"model      {n_parameters / 1e6:.1f} M parameters, {3 * forward_flops_per_image(geometry) / 1e9:.1f} GFLOP an "
-        f"image (forward + backward), {geometry.grid**2} tokens",
-        f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
-        f"device     {world.device}, {world.size} rank(s) of {config.batch // world.size} images",
-        f"start      step {first_step} of {config.steps}",
-    ]
-    return "\n".join(lines)
+    def _opening(self) -> str:
+        config, geometry, world, data = self.config, self.parts.geometry, self.world, self.data
+        n_parameters = sum(parameter.numel() for parameter in self.parts.model.parameters())
+        groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
+        gflop = 3 * forward_flops_per_image(geometry) / 1e9
+        share = config.batch // world.size
+        ranks = f"{world.size} rank(s) of {share} images"
+        if config.accumulate > 1:
+            ranks += f" in {config.accumulate} micro-batches"
+        if world.size > 1:
+            ranks += f", {config.parallel}"
+        lines = [
+            to_yaml(config).rstrip(),
+            f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
+            f"{geometry.grid**2} tokens",
+            f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
+            f"device     {world.device}, {ranks}",
+            f"start      step {self.first_step} of {config.steps}",
+        ]
+        return "\n".join(lines)

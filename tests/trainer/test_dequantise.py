@@ -67,14 +67,14 @@ def test_batches_hold_the_dequantised_rows(tmp_path: Path, width: int, codec: In
     arrays = make_store(tmp_path / "s", n_views=2, width=width, codec=codec)[FEATURES]
     expected = decode(arrays["patches"], arrays["scale"], codec)
     data = open_data(config(tmp_path / "s"))
-    assert data.codec == codec
+    assert data.codecs == {FEATURES: codec}
     options = {"seed": 3, "batch": 12, "start": 0, "stop": 5, "rank": 0, "world_size": 1, "prefetch": 2}
     seen_views = set()
     with Loader(data, device=torch.device(device), **options) as batches:  # type: ignore[arg-type]
         for batch in batches:
-            assert batch.patches is not None
-            assert batch.patches.dtype == torch.float32
-            for row, found in zip(batch.rows.tolist(), batch.patches.cpu().numpy(), strict=True):
+            (patches,) = batch.targets
+            assert patches.dtype == torch.float32
+            for row, found in zip(batch.rows.tolist(), patches.cpu().numpy(), strict=True):
                 views = [view for view in (0, 1) if np.array_equal(found, expected[row, view])]
                 assert len(views) == 1
                 seen_views.update(views)

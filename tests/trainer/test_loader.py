@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from storage import gather_into
 from storage.errors import StoreError, UserError
 from storage.order import Order
 from tests.stores import FEATURES, LATENTS, make_store
@@ -43,11 +46,10 @@ def test_moments_and_patches_are_of_the_same_row_and_view(tmp_path: Path, n_view
     seen = set()
     with loader(data) as batches:
         for batch in batches:
-            assert batch.patches is not None
             for i, row in enumerate(batch.rows.tolist()):
                 views = [v for v in range(n_views) if np.array_equal(batch.moments[i].numpy(), moments[row, v])]
                 assert len(views) == 1
-                np.testing.assert_array_equal(batch.patches[i].numpy(), patches[row, views[0]])
+                np.testing.assert_array_equal(batch.targets[0][i].numpy(), patches[row, views[0]])
                 seen.add(views[0])
             assert batch.labels.tolist() == [row % 5 for row in batch.rows.tolist()]
     assert seen == set(range(n_views))
@@ -106,11 +108,12 @@ def test_a_store_without_failures_needs_no_list_of_rows(shared_tiny_store: Path)
 
 
 def test_vanilla_opens_no_features(shared_tiny_store: Path) -> None:
-    data = opened(shared_tiny_store, **{"loss.projection_weight": 0.0})
-    assert data.features is None
+    config = override(preset("sit-tiny-2"), {"store": str(shared_tiny_store), "loss.projection_weight": (0.0,)})
+    data = open_data(config)
+    assert data.features == ()
     with loader(data) as batches:
-        assert all(batch.patches is None for batch in batches)
-    assert model_config(preset("sit-tiny-2"), data).targets == ()
+        assert all(batch.targets == () for batch in batches)
+    assert model_config(config, data).targets == ()
     data.close()
 
 
@@ -137,9 +140,43 @@ def test_leaving_early_ends_the_thread(shared_tiny_store: Path) -> None:
     data.close()
 
 
+def test_a_store_of_another_resolution_is_refused_with_the_fix(shared_tiny_store: Path) -> None:
+    with pytest.raises(UserError, match=r"made at 128 px, --data.resolution asks for 512; .*--data.resolution 0"):
+        opened(shared_tiny_store, **{"data.resolution": 512})
+    opened(shared_tiny_store, **{"data.resolution": 128}).close()
+
+
+def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is slow at the third batch: that step's stall is the wait, and whoever asked was told meanwhile."""
+    told: list[float] = []
+    calls = 0
+
+    def slow(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            time.sleep(0.5)
+        gather_into(*arguments)
+
+    monkeypatch.setattr("trainer.loader.gather_into", slow)
+    monkeypatch.setattr("trainer.loader.WAIT_S", 0.1)
+    data = opened(shared_tiny_store)
+    stalls = []
+    with Loader(
+        data, seed=3, batch=12, start=0, stop=5, rank=0, world_size=1, device=CPU, prefetch=1, on_wait=told.append
+    ) as batches:
+        for batch in batches:
+            stalls.append(batch.stall_s)
+            time.sleep(0.02)
+    data.close()
+    assert 0.3 < stalls[2] < 5
+    assert told == sorted(told)
+    assert len(told) >= 2
+
+
 def test_missing_groups_are_named(shared_tiny_store: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no features/dinov2-vitb14; it has latents/tiny-vae, features/tiny-vit"):
-        opened(shared_tiny_store, **{"data.features": "dinov2-vitb14"})
+        opened(shared_tiny_store, **{"data.features": ("dinov2-vitb14",)})
     with pytest.raises(StoreError, match="does not exist"):
         opened(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no store was named"):

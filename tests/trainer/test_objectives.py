@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.trainer.test_sit import load_reference, reference_model
+from tests.trainer.reference import load_reference, reference_model
 from trainer.objectives.alignment import alignment_loss
 from trainer.objectives.interpolant import (
     Path,
@@ -29,10 +29,10 @@ def normals(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 
 
 def test_both_losses_agree_with_the_public_implementation() -> None:
-    reference = load_reference()
+    reference = load_reference("sit")
     x_t, velocity = interpolate(reference["x"], reference["loss_noise"], reference["loss_t"], "linear")
     with torch.no_grad():
-        predicted, projections = reference_model(reference)(x_t, reference["loss_t"], reference["y"])
+        predicted, projections = reference_model("sit")(x_t, reference["loss_t"], reference["y"])
     torch.testing.assert_close(velocity_loss(predicted, velocity), reference["denoising_loss"], atol=1e-5, rtol=0)
     aligned = alignment_loss(projections[0], reference["target/0"])
     assert aligned.shape == (5,)

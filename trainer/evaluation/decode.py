@@ -15,12 +15,17 @@ DECODE_BATCH = 16
 
 
 @torch.inference_mode()
-def decode_latents(latents: Tensor, vae: str, device: torch.device) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), by the diffusers VAE at a directory or hub id."""
+def decode_latents(latents: Tensor, vae: str, device: torch.device, *, fetch: bool = True) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), by the diffusers VAE at a directory or hub id.
+
+    Without `fetch`, only what lies on this machine will do. Raises UserError when there is no VAE to be had.
+    """
     from diffusers import AutoencoderKL
 
     try:
-        model = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        model = AutoencoderKL.from_pretrained(
+            vae, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=not fetch
+        )
     except OSError as error:
         raise UserError(
             f"the VAE {vae} cannot be loaded ({str(error).splitlines()[0]}); pass --vae with a diffusers directory"
@@ -36,10 +41,8 @@ def _columns(n: int) -> int:
     return next((c for c in range(squarest, 2 * squarest + 1) if n % c == 0), squarest)
 
 
-def write_grid(images: np.ndarray, path: Path, columns: int = 0, gap: int = 2) -> None:
-    """A PNG of images uint8 (N, H, W, 3) in rows, as square as it gets unless `columns` is given."""
-    from PIL import Image
-
+def grid(images: np.ndarray, columns: int = 0, gap: int = 2) -> np.ndarray:
+    """One picture uint8 (H, W, 3) of images (N, h, w, 3) in rows, as square as it gets unless `columns` is given."""
     n, height, width, _ = images.shape
     columns = columns or _columns(n)
     rows = math.ceil(n / columns)
@@ -47,5 +50,14 @@ def write_grid(images: np.ndarray, path: Path, columns: int = 0, gap: int = 2) -
     for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def write_grid(images: np.ndarray, path: Path, columns: int = 0) -> np.ndarray:
+    """A PNG of `grid(images, columns)`, which is returned too."""
+    from PIL import Image
+
+    canvas = grid(images, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas).save(path)
+    return canvas

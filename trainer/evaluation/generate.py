@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from trainer.checkpoint import latest_checkpoint, load_ema_weights
 from trainer.config import from_yaml
 from trainer.data import model_config, open_data
 from trainer.evaluation.decode import decode_latents, write_grid
-from trainer.models.sit import SiT
-from trainer.sampling import SamplerConfig, sample
+from trainer.models.transformer import DiffusionTransformer
+from trainer.sampling import sample
 from trainer.step import LatentScale
 
 BATCH = 64
@@ -37,16 +38,13 @@ def write_samples(
         raise UserError(f"{data.latents.path} does not say what decodes it; pass --vae with a diffusers directory")
     geometry = model_config(config, data)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    model = SiT(geometry)
+    model = DiffusionTransformer(geometry)
     model.load_state_dict(load_ema_weights(checkpoint))
     model = model.to(device).eval()
-    settings = config.sample
-    sampler = SamplerConfig(
-        sampler=settings.sampler,
-        steps=settings.steps if steps is None else steps,
-        guidance=settings.guidance if guidance is None else guidance,
-        guidance_low=settings.guidance_low,
-        guidance_high=settings.guidance_high,
+    sampler = dataclasses.replace(
+        config.sample,
+        steps=config.sample.steps if steps is None else steps,
+        guidance=config.sample.guidance if guidance is None else guidance,
     )
     shape = (geometry.channels, geometry.input_size, geometry.input_size)
     images = torch.arange(n, device=device)

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainer.config import LossConfig
+
 Path = Literal["linear", "cosine"]
 TimeSampling = Literal["uniform", "lognormal"]
 LOGNORMAL_MEAN, LOGNORMAL_STD = -1.2, 1.2  # of ln σ, EDM (arXiv 2206.00364, table 1)
@@ -70,3 +72,31 @@ def score_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, path: Path) ->
     at = coefficients(t.reshape(-1, *[1] * (x_t.dim() - 1)), path)
     ratio = at.alpha / at.d_alpha
     return (ratio * velocity - x_t) / (at.sigma**2 - ratio * at.d_sigma * at.sigma)
+
+
+# ---- the objective, as `objectives.Objective` describes it ------------------------------------------------------
+
+
+def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
+    """Times float32 (B,) in [0, 1)."""
+    return sample_times(uniform, normal, config.time_sampling, config.path)
+
+
+def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:
+    """x_t on the path."""
+    return interpolate(x, noise, t, config.path)[0]
+
+
+def denoising_loss(output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, config: LossConfig) -> Tensor:
+    """Mean square of the velocity, float32 (B,)."""
+    return velocity_loss(output, interpolate(x, noise, t, config.path)[1])
+
+
+def unit_times(t: Tensor) -> Tensor:
+    """t itself."""
+    return t
+
+
+def model_times(unit: Tensor) -> Tensor:
+    """t itself."""
+    return unit

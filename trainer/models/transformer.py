@@ -1,7 +1,14 @@
-"""SiT (arXiv 2401.08740), a diffusion transformer that predicts a velocity, with REPA's projectors beside it.
+"""DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740): one transformer, with REPA's projectors beside it.
 
-Shape legend: B batch, C latent channels, H = W latent side, T = (H/p)² tokens, D width. Label dropout and time sampling
-belong to the training step; the model is the same function in training and evaluation.
+    kind  t given to the model     output
+    sit   0 (image) to 1 (noise)   velocity (B, C, H, W)
+    dit   0, 1, … 999              noise, then what its variance is interpolated by (B, 2C, H, W)
+
+Nothing else differs: parameter names and shapes are those of the DiT, SiT and REPA checkpoints. What an output means is
+the objective's matter (`objectives/`), label dropout and times are the training step's, so the model is the same
+function in training and evaluation.
+
+Shape legend: B batch, C latent channels, H = W latent side, T = (H/p)² tokens, D width.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from storage.errors import UserError
+from trainer.config import Kind
 from trainer.models.blocks import (
     TIME_FREQUENCIES,
     Block,
@@ -23,11 +31,14 @@ from trainer.models.blocks import (
 )
 from trainer.models.projector import make_projector
 
+OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2}
+
 
 @dataclass(frozen=True, kw_only=True)
-class SiTConfig:
-    """Geometry of a SiT. `targets` holds (block counted from 1, feature width) of each alignment target."""
+class Geometry:
+    """Sizes of a model. `targets` holds (block counted from 1, feature width) of each alignment target."""
 
+    kind: Kind
     input_size: int
     channels: int
     patch: int
@@ -42,7 +53,7 @@ class SiTConfig:
     def __post_init__(self) -> None:
         for name in ("input_size", "channels", "patch", "width", "depth", "heads", "n_classes", "projector_width"):
             if getattr(self, name) < 1:
-                raise UserError(f"SiT's {name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"the model's {name} must be at least 1, got {getattr(self, name)}")
         if self.input_size % self.patch:
             raise UserError(
                 f"patch {self.patch} does not divide the latents' side {self.input_size}; choose --model.patch so"
@@ -58,11 +69,16 @@ class SiTConfig:
         """Tokens a side."""
         return self.input_size // self.patch
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.channels * OUTPUTS_PER_CHANNEL[self.kind]
 
-class SiT(nn.Module):
-    """velocity, projections = SiT(config)(x, t, y)."""
 
-    def __init__(self, config: SiTConfig) -> None:
+class DiffusionTransformer(nn.Module):
+    """output, projections = DiffusionTransformer(geometry)(x, t, y)."""
+
+    def __init__(self, config: Geometry) -> None:
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config.channels, config.width, config.patch)
@@ -74,12 +90,12 @@ class SiT(nn.Module):
         self.projectors = nn.ModuleList(
             make_projector(config.width, config.projector_width, width) for _, width in config.targets
         )
-        self.final_layer = FinalLayer(config.width, config.patch, config.channels)
+        self.final_layer = FinalLayer(config.width, config.patch, config.out_channels)
         self.apply(_xavier)
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, with_projections: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Velocity (B, C, H, W) at latents x (B, C, H, W), times t (B,) and labels y int64 (B,).
+        """Output (B, C or 2C, H, W) at latents x (B, C, H, W), times t (B,) and labels y int64 (B,).
 
         The second result holds a projection (B, T, target width) for each target, empty without `with_projections`.
         """
@@ -94,10 +110,10 @@ class SiT(nn.Module):
                 if config.targets[i][0] == number:
                     projections[i] = self.projectors[i](tokens)
         pixels = self.final_layer(tokens, condition)
-        return unpatchify(pixels, config.patch, config.grid, config.channels), projections
+        return unpatchify(pixels, config.patch, config.grid, config.out_channels), projections
 
     def _initialise(self) -> None:
-        """DiT's initialisation: what a block adds starts at zero, and so does the velocity."""
+        """DiT's initialisation: what a block adds starts at zero, and so does the output."""
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -111,13 +127,13 @@ class SiT(nn.Module):
                 nn.init.zeros_(parameter)
 
 
-def forward_flops_per_image(config: SiTConfig) -> int:
+def forward_flops_per_image(config: Geometry) -> int:
     """Multiply-adds of one image's forward pass times two: convolution, linear layers, attention; projectors included.
 
     Norms, activations and the label look-up are left out, as is usual. A training step costs three times this.
     """
     tokens, width = config.grid**2, config.width
-    per_token = config.patch**2 * config.channels * width * 2  # patch embedding and the final linear layer
+    per_token = config.patch**2 * (config.channels + config.out_channels) * width  # patch embedding, final linear
     per_token += config.depth * (4 * width * width + 8 * width * width + 2 * tokens * width)
     per_token += sum(
         width * config.projector_width + config.projector_width**2 + config.projector_width * target

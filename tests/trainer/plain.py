@@ -1,0 +1,136 @@
+"""The equations of models and losses in float64, term by term: no module, no fused operation, nothing of the trainer.
+
+Written from the papers (DiT 2212.09748, SiT 2401.08740, REPA 2410.06940, DDPM 2006.11239, improved DDPM 2102.09672).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trainer.models.transformer import Geometry
+
+
+def norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def transformer(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The model: explicit patches, explicit softmax; output and projections."""
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    batch, grid, patch, heads = len(x), config.grid, config.patch, config.heads
+    patches = x.reshape(batch, config.channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+    kernel = p["x_embedder.proj.weight"].reshape(config.width, -1)
+    h = patches.reshape(batch, grid * grid, -1) @ kernel.T + p["x_embedder.proj.bias"] + p["pos_embed"]
+    frequencies = torch.tensor([10_000.0 ** (-k / 128) for k in range(128)], dtype=torch.float64)
+    angles = t[:, None] * frequencies
+    time = linear("t_embedder.mlp.0", torch.cat([torch.cos(angles), torch.sin(angles)], 1))
+    c = linear("t_embedder.mlp.2", silu(time)) + p["y_embedder.embedding_table.weight"][y]
+    projections: dict[int, Tensor] = {}
+    for i in range(config.depth):
+        name = f"blocks.{i}"
+        modulation = linear(f"{name}.adaLN_modulation.1", silu(c))[:, None, :]
+        shift1, scale1, gate1, shift2, scale2, gate2 = torch.split(modulation, config.width, dim=-1)
+        qkv = linear(f"{name}.attn.qkv", norm(h) * (1 + scale1) + shift1)
+        q, k, v = (part.reshape(batch, grid * grid, heads, -1) for part in qkv.split(config.width, dim=-1))
+        if config.qk_norm:
+            q = norm(q, 1e-5) * p[f"{name}.attn.q_norm.weight"] + p[f"{name}.attn.q_norm.bias"]
+            k = norm(k, 1e-5) * p[f"{name}.attn.k_norm.weight"] + p[f"{name}.attn.k_norm.bias"]
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(config.width // heads)
+        attended = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(h.shape)
+        h = h + gate1 * linear(f"{name}.attn.proj", attended)
+        hidden = gelu(linear(f"{name}.mlp.fc1", norm(h) * (1 + scale2) + shift2))
+        h = h + gate2 * linear(f"{name}.mlp.fc2", hidden)
+        for target, (block, _) in enumerate(config.targets):
+            if block == i + 1:
+                inner = silu(linear(f"projectors.{target}.0", h))
+                projections[target] = linear(f"projectors.{target}.4", silu(linear(f"projectors.{target}.2", inner)))
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None, :].split(config.width, dim=-1)
+    pixels = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    image = pixels.reshape(batch, grid, grid, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return image.reshape(batch, -1, *x.shape[2:]), [projections[target] for target in range(len(config.targets))]
+
+
+def velocity_losses(predicted: Tensor, x: Tensor, noise: Tensor, t: Tensor, path: str) -> Tensor:
+    """‖v̂ − dx_t/dt‖² of each sample."""
+    time = t[:, None, None, None]
+    if path == "linear":
+        velocity = noise - x
+    else:
+        velocity = math.pi / 2 * (torch.cos(time * math.pi / 2) * noise - torch.sin(time * math.pi / 2) * x)
+    return (predicted - velocity).square().mean((1, 2, 3))
+
+
+def interpolant(x: Tensor, noise: Tensor, t: Tensor, path: str) -> Tensor:
+    """x_t between image and noise."""
+    time = t[:, None, None, None]
+    if path == "linear":
+        return (1 - time) * x + time * noise
+    return torch.cos(time * math.pi / 2) * x + torch.sin(time * math.pi / 2) * noise
+
+
+BETAS = [1e-4 + (0.02 - 1e-4) * s / 999 for s in range(1000)]
+
+
+def alpha_bar(t: int) -> float:
+    """∏ (1 − β_s) over s ≤ t; 1 before the first step."""
+    return math.prod(1 - beta for beta in BETAS[: t + 1])
+
+
+def diffused(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t of the diffusion in 1,000 steps."""
+    at = torch.tensor([alpha_bar(step) for step in t.tolist()], dtype=torch.float64)[:, None, None, None]
+    return at.sqrt() * x + (1 - at).sqrt() * noise
+
+
+def cdf(x: Tensor) -> Tensor:
+    """Of the standard normal, by the approximation 2102.09672's code uses."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def diffusion_losses(output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Mean square of the noise plus the bound's term in bits a dimension, sample by sample."""
+    losses = []
+    channels = x.shape[1]
+    for i, step in enumerate(t.tolist()):
+        at, before, beta = alpha_bar(step), alpha_bar(step - 1), BETAS[step]
+        smallest = beta * (1 - before) / (1 - at) if step else BETAS[1] * (1 - alpha_bar(0)) / (1 - alpha_bar(1))
+        x_t = math.sqrt(at) * x[i] + math.sqrt(1 - at) * noise[i]
+        guess, share = output[i, :channels], (output[i, channels:] + 1) / 2
+        square = (guess - noise[i]).square().mean()
+        variance = torch.exp(share * math.log(beta) + (1 - share) * math.log(smallest))
+        clean = (x_t - math.sqrt(1 - at) * guess.detach()) / math.sqrt(at)
+
+        def mean(of: Tensor, x_t: Tensor = x_t, at: float = at, before: float = before, beta: float = beta) -> Tensor:
+            return (math.sqrt(before) * beta * of + math.sqrt(1 - beta) * (1 - before) * x_t) / (1 - at)
+
+        if step == 0:
+            deviation, centre = variance.sqrt(), x[i] - mean(clean)
+            above, below = cdf((centre + 1 / 255) / deviation), cdf((centre - 1 / 255) / deviation)
+            bin_ = torch.where(x[i] < -0.999, above, torch.where(x[i] > 0.999, 1 - below, above - below))
+            nats = -torch.log(bin_.clamp(min=1e-12))
+        else:
+            distance = (mean(x[i]) - mean(clean)).square()
+            nats = 0.5 * (torch.log(variance / smallest) + (smallest + distance) / variance - 1)
+        losses.append(square + nats.mean() / math.log(2))
+    return torch.stack(losses)
+
+
+def alignment(projection: Tensor, target: Tensor) -> Tensor:
+    """Negative cosine, mean over tokens, of each sample."""
+    lengths = projection.square().sum(-1).sqrt() * target.square().sum(-1).sqrt()
+    return -((projection * target).sum(-1) / lengths).mean(-1)

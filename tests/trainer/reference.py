@@ -1,0 +1,47 @@
+"""The vectors computed with the public implementations (tests/data/), and the models that they were computed with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.config import Kind
+from trainer.models.transformer import DiffusionTransformer, Geometry
+
+FILES = {"sit": "sit_linear.npz", "dit": "dit.npz"}
+GEOMETRIES = {
+    "sit": Geometry(
+        kind="sit",
+        input_size=8,
+        channels=4,
+        patch=2,
+        width=48,
+        depth=4,
+        heads=4,
+        n_classes=1000,
+        targets=((2, 40),),
+        projector_width=64,
+    ),
+    "dit": Geometry(kind="dit", input_size=8, channels=4, patch=2, width=48, depth=3, heads=4, n_classes=1000),
+}
+
+
+def load_reference(kind: Kind) -> dict[str, Tensor]:
+    """Every array of the file; `state/*` are the model's parameters."""
+    with np.load(Path(__file__).parents[1] / "data" / FILES[kind]) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def reference_state(kind: Kind) -> dict[str, Tensor]:
+    """The parameters under the public names."""
+    return {n.removeprefix("state/"): v for n, v in load_reference(kind).items() if n.startswith("state/")}
+
+
+def reference_model(kind: Kind) -> DiffusionTransformer:
+    """The model with the public implementation's parameters, in which none is missing and none too many."""
+    model = DiffusionTransformer(GEOMETRIES[kind])
+    model.load_state_dict(reference_state(kind), strict=True)
+    return model

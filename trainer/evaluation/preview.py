@@ -1,0 +1,82 @@
+"""Grids of samples while a run trains, from its averaged weights: RUN/samples/step-NNNNNNN.png.
+
+The images are the same ones each time (seed, index and class), so a flip-book of them shows training. Ranks share them
+out. They are decoded when the store's VAE lies on this machine, which is let go of again; otherwise the latents
+themselves are shown, their first three channels as colours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from storage.errors import UserError
+from trainer import random_keys
+from trainer.arithmetic import autocast_dtype
+from trainer.data import TrainingData
+from trainer.evaluation.decode import decode_latents, write_grid
+from trainer.parallel import reshard
+from trainer.sampling import sample
+from trainer.update import Parts
+
+LATENT_ZOOM = 4
+
+
+@torch.no_grad()
+def write_preview(parts: Parts, data: TrainingData, step: int) -> tuple[Path, np.ndarray] | None:
+    """Draw and write the grid of `step`; returns path and pixels uint8 (H, W, 3) on the main rank.
+
+    Every rank must call it.
+    """
+    config, geometry, world = parts.config, parts.geometry, parts.world
+    share = -(-config.log.samples // world.size)  # as many on each rank, since sharded weights are gathered together
+    images = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
+    shape = (geometry.channels, geometry.input_size, geometry.input_size)
+    half = autocast_dtype(config.precision)
+    with torch.autocast(world.device.type, dtype=half, enabled=half is not None):
+        latents = sample(
+            lambda x, t, y: parts.ema.model(x, t, y, with_projections=False)[0],
+            random_keys.normal(config.seed, "sample", 0, images, shape),
+            images % len(data.class_names),
+            geometry.n_classes,
+            config.sample,
+            config.loss.path,
+            lambda i: random_keys.normal(config.seed, "sample", i + 1, images, shape),
+        )
+    reshard(parts.ema.model)
+    latents = world.gather(latents)[: config.log.samples] / parts.scale.scale + parts.scale.shift
+    if not world.is_main:
+        return None
+    path = config.run / "samples" / f"step-{step:07d}.png"
+    return path, write_grid(_pictures(latents, data, world.device), path)
+
+
+def _pictures(latents: Tensor, data: TrainingData, device: torch.device) -> np.ndarray:
+    """Images uint8 (N, H, W, 3), decoded if that is possible here."""
+    decoder = data.latents.attributes["provenance"].get("decoder", "")
+    try:
+        if decoder:
+            return decode_latents(latents, decoder, device, fetch=False)
+    except (UserError, ImportError, torch.OutOfMemoryError):
+        pass  # the picture is a convenience, and no reason to end a run
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return latents_as_colours(latents)
+
+
+def latents_as_colours(latents: Tensor) -> np.ndarray:
+    """Images uint8 (N, zoom·h, zoom·w, 3) of latents (N, C, h, w): the first channels, three standard deviations wide.
+
+    Fewer than three channels are repeated.
+    """
+    n_channels = latents.shape[1]
+    shown = latents[:, [i % n_channels for i in range(3)]].float()
+    mean, std = shown.mean((0, 2, 3), keepdim=True), shown.std((0, 2, 3), keepdim=True)
+    scaled = ((shown - mean) / (6 * std + 1e-12) + 0.5).clamp(0, 1)
+    zoomed = F.interpolate(scaled, scale_factor=LATENT_ZOOM, mode="nearest")
+    return (zoomed * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
