@@ -2,6 +2,7 @@
 
 train     train a diffusion transformer from a feature store; run it again to resume
 sample    draw images from a run's averaged weights
+import    make a run, to sample from or to train on, from a public checkpoint of DiT, SiT or REPA
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     train_parser = commands.add_parser("train", help="train from a feature store, or resume")
+    train_parser.add_argument(
+        "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
+    )
     add_train_options(train_parser, argv)
     sample_parser = commands.add_parser("sample", help="draw images from a run")
     sample_parser.add_argument("--run", type=Path, required=True, help="folder of the run")
@@ -34,10 +38,23 @@ def main(argv: Sequence[str]) -> int:
     sample_parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the run's)")
     sample_parser.add_argument("--steps", type=int, default=None, help="sampler steps (default: the run's)")
     sample_parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    import_parser = commands.add_parser("import", help="make a run from a public checkpoint")
+    import_parser.add_argument("file", type=Path, help="what torch.save or safetensors wrote")
+    import_parser.add_argument("--release", choices=("repa", "sit", "dit"), required=True, help="whose it is")
+    add_train_options(import_parser, argv)
     args, unknown = parser.parse_known_args(argv)
-    refuse_unknown(train_parser if args.command == "train" else sample_parser, unknown)
+    refuse_unknown(commands.choices[args.command], unknown)
     values = vars(args)
-    if values.pop("command") == "train":
+    command = values.pop("command")
+    if command == "import":
+        from trainer.releases import import_checkpoint
+
+        file, release = values.pop("file"), values.pop("release")
+        config = train_config(values)
+        print("\n".join(import_checkpoint(file, release, config)))
+        print(f"next: {PROG} sample --run {config.run}   ·   {PROG} train --config {config.run / 'config.yaml'}")
+        return EXIT_OK
+    if command == "train":
         from trainer.guard import NonFiniteError
         from trainer.train import train
 

@@ -1,4 +1,4 @@
-"""The equations of models and losses in float64, term by term: no module, no fused operation, none of the trainer's code.
+"""The equations of models and losses in float64, term by term: no module, no fused operation, nothing of the trainer.
 
 Written from the papers (DiT 2212.09748, SiT 2401.08740, REPA 2410.06940, DDPM 2006.11239, improved DDPM 2102.09672).
 """
@@ -93,11 +93,8 @@ def alpha_bar(t: int) -> float:
 
 def diffused(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t of the diffusion in 1,000 steps."""
-    parts = [
-        math.sqrt(alpha_bar(s)) * a + math.sqrt(1 - alpha_bar(s)) * e
-        for a, e, s in zip(x, noise, t.tolist(), strict=True)
-    ]
-    return torch.stack(parts)
+    at = torch.tensor([alpha_bar(step) for step in t.tolist()], dtype=torch.float64)[:, None, None, None]
+    return at.sqrt() * x + (1 - at).sqrt() * noise
 
 
 def cdf(x: Tensor) -> Tensor:

@@ -168,6 +168,12 @@ def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytes
     assert len(told) >= 2
 
 
+def test_a_store_of_another_resolution_is_refused_with_the_fix(shared_tiny_store: Path) -> None:
+    with pytest.raises(UserError, match=r"made at 128 px, --data.resolution asks for 512; .*--data.resolution 0"):
+        opened(shared_tiny_store, **{"data.resolution": 512})
+    opened(shared_tiny_store, **{"data.resolution": 128}).close()
+
+
 def test_missing_groups_are_named(shared_tiny_store: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no features/dinov2-vitb14; it has latents/tiny-vae, features/tiny-vit"):
         opened(shared_tiny_store, **{"data.features": ("dinov2-vitb14",)})

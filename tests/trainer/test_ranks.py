@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from storage.order import Order
-from tests.stores import FEATURES, make_store, make_layouts, random_arrays
-from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
 from storage import StoreLayout
+from storage.order import Order
+from tests.stores import FEATURES, make_layouts, make_store, random_arrays
+from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
 from trainer.checkpoint import latest_checkpoint, read_state
 from trainer.metrics import read_metrics
 from trainer.train import train

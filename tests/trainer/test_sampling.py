@@ -270,7 +270,6 @@ def test_samples_have_the_variance_of_the_data(sampler: str, path: Path) -> None
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
-    reference = load_reference("sit")
     model = reference_model("sit")
     config = SampleConfig(sampler="sde", steps=4, guidance=1.5)
 

@@ -35,7 +35,11 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss.projection_weight": (0.0,)}, {"log.every": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss.projection_weight": (0.0,)}, {"log.every": 4}, {"model.kind": "dit", "sample.sampler": "ddpm"}],
+    ids=str,
+)
 def test_stopping_and_resuming_is_never_having_stopped(
     shared_tiny_store: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:

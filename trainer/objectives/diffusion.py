@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +39,22 @@ class Schedule:
     of_x_t: Tensor
 
 
-@cache
+_schedules: dict[tuple[int, torch.device], Schedule] = {}  # torch.compile reads a dict, and ignores functools.cache
+
+
 def schedule(n_steps: int, device: torch.device) -> Schedule:
     """The diffusion that visits `n_steps` of the 1,000 steps at an even stride, both ends included.
 
     Its β are such that ᾱ is the whole diffusion's at the steps visited (2102.09672, section 4). β̃ = β (1 − ᾱ_{t−1}) /
-    (1 − ᾱ_t) is zero at t = 0, where the next step's stands in.
+    (1 − ᾱ_t) is zero at t = 0, where the next step's stands in. Made once for a device.
     """
+    if (n_steps, device) not in _schedules:
+        _schedules[n_steps, device] = _make_schedule(n_steps, device)
+    return _schedules[n_steps, device]
+
+
+@torch.inference_mode(False)  # made while sampling, it may serve a training step next
+def _make_schedule(n_steps: int, device: torch.device) -> Schedule:
     stride = (N_STEPS - 1) / max(1, n_steps - 1)
     # Added up, not multiplied, so that rounding picks the very steps of the published sampler.
     visited = [round(at) for at in itertools.accumulate([stride] * (n_steps - 1), initial=0.0)]
@@ -82,8 +90,8 @@ def posterior(x: Tensor, x_t: Tensor, index: Tensor, of: Schedule) -> Normal:
 def reverse(output: Tensor, x_t: Tensor, index: Tensor, of: Schedule) -> Normal:
     """p(x_{t−1} | x_t) by the model's output (B, 2C, H, W), in x_t's precision."""
     noise, interpolation = output.to(x_t.dtype).chunk(2, dim=1)
-    alpha_bar = _at(of.alphas_bar, index, x_t)
-    x = (x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+    signal, deviation = _amplitudes(of, index, x_t)
+    x = (x_t - deviation * noise) / signal
     share = (interpolation + 1) / 2
     high, low = (_at(table, index, x_t) for table in (of.log_betas, of.log_posterior_variances))
     return Normal(mean=posterior(x, x_t, index, of).mean, log_variance=share * high + (1 - share) * low)
@@ -129,6 +137,11 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def _amplitudes(of: Schedule, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(√ᾱ, √(1 − ᾱ)), subtracted in float64: in float32, 1 − ᾱ would be off by a thousandth at the first step."""
+    return _at(of.alphas_bar.sqrt(), index, like), _at((1 - of.alphas_bar).sqrt(), index, like)
+
+
 def _at(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """Entries of a float64 table for each sample, in the dtype of `like` and to be broadcast over it."""
     return table[index].to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
@@ -144,8 +157,8 @@ def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
 
 def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:
     """x_t = √ᾱ_t x + √(1 − ᾱ_t) ε."""
-    alpha_bar = _at(schedule(N_STEPS, x.device).alphas_bar, t, x)
-    return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+    signal, deviation = _amplitudes(schedule(N_STEPS, x.device), t, x)
+    return signal * x + deviation * noise
 
 
 def denoising_loss(output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, config: LossConfig) -> Tensor:
