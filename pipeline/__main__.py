@@ -2,6 +2,7 @@
 
 index        what a data set holds, before anything is encoded
 precompute   encode every image of a data set into a feature store; run it again to go on
+encoders     the encoders there are: what they store, their preprocessing, whose weights they take
 preview      pictures of what a store holds: reconstructions and principal components
 demo         both stages on the built-in photographs
 """
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     index = commands.add_parser("index", help="what was found in DATA: kind, images, classes, what is left out")
     index.add_argument("data", help=config_help("data"))
     index.add_argument("--source", default="auto", help=config_help("source"))
+    commands.add_parser("encoders", help="list every encoder")
     preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
     preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
@@ -91,6 +93,11 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
         source = open_source(absolute(args["data"]), args["source"])
         print(report(source, source.listing()))
+        return EXIT_OK
+    if command == "encoders":
+        from pipeline.encoders.listing import list_encoders
+
+        print(list_encoders())
         return EXIT_OK
     if command == "preview":
         from pipeline.preview import write_preview
