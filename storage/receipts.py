@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -67,6 +67,8 @@ class Receipt:
     shards: tuple[ShardRecord, ...]
     failed: tuple[Failure, ...]
     timings_s: dict[str, float]
+    statistics: dict[str, Any] = field(default_factory=dict)  # `storage.statistics`; {} in imported stores
+    made: dict[str, Any] = field(default_factory=dict)  # when, by which run, on what device, in what batches
     format_version: int = FORMAT_VERSION
 
     @property
@@ -134,6 +136,8 @@ def read_receipt(root: Root, layout: GroupLayout, unit: int) -> Receipt | None:
             shards=tuple(ShardRecord(**shard) for shard in fields["shards"]),
             failed=tuple(Failure(**failure) for failure in fields["failed"]),
             timings_s=fields["timings_s"],
+            statistics=fields.get("statistics", {}),
+            made=fields.get("made", {}),
         )
     except (KeyError, TypeError) as error:
         raise StoreError(f"receipt {root.at(key)} is damaged ({error!r}); {HEAL_RECEIPT}") from error
@@ -195,6 +199,15 @@ def why_not_done(
         if nbytes != shard.nbytes:
             return f"{root.at(key)} has {nbytes} bytes, its receipt says {shard.nbytes}"
     return None
+
+
+def is_done(root: Root, layout: GroupLayout, unit: int, digest: str) -> bool:
+    """Whether the unit is done at this moment; a damaged receipt counts as not done."""
+    try:
+        receipt = read_receipt(root, layout, unit)
+    except StoreError:
+        return False
+    return why_not_done(root, layout, unit, digest, receipt, None) is None
 
 
 def scan(root: Root, layout: GroupLayout, digest: str) -> Iterator[tuple[int, Receipt | None, str | None]]:

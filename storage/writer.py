@@ -110,12 +110,15 @@ def publish_unit(
     run_id: str,
     timings_s: Mapping[str, float],
     *,
+    statistics: Mapping[str, Any] | None = None,
+    made: Mapping[str, Any] | None = None,
     fsync: bool = True,
 ) -> Receipt:
     """Publish one unit: every array's shard, then the receipt.
 
     `arrays` maps each array's name to (n, V, *row_shape), n = rows of the unit, of the layout's dtype. Rows named in
-    `failed` are left empty. Publishing a unit again writes the same bytes. `fsync=False` trusts the kernel to write
+    `failed` are left empty. Publishing a unit again writes the same bytes. `statistics` and `made` are kept in the
+    receipt. `fsync=False` trusts the kernel to write
     back: quicker on slow disks, and after a power cut (not a crash of the program) `verify --deep` is advised. Raises
     StoreError as `write_shard` does.
     """
@@ -137,6 +140,8 @@ def publish_unit(
         shards=shards,
         failed=tuple(sorted(failed, key=lambda failure: failure.row)),
         timings_s={**timings_s, "publish": round(time.perf_counter() - start_s, 4)},
+        statistics=dict(statistics or {}),
+        made={"run": run_id, "finished_unix_s": round(time.time(), 3), **(made or {})},
     )
     reason = why_not_done(root, layout, unit, digest, receipt, None)
     if reason is not None:
