@@ -40,7 +40,6 @@ class Block:
     failures: Sequence[Failure]
     timings_s: Mapping[str, float]
     paths: Sequence[str]
-    sent_unix_s: float  # compared with the encoder's clock
 
 
 class UnitEncoder:
@@ -77,12 +76,13 @@ class UnitEncoder:
                 )
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
-    def encode_and_publish(self, images: np.ndarray, block: Block) -> float:
+    def encode_and_publish(self, images: np.ndarray, block: Block, sent_unix_s: float) -> float:
         """Encode `images` uint8 (n, H, W, 3) for the block's groups and publish the unit in each.
 
         Returns the seconds spent encoding. A group in which another run published the unit meanwhile is left alone.
+        `sent_unix_s` dates the hand-over; between machines it is off by what their clocks differ.
         """
-        hand_over_s = max(0.0, time.time() - block.sent_unix_s)
+        hand_over_s = max(0.0, time.time() - sent_unix_s)
         device = self.ready()
         published: list[Future[None]] = []
         encoding_s = 0.0
