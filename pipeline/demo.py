@@ -54,7 +54,9 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
     pictures = write_preview(stage_one.store, out)
     samples = out / "samples.png"
     _trainer(["sample", "--run", str(run), "--out", str(samples), "--n", "32"])
-    print(report(stage_one, stage_two, [*pictures, samples], time.perf_counter() - start_s))
+    print(
+        report(stage_one, stage_two, [*(picture.path for picture in pictures), samples], time.perf_counter() - start_s)
+    )
     return EXIT_OK
 
 

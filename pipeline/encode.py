@@ -46,7 +46,13 @@ class UnitEncoder:
     """Encodes and publishes units. Made in the actor's process; knows nothing of Ray."""
 
     def __init__(
-        self, root: Root, groups: Sequence[GroupPlan], digests: Mapping[str, str], batch: int, n_threads: int, run_id: str
+        self,
+        root: Root,
+        groups: Sequence[GroupPlan],
+        digests: Mapping[str, str],
+        batch: int,
+        n_threads: int,
+        run_id: str,
     ) -> None:
         self._root, self._groups, self._digests = root, {group.layout.path: group for group in groups}, digests
         self._n_threads, self._run_id = n_threads, run_id

@@ -63,7 +63,9 @@ def share_out(
     encoders = min(encoders or n_gpus or len([node for node in able if node.cpus > 1]) or 1, n_units)
     if not encoder_cpus:
         a_node = -(-encoders // len(able))  # encoders that share a node
-        encoder_cpus = 1 if n_gpus else max(1, min(node.cpus for node in able if node.cpus > 1 or len(able) == 1) // (2 * a_node))
+        encoder_cpus = (
+            1 if n_gpus else max(1, min(node.cpus for node in able if node.cpus > 1 or len(able) == 1) // (2 * a_node))
+        )
     if encoder_cpus > max(node.cpus for node in able):
         raise UserError(f"no node of the Ray cluster has the {encoder_cpus} CPUs of an encoder; lower --encoder-cpus")
     left = n_cpus - encoders * encoder_cpus
