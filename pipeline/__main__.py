@@ -131,7 +131,8 @@ def report_precompute(config: PrecomputeConfig) -> int:
     print(json.dumps(dataclasses.asdict(summary), indent=1))
     if summary.units_given_up:
         print(
-            f"next: mend what is said above and run the same command again   ·   python -m pipeline status {summary.store}"
+            "next: mend what is said above and run the same command again   ·   "
+            f"python -m pipeline status {summary.store}"
         )
         return EXIT_FAILED
     print(f"next: python -m storage ls {summary.store}   ·   make train STORE={summary.store}")

@@ -47,16 +47,16 @@ def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Picture]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for group in groups:
-        kind = group.path.split("/")[0]
+        kind, group_name = group.path.split("/")
+        if kind == "features" and "patches" not in group.arrays:
+            continue  # class tokens alone make no picture
         if kind == "latents":
             below, name = decode_means(group, rows), "reconstruction.png"
             caption = f"{group.path}: PSNR {np.mean(psnr(originals, below)):.1f} dB over {len(rows)} images"
         else:
             below, name = principal_components(group, rows, store.resolution), "features.png"
             caption = f"{group.path}: principal components of the patch tokens"
-        path = out / (
-            name if len([g for g in groups if g.path.startswith(kind)]) == 1 else f"{group.identity['name']}-{name}"
-        )
+        path = out / (name if len([g for g in groups if g.path.startswith(kind)]) == 1 else f"{group_name}-{name}")
         Image.fromarray(stack([originals, below])).save(path)
         written.append(Picture(path=path, caption=caption))
         group.close()

@@ -1,8 +1,8 @@
 """What a run is told about itself while it works: rate, how busy the encoders are, which stage holds it back.
 
-An encoder is *busy* while it encodes and *starved* while it is up with nothing in hand. A run whose encoders are starved
-for more than STARVED of the time is decode-bound; the decoders that would keep them busy follow from the seconds that
-a unit takes in either stage: decoders = encoders · decode / encode.
+An encoder is *busy* while it encodes and *starved* while it is up with nothing in hand. A run whose encoders are
+starved for more than STARVED of the time is decode-bound; the decoders that would keep them busy follow from the
+seconds that a unit takes in either stage: decoders = encoders · decode / encode.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import deque
 from storage.console import progress_bar
 
 STARVED = 0.1
+WORTH_SAYING_S = 60.0  # what is over sooner needs neither estimate nor advice
 RECENT_S = 120.0  # what "now" means for busy and starved
 MIN_UNITS_AN_ENCODER = 3  # before anything is concluded: the first ones load models and warm caches
 
@@ -99,10 +100,12 @@ class Display:
         self.bar.update(n_images)
         if not meter.settled:
             return
-        if not self._estimated and meter.images_per_s:
+        left_s = self._left / meter.images_per_s if meter.images_per_s else 0.0
+        if left_s < WORTH_SAYING_S:
+            return
+        if not self._estimated:
             self._estimated = True
-            hours = self._left / meter.images_per_s / 3600
-            self.say(f"{meter.images_per_s:.0f} images/s: about {hours:.2g} hours for the {self._left} images left")
+            self.say(f"{meter.images_per_s:.0f} images/s: {left_s / 3600:.2g} hours for the {self._left} images left")
         if not self._warned and meter.bound == "decode-bound" and meter.decoders_wanted > meter.n_decoders:
             self._warned = True
             self.say(

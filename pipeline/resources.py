@@ -6,6 +6,7 @@ that is left decodes. Options overrule each of these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,10 +63,9 @@ def share_out(
         raise UserError("the Ray cluster has no node with CPUs; start one with `ray start --head`")
     encoders = min(encoders or n_gpus or len([node for node in able if node.cpus > 1]) or 1, n_units)
     if not encoder_cpus:
-        a_node = -(-encoders // len(able))  # encoders that share a node
-        encoder_cpus = (
-            1 if n_gpus else max(1, min(node.cpus for node in able if node.cpus > 1 or len(able) == 1) // (2 * a_node))
-        )
+        a_node = math.ceil(encoders / len(able))  # encoders that share a node
+        smallest = min((node.cpus for node in able if node.cpus > 1), default=1)
+        encoder_cpus = 1 if n_gpus else max(1, smallest // (2 * a_node))
     if encoder_cpus > max(node.cpus for node in able):
         raise UserError(f"no node of the Ray cluster has the {encoder_cpus} CPUs of an encoder; lower --encoder-cpus")
     left = n_cpus - encoders * encoder_cpus

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from storage import Store, open_store
 from storage.errors import StoreError
-from storage.receipts import scan
+from storage.receipts import Failure, scan
 from storage.staging import living_runs
 
 RECENT_S = 600.0
@@ -39,7 +39,7 @@ def group_status(store: Store, path: str, now_unix_s: float) -> Iterator[str]:
         yield f"{path}: {error}"
         return
     n_done = n_images = 0
-    failures = []
+    failures: list[Failure] = []
     finished: list[tuple[float, int]] = []  # (when, images)
     for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
         if receipt is None or reason is not None:
