@@ -1,4 +1,4 @@
-"""A run of the real job with a source that makes its pictures up and an encoder of plain numpy, both sabotaged at will.
+"""A run of the real job with pictures that are made up and an encoder of plain numpy, both sabotaged at will.
 
     python -m tests.pipeline.fakes STORE '{"address": …}'      one run, as a process of its own; prints what became of it
 
