@@ -1,6 +1,6 @@
 """A run of the real job with pictures that are made up and an encoder of plain numpy, both sabotaged at will.
 
-    python -m tests.pipeline.fakes STORE '{"address": …}'      one run, as a process of its own; prints what became of it
+    python -m tests.pipeline.fakes STORE '{"address": …}'     one run, as a process of its own; prints what became of it
 
 Pictures are noise, the same for the same row. A row may carry a mark that says what happens to whoever reads or encodes
 it. Marks that end in "-once" do it the first time only, which a file in the folder `flags` remembers.

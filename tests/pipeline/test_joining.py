@@ -106,7 +106,8 @@ def test_a_driver_takes_the_clusters_mode_where_a_token_lies(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: bool, mode: str
 ) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back, absent or not
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("pipeline.ray_environment._takes_anyone", lambda address: answers)
     with socket.create_server(("127.0.0.1", 0)) as server:
