@@ -49,7 +49,9 @@ def _features(model: VisionModel) -> str:
 
 def _preprocessing(model: VisionModel, resolution: int) -> str:
     words = model.preprocessing.describe(resolution).removeprefix("x/255, ")
-    return words.replace("bicubic ", "").replace("->", "→").replace(" without antialias", "")
+    for longer, shorter in ((" mean/std", ""), ("bicubic ", ""), ("->", "→"), (" without antialias", "")):
+        words = words.replace(longer, shorter)
+    return words
 
 
 def _built_in(model: str) -> str:

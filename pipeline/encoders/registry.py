@@ -89,16 +89,15 @@ def resolve_latents(
     """The VAE `text`: a known name, a diffusers directory, or a hub id. Raises UserError for anything else."""
     request = Request.parse(text, ("precision",))
     name, precision = request.name, request.options.get("precision", precision)
-    weights = weights.absolute() if weights else None
-    directory = Path(name)
+    weights = vae_folder(weights) if weights else None
     if name in VAES:
         known = VAES[name]
         if precision == "fp16" and not known.float16:
             raise UserError(f"{name} overflows in float16; pass --latents {name}:precision=tf32, bf16 or fp32")
         decoder = known.decoder or (str(weights) if weights else known.model)
         store_name, family, model = name, known.family, known.model
-    elif directory.is_dir():
-        store_name, family, model = directory.absolute().name, "vae", str(directory.absolute())
+    elif Path(name).is_dir():
+        store_name, family, model = Path(name).absolute().name, "vae", str(vae_folder(Path(name)))
         decoder = model
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}", name):
         store_name, family, model, decoder = name.replace("/", "--"), "vae", name, str(weights) if weights else name
@@ -117,6 +116,12 @@ def resolve_latents(
         precision=precision,
         compiled=compiled,
     )
+
+
+def vae_folder(directory: Path) -> Path:
+    """The absolute path of a VAE's own folder, of which a whole diffusers pipeline has one."""
+    inner = directory / "vae"
+    return (inner if (inner / "config.json").is_file() else directory).absolute()
 
 
 def resolve_features(

@@ -56,15 +56,7 @@ class VisionTransformerEncoder:
         Raises UserError when a value is beyond float16; quantised tokens say so in their factors.
         """
         patches, cls = self.encode_tokens(images)
-        arrays = {}
-        if self.tokens != "patch":
-            arrays["cls"] = to_float16(cls, "class token")
-        if self.tokens != "cls":
-            if self.codec is None:
-                arrays["patches"] = to_float16(patches, "patch tokens")
-            else:
-                arrays["patches"], arrays["scale"] = quantise(patches, self.codec)
-        return {name: array.cpu().numpy() for name, array in arrays.items()}
+        return to_arrays(patches if self.tokens != "cls" else None, cls if self.tokens != "patch" else None, self.codec)
 
 
 def preprocess(x: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -81,6 +73,19 @@ def preprocess(x: Tensor, preprocessing: Preprocessing) -> Tensor:
 def normalize(x: Tensor, by: Normalisation = IMAGENET) -> Tensor:
     """(x − mean) / std per channel, x (B, 3, H, W) in [0, 1]."""
     return (x - x.new_tensor(by.mean)[:, None, None]) / x.new_tensor(by.std)[:, None, None]
+
+
+def to_arrays(patches: Tensor | None, cls: Tensor | None, codec: Int8Codec | None) -> dict[str, np.ndarray]:
+    """What is stored of patch tokens (B, T, D) and class token (B, D), of those that are given."""
+    arrays = {}
+    if patches is not None:
+        if codec is None:
+            arrays["patches"] = to_float16(patches, "patch tokens")
+        else:
+            arrays["patches"], arrays["scale"] = quantise(patches, codec)
+    if cls is not None:
+        arrays["cls"] = to_float16(cls, "class tokens")
+    return {name: array.cpu().numpy() for name, array in arrays.items()}
 
 
 def to_float16(x: Tensor, what: str) -> Tensor:

@@ -77,7 +77,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return {name: value.float() for name, value in scripted.items()}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise their own kinds for a damaged file
-        raise UserError(f"weight file {path} cannot be read: {str(error).splitlines()[0]}") from error
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"weight file {path} cannot be read ({first})") from error
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

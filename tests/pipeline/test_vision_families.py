@@ -246,7 +246,7 @@ def test_the_comparison_tells_preprocessings_apart(tmp_path: Path, slip: str) ->
     images = pictures(2, 64)
     patches, _ = family.tokens(family.state, wrong(images))
     difference = (encoder.encode_tokens(images)[0] - patches).abs().max() / patches.abs().max()
-    assert difference > 3e-3  # 30 times what the test above allows
+    assert difference > 3e-3  # 25 times what the test above allows
 
 
 def test_layers_and_tokens_are_the_ones_named(tmp_path: Path) -> None:
