@@ -18,7 +18,7 @@ def option(help_text: str, default: object) -> Any:
 class PrecomputeConfig:
     """Stage one: which images, which encoders, where to, and with what resources."""
 
-    data: str = field(metadata={"help": "images: a folder, file, pattern or URL (CONTRIBUTING.md lists the kinds)"})
+    data: str = field(metadata={"help": "images: a folder, file, pattern or URL; `index` shows what it holds"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
     source: str = option(
         "kind of DATA: image-folder, tar-of-tars, class-tars, parquet, webdataset, hdf5, zip or labels-file; auto: "

@@ -26,7 +26,7 @@ def report(source: Source, listing: Listing) -> str:
         f"kind       {source.kind}",
         f"images     {len(index)}",
         f"classes    {len(names)}{': ' * bool(names)}{shown}",
-        f"bytes      {listing.data_bytes / 1e9:.3f} GB in files that hold images",
+        f"bytes      {listing.data_bytes:,} in files that hold images",
         f"sizes      {_sizes(index.table['nbytes'].to_numpy(), keys)}",
         f"first      {keys[0]}, label {index.labels[0]}, {_first_image(source, index.locations[0])}",
         f"last       {keys[-1]}, label {index.labels[-1]}",
@@ -44,7 +44,7 @@ def _sizes(nbytes: np.ndarray, keys: list[str]) -> str:
         return "of single images are not known without reading them"
     small, large = (known[pick(nbytes[known])] for pick in (np.argmin, np.argmax))
     mean = nbytes[known].mean()
-    return f"{nbytes[small]} bytes ({keys[small]}) to {nbytes[large]} ({keys[large]}), mean {mean:.0f}"
+    return f"{nbytes[small]:,} bytes ({keys[small]}) to {nbytes[large]:,} ({keys[large]}), mean {mean:,.0f}"
 
 
 def _first_image(source: Source, location: str) -> str:

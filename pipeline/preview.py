@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.decode import to_rgb
 from pipeline.sources import open_source
-from pipeline.transforms import center_crop
+from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
 from storage.codec import codec_of, decode
 
@@ -64,12 +64,15 @@ def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Picture]:
 
 
 def read_originals(store: Store, rows: np.ndarray) -> np.ndarray:
-    """The centre crops of the rows' images, uint8 (n, R, R, 3), read from the source again."""
+    """The centre crops of the rows' images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
     recorded = store.attributes["source"]
     source = open_source(recorded["path"], recorded["kind"])
     locations = store.index.locations
     samples = source.read_many([locations[row] for row in rows])
-    return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
+    try:
+        return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
+    except DecodeError as error:
+        raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
 
 
 def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:

@@ -3,21 +3,33 @@
 Decoding follows the public preprocessing, which is Pillow's `.convert("RGB")`, where that is well defined:
 
 - transparency is dropped, not composited on a background: a transparent pixel keeps the colour stored under it;
-- EXIF orientation is not applied, the pixels are taken as they are stored;
-- of an animation the first frame is taken; the name's extension is ignored, the bytes decide;
-- 16-bit samples keep their high byte (Pillow would clip them at 255, which turns most pictures white).
+- EXIF orientation is not applied, the pixels are taken as they are stored; colour profiles are not applied either;
+- CMYK and YCCK JPEGs are taken as Adobe stores them, inverted, and become RGB by Pillow's formula (ImageNet has 22);
+- of an animation or a file of several pages the first is taken, of an icon the largest;
+- the name's extension is ignored, the bytes decide (ImageNet has a PNG named .JPEG);
+- 16-bit samples keep their high byte (Pillow would clip grey ones at 255, which turns most pictures white).
 
-Whatever cannot be decoded is a `DecodeError` with the reason, so that the caller can record it with the sample's key.
+Whatever cannot be decoded is a `DecodeError` with the reason, so that the caller can record it with the sample's key:
+what is empty, truncated, damaged beyond its decoder, or larger than Pillow's limit of 179 million pixels; samples of 32
+bits or floating point, which do not say what is white; and EPS, which is a program and would be run.
+
+Limit: a JPEG decoder does not know that a picture is wrong when bits within it are, or when the end is cut off and the
+end marker put back; such pictures come out as libjpeg decodes them, as everywhere else.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
+SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+NO_WHITE_MODES = {"I": "32-bit samples", "F": "floating-point samples"}
+SCALED_TO_16_BITS = frozenset({"PPM"})  # formats whose plugin gives mode I with 65535 for white
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its complaints about odd files go to stderr
 MAX_RESIZED_PIXELS = 2**28  # 805 MB of RGB; a 1-pixel-wide strip would otherwise be enlarged without bound
 
 
@@ -26,22 +38,16 @@ class DecodeError(Exception):
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode an image file to 8-bit RGB. Raises DecodeError for empty, truncated, oversized and foreign data.
-
-    Pillow's limit against decompression bombs, 179 million pixels, holds.
-    """
+    """Decode an image file to 8-bit RGB. Raises DecodeError with the reason."""
     if not data:
         raise DecodeError("empty file (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            if image.mode in SIXTEEN_BIT_MODES:
-                return _high_byte(image).convert("RGB")
-            return image.convert("RGB")
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            return _to_rgb(image)
+    except (DecodeError, MemoryError):
+        raise  # a lack of memory is this machine's trouble, not the image's
     except UnidentifiedImageError:
         raise DecodeError(f"not an image in a format that Pillow reads (first bytes {data[:8]!r})") from None
-    except MemoryError:
-        raise  # this machine's trouble, not the image's
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
         raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
@@ -69,8 +75,14 @@ def hflip(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images[..., ::-1, :])
 
 
-def _high_byte(image: Image.Image) -> Image.Image:
-    samples = np.asarray(image)
-    if image.mode == "I" and samples.size and samples.max() <= 255:
-        return Image.fromarray(samples.clip(0, 255).astype(np.uint8))
-    return Image.fromarray((samples.clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.format == "EPS":
+        raise DecodeError("EPS is a program that would be run")
+    if min(image.size) < 1:
+        raise DecodeError(f"no pixels: {image.width}×{image.height}")
+    image.load()
+    if image.mode in SIXTEEN_BIT_MODES or (image.mode == "I" and image.format in SCALED_TO_16_BITS):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in NO_WHITE_MODES:
+        raise DecodeError(f"{NO_WHITE_MODES[image.mode]} ({image.format}): nothing says which number is white")
+    return image.convert("RGB")

@@ -2,8 +2,8 @@
 
 Columns: `key` (string, unique; the sample's name in its source), `label` (int64; −1 where the source has none),
 `class_name` (string, dictionary encoded), `location` (string; where the source finds the bytes), `nbytes` (int64; size
-of the encoded image). The index digest covers key, label and class name in row order, not locations: moving a data set
-does not change what its rows mean.
+of the encoded image, −1 where it is not known). The index digest covers key, label and class name in row order, not
+locations: moving a data set does not change what its rows mean.
 """
 
 from __future__ import annotations

@@ -201,6 +201,8 @@ class RemoteFiles:
             yield from pool.map(self._read, parts)
 
     def _read(self, part: Part) -> bytes | Unreadable:
+        if part.nbytes == 0:
+            return b""  # which no range request can say
         with self._errors(part.path):
             try:
                 if part.nbytes == WHOLE:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.sources.files import File, Files, LocalFiles, RemoteFiles, matches, walk
-from pipeline.sources.listing import CLASS_NAMES_FILE
+from pipeline.sources.listing import CLASS_NAMES_FILE, decode_text
 from storage.errors import UserError
 from storage.roots import is_url
 
@@ -60,7 +60,8 @@ class Found:
         """The names in `classes.txt` beside the files, if there is one."""
         try:
             with self.place.open(CLASS_NAMES_FILE) as file:
-                return dict(enumerate(line.strip() for line in file.read().decode().splitlines()))
+                text = decode_text(file.read(), f"{self.place.root}/{CLASS_NAMES_FILE}")
+                return dict(enumerate(line.strip() for line in text.splitlines()))
         except FileNotFoundError:
             return {}
 

@@ -18,7 +18,7 @@ from itertools import chain
 
 from pipeline.sources.files import UNKNOWN_BYTES, Part
 from pipeline.sources.found import Found, look
-from pipeline.sources.listing import Label, Listing, make_listing, number_labels
+from pipeline.sources.listing import CLASS_NAMES_FILE, Label, Listing, decode_text, make_listing, number_labels
 from pipeline.sources.protocol import Sample
 from storage.errors import UserError
 
@@ -59,6 +59,7 @@ class LabelsFile:
         sizes = {file.path: file.nbytes for file in chain(found.files, *found.walk())}
         paths = sorted(labelled)
         absent = [path for path in paths if path not in sizes]
+        known = {*paths, named[0], CLASS_NAMES_FILE}
         labels, names = number_labels([labelled[path] for path in paths])
         return make_listing(
             keys=paths,
@@ -67,7 +68,7 @@ class LabelsFile:
             locations=paths,
             nbytes=[sizes.get(path, UNKNOWN_BYTES) for path in paths],
             data_bytes=sum(max(0, sizes.get(path, 0)) for path in paths),
-            left_out=sorted(path for path in sizes if path not in labelled and path not in (named[0], "classes.txt")),
+            left_out=sorted(path for path in sizes if path not in known),
             warnings=[f"{len(absent)} images of {named[0]} are not there, such as {absent[0]}"] if absent else [],
         )
 
@@ -82,13 +83,15 @@ class LabelsFile:
 
 def parse_csv(content: bytes, where: str) -> tuple[dict[str, Label], dict[int, str]]:
     """Path → label, and label → class name where there is such a column. Raises UserError."""
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
+    rows = csv.DictReader(io.StringIO(decode_text(content, where)))
     if not {FILE, LABEL} <= set(rows.fieldnames or ()):
         raise UserError(f"{where} must begin with a header line that has {FILE} and {LABEL}, got {rows.fieldnames}")
     labelled: dict[str, Label] = {}
     class_names: dict[int, str] = {}
     for row in rows:
-        path, label = row[FILE], row[LABEL]
+        path, label = (row[FILE] or "").removeprefix("./"), row[LABEL]
+        if not path:
+            raise UserError(f"{where}, line {rows.line_num}: no {FILE}")
         if path in labelled:
             raise UserError(f"{where}, line {rows.line_num}: {path} comes a second time")
         labelled[path] = label

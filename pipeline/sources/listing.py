@@ -52,7 +52,7 @@ def make_listing(
 ) -> Listing:
     """A listing from columns in row order. A key that comes again is numbered ("#2"), and said so.
 
-    Raises UserError for labels below −1.
+    Raises UserError for labels below −1 and names that are not UTF-8.
     """
     warnings = list(warnings)
     counts = Counter(labels)
@@ -70,7 +70,10 @@ def make_listing(
     keys, repeated = _numbered(keys)
     if repeated:
         warnings.append(f"{len(repeated)} keys come more than once, such as {_examples(repeated)}; numbered #2, #3, …")
-    index = make_index(keys, labels, [names[label] for label in labels], locations, nbytes)
+    try:
+        index = make_index(keys, labels, [names[label] for label in labels], locations, nbytes)
+    except UnicodeEncodeError as error:
+        raise UserError(f"a file's name is not UTF-8, {error.object!r}; rename it") from None
     return Listing(index=index, data_bytes=data_bytes, left_out=tuple(left_out), warnings=tuple(warnings))
 
 
@@ -84,6 +87,14 @@ def number_labels(values: Sequence[Label]) -> tuple[list[int], dict[int, str]]:
     return [NO_LABEL if value is None or value == "" else numbers[str(value)] for value in values], dict(
         enumerate(names)
     )
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """UTF-8 text, with or without a byte order mark. Raises UserError."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def is_image(path: str) -> bool:

@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
-        """The samples at locations that `listing` gave, in that order. Raises OSError when a container fails.
+        """The samples at locations that `listing` gave, in that order. Raises what a container that fails raises.
 
         A unit's locations come in one call, in the order of the listing, so that a container is opened once.
         """

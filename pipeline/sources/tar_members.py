@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.sources.files import Files, Part
 from storage.errors import UserError
@@ -19,8 +18,7 @@ BLOCK_BYTES = 512
 PEEK = 64  # members that a kind is recognised by
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A member's name, where its data begins in the file, and its size; `regular` is false for links and devices."""
 
     name: str

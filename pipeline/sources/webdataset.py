@@ -28,7 +28,7 @@ LABEL_SUFFIXES = ("cls", "json", "txt")
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     """A sample in the making."""
 

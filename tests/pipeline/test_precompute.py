@@ -66,7 +66,7 @@ def whole(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("whole") / "store"
     done = run(command(tree, store))
     assert done.returncode == 0, done.stderr
-    assert "1 files are no images by their extension, such as n00000002/notes.txt" in done.stdout
+    assert "1 files hold no image of this kind, such as n00000002/notes.txt" in done.stdout
     assert '"images_failed": 1' in done.stdout
     return store
 
@@ -152,7 +152,7 @@ def test_interrupted_and_run_again_redoes_only_what_is_missing(
 
 MISTAKES = [
     (["--data", "/nowhere/at/all"], "does not exist"),
-    (["--data", "EMPTY"], "has no sub-folder"),
+    (["--data", "EMPTY"], "holds nothing, expected one of these: image-folder"),
     (["--resolution", "256", "--features", "none", "--store", "WHOLE"], "resolution: found 128, asked for 256"),
     (["--features", "none", "--store", "WHOLE", "--shard-rows", "4"], "shard_rows: found 8, asked for 4"),
     (["--latents", "OTHER", "--features", "none", "--store", "WHOLE"], "weights_sha256: found"),

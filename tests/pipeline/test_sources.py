@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import re
@@ -147,6 +148,21 @@ def test_order_is_that_of_the_names_and_not_of_the_disk(
             check(write(root, shuffled), samples)
 
 
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    contents=st.dictionaries(
+        st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(0, 10**6)),
+        st.binary(min_size=1, max_size=3000),
+        min_size=3,
+    )
+)
+def test_whatever_the_bytes_are_they_come_back(tmp_path: Path, contents: dict[tuple[str, int], bytes]) -> None:
+    samples = sorted(Labelled(folder, f"{folder}{number}.jpg", data) for (folder, number), data in contents.items())
+    for kind, write in WRITERS.values():
+        shutil.rmtree(tmp_path / "each", ignore_errors=True)
+        check(write(tmp_path / "each", samples), samples, kind)
+
+
 def test_a_unit_reads_each_row_group_once(tmp_path: Path) -> None:
     source = open_source(write_parquet(tmp_path / "p", SAMPLES, n_files=1, group_rows=7))
     locations = source.listing().index.locations[10:40]
@@ -173,6 +189,22 @@ def test_pixels_in_hdf5_need_no_decoding(tmp_path: Path) -> None:
     assert listing.index.labels.tolist() == [0, 1] * 10
     with mock.patch("pipeline.sources.hdf5.CALL_BYTES", 1):  # a chunk a call
         np.testing.assert_array_equal(decode_all(source, listing), pixels)
+
+
+def test_what_no_picture_is_named_like_is_left_out(tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "tree", SAMPLES)
+    os.mkfifo(tmp_path / "tree/n00000001/pipe.jpg")
+    (tmp_path / "tree/n00000001/.hidden.jpg").write_bytes(b"")
+    (tmp_path / "tree/.cache").mkdir()
+    (tmp_path / "tree/n00000002/deeper").mkdir()
+    (tmp_path / "tree/n00000002/deeper/notes.txt").write_text("")
+    (tmp_path / "tree/stray.jpg").write_bytes(b"")
+    listing = open_source(data).listing()
+    assert listing.left_out == ("stray.jpg", "n00000002/deeper/notes.txt")
+    assert len(listing.index) == len(SAMPLES)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/tree/n00000003/\xff.jpg")).write_bytes(b"")
+    with pytest.raises(UserError, match="name is not UTF-8"):
+        open_source(data).listing()
 
 
 # --- remote ---
@@ -228,6 +260,9 @@ def test_s3(containers: dict[str, str], bucket: str) -> None:
                 decode_all(source, listing), decode_all(local := open_source(containers[name]), local.listing())
             )
     check(f"{bucket}/sets/parquet/train-*.parquet", SAMPLES)
+    file_system.pipe_file(f"{bucket}/empty/a.tar", tar_bytes([("no.jpg", b""), ("no.cls", b"0"), ("b.jpg", b"B")]))
+    source = open_source(f"{bucket}/empty/a.tar")
+    assert read_all(source, source.listing()) == [b"", b"B"]
     with pytest.raises(UserError, match="does not exist"):
         open_source(f"{bucket}/nowhere")
 
@@ -430,10 +465,12 @@ def test_labels_files(tmp_path: Path) -> None:
         ("file,label\na.png,1\na.png,2\n", "line 3: a.png comes a second time"),
         ("file,label,class_name\na.png,dog,dog\n", "class_name names integers"),
         ("file,label\n", "names no image"),
+        ("file,label\n,3\n", "line 2: no file"),
+        ("file,label\né.png,3\n", "is not UTF-8"),
         ("file,label\na.png,-3\n", "labels must be at least 0"),
     ]:
         (tmp_path / "dataset.json").unlink(missing_ok=True)
-        (tmp_path / "labels.csv").write_text(content)
+        (tmp_path / "labels.csv").write_bytes(content.encode("latin-1"))
         with pytest.raises(UserError, match=message):
             open_source(str(tmp_path)).listing()
 
