@@ -138,10 +138,15 @@ class LocalFiles:
                 self._release(open_unit)
 
     def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
-        """`posix_fadvise(WILLNEED)`, in pieces that the kernel does not cut short."""
+        """`posix_fadvise(WILLNEED)` for what is not cached, in pieces that the kernel does not cut short.
+
+        Where all is cached, asking costs a twentieth of a read and advising a quarter, so the last byte is asked for.
+        """
         for unit, offset in zip(units.tolist(), offsets.tolist(), strict=True):
             fd = self._acquire(unit)
             try:
+                if _is_cached(fd, offset + n_bytes - 1):
+                    continue
                 for start in range(offset, offset + n_bytes, READ_AHEAD_BYTES):
                     n = min(READ_AHEAD_BYTES, offset + n_bytes - start)
                     os.posix_fadvise(fd, start, n, os.POSIX_FADV_WILLNEED)
@@ -240,6 +245,14 @@ class RemoteFiles:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _is_cached(fd: int, offset: int) -> bool:
+    """Whether the byte lies in the page cache; False, too, on a file system that does not say."""
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:  # EAGAIN: it does not; EOPNOTSUPP: no answer
+        return False
 
 
 def _read_slowly(fd: int, buffers: list[Any], offset: int) -> int:
