@@ -150,8 +150,10 @@ class GroupLayout:
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.path).parts
-        if len(parts) != 2 or parts[0] not in GROUP_KINDS or parts[1] in (".", ".."):
-            raise UserError(f"a group lies at latents/<name> or features/<name>, got {self.path!r}")
+        if len(parts) != 2 or parts[0] not in GROUP_KINDS or parts[1].startswith("."):
+            raise UserError(
+                f"a group lies at latents/<name> or features/<name>, no name begins with a dot, got {self.path!r}"
+            )
 
     @property
     def store(self) -> StoreLayout:
