@@ -123,7 +123,7 @@ def whole_labels(values: Any, where: Path) -> list[int]:
     """Labels as integers. Raises UserError for what is none, since 1.5 is no class."""
     try:
         numbers = np.asarray(values, dtype=np.float64)
-        wrong = np.flatnonzero(np.mod(numbers, 1) != 0)  # NaN and infinity too
+        wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.rint(numbers))))
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: labels must be whole numbers ({error})") from error
     if len(wrong):
