@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from storage.errors import StoreError
-from storage.files import make_directories, partial_name, publish, write_all
+from storage.files import fsync_directory, make_directories, partial_name, publish, write_all
 
 Buffer = bytes | np.ndarray
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
@@ -170,6 +170,8 @@ class LocalRoot:
             if exclusive:
                 os.link(temporary, final)
                 temporary.unlink()
+                if fsync:
+                    fsync_directory(final.parent)
             else:
                 publish(temporary, final, fsync=fsync)
         except BaseException as error:
