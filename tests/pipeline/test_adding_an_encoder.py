@@ -39,7 +39,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def config(tmp_path: Path, name: str, **changes: object) -> PrecomputeConfig:
     settings = {"latents": "none", "features": name, "resolution": 128, "shard_rows": 4} | changes
-    return PrecomputeConfig(data=tmp_path, store=str(tmp_path / "store"), **settings)  # type: ignore[arg-type]
+    return PrecomputeConfig(data=str(tmp_path), store=str(tmp_path / "store"), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -172,7 +172,7 @@ def test_what_timm_cannot_give_is_said(tmp_path: Path, name: str, resolution: in
 
 def config(tmp_path: Path, **changes: object) -> PrecomputeConfig:
     settings = {"latents": "none", "features": "tiny-vit", "resolution": 128, "shard_rows": 4} | changes
-    return PrecomputeConfig(data=tmp_path, store=str(tmp_path / "store"), **settings)  # type: ignore[arg-type]
+    return PrecomputeConfig(data=str(tmp_path), store=str(tmp_path / "store"), **settings)  # type: ignore[arg-type]
 
 
 LAYOUT = StoreLayout(n_rows=4, views=("original",), resolution=128, shard_rows=4)

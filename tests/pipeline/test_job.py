@@ -124,6 +124,7 @@ def test_a_unit_that_always_fails_is_given_up_and_the_others_are_done(
     same(store, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_hangs_is_killed_and_tried_again(joined: str, tmp_path: Path, whole: dict[str, bytes]) -> None:
     store = tmp_path / "store"
@@ -179,6 +180,7 @@ def test_two_runs_on_one_root_and_a_third_of_another_identity(
     assert not [path for path in store.rglob("*") if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_only_encoding_node_leaves_and_returns(tmp_path: Path, whole: dict[str, bytes]) -> None:
     os.environ["FAKE_ENCODE_S"] = "0.1"
@@ -277,6 +279,7 @@ def test_killed_twenty_times(tmp_path: Path, whole: dict[str, bytes]) -> None:
     kill_fakes(tmp_path, whole, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_is_bounded_and_nothing_spills(tmp_path: Path) -> None:
     """Fifteen units of 12.6 MB, an encoder that is slower than the decoders, an object store that holds eight."""

@@ -94,7 +94,7 @@ def test_the_identity_names_the_arithmetic(tmp_path: Path) -> None:
     named = {}
     for options in ({}, {"precision": "bf16"}, {"precision": "fp16", "compile": True}):
         config = PrecomputeConfig(
-            data=tmp_path,
+            data=str(tmp_path),
             store=str(tmp_path),
             latents="tiny-vae:precision=tf32",
             features="tiny-vit",
@@ -109,7 +109,7 @@ def test_the_identity_names_the_arithmetic(tmp_path: Path) -> None:
         ["tf32, torch.compile", "float16 autocast, torch.compile"],
     ]
     with pytest.raises(UserError, match="--precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"):
-        PrecomputeConfig(data=tmp_path, store=str(tmp_path), precision="fp8")
+        PrecomputeConfig(data=str(tmp_path), store=str(tmp_path), precision="fp8")
 
 
 @pytest.mark.slow
