@@ -12,6 +12,7 @@ receipt names it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from pipeline.transforms import hflip
 from storage import Failure, publish_unit
 from storage.codec import codec_of, refusal, unquantisable
 from storage.receipts import is_done
-from storage.roots import Root
+from storage.roots import Root, open_root
 from storage.statistics import unit_sums
 
 CALLS_IN_HAND = 2  # one encoding, one publishing
@@ -47,14 +48,15 @@ class UnitEncoder:
 
     def __init__(
         self,
-        root: Root,
+        root: Root | os.PathLike[str],
         groups: Sequence[GroupPlan],
         digests: Mapping[str, str],
         batch: int,
         n_threads: int,
         run_id: str,
     ) -> None:
-        self._root, self._groups, self._digests = root, {group.layout.path: group for group in groups}, digests
+        self._root, self._digests = open_root(root), digests
+        self._groups = {group.layout.path: group for group in groups}
         self._n_threads, self._run_id = n_threads, run_id
         self._batch = dict.fromkeys(self._groups, batch)
         self._encoders: dict[str, registry.Encoder] = {}

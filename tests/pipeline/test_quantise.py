@@ -79,7 +79,7 @@ def test_the_factors_say_which_token_cannot_be_quantised(bad: float, device: str
 
 def config(store: Path, **changes: object) -> PrecomputeConfig:
     settings = {"latents": "none", "features": "tiny-vit", "resolution": RESOLUTION, "shard_rows": 4} | changes
-    return PrecomputeConfig(data=store, store=store, **settings)  # type: ignore[arg-type]
+    return PrecomputeConfig(data=str(store), store=str(store), **settings)  # type: ignore[arg-type]
 
 
 def test_a_float16_identity_does_not_know_of_codecs(tmp_path: Path) -> None:
