@@ -81,16 +81,14 @@ def resolve(
     identity = {key: value for key, value in described.items() if key not in OF_A_STORE}
 
     def load(device: str) -> Encode:
-        import torch
-
-        encoder = registry.load(spec, resolution=size[0], device=_device(device), dtype=torch.float32)
+        encoder = registry.load(spec, resolution=size[0], device=_device(device))
 
         def encode(images: np.ndarray) -> dict[str, np.ndarray]:
             arrays = encoder.encode(images)
-            if token == "mean":
+            if token == "mean" and "patches" in arrays:
                 return {FEATURES: arrays["patches"].astype(np.float32).mean(axis=1)}
-            if "cls" not in arrays:
-                raise UserError(f"{name} has no class token; pass --token mean for the mean of its patch tokens")
+            if token not in arrays:
+                raise UserError(f"{name} has no vector {token!r}; pass --token {'cls' if token == 'mean' else 'mean'}")
             return {FEATURES: arrays["cls"].astype(np.float32)}
 
         return encode

@@ -13,17 +13,16 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from pipeline.config import PrecomputeConfig
-from pipeline.encode import UnitEncoder
 from pipeline.encoders import registry
-from pipeline.plan import GroupPlan, plan_groups
+from pipeline.plan import plan_groups
 from pipeline.preview import gather_features
 from pipeline.quantise import quantise
-from storage import GroupLayout, Staging, StoreLayout, UserError, create_group, create_store, open_store
+from storage import GroupLayout, StoreLayout, UserError, open_store
 from storage.codec import INT8, LARGEST, Int8Codec, decode, encode, unquantisable
-from storage.index import make_index
 from tests.features import DISTRIBUTIONS, cosines
+from tests.pipeline.encoding import encode_store, read_all
 
-CPU, FP32 = torch.device("cpu"), torch.float32
+CPU = torch.device("cpu")
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
@@ -80,7 +79,7 @@ def test_the_factors_say_which_token_cannot_be_quantised(bad: float, device: str
 
 def config(store: Path, **changes: object) -> PrecomputeConfig:
     settings = {"latents": "none", "features": "tiny-vit", "resolution": RESOLUTION, "shard_rows": 4} | changes
-    return PrecomputeConfig(data=store, store=store, **settings)  # type: ignore[arg-type]
+    return PrecomputeConfig(data=str(store), store=str(store), **settings)  # type: ignore[arg-type]
 
 
 def test_a_float16_identity_does_not_know_of_codecs(tmp_path: Path) -> None:
@@ -125,36 +124,21 @@ def photographs(n: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(c).resize(size, Image.Resampling.BICUBIC)) for c in coarse])
 
 
-def encode_store(root: Path, group: GroupPlan, images: np.ndarray) -> None:
-    """What the encoding actor does to a store of one unit."""
-    keys = [f"{i}" for i in range(len(images))]
-    index = make_index(keys, [0] * len(keys), ["one"] * len(keys), keys, [1] * len(keys))
-    with Staging(root) as staging:
-        create_store(root, group.layout.store, index, {}, staging.run_id)
-        digest = create_group(root, group.layout, group.identity, {}, staging.run_id)
-        staging.prepare(group.layout.path)
-        digests = {group.layout.path: digest}
-        encoder = UnitEncoder(root, [group], digests, batch=3, n_threads=1, run_id=staging.run_id)
-        encoder.encode_and_publish(0, images, [], 0.0, [group.layout.path])
-
-
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_store_holds_the_encoders_float32_numbers_quantised(tmp_path: Path, flip: bool) -> None:
     images = photographs(4)
     settings = config(tmp_path, features_dtype="int8", flip=flip)
     layout = StoreLayout(n_rows=4, views=settings.views, resolution=RESOLUTION, shard_rows=4)
     (plan,) = plan_groups(settings, layout, "digest")
-    encode_store(tmp_path / "store", plan, images)
+    encode_store(tmp_path / "store", [plan], images)
     group = open_store(tmp_path / "store").group("features/tiny-vit")
     spec = registry.resolve_features("tiny-vit")
-    encoder = registry.load(spec, resolution=RESOLUTION, device=CPU, dtype=FP32)
+    encoder = registry.load(spec, resolution=RESOLUTION, device=CPU)
     for view in range(len(settings.views)):
         seen = images if view == 0 else images[:, :, ::-1].copy()
         parts = [encoder.encode_tokens(part)[0].numpy() for part in (seen[:3], seen[3:])]  # type: ignore[attr-defined]
         tokens = np.concatenate(parts)
-        stored = {name: np.empty((4, *group[name].row_shape), group[name].dtype) for name in ("patches", "scale")}
-        for name, out in stored.items():
-            group[name].read_into(range(4), view, out)
+        stored = {name: read_all(group, name, 4, view) for name in ("patches", "scale")}
         for ours, expected in zip(stored.values(), encode(tokens), strict=True):
             np.testing.assert_array_equal(ours, expected)
         assert cosines(tokens, decode(*stored.values())).min() > 0.9995
@@ -178,5 +162,5 @@ def test_a_token_that_cannot_be_quantised_ends_the_unit_and_is_named(
 
     monkeypatch.setattr(registry, "load", lambda *_, **__: Broken())
     with pytest.raises(UserError, match=r"features/tiny-vit, row 1, view 0: token 7 holds NaN"):
-        encode_store(tmp_path / "store", plan, photographs(3))
+        encode_store(tmp_path / "store", [plan], photographs(3))
     assert not list((tmp_path / "store").glob("receipts/*/*/0*.json"))
