@@ -99,7 +99,7 @@ def look(root: Path) -> dict[str, float]:
     reader.close()
     before_mb = rss_mb()
     start_s = time.perf_counter()
-    _ = store.index.labels
+    _ = store.classes.labels
     found["index_s"] = time.perf_counter() - start_s
     found["index_mb"] = rss_mb() - before_mb
     return found

@@ -51,9 +51,13 @@ class PrecomputeConfig:
         "end the run when more than this share of the images (but at least 10) cannot be decoded", 0.001
     )
     ray_address: str = option("Ray cluster to join (auto, host:port); empty: start one here and stop it", "")
-    encoders: int = option("encoding actors; 0: one a GPU, or one when there is none", 0)
-    encoder_cpus: int = option("CPU cores of an encoding actor; 0: half of a CPU-only machine, else 1", 0)
-    unit_timeout_s: float = option("a unit that decodes or encodes longer than this is given up", 3600.0)
+    encoders: int = option("encoding actors; 0: one a GPU, or one a node when there is none", 0)
+    encoder_cpus: int = option("CPU cores of an encoding actor; 0: 1 with a GPU, else half of the smallest node", 0)
+    decode_cpus: int = option("CPU cores that a decode task reserves; it uses one", 1)
+    unit_timeout_s: float = option(
+        "seconds after which a unit that is being decoded or encoded is stopped and tried again", 3600.0
+    )
+    dry_run: bool = option("print the plan and write nothing", False)
     verbose: bool = option("let Ray's own log messages through", False)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,7 @@ class PrecomputeConfig:
             raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
         if not str(self.store).strip():
             raise UserError("STORE is empty; name a directory or an s3:// or gs:// URL")
-        for name in ("shard_rows", "batch"):
+        for name in ("shard_rows", "batch", "decode_cpus"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("encoders", "encoder_cpus"):

@@ -84,12 +84,12 @@ def resolve(
         encoder = registry.load(spec, resolution=size[0], device=_device(device))
 
         def encode(images: np.ndarray) -> dict[str, np.ndarray]:
-            arrays = {key: value.astype(np.float32) for key, value in encoder.encode(images).items()}
+            arrays = encoder.encode(images)
             if token == "mean" and "patches" in arrays:
-                return {FEATURES: arrays["patches"].mean(axis=1)}
-            if token == "cls" and "cls" in arrays:
-                return {FEATURES: arrays["cls"]}
-            raise UserError(f"{name} gives {' and '.join(arrays)}; pass --token mean for the mean of patches, or cls")
+                return {FEATURES: arrays["patches"].astype(np.float32).mean(axis=1)}
+            if token not in arrays:
+                raise UserError(f"{name} has no vector {token!r}; pass --token {'cls' if token == 'mean' else 'mean'}")
+            return {FEATURES: arrays["cls"].astype(np.float32)}
 
         return encode
 

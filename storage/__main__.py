@@ -6,6 +6,7 @@ A STORE is a directory or a URL (s3://, gs://, http(s)://); a GROUP is STORE/lat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,7 @@ from storage.layout import GROUP_KINDS, METADATA
 from storage.reader import Store, open_store
 from storage.receipts import Failure, scan
 from storage.roots import Root, absolute, open_root
+from storage.statistics import describe, group_sums
 from storage.verify import verify
 
 PROG = "python -m storage"
@@ -78,6 +80,10 @@ def describe_group(store: Store, path: str) -> None:
         for stage, seconds in receipt.timings_s.items():
             timings_s[stage] = timings_s.get(stage, 0.0) + seconds
     print("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
+    sums, without = group_sums(store.root, layout, attributes["identity_digest"])
+    if without:
+        print(f"statistics are of the other units: {without} were written without")
+    print(*describe(sums, attributes["identity"]), sep="\n")
     n_units = layout.store.n_units
     print(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone), sep="\n  ")
     print(
@@ -87,18 +93,17 @@ def describe_group(store: Store, path: str) -> None:
 
 def verify_store(where: str, deep: bool) -> int:
     """Print every fault; returns the exit status."""
-    store, path = split_group(where)
+    root, path = split_path(where)
     groups = [path] if path else None
     total = 0
-    for name in groups or store.groups():
-        try:
-            layout, _ = store.group_layout(name)
-        except StoreError:
-            continue  # a fault, named below
-        total += layout.sample_bytes * store.n_rows
+    with contextlib.suppress(StoreError):  # a fault, named below
+        store = open_store(root)
+        for name in groups or store.groups():
+            with contextlib.suppress(StoreError):
+                total += store.group_layout(name)[0].sample_bytes * store.n_rows
     n_faults = 0
     with progress_bar(total, unit="B", description="verify", unit_scale=True, hidden=not deep) as bar:
-        for fault in verify(str(store.root), groups=groups, deep=deep, progress=bar.update):
+        for fault in verify(root, groups=groups, deep=deep, progress=bar.update):
             n_faults += 1
             bar.clear()
             print(fault, flush=True)
@@ -124,12 +129,14 @@ def diff(a: str, b: str) -> int:
 
 def split_group(where: str) -> tuple[Store, str]:
     """The store, and the group's path in it or ""."""
-    name = absolute(where)
-    parts = name.rsplit("/", 2)
-    if len(parts) == 3 and parts[1] in GROUP_KINDS:
-        path = f"{parts[1]}/{parts[2]}"
-        return open_store(parts[0]), path
-    return open_store(where), ""
+    root, path = split_path(where)
+    return open_store(root), path
+
+
+def split_path(where: str) -> tuple[str, str]:
+    """Where the store lies, and the group's path in it or ""."""
+    parts = absolute(where).rsplit("/", 2)
+    return (parts[0], f"{parts[1]}/{parts[2]}") if len(parts) == 3 and parts[1] in GROUP_KINDS else (where, "")
 
 
 def _stores_below(root: Root, prefix: str, levels: int) -> Iterator[str]:

@@ -60,7 +60,7 @@ class Gatherer:
         self._arrays = set(arrays) or there
         if decode and "patches" in self._arrays:
             self._arrays |= there & {"scale"}
-        self._labels = opened.index.labels
+        self._labels = opened.classes.labels
         failed = np.unique(np.concatenate([group.failed_rows for group in self._groups]))
         self._valid = np.setdiff1d(np.arange(opened.n_rows), failed) if len(failed) else None
         self.n_samples = opened.n_rows if self._valid is None else len(self._valid)

@@ -40,10 +40,16 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)` and exit with its status; `UserError` and `OSError` become one line and status 2.
 
-    Ctrl-C ends with status 130 and one line; what was published before it stays.
+    Ctrl-C, whenever it comes, ends with status 130 and one line; what was published before it stays.
     """
+    # Also where SIGINT was ignored at the start, as it is for what a script puts into the background.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
+    _interrupted.clear()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
     except UserError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = EXIT_USAGE
@@ -59,6 +65,14 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
     sys.exit(status)
 
 
+_interrupted = threading.Event()  # what is raised inside a callback or a finaliser is lost, the note is not
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
 @dataclass
 class Stop:
     """The signal that asked the work to end, if any; whoever works looks at it between two pieces of work."""
@@ -70,9 +84,10 @@ class Stop:
 def stop_on_signals(*numbers: int) -> Iterator[Stop]:
     """Note the first of these signals instead of raising wherever it happens to arrive; a second Ctrl-C raises at once.
 
-    An exception raised inside a library's callback can be swallowed there, and the signal with it; a note cannot.
+    An exception raised inside a library's callback can be swallowed there, and the signal with it; a note cannot. A
+    Ctrl-C that was swallowed before is noted at once.
     """
-    stop = Stop()
+    stop = Stop(signal=signal.SIGINT if _interrupted.is_set() and signal.SIGINT in numbers else None)
 
     def note(number: int, frame: object) -> None:
         stop.signal = number

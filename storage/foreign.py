@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from storage.layout import checked_rows
+
 
 class ZarrArrayReader:
     """One zarr-python array (N, V, *row_shape), read by rows."""
@@ -30,13 +32,10 @@ class ZarrArrayReader:
 
     def read_into(self, rows: np.ndarray | Sequence[int], views: np.ndarray | int, out: np.ndarray) -> None:
         """As `ArrayReader.read_into`."""
-        rows = np.asarray(rows, dtype=np.int64)
-        views = np.broadcast_to(np.asarray(views, dtype=np.int64), rows.shape)
+        rows, views = checked_rows(rows, views, self.shape)
         if out.shape != (len(rows), *self.row_shape) or out.dtype != self.dtype:
             raise ValueError(f"out must be {self.dtype} {(len(rows), *self.row_shape)}, got {out.dtype} {out.shape}")
-        for what, values, n in (("rows", rows, self.shape[0]), ("views", views, self.shape[1])):
-            if len(values) and (values.min() < 0 or values.max() >= n):
-                raise IndexError(f"{what} must lie in [0, {n}), got {values.min()} to {values.max()}")
+        views = np.broadcast_to(views, rows.shape)
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
             out[i] = self._array[row, view]
 

@@ -30,7 +30,7 @@ from crc32c import crc32c
 
 from storage.cache import DiskCache
 from storage.errors import StoreError
-from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout
+from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout, checked_rows
 from storage.receipts import read_receipt
 from storage.roots import Root
 from storage.shard import HEAL, parse_shard_index
@@ -120,7 +120,7 @@ class ArrayReader:
             empty = offsets < 0
             if self._empty == "refuse":
                 where = self._where(int(units[empty][0]), int(slots[empty][0]))
-                raise StoreError(f"{where} is empty: its sample failed")
+                raise StoreError(f"{where} is empty: {self._why_empty()}")
             out[order[empty]] = 0
             units, slots, order, offsets = (array[~empty] for array in (units, slots, order, offsets))
         n_pieces = min(len(order), PIECES_A_THREAD * self._n_threads)
@@ -175,16 +175,9 @@ class ArrayReader:
         ArrayReader.__init__(self, *state["arguments"], **state["options"])
 
     def _checked_rows(self, rows: Any, views: Any) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.asarray(rows, dtype=np.int64)
-        views = np.asarray(views, dtype=np.int64)
-        n_rows, n_views = self.shape[:2]
-        if len(rows) and (rows.min() < 0 or rows.max() >= n_rows):
-            raise IndexError(f"rows must lie in [0, {n_rows}), got {rows.min()} to {rows.max()}")
-        if views.size and (views.min() < 0 or views.max() >= n_views):
-            raise IndexError(f"views must lie in [0, {n_views}), got {views.min()} to {views.max()}")
         if os.getpid() != self._pid:  # forked: locks, threads and files of the parent are not ours
             self._start()
-        return rows, views
+        return checked_rows(rows, views, self.shape)
 
     def _locate(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(units, slots, positions in the caller's batch, byte offsets or −1), sorted by place on disk."""
@@ -270,7 +263,8 @@ class ArrayReader:
             size, tail = self._files.tail(unit, self._layout.index_bytes)
         except FileNotFoundError:
             if self._empty == "refuse":
-                raise StoreError(f"shard {self._files.where(unit)} is missing; {HEAL}") from None
+                fix = HEAL if self._group is not None else self._why_empty()
+                raise StoreError(f"shard {self._files.where(unit)} is missing; {fix}") from None
             index = np.full(self._layout.n_shard_chunks, -1, dtype=np.int64)
         else:
             table = parse_shard_index(tail, size, self._layout, self._files.where(unit))
@@ -332,6 +326,11 @@ class ArrayReader:
         for future in futures:
             if not future.cancelled():
                 future.result()
+
+    def _why_empty(self) -> str:
+        if self._group is not None:
+            return "its sample failed"
+        return 'its writer left it out; open the array with empty="fill" if that means zeros'
 
     def _where(self, unit: int, slot: int) -> str:
         row, view = divmod(slot, self.shape[1])

@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("nbytes", pa.int64()),
     ]
 )
+INDEX_COLUMNS = tuple(SCHEMA.names)
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,13 @@ def index_bytes(index: Index) -> bytes:
     return buffer.getvalue()
 
 
-def read_index(root: Root) -> Index:
-    """Read `index.parquet`; raises StoreError when it is absent or not an index."""
+def read_index(root: Root, columns: Sequence[str] = INDEX_COLUMNS) -> Index:
+    """Read `index.parquet`, or some of its columns; raises StoreError when it is absent or not an index."""
     where = root.at(INDEX_FILE)
     try:
-        table = pq.read_table(pa.BufferReader(root.read(INDEX_FILE)), read_dictionary=["class_name"])
-        return Index(table.select(SCHEMA.names).cast(SCHEMA))
+        raw = pa.BufferReader(root.read(INDEX_FILE))
+        table = pq.read_table(raw, columns=list(columns), read_dictionary=["class_name"])
+        return Index(table.select(columns).cast(pa.schema([SCHEMA.field(name) for name in columns])))
     except FileNotFoundError:
         raise StoreError(f"{root} has no {INDEX_FILE}, so it is not a store; make one with `make precompute`") from None
     except (pa.ArrowException, KeyError, OSError) as error:

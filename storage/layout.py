@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,23 @@ INDEX_FILE = "index.parquet"
 RECEIPTS_DIR = "receipts"
 STORE_RECEIPT = f"{RECEIPTS_DIR}/store.json"
 GROUP_KINDS = ("latents", "features")
+
+
+def checked_rows(rows: Any, views: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`rows` as int64 (B,) and `views` as int64 (B,) or (), of an array of `shape` (N, V, …).
+
+    Raises ValueError where numpy would silently convert or broadcast, IndexError for a row or view that is not there.
+    """
+    rows, views = np.asarray(rows), np.asarray(views)
+    for what, values in (("rows", rows), ("views", views)):
+        if values.dtype.kind not in "iu" and values.size:  # 1.7 is no row, and a mask is not a list of rows
+            raise ValueError(f"{what} must be whole numbers, got {values.dtype}")
+    if rows.ndim != 1 or views.shape not in ((), rows.shape):
+        raise ValueError(f"rows must be (B,) and views one number or (B,), got {rows.shape} and {views.shape}")
+    for what, values, n in (("rows", rows, shape[0]), ("views", views, shape[1])):
+        if values.size and (values.min() < 0 or values.max() >= n):
+            raise IndexError(f"{what} must lie in [0, {n}), got {values.min()} to {values.max()}")
+    return rows.astype(np.int64, copy=False), views.astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +150,10 @@ class GroupLayout:
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.path).parts
-        if len(parts) != 2 or parts[0] not in GROUP_KINDS or parts[1] in (".", ".."):
-            raise UserError(f"a group lies at latents/<name> or features/<name>, got {self.path!r}")
+        if len(parts) != 2 or parts[0] not in GROUP_KINDS or parts[1].startswith("."):
+            raise UserError(
+                f"a group lies at latents/<name> or features/<name>, no name begins with a dot, got {self.path!r}"
+            )
 
     @property
     def store(self) -> StoreLayout:

@@ -9,7 +9,7 @@ any Zarr array of samples, whoever wrote it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +19,9 @@ import zarr
 from storage.cache import CacheConfig, group_cache
 from storage.errors import StoreError
 from storage.foreign import ZarrArrayReader
-from storage.gather import ArrayReader, ChecksumPolicy
+from storage.gather import ArrayReader, ChecksumPolicy, EmptyRows
 from storage.identity import identity_digest, require_same
-from storage.index import Index, read_index
+from storage.index import INDEX_COLUMNS, Index, read_index
 from storage.layout import (
     FORMAT_VERSION,
     GROUP_KINDS,
@@ -88,10 +88,18 @@ class Store:
     @cached_property
     def index(self) -> Index:
         """The table of samples. Raises StoreError when it is missing or was changed since the store was made."""
+        return self._read_index(INDEX_COLUMNS)
+
+    @cached_property
+    def classes(self) -> Index:
+        """`index` without keys and locations, half of its memory: what training needs of it. Raises as `index`."""
+        return self._read_index(("label", "class_name"))
+
+    def _read_index(self, columns: Sequence[str]) -> Index:
         changed = check_metadata(self.root, STORE_RECEIPT, only=INDEX_FILE)[1]
         if changed:
             raise StoreError(f"{changed[0]}; restore the store's own index")
-        return read_index(self.root)
+        return read_index(self.root, columns)
 
     def groups(self) -> list[str]:
         """Paths of the groups there are, latents first: "latents/<name>", "features/<name>"."""
@@ -209,13 +217,18 @@ def open_store(where: str | os.PathLike[str] | Root) -> Store:
 
 
 def open_array(
-    where: str | os.PathLike[str], *, checksums: ChecksumPolicy = "first", n_threads: int = DEFAULT_THREADS
+    where: str | os.PathLike[str],
+    *,
+    checksums: ChecksumPolicy = "first",
+    n_threads: int = DEFAULT_THREADS,
+    empty: EmptyRows = "refuse",
 ) -> RowReader:
     """Any Zarr array (N, V, *row_shape) at a path or URL, by rows; no store, index or receipts are needed.
 
     Arrays with one sample of one view an inner chunk, sharded whole rows at a time, with crc32c and no compressor, are
-    read by the same engine as ours, whoever wrote them; what their writer left out reads as zeros. Others are read by
-    zarr-python, with a warning, since it is slower by orders of magnitude. Raises StoreError when there is no array.
+    read by the same engine as ours, whoever wrote them. A row that is not there is an error, as it may have failed;
+    some writers leave out rows of zeros, and `empty="fill"` reads them as that. Others are read by zarr-python, which
+    always fills, with a warning, since it is slower by orders of magnitude. Raises StoreError when there is no array.
     """
     parent, _, name = absolute(where).rpartition("/")
     root = open_root(parent)
@@ -231,5 +244,5 @@ def open_array(
         store = StoreLayout(n_rows=array.shape[0], views=VIEWS[:n_views], resolution=8, shard_rows=array.shards[0])
         layout = ArrayLayout(name=name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=store)
         if reads_as_ours(array, layout):
-            return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty="fill")
+            return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
     return ZarrArrayReader(array, root.at(name))

@@ -24,6 +24,7 @@ from storage.layout import ArrayLayout
 from storage.roots import Root
 
 MAX_OPEN = 4096
+PROBES = 8  # chunks of a batch that are looked for in the page cache before reading ahead
 READ_AHEAD_BYTES = 128 << 10  # the kernel cuts a longer request for read-ahead short on a default block device
 
 
@@ -138,7 +139,14 @@ class LocalFiles:
                 self._release(open_unit)
 
     def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
-        """`posix_fadvise(WILLNEED)`, in pieces that the kernel does not cut short."""
+        """`posix_fadvise(WILLNEED)`, in pieces that the kernel does not cut short.
+
+        Advising costs a quarter of what reading from the page cache does. So where a few chunks, spread over what is
+        asked for, all lie there, the rest is taken to lie there too.
+        """
+        step = -(-len(units) // PROBES)
+        if step and all(map(self._is_cached, units[::step].tolist(), (offsets[::step] + n_bytes - 1).tolist())):
+            return
         for unit, offset in zip(units.tolist(), offsets.tolist(), strict=True):
             fd = self._acquire(unit)
             try:
@@ -148,12 +156,22 @@ class LocalFiles:
             finally:
                 self._release(unit)
 
+    def _is_cached(self, unit: int, offset: int) -> bool:
+        """Whether the byte lies in the page cache; False, too, on a file system that does not say."""
+        fd = self._acquire(unit)
+        try:
+            return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except OSError:  # EAGAIN: it does not; EOPNOTSUPP: no answer
+            return False
+        finally:
+            self._release(unit)
+
     def close(self) -> None:
-        """Close every file."""
+        """Close every file; one that is being read is closed after that, since its number may then be another's."""
         with self._lock:
-            for fd in self._open.values():
-                os.close(fd)
-            self._open.clear()
+            self._max_open = 0
+            for unit in [unit for unit in self._open if unit not in self._pins]:
+                os.close(self._open.pop(unit))
 
     def _acquire(self, unit: int) -> int:
         """The open file, which stays open until it is released as often as it was acquired."""
@@ -170,10 +188,10 @@ class LocalFiles:
                 fd = self._open[unit]
             self._open[unit] = fd
             self._pins[unit] = self._pins.get(unit, 0) + 1
-            for old in [] if len(self._open) <= self._max_open else list(self._open):
-                if not self._pins.get(old):
-                    os.close(self._open.pop(old))
-                    break  # one came in, one goes out
+            if len(self._open) > self._max_open:  # one came in, one goes out, or this one when it is released
+                idle = next((old for old in self._open if old not in self._pins), None)
+                if idle is not None:
+                    os.close(self._open.pop(idle))
         return fd
 
     def _release(self, unit: int) -> None:
@@ -181,6 +199,8 @@ class LocalFiles:
             self._pins[unit] -= 1
             if not self._pins[unit]:
                 del self._pins[unit]
+                if len(self._open) > self._max_open:
+                    os.close(self._open.pop(unit))
 
 
 class RemoteFiles:

@@ -12,11 +12,12 @@ all cores, a shard in memory a core.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 
 import numpy as np
@@ -33,6 +34,7 @@ AHEAD_PER_WORKER = 4
 FAULTS_A_SHARD = 20  # of one kind, then a count
 
 Progress = Callable[[int], object]
+Unit = tuple[int, Receipt | None, str | None]  # as `scan` tells of it
 
 
 def verify(
@@ -62,20 +64,20 @@ def verify(
             yield str(error)
             continue
         yield from _stray_files(store.root, layout)
-        tasks: list[tuple[int, Receipt]] = []
-        for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
-            if receipt is None or reason is not None:
-                rows = layout.store.unit_rows(unit)
-                yield f"{store.root.at(path)}: unit {unit}, rows {rows.start} to {rows.stop - 1}: {reason}"
-            if receipt is not None:
-                tasks.append((unit, receipt))
-        yield from _each_unit(partial(unit_faults, store.root, layout, deep), tasks, n_workers if deep else 1, progress)
+        units = scan(store.root, layout, attributes["identity_digest"])
+        n_processes = min(n_workers or os.cpu_count() or 1, layout.store.n_units) if deep else 1
+        yield from _each_unit(partial(unit_faults, store.root, layout, deep), units, n_processes, progress)
 
 
-def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: tuple[int, Receipt]) -> tuple[int, list[str]]:
-    """(bytes looked at, faults) of one unit's shards against its receipt."""
-    unit, receipt = task
+def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: Unit) -> tuple[int, list[str]]:
+    """(bytes looked at, faults) of one unit: what the scan said of it, and its shards against its receipt."""
+    unit, receipt, reason = task
     n_bytes, faults = 0, []
+    if receipt is None or reason is not None:
+        rows = layout.store.unit_rows(unit)
+        faults.append(f"{root.at(layout.path)}: unit {unit}, rows {rows.start} to {rows.stop - 1}: {reason}")
+    if receipt is None:
+        return n_bytes, faults
     for array in layout.arrays:
         key = f"{layout.path}/{array.name}/{array.shard_key(unit)}"
         record = receipt.shard(array.name)
@@ -100,25 +102,19 @@ def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: tuple[int, Re
 
 
 def _each_unit(
-    check: Callable[[tuple[int, Receipt]], tuple[int, list[str]]],
-    tasks: list[tuple[int, Receipt]],
-    n_workers: int,
-    progress: Progress | None,
+    check: Callable[[Unit], tuple[int, list[str]]], units: Iterator[Unit], n_processes: int, progress: Progress | None
 ) -> Iterator[str]:
-    n_workers = min(n_workers or os.cpu_count() or 1, len(tasks))
-    if n_workers <= 1:
-        for n_bytes, faults in map(check, tasks):
+    with contextlib.ExitStack() as stack:
+        results: Iterator[tuple[int, list[str]]] = map(check, units)
+        if n_processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(n_processes, mp_context=get_context("spawn")))
+            # A bounded number at once: receipts wait in memory.
+            batches = iter(lambda: list(islice(units, n_processes * AHEAD_PER_WORKER)), [])
+            results = chain.from_iterable(pool.map(check, batch) for batch in batches)
+        for n_bytes, faults in results:
             if progress is not None:
                 progress(n_bytes)
             yield from faults
-        return
-    with ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as pool:
-        rest = iter(tasks)
-        while batch := list(islice(rest, n_workers * AHEAD_PER_WORKER)):
-            for n_bytes, faults in pool.map(check, batch):
-                if progress is not None:
-                    progress(n_bytes)
-                yield from faults
 
 
 def _store_faults(store: Store) -> Iterator[str]:

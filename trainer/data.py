@@ -79,7 +79,7 @@ def open_data(config: TrainConfig) -> TrainingData:
             "them, or pass --data.failed-rows leave-out"
         )
     valid = np.setdiff1d(np.arange(store.n_rows), failed) if len(failed) else None
-    labels = store.index.labels
+    labels = store.classes.labels
     if labels.min() < 0:
         raise UserError(f"{store.root} has samples without a label; class-conditional training needs one for each")
     return TrainingData(
@@ -87,7 +87,7 @@ def open_data(config: TrainConfig) -> TrainingData:
         latents=groups[latents],
         features=tuple(groups[path] for path in features),
         labels=labels,
-        class_names=store.index.class_names,
+        class_names=store.classes.class_names,
         valid_rows=valid,
         codecs={path: codec for path in features if (codec := codec_of(groups[path].identity)) is not None},
     )

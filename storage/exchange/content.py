@@ -94,7 +94,7 @@ class Content:
 
 def make_content(store: Store, groups: list[str], rows: str, decode: bool) -> Content:
     """The content that the command line names. Raises UserError for rows outside the store or no group at all."""
-    names = groups or store.groups()
+    names = list(dict.fromkeys(groups)) or store.groups()
     if not names:
         raise UserError(f"{store.root} has no group to export")
     start, colon, stop = rows.partition(":")
@@ -107,5 +107,7 @@ def make_content(store: Store, groups: list[str], rows: str, decode: bool) -> Co
     opened = [store.group(name) for name in names]
     failed = sorted({int(row) for group in opened for row in group.failed_rows if int(row) in span})
     kept = np.setdiff1d(np.arange(span.start, span.stop), failed)
+    if not len(kept):
+        raise UserError(f"--rows {rows!r} holds no sample that could be encoded; name others")
     index = Index(store.index.table.take(kept))
     return Content(store=store, groups=opened, rows=kept, left_out=failed, index=index, decode=decode)

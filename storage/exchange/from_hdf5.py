@@ -17,6 +17,7 @@ from storage.exchange.incoming import (
     IncomingGroup,
     latents_identity,
     sha256_of_listing,
+    whole_labels,
 )
 
 
@@ -78,7 +79,7 @@ def _foreign(file: Any, source: Path, options: ImportOptions) -> Incoming:
     )
     return Incoming(
         keys=[f"{row:08d}" for row in range(shape[0])],
-        labels=labels.astype(np.int64).tolist(),
+        labels=whole_labels(labels, source),
         class_names=[str(label) for label in labels.tolist()],
         views=("original", "hflip")[: shape[1]],
         resolution=options.resolution,

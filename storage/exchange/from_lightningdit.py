@@ -22,6 +22,7 @@ from storage.exchange.incoming import (
     latents_identity,
     require_folder,
     sha256_of_listing,
+    whole_labels,
 )
 
 VIEWS = {"original": "latents", "hflip": "latents_flip"}
@@ -51,7 +52,7 @@ def read(source: Path, options: ImportOptions) -> Incoming:
         shape = shape or shapes[0][1:]
         if shapes[0] != shapes[1] or shapes[0] != (len(of_file), *shape) or len(shape) != 3:
             raise UserError(f"{path}: latents {shapes[0]}, flipped {shapes[1]} and {len(of_file)} labels do not agree")
-        labels += of_file.astype(np.int64).tolist()
+        labels += whole_labels(of_file, path)
         counts.append(len(of_file))
     ends = list(accumulate(counts))
 

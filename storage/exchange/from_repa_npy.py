@@ -20,6 +20,7 @@ from storage.exchange.incoming import (
     latents_identity,
     require_folder,
     sha256_of_listing,
+    whole_labels,
 )
 
 
@@ -60,7 +61,7 @@ def read(source: Path, options: ImportOptions) -> Incoming:
     )
     return Incoming(
         keys=names,
-        labels=[int(labels[name]) for name in names],
+        labels=whole_labels([labels[name] for name in names], source / "dataset.json"),
         class_names=[str(labels[name]) for name in names],
         views=("original",),
         resolution=options.resolution,

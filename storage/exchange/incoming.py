@@ -9,6 +9,7 @@ no more than the user does.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class ImportOptions:
     latent_scale_factor: float | None = None
     dataset: str = ""
     labels: str = ""
+
+    def __post_init__(self) -> None:
+        factor = self.latent_scale_factor
+        if factor is not None and not (math.isfinite(factor) and factor > 0):
+            raise UserError(f"--latent-scale-factor must be a number above 0, got {factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +119,18 @@ def latents_identity(
     }
 
 
+def whole_labels(values: Any, where: Path) -> list[int]:
+    """Labels as integers. Raises UserError for what is none, since 1.5 is no class."""
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+        wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.rint(numbers))))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: labels must be whole numbers ({error})") from error
+    if len(wrong):
+        raise UserError(f"{where}: labels must be whole numbers, got {values[int(wrong[0])]}")
+    return [int(number) for number in numbers]
+
+
 def sha256_of_listing(entries: Iterable[tuple[str, int]]) -> str:
     """SHA-256 (hex) over "name size LF" of every file: which files, not what is in them, which would mean two reads."""
     sha = hashlib.sha256()
@@ -134,6 +152,8 @@ def _checked(
     arrays = {}
     for array in layout.arrays:
         values = np.asarray(found[array.name])
+        if values.dtype.kind not in "fiu":
+            raise UserError(f"{array.name} of {layout.path} must be real numbers, got {values.dtype}; mend the source")
         expected = (len(rows), layout.store.n_views, *array.row_shape)
         if values.shape != expected:
             raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.encode import UnitEncoder
+from pipeline.encode import Block, UnitEncoder
 from pipeline.plan import GroupPlan
 from storage import GroupReader, Staging, create_group, create_store
 from storage.index import make_index
@@ -24,7 +24,7 @@ def encode_store(root: Path, groups: Sequence[GroupPlan], images: np.ndarray) ->
         for path in paths:
             staging.prepare(path)
         encoder = UnitEncoder(root, groups, digests, batch=3, n_threads=1, run_id=staging.run_id)
-        encoder.encode_and_publish(0, images, [], 0.0, paths)
+        encoder.encode_and_publish(images, Block(unit=0, failures=[], timings_s={}, paths=paths), 0.0)
 
 
 def read_all(reader: GroupReader, name: str, n: int, view: int = 0) -> np.ndarray:

@@ -65,6 +65,13 @@ def test_verify_exits_1_and_names_the_fault(tmp_path: Path) -> None:
     assert (status, "no fault" in out) == (0, True)
 
 
+def test_verify_counts_a_damaged_root_as_a_fault(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    (tmp_path / "s" / "zarr.json").write_text("{")
+    status, out, _ = storage("verify", tmp_path / "s")
+    assert (status, "s/zarr.json was edited" in out, "1 fault" in out) == (1, True, True)
+
+
 def test_diff_names_fields_samples_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = make_store(tmp_path / "a")
     make_store(tmp_path / "b", shard_rows=9)

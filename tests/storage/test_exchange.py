@@ -112,6 +112,8 @@ def test_decoded_features_and_a_part_of_the_rows(made: tuple[Path, Data], tmp_pa
     numbers = decode(data[FEATURES]["patches"], data[FEATURES]["scale"], INT8, dtype=np.float16)
     np.testing.assert_array_equal(found[f"{FEATURES}/patches"], numbers[[2, 3, 5, 6, 7]])
     assert f"{FEATURES}/scale" not in found
+    with pytest.raises(UserError, match="'4:5' holds no sample"):
+        main(["export", str(root), "--to", "hdf5", "--out", str(tmp_path / "o2"), "--rows", "4:5"])
     for rows in ("8:2", "0:41", "x:y", "3"):
         with pytest.raises(UserError, match=r"--rows is A:B"):
             main(["export", str(root), "--to", "npy", "--out", str(tmp_path / "o2"), "--rows", rows])
@@ -195,6 +197,29 @@ def test_foreign_hdf5(tmp_path: Path) -> None:
     assert group.identity["latent_scale_factor"] == 0.18215
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--labels", "words"], "labels must be whole numbers"),
+        (["--labels", "halves"], "labels must be whole numbers, got 0.5"),
+        (["--dataset", "text"], "must be real numbers"),
+        (["--latent-scale-factor", "nan"], "must be a number above 0, got nan"),
+        (["--latent-scale-factor", "0"], "must be a number above 0"),
+        (["--name", ".hidden"], "no name begins with a dot"),
+    ],
+)
+def test_what_is_no_label_number_or_name_is_refused(tmp_path: Path, argv: list[str], says: str) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["m"] = np.zeros((5, 8, 4, 4), "f4")
+        file["y"] = np.arange(5)
+        file["halves"] = np.arange(5) + 0.5
+        file["words"] = np.array([b"a"] * 5)
+        file["text"] = np.full((5, 8, 4, 4), b"a")
+    line = ["import", str(tmp_path / "x.h5"), "--from", "hdf5", "--store", str(tmp_path / "t"), "--name", "x"]
+    with pytest.raises(UserError, match=says):
+        main([*line, "--dataset", "m", "--labels", "y", *argv])
+
+
 def make_repa_folder(root: Path, n: int = 23) -> np.ndarray:
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((n, 8, 16, 16)).astype("float32")
@@ -230,6 +255,12 @@ def test_the_public_repa_folder_becomes_a_store_that_trains(tmp_path: Path) -> N
         (lambda root: (root / "dataset.json").unlink(), "has no dataset.json"),
         (lambda root: (root / "dataset.json").write_text("[]"), "is not {"),
         (lambda root: (root / "00001/img-mean-std-00000012.npy").unlink(), "00000012.npy is missing"),
+        (
+            lambda root: (root / "dataset.json").write_text(
+                (root / "dataset.json").read_text().replace('00000003.npy", 3', '00000003.npy", "cat"')
+            ),
+            "labels must be whole numbers",
+        ),
         (lambda root: np.save(root / "00001/more.npy", np.zeros(3)), "more.npy has no label"),
         (lambda root: np.save(root / "00002/img-mean-std-00000021.npy", np.zeros((4, 16, 16))), "has shape"),
         (lambda root: (root / "00000/img-mean-std-00000000.npy").write_bytes(b"x"), "is not a .npy file"),

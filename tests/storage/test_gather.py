@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, open_store
 from storage.index import make_index
+from storage.shard_files import LocalFiles
 from tests.stores import FEATURES, LATENTS, make_store, publish_all
 
 DTYPES = ("float16", "float32", "int8", "uint8", "float64")
@@ -131,6 +132,47 @@ def test_rows_views_and_buffers_outside_the_array_are_refused(shared_tiny_store:
     for wrong in (out.astype("f4"), out[:, :4], np.empty((2, *reader.row_shape), reader.dtype)):
         with pytest.raises(ValueError, match="out must be"):
             reader.read_into([0], 0, wrong)
+
+
+def test_rows_that_numpy_would_convert_are_refused(shared_tiny_store: Path) -> None:
+    reader = open_store(shared_tiny_store).group(LATENTS)["moments"]
+    out = np.empty((2, *reader.row_shape), reader.dtype)
+    wrong: list[tuple[object, object]] = [([1.7, 2.2], 0), (np.array([True, False]), 0), ([1, 2], 0.5), ([1, 2], [0])]
+    for rows, views in [*wrong, ([[1], [2]], 0), ([1, 2], [[0], [0]])]:
+        with pytest.raises(ValueError, match=r"whole numbers|rows must be"):
+            reader.read_into(rows, views, out)  # type: ignore[arg-type]
+    reader.read_into(np.array([1, 2], np.uint8), np.array([0, 0], np.int32), out)
+    reader.read_into([], 0, out[:0])
+
+
+def test_a_file_that_is_being_read_is_closed_afterwards(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    files = open_store(tmp_path / "s").group(LATENTS)["moments"]._files
+    assert isinstance(files, LocalFiles)
+    used, idle = files._acquire(0), files._acquire(1)
+    files._release(1)
+    files.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(idle)
+    os.fstat(used)  # still ours, so that no other file can get its number
+    files._release(0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(used)
+
+
+def test_reading_ahead_advises_only_what_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "s", n_rows=64, shard_rows=16)
+    patches = open_store(tmp_path / "s").group(FEATURES)["patches"]
+    advised: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, n, advice: advised.append(start))
+    rows = np.arange(0, 64, 2)
+    monkeypatch.setattr(LocalFiles, "_is_cached", lambda self, unit, offset: unit < 3)
+    patches.will_read(rows, 0)
+    assert len(advised) == len(rows)
+    monkeypatch.setattr(LocalFiles, "_is_cached", lambda self, unit, offset: True)
+    patches.will_read(rows, 0)
+    patches.will_read([], 0)
+    assert len(advised) == len(rows)
 
 
 @pytest.mark.parametrize("policy", ["first", "always"])

@@ -121,10 +121,23 @@ def test_shards_of_other_writers_are_read_by_the_engine(
     writer(path, values, shard_rows, rng)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        reader = open_array(path, checksums="always")
+        reader = open_array(path, checksums="always", empty="fill")
     assert isinstance(reader, ArrayReader)
     gather(reader, rng, values)
     reader.close()
+
+
+def test_a_row_that_is_not_there_is_zeros_only_when_asked_for(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", failed_rows=[3, *range(16, 32)])
+    path = tmp_path / "s" / LATENTS / "moments"
+    out = np.full((2, 8, 16, 16), 7, np.float16)
+    with pytest.raises(StoreError, match=r'row 3, view 0 is empty: its writer left it out; open .* empty="fill"'):
+        open_array(path).read_into([2, 3], 0, out)
+    open_array(path, empty="fill").read_into([3, 20], 0, out)
+    assert not out.any()
+    (path / "c/1/0/0/0/0").unlink()
+    with pytest.raises(StoreError, match=r"c/1/0/0/0/0 is missing; its writer left it out"):
+        open_array(path).read_into([20, 21], 0, out)
 
 
 def test_damage_in_another_writers_shard_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""What the meter says of runs that are simulated: two encoders, so many decoders, units of given seconds."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import progress
+from pipeline.progress import Display, Meter
+
+
+def simulated(n_decoders: int, decode_s: float, encode_s: float, seconds: float = 300.0) -> Meter:
+    """Two encoders that encode whatever is decoded, in steps of a tenth of a second; 10 images a unit."""
+    meter = Meter(2, n_decoders)
+    decoded, left_s = 0.0, [0.0, 0.0]
+    for step in range(round(seconds * 10)):
+        now_s = step / 10
+        decoded = min(decoded + n_decoders * 0.1 / decode_s, 4)
+        for i in range(2):
+            if left_s[i] > 0:
+                left_s[i] -= 0.1
+                if left_s[i] <= 1e-9:
+                    left_s[i] = 0.0
+                    meter.unit_done(now_s, 10, decode_s, encode_s)
+            if left_s[i] == 0 and decoded >= 1:
+                decoded -= 1
+                left_s[i] = encode_s
+        meter.step(now_s, 2, left_s.count(0.0))
+    return meter
+
+
+def test_encode_bound() -> None:
+    meter = simulated(n_decoders=16, decode_s=1.0, encode_s=1.0)
+    assert meter.bound == "encode-bound"
+    assert meter.busy > 0.9
+    assert meter.images_per_s == pytest.approx(20, rel=0.05)
+
+
+def test_decode_bound_names_the_decoders_that_would_do() -> None:
+    meter = simulated(n_decoders=3, decode_s=4.0, encode_s=1.0)
+    assert meter.bound == "decode-bound"
+    assert meter.busy == pytest.approx(3 / 8, rel=0.1)
+    assert meter.images_per_s == pytest.approx(7.5, rel=0.05)
+    assert meter.decoders_wanted == 8
+    assert simulated(n_decoders=8, decode_s=4.0, encode_s=1.0).busy > 0.85
+
+
+def test_before_the_first_unit_nothing_is_claimed() -> None:
+    meter = Meter(2, 4)
+    meter.step(0.0, 0, 0)
+    meter.step(1.0, 0, 0)
+    assert (meter.busy, meter.starved, meter.images_per_s, meter.settled) == (0, 0, 0, False)
+    assert meter.decoders_wanted == 4
+
+
+def test_the_user_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    meter = simulated(n_decoders=3, decode_s=4.0, encode_s=1.0)
+    display = Display(1_000_000, meter, decode_cpus=2, unit="GPU")
+    with display.bar:
+        for _ in range(3):
+            display.unit_done(10, n_failed=1)
+    said = capsys.readouterr().err
+    assert said.count("images/s:") == 1
+    assert "37 hours for the 999990 images left" in said
+    assert said.count("decoding starves the encoders") == 1
+    assert "16 CPUs for decoding would keep them busy, there are 6" in said
+    assert "1 failed, GPU busy 3" in said
+
+
+def test_short_runs_are_spared_the_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(60, simulated(n_decoders=3, decode_s=4.0, encode_s=1.0), decode_cpus=1, unit="encoder")
+    with display.bar:
+        display.unit_done(10, n_failed=0)
+    assert "starves" not in capsys.readouterr().err
+    assert progress.WORTH_SAYING_S > 60 / 7.5

@@ -1,0 +1,78 @@
+"""Ctrl-C ends a command with status 130 and one line, whenever it comes and whatever swallows it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SLEEPS = """
+def main(argv):
+    print("ready", flush=True)
+    time.sleep(60)
+    return 0
+"""
+SWALLOWED = """
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # the handler runs here, and what it raises is lost
+
+def main(argv):
+    print("ready", flush=True)
+    Finalised()
+    return 0
+"""
+SWALLOWED_BEFORE_THE_LOOP = SWALLOWED.replace(
+    "    return 0",
+    """
+    with stop_on_signals(signal.SIGINT) as stop:
+        while stop.signal is None:
+            time.sleep(0.01)
+    return 0
+""",
+)
+RUN = """
+import os, signal, sys, time
+from storage.console import run_command, stop_on_signals
+{main}
+run_command(main, "python -m test", [])
+"""
+
+
+def command(main: str, **options: object) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN.format(main=main)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def require_interrupted(process: subprocess.Popen[str]) -> None:
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("python -m test: interrupted; what was finished is kept")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_also_where_a_script_had_it_ignored(ignored: bool) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None
+    try:
+        process = command(SLEEPS)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    process.send_signal(signal.SIGINT)
+    require_interrupted(process)
+
+
+@pytest.mark.parametrize("main", [SWALLOWED, SWALLOWED_BEFORE_THE_LOOP])
+def test_a_ctrl_c_that_was_swallowed_still_counts(main: str) -> None:
+    require_interrupted(command(main))

@@ -1,0 +1,39 @@
+"""README's examples of reading a store run as they are printed; only the place of the store is another."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stores import make_store
+
+README = Path(__file__).parents[2] / "README.md"
+PLACE = "runs/demo/store"
+EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "storage" in block]
+# What each example names, looked at afterwards.
+AFTERWARDS = {
+    "RowDataset": "assert (moments.shape, labels.shape, patches.shape[0]) == ((64, 8, 16, 16), (64,), 64)",
+    "iterate_batches": "assert (moments.shape, patches.shape[0]) == ((64, 8, 16, 16), 64)",
+}
+
+
+def test_every_way_to_read_has_an_example() -> None:
+    for name in AFTERWARDS:
+        assert [block for block in EXAMPLES if name in block], name
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[f"example{i}" for i in range(len(EXAMPLES))])
+def test_an_example_runs_as_printed(tmp_path: Path, example: str) -> None:
+    assert PLACE in example
+    make_store(tmp_path / "store", n_rows=128)
+    script = tmp_path / "example.py"
+    checks = [check for name, check in AFTERWARDS.items() if name in example]
+    script.write_text("\n".join([example.replace(PLACE, str(tmp_path / "store")), *checks, ""]))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if "print(" in example:
+        assert done.stdout
