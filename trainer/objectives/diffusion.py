@@ -53,7 +53,6 @@ def schedule(n_steps: int, device: torch.device) -> Schedule:
     return _schedules[n_steps, device]
 
 
-@torch.inference_mode(False)  # made while sampling, it may serve a training step next
 def _make_schedule(n_steps: int, device: torch.device) -> Schedule:
     stride = (N_STEPS - 1) / max(1, n_steps - 1)
     # Added up, not multiplied, so that rounding picks the very steps of the published sampler.
