@@ -23,11 +23,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from crc32c import crc32c
 
 from benchmarks.report import RESULTS, machine, table
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, open_store
-from storage.index import make_index
+from storage.index import SCHEMA, Index
 from storage.order import Order
 from storage.receipts import Receipt, ShardRecord, seal
 
@@ -35,14 +36,19 @@ SHARD_ROWS = 512
 GROUP = "features/f"
 
 
+def make_samples(n_rows: int) -> Index:
+    """An index of 1,000 classes, without a Python object for every row."""
+    labels = pa.array(np.arange(n_rows) % 1000)
+    names = pa.DictionaryArray.from_arrays(labels.cast(pa.int32()), [f"class{label}" for label in range(1000)])
+    keys = pa.array(np.arange(n_rows)).cast(pa.string())
+    return Index(pa.table([keys, labels, names, keys, pa.array(np.ones(n_rows, np.int64))], schema=SCHEMA))
+
+
 def make(root: Path, n_shards: int) -> None:
     """A store whose chunks are zeros that were never written."""
     store = StoreLayout(n_rows=n_shards * SHARD_ROWS, views=("original",), resolution=256, shard_rows=SHARD_ROWS)
     array = ArrayLayout(name="patches", dtype="float16", row_shape=(256, 768), store=store)
     layout = GroupLayout(path=GROUP, arrays=(array,))
-    keys = [f"{row:010d}" for row in range(store.n_rows)]
-    labels = np.arange(store.n_rows) % 1000
-    names = [f"class{label}" for label in labels.tolist()]
     index = np.empty((SHARD_ROWS, 2), "<u8")
     index[:, 0] = np.arange(SHARD_ROWS) * array.stored_bytes
     index[:, 1] = array.stored_bytes
@@ -50,7 +56,7 @@ def make(root: Path, n_shards: int) -> None:
     crcs = ShardRecord.pack(np.full(SHARD_ROWS, crc32c(bytes(array.chunk_bytes)), np.uint32))
     nbytes = SHARD_ROWS * array.stored_bytes + len(tail)
     with Staging(root) as staging:
-        create_store(root, store, make_index(keys, labels, names, keys, [1] * len(keys)), {}, staging.run_id)
+        create_store(root, store, make_samples(store.n_rows), {}, staging.run_id)
         digest = create_group(root, layout, {"name": "f"}, {}, staging.run_id)
     (root / layout.receipt_key(0)).parent.mkdir(parents=True, exist_ok=True)
     for unit in range(n_shards):
