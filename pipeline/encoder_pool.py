@@ -33,7 +33,7 @@ class Decoded:
     suspect: bool  # it has failed before: whoever encodes it has nothing else in hand
 
 
-@dataclass
+@dataclass(eq=False)
 class _Encoder:
     actor: Any
     up: bool = False
@@ -56,7 +56,7 @@ class EncoderPool:
 
     def __init__(self, make: Callable[[], Any], n: int, timeout_s: float) -> None:
         self.device = ""
-        self._timeout_s = timeout_s
+        self._make, self._wanted, self._timeout_s = make, n, timeout_s
         self._encoders = [_Encoder(make()) for _ in range(n)]
         self._asked: dict[Any, _Encoder] = {}
         self._ask_at: list[tuple[float, _Encoder]] = []
@@ -117,7 +117,7 @@ class EncoderPool:
     def tick(self) -> None:
         """Ask again whom it is time to ask, and kill what exceeds the time limit: it comes back as a failed attempt."""
         now_s = time.monotonic()
-        due = [encoder for at_s, encoder in self._ask_at if at_s <= now_s]
+        due = [encoder for at_s, encoder in self._ask_at if at_s <= now_s and encoder in self._encoders]
         self._ask_at = [(at_s, encoder) for at_s, encoder in self._ask_at if at_s > now_s]
         for encoder in due:
             self._ask(encoder)
@@ -126,6 +126,17 @@ class EncoderPool:
             for other in encoder.in_hand:
                 self._deadline_s.pop(other, None)
             ray.kill(encoder.actor, no_restart=False)
+
+    def fit(self, room: int) -> None:
+        """Keep as many encoders as there is room for, up to those wanted; one with units in hand is never let go."""
+        spare = sorted((encoder for encoder in self._encoders if not encoder.in_hand), key=lambda encoder: encoder.up)
+        for encoder in spare[: max(0, len(self._encoders) - max(1, room))]:
+            self._encoders.remove(encoder)
+            ray.kill(encoder.actor)
+        for _ in range(min(room, self._wanted) - len(self._encoders)):
+            encoder = _Encoder(self._make())
+            self._encoders.append(encoder)
+            self._ask(encoder)
 
     def close(self) -> None:
         """End the actors."""
@@ -137,6 +148,8 @@ class EncoderPool:
         self._asked[encoder.actor.ready.remote()] = encoder
 
     def _settle_ready(self, encoder: _Encoder, ref: Any) -> None:
+        if encoder not in self._encoders:
+            return  # let go since it was asked
         try:
             self.device = ray.get(ref)
         except RayError as error:
@@ -151,6 +164,7 @@ class EncoderPool:
                 self._ask_at.append((time.monotonic() + ASK_AGAIN_S, encoder))
                 return
             self._encoders.remove(encoder)
+            self._wanted -= 1
             what = f"an encoder cannot be started on a worker: {first_line(error)}"
             if not self._encoders:
                 raise UserError(f"{what}; no other is left") from error

@@ -161,7 +161,7 @@ class _Driver:
                     else:
                         self._settle_encode(ref, display)
                 self._end_overdue()
-                self._look_at_store()
+                self._look_at_cluster()
         return Outcome(
             n_images=self.meter.n_images,
             n_failed=self.n_failed,
@@ -242,10 +242,14 @@ class _Driver:
                 self.decoding[ref] = (unit, images, float("inf"))
                 ray.cancel(ref, force=True)
 
-    def _look_at_store(self) -> None:
+    def _look_at_cluster(self) -> None:
         now_s = time.perf_counter()
         if now_s - self.looked_s > POLL_S:
             self.looked_s = now_s
+            if not self.resources.encoder_gpus:
+                # Encoders of a lost node, started again beside the others, would take the CPUs that decode.
+                n_cpus = int(ray.cluster_resources().get("CPU", 0))
+                self.pool.fit((n_cpus - self.resources.decode_cpus) // self.resources.encoder_cpus)
             free = ray.available_resources().get("object_store_memory", self.resources.store_bytes)
             self.store_peak_bytes = max(self.store_peak_bytes, int(self.resources.store_bytes - free))
 
