@@ -25,8 +25,8 @@ TRAINER = "trainer"
 def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, restarts: int, scratch: Path) -> int:
     """Run `python -m trainer ARGUMENTS` on so many ranks; returns the exit status.
 
-    `scratch` is a folder that all machines share, for Ray Train's own records. Raises UserError for what a rank was told
-    wrongly, or when the cluster has not got what the ranks need.
+    `scratch` is a folder that all machines share, for Ray Train's own records. Raises UserError for what a rank was
+    told wrongly, or when the cluster has not got what the ranks need.
     """
     from pipeline.ray_environment import prepare_ray
 
@@ -49,7 +49,8 @@ def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, r
         for kind, needed in (("CPU", workers * cpus), ("GPU", workers if use_gpu else 0)):
             if there.get(kind, 0) < needed:
                 raise UserError(
-                    f"{workers} workers need {needed} {kind}s and the cluster has {there.get(kind, 0):g}; lower --workers"
+                    f"{workers} workers need {needed} {kind}s and the cluster has {there.get(kind, 0):g}; "
+                    "lower --workers"
                 )
         trainer = TorchTrainer(
             work,

@@ -185,7 +185,7 @@ def test_wandb_is_imported_when_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
     config = override(preset("sit-tiny-2"), {"run": tmp_path / "r", "log.tensorboard": False, "log.wandb": "repa"})
     config.run.mkdir()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="--log.wandb needs the package wandb; pip install wandb"):
+    with pytest.raises(UserError, match=r"--log\.wandb needs the package wandb; pip install wandb"):
         MetricsLog(config, from_step=0)
     began: list[dict[str, Any]] = []
     logged: list[tuple[dict[str, Any], int]] = []
