@@ -1,4 +1,4 @@
-"""A store of random numbers at an ImageNet store's size a row, written through the real writer, to train on for a while.
+"""A store of random numbers, a row as large as ImageNet's, written through the real writer, to train on for a while.
 
 SD-VAE's moments at 256 px (8 × 32 × 32) and 256 patch tokens of the width asked for, float16 or int8 with factors. One
 shard's numbers are drawn and every shard holds them: what is read is as large and as spread as real features are.
