@@ -100,8 +100,8 @@ def main() -> None:
             f"{of['free batches/s'] * args.batch:,.0f}", f"{of['free cpu ms']:.0f}", f"{of['free cores']:.2f}",
             f"{of['paced batches/s']:.2f}", f"{of['paced stall']:.1%}", f"{of['paced cores']:.2f}",
         ])  # fmt: skip
-    header = ["variant", "batches/s", "rows/s", "CPU ms a batch", "cores", f"steps of {args.step_ms:.0f} ms: steps/s", "stall",
-              "cores"]  # fmt: skip
+    header = ["variant", "batches/s", "rows/s", "CPU ms a batch", "cores",
+              f"steps of {args.step_ms:.0f} ms: steps/s", "stall", "cores"]  # fmt: skip
     text = "\n".join([
         "## The trainer's loader", "", where, "",
         f"Batches of {args.batch} rows of 410 kB, shuffled, from a warm page cache; medians of {args.rounds} rounds of "
