@@ -26,7 +26,8 @@ from trainer.config import ModelConfig
 
 LATENT_SCALE = 0.18215
 # What its train.py imports at the top and the step never calls, made up where it is not installed.
-UNUSED = {"wandb": (), "diffusers": (), "diffusers.models": ("AutoencoderKL",)}
+# wandb comes last: the other packages look for it, and must not find what is made up.
+UNUSED = {"diffusers": (), "diffusers.models": ("AutoencoderKL",), "wandb": ()}
 
 
 class PublicStep:
@@ -102,7 +103,7 @@ def _import_from(clone: Path) -> dict[str, Any]:
         raise UserError(f"--public {clone} holds no train.py and models/sit.py; clone REPA's repository and name that")
     sys.path.insert(0, str(clone))
     try:
-        importlib.import_module("accelerate")  # which looks for wandb, and must not find what is made up below
+        importlib.import_module("accelerate")
         for name, attributes in UNUSED.items():
             try:
                 importlib.import_module(name)
