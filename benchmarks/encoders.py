@@ -32,6 +32,7 @@ from benchmarks.online import (
 )
 from benchmarks.report import RESULTS, machine, table
 from storage.console import EXIT_OK, run_command
+from trainer.distributed import world_of_ranks
 
 PROG = "python -m benchmarks.encoders"
 IMAGENET = 1_281_167
@@ -104,10 +105,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--compile", choices=("both", "yes", "no"), default="both")
     parser.add_argument("--batch", type=int, default=64, help="images a call (default 64)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timed run (default 2)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the table is written")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    with world_of_ranks(args.device) as world:
+        device = world.device
     modes = {"both": (False, True), "yes": (True,), "no": (False,)}[args.compile]
     lines: list[list[str]] = []
     for precision, compiled in itertools.product(args.precisions.split(","), modes):

@@ -15,8 +15,8 @@
 # Packages: those of pyproject.toml but Ray; diffusers for `encoders` and `--vae`, timm for both benchmarks. Where the
 # machine has no network, bring what it lacks (compare `pip list` there) as wheels, made on one that has:
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-#     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 -d WHEELS \
-#     crc32c zarr donfig numcodecs google-crc32c diffusers importlib-metadata
+#     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
+#     -c constraints.txt -d WHEELS crc32c zarr donfig numcodecs google-crc32c diffusers importlib-metadata
 # with the GPU machine's Python in --python-version, and a line of `pip show` there for each package's own needs.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -46,6 +46,7 @@ from storage.console import EXIT_OK, run_command
 from storage.errors import UserError
 from trainer.arithmetic import peak_flops
 from trainer.config import close_matches
+from trainer.distributed import world_of_ranks
 from trainer.models.transformer import Geometry, forward_flops_per_image
 from trainer.presets import PRESETS, preset
 
@@ -269,8 +270,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--rounds and --batches must be at least 1, got {args.rounds} and {min(args.batches)}")
     if args.rows < 2 * max(args.batches):
         raise UserError(f"--rows must be two batches at least, {2 * max(args.batches)}, got {args.rows}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with world_of_ranks(args.device) as world:
+        args.device = world.device.type
     return args
 
 
