@@ -76,7 +76,7 @@ def train_on_ranks(n: int, runs: list[dict[str, Any]]) -> list[list[str]]:
     ranks = start_ranks([sys.executable, "-m", "tests.trainer.runs", plan], n)
     said = []
     for rank in ranks:
-        out, err = rank.communicate(timeout=200)
+        out, err = rank.communicate(timeout=280)
         assert rank.returncode == 0, err
         said.append(json.loads(out.splitlines()[-1]))
     return said

@@ -140,6 +140,12 @@ def test_leaving_early_ends_the_thread(shared_tiny_store: Path) -> None:
     data.close()
 
 
+def test_a_store_of_another_resolution_is_refused_with_the_fix(shared_tiny_store: Path) -> None:
+    with pytest.raises(UserError, match=r"made at 128 px, --data.resolution asks for 512; .*--data.resolution 0"):
+        opened(shared_tiny_store, **{"data.resolution": 512})
+    opened(shared_tiny_store, **{"data.resolution": 128}).close()
+
+
 def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is slow at the third batch: that step's stall is the wait, and whoever asked was told meanwhile."""
     told: list[float] = []
@@ -166,12 +172,6 @@ def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytes
     assert 0.3 < stalls[2] < 5
     assert told == sorted(told)
     assert len(told) >= 2
-
-
-def test_a_store_of_another_resolution_is_refused_with_the_fix(shared_tiny_store: Path) -> None:
-    with pytest.raises(UserError, match=r"made at 128 px, --data.resolution asks for 512; .*--data.resolution 0"):
-        opened(shared_tiny_store, **{"data.resolution": 512})
-    opened(shared_tiny_store, **{"data.resolution": 128}).close()
 
 
 def test_missing_groups_are_named(shared_tiny_store: Path, tmp_path: Path) -> None:

@@ -150,3 +150,18 @@ def test_samples_do_not_depend_on_the_ranks(runs: Any, name: str) -> None:
         )
         assert one.shape == other.shape
         assert np.abs(one - other).mean() < 2
+
+
+@pytest.mark.slow
+def test_compiled_ranks_train_as_one(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """A compiler for the CPU is needed."""
+
+    def plan(name: str, **changes: Any) -> dict[str, Any]:
+        return {"store": shared_tiny_store, "run": tmp_path / name, "batch": BATCH, **changes}
+
+    compiled = [plan("ddp", compile=True), plan("fsdp", compile=True, parallel="fsdp", accumulate=2)]
+    assert train_on_ranks(2, compiled) == [["", ""], ["", ""]]
+    train(micro(**plan("one")))
+    for name in ("ddp", "fsdp"):
+        for one, other in zip(curve(tmp_path / "one"), curve(tmp_path / name), strict=True):
+            assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
