@@ -61,7 +61,9 @@ def test_the_ring_gives_the_store_s_numbers_while_the_gpu_is_behind(tmp_path: Pa
             torch.cuda._sleep(BUSY_CYCLES)
             seen.append((got.rows.clone(), got.labels.clone(), got.moments.clone(), got.targets[0].clone()))
     data.close()
-    want = arrays[FEATURES]["patches"] if codec is None else decode(*(arrays[FEATURES][n] for n in ("patches", "scale")))
+    want = (
+        arrays[FEATURES]["patches"] if codec is None else decode(*(arrays[FEATURES][n] for n in ("patches", "scale")))
+    )
     assert len(seen) == 24
     for rows, labels, moments, target in seen:
         at = rows.cpu().numpy()
