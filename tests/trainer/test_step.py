@@ -19,7 +19,7 @@ from trainer.config import Kind, TrainConfig, override
 from trainer.loader import Batch
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.presets import preset
-from trainer.step import LatentScale, losses, sample_latents
+from trainer.step import LatentScale, draw, losses, sample_latents
 
 SCALE = LatentScale(scale=0.7, shift=0.2)
 WEIGHTS = (0.5, 0.25)
@@ -162,3 +162,18 @@ def test_a_step_is_one_graph(kind: Kind) -> None:
     for step in (5, 6):
         batch = dataclasses.replace(batch_of(geometry, 4), step=step)
         torch.testing.assert_close(compiled(batch), total(batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_compiled_for_all_steps(kind: Kind) -> None:
+    """Not anew for each: one graph for the first step and one for every other, with the numbers of the plain draws."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    config = config_of(kind)
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for step in (7, 8, 9, 400_000):
+        batch = dataclasses.replace(batch_of(SMALL, 4), step=step)
+        found, want = compiled(batch, SCALE, config, SMALL.n_classes), draw(batch, SCALE, config, SMALL.n_classes)
+        for name, value in vars(want).items():
+            torch.testing.assert_close(getattr(found, name), value, rtol=0, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -131,6 +131,19 @@ def test_adaln_zero_initialisation() -> None:
     assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))
 
 
+@pytest.mark.parametrize("targets", [(), ((2, 12),), ((1, 12), (3, 20), (3, 5))])
+def test_a_seed_gives_the_same_transformer_with_and_without_alignment(targets: tuple[tuple[int, int], ...]) -> None:
+    """So that paired runs differ by their loss alone; and a target's projector does not depend on those after it."""
+    torch.manual_seed(3)
+    want = DiffusionTransformer(SMALL).state_dict()
+    torch.manual_seed(3)
+    found = DiffusionTransformer(dataclasses.replace(SMALL, targets=targets)).state_dict()
+    shared = [name for name in found if not name.startswith("projectors.")]
+    assert shared == [name for name in want if not name.startswith("projectors.")]
+    for name in shared + [name for name in found if targets[:1] == SMALL.targets[:1] and "projectors.0." in name]:
+        assert torch.equal(found[name], want[name]), name
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_sample_does_not_depend_on_its_batch(qk_norm: bool) -> None:
     model = randomised(dataclasses.replace(SMALL, qk_norm=qk_norm))

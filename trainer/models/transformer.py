@@ -87,12 +87,13 @@ class DiffusionTransformer(nn.Module):
         position = sincos_position_embedding(config.width, config.grid)
         self.pos_embed = nn.Parameter(position, requires_grad=False)  # a parameter, since the checkpoints hold it
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.qk_norm) for _ in range(config.depth))
-        self.projectors = nn.ModuleList(
-            make_projector(config.width, config.projector_width, width) for _, width in config.targets
-        )
+        self.projectors = nn.ModuleList()
         self.final_layer = FinalLayer(config.width, config.patch, config.out_channels)
         self.apply(_xavier)
         self._initialise()
+        # Drawn last, so that a seed gives the transformer the same weights with and without alignment.
+        for _, width in config.targets:
+            self.projectors.append(make_projector(config.width, config.projector_width, width).apply(_xavier))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, with_projections: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Output (B, C or 2C, H, W) at latents x (B, C, H, W), times t (B,) and labels y int64 (B,).

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Everything that the open issues want measured on a machine with a GPU, in one call of at most ten minutes.
+#
+#   benchmarks/gpu.sh [tests] [train_step] [encoders] [profile]      default: tests train_step encoders
+#
+# Each step has its own time limit, and goes on without those that failed; logs, tables and profiles are in $OUT (default
+# gpu-results). The status is 0 when every step passed. Variables:
+#   OUT      where results are written
+#   PYTHON   the interpreter with a torch that sees the GPU (default python3)
+#   PUBLIC   a clone of REPA's repository, for the public step's rows; needs accelerate and torchvision
+#   MINUTES  limit of train_step (default 5); with 5, not every model is begun: call `MINUTES=9 benchmarks/gpu.sh train_step`
+#   ARGS     more options of benchmarks.train_step (`--vae`, `--encoder dinov2-vitg14`, `--dtype int8`, …)
+#   WHEELS   a folder of wheels to install first, into a folder of their own
+#
+# Packages: those of pyproject.toml but Ray; diffusers for `encoders` and `--vae`, timm for both benchmarks. Where the
+# machine has no network, bring what it lacks (compare `pip list` there) as wheels, made on one that has:
+#   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+#     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
+#     -c constraints.txt -d WHEELS crc32c zarr donfig numcodecs google-crc32c diffusers importlib-metadata
+# with the GPU machine's Python in --python-version, and a line of `pip show` there for each package's own needs.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-gpu-results}
+MINUTES=${MINUTES:-5}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+if [ -n "${WHEELS:-}" ]; then
+  SITE=$(mktemp -d)
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl || exit 2
+  export PYTHONPATH=$PYTHONPATH:$SITE
+fi
+
+FAILED=()
+step() {  # NAME SECONDS COMMAND…
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name: $*"
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+  local status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] || FAILED+=("$name ($status)")
+}
+
+PUBLIC_OPTION=()
+[ -z "${PUBLIC:-}" ] || PUBLIC_OPTION=(--public "$(cd "$PUBLIC" && pwd)")
+COMMON=(--device cuda --directory "${TMPDIR:-/tmp}" --out "$OUT" "${PUBLIC_OPTION[@]}")
+
+{ nvidia-smi || true; "$PYTHON" -m pip list 2>/dev/null; } >"$OUT/machine.log"
+for name in "${@:-tests train_step encoders}"; do
+  for each in $name; do
+    case $each in
+      tests)
+        step tests 150 "$PYTHON" -m pytest -k "cuda or gpu" --durations=5 tests/trainer/test_cuda.py \
+          tests/trainer/test_dequantise.py tests/trainer/test_random_keys.py tests/pipeline/test_quantise.py ;;
+      train_step)
+        step train_step $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --presets sit-xl-2,sit-b-2,sit-l-2 \
+          --seconds 1.5 --minutes $((MINUTES - 1)) "${COMMON[@]}" ${ARGS:-} ;;
+      encoders)
+        step encoders 110 "$PYTHON" -m benchmarks.encoders --device cuda --seconds 1 --out "$OUT" ;;
+      profile)
+        step profile 150 "$PYTHON" -m benchmarks.train_step --presets sit-b-2,sit-xl-2 --batches 32 --compile yes \
+          --profile store "${COMMON[@]}" ${ARGS:-} ;;
+      *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, profile" >&2; exit 2 ;;
+    esac
+  done
+done
+if [ ${#FAILED[@]} -gt 0 ]; then
+  echo "failed: ${FAILED[*]}"
+  exit 1
+fi

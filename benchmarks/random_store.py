@@ -1,0 +1,79 @@
+"""A store of random numbers, a row as large as ImageNet's, written through the real writer, to train on for a while.
+
+SD-VAE's moments at 256 px (8 × 32 × 32) and 256 patch tokens of the width asked for, float16 or int8 with factors. One
+shard's numbers are drawn and every shard holds them: what is read is as large and as spread as real features are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
+from storage.codec import INT8, encode
+from storage.index import make_index
+
+RESOLUTION = 256
+LATENT_CHANNELS, LATENT_SIDE, GRID = 4, 32, 16
+SHARD_ROWS = 512
+N_CLASSES = 10
+LATENTS, FEATURES = "latents/random", "features/random"
+
+
+def write(root: Path, n_rows: int, width: int, dtype: str) -> None:
+    """A whole store of `n_rows` samples at `root`, features (256, width) as `dtype`; not synced to the disk."""
+    store = StoreLayout(
+        n_rows=n_rows, views=("original",), resolution=RESOLUTION, shard_rows=min(SHARD_ROWS, n_rows)
+    )  # fmt: skip
+    labels = [row % N_CLASSES for row in range(n_rows)]
+    keys = [f"{row:07d}" for row in range(n_rows)]
+    index = make_index(keys, labels, [f"class{label}" for label in labels], keys, [0] * n_rows)
+    arrays = _arrays(store.shard_rows, width, dtype)
+    with Staging(root) as staging:
+        create_store(root, store, index, {"source": "random"}, staging.run_id)
+        for path, identity in _identities(width, dtype).items():
+            layout = GroupLayout(
+                path=path,
+                arrays=tuple(
+                    ArrayLayout(name=name, dtype=str(array.dtype), row_shape=array.shape[2:], store=store)
+                    for name, array in arrays[path].items()
+                ),
+            )
+            digest = create_group(root, layout, identity, {}, staging.run_id)
+            staging.prepare(path)
+            for unit in range(store.n_units):
+                n = len(store.unit_rows(unit))
+                cut = {name: array[:n] for name, array in arrays[path].items()}
+                publish_unit(root, layout, digest, unit, cut, [], staging.run_id, {}, fsync=False)
+
+
+def _arrays(n: int, width: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
+    """One shard's arrays (n, 1, …) by group and name."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((n, 1, GRID * GRID, width), dtype=np.float32)
+    moments = rng.standard_normal((n, 1, 2 * LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), dtype=np.float32)
+    moments[:, :, LATENT_CHANNELS:] = np.abs(moments[:, :, LATENT_CHANNELS:])
+    features = {"patches": tokens.astype(np.float16)}
+    if dtype == "int8":
+        features = dict(zip(("patches", "scale"), encode(tokens), strict=True))
+    return {LATENTS: {"moments": moments.astype(np.float16)}, FEATURES: features}
+
+
+def _identities(width: int, dtype: str) -> dict[str, dict[str, Any]]:
+    """What the trainer asks of a group."""
+    common = {"resolution": RESOLUTION, "encoder": "random numbers"}
+    return {
+        LATENTS: common
+        | {
+            "dtype": "float16",
+            "latent_channels": LATENT_CHANNELS,
+            "latent_size": [LATENT_SIDE] * 2,
+            "latent_scale_factor": 0.18215,
+            "latent_shift_factor": 0.0,
+        },
+        FEATURES: common
+        | {"dtype": dtype, "token_grid": [GRID] * 2, "width": width}
+        | ({"codec": INT8.identity} if dtype == "int8" else {}),
+    }

@@ -1,0 +1,114 @@
+"""The training-step benchmark runs from end to end, counts what it should, and makes room when the memory is short."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import train_step
+from benchmarks.public_repa import PublicStep
+from benchmarks.step_worker import Request, Step, Timer
+from benchmarks.train_step import Case, Row, parse, ratio
+from storage.errors import UserError
+from trainer.presets import preset
+
+CPU = torch.device("cpu")
+
+
+def test_the_smallest_setting_gives_a_whole_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (
+        f"--device cpu --presets sit-tiny-2 --batches 1 --compile no --encoder dinov2-vits14 --rounds 1 --seconds 0.01 "
+        f"--rows 8 --dtype int8 --directory {tmp_path} --out {tmp_path}/out"
+    )
+    assert train_step.main(options.split()) == 0
+    table = (tmp_path / "out" / "train_step.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "sit-tiny-2" in line]
+    assert [row[1] for row in rows] == ["store", "ceiling", "online"]
+    assert all(float(row[2]) > 0 and float(row[7]) > 0 for row in rows)
+    assert rows[0][7] == "1.000"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "online", "with_vae"),
+    [
+        ("sit-b-2", "dinov2-vitb14", 1.3, 3.1),
+        ("sit-xl-2", "dinov2-vitb14", 1.06, 1.4),
+        ("sit-b-2", "dinov2-vitg14", 5.0, 6.9),
+        ("sit-xl-2", "dinov2-vitg14", 1.8, 2.2),
+    ],
+)
+def test_ratios_of_flops_are_the_design_s(name: str, encoder: str, online: float, with_vae: float) -> None:
+    case = Case(preset=name, batch=32, args=parse(["--encoder", encoder]))
+    assert case.arithmetic("store") == case.arithmetic("ceiling") == 1
+    assert case.arithmetic("online") == case.arithmetic("public") == pytest.approx(online, rel=0.03)
+    assert case.arithmetic("online+vae") == pytest.approx(with_vae, rel=0.03)
+
+
+def test_a_ratio_is_the_median_of_those_within_a_round() -> None:
+    def rounds(*rates: float) -> list[dict[str, Any]]:
+        return [{"images_per_s": rate} for rate in rates]
+
+    measured = {
+        Row(variant="store", compiled=True): rounds(10, 20, 60),
+        Row(variant="store", compiled=False): rounds(5, 9, 20),
+        Row(variant="ceiling", compiled=False): rounds(10, 10, 10),
+        Row(variant="public", compiled=False): rounds(5, 5, 20),
+        Row(variant="online", compiled=True): [],
+    }
+    assert ratio(Row(variant="ceiling", compiled=False), measured) == "0.900"
+    assert ratio(Row(variant="public", compiled=False), measured) == "3.000"  # the better of ours
+    assert ratio(Row(variant="store", compiled=True), measured) == "1.000"
+
+
+class Hungry:
+    """Needs four micro-batches, and for ever more memory with `never`."""
+
+    def __init__(self, never: bool = False) -> None:
+        self.asked: list[int] = []
+        self.never = never
+
+    @contextlib.contextmanager
+    def steps(self, request: Request, micro_batches: int) -> Iterator[tuple[Iterator[Any], Step]]:
+        self.asked.append(micro_batches)
+        if self.never or micro_batches < 4:
+            raise torch.OutOfMemoryError("too large")
+        yield iter(range(1000)), lambda batch: 0.25
+
+
+def test_a_step_that_does_not_fit_is_taken_in_parts() -> None:
+    hungry = Hungry()
+    timer = Timer(hungry, 32, CPU)  # type: ignore[arg-type]
+    timer.answer(Request(variant="store", compiled=True, seconds=0))
+    found = timer.answer(Request(variant="store", compiled=True, seconds=1e-9))
+    assert hungry.asked == [1, 2, 4, 4]
+    assert found["micro_batches"] == 4
+    assert found["images_per_s"] > 0
+    never = Timer(Hungry(never=True), 12, CPU)  # type: ignore[arg-type]
+    with pytest.raises(torch.OutOfMemoryError):
+        never.answer(Request(variant="store", compiled=True, seconds=0))
+    assert never.trainer.asked == [1, 2, 4]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--rows 511", "--rows must be two batches at least, 512, got 511"),
+        ("--presets sit-b-3", r"--presets sit-b-3 is none; did you mean .*sit-b-2"),
+        ("--rounds 0", "--rounds and --batches must be at least 1, got 0 and 32"),
+    ],
+)
+def test_settings_that_cannot_be_measured_are_refused(options: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse(options.split())
+
+
+def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no train.py and models/sit.py; clone REPA"):
+        PublicStep(tmp_path, preset("sit-b-2").model, "dinov2-vitb14", 1000, CPU)
