@@ -14,10 +14,14 @@ RESOLUTION ?= 256
 PRESET   ?= sit-xl-2
 RUN      ?=
 GPUS     ?= 1
+IMAGES   ?=
+REFERENCE ?=
+ENCODER  ?= inception
+RUNS     ?=
 ARGS     ?=
 export RAY_ADDRESS ?=
 
-.PHONY: help env demo precompute train sample test test-all bench-env bench lint format clean
+.PHONY: help env demo precompute train sample evaluate analyse test test-all bench-env bench lint format clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
@@ -50,6 +54,13 @@ endif
 
 sample: $(STAMP)  ## draw images: RUN=folder [ARGS]
 	$(PY) -m trainer sample --run '$(RUN)' $(ARGS)
+
+evaluate: $(STAMP)  ## FID and more: IMAGES=folder or .npz REFERENCE=.npz, folder or store [ENCODER RUN ARGS]
+	$(PY) -m trainer evaluate '$(IMAGES)' --reference '$(REFERENCE)' --encoder '$(ENCODER)' \
+	  $(if $(RUN),--run '$(RUN)') $(ARGS)
+
+analyse: $(STAMP)  ## the paper's analysis figures: RUNS="runs/a runs/b" [ARGS]
+	$(PY) -m trainer analyse $(RUNS) $(ARGS)
 
 test: $(STAMP)  ## the tests, a few minutes
 	$(PY) -m pytest $(ARGS)

@@ -2,6 +2,7 @@
 
 precompute   encode every image of a data set into a feature store; run it again to go on
 preview      pictures of what a store holds: reconstructions and principal components
+features     one vector an image from Inception or a vision encoder, for `python -m trainer evaluate`
 demo         both stages on the built-in photographs
 """
 
@@ -54,6 +55,28 @@ def add_options(parser: Parser) -> None:
         )
 
 
+def add_features_options(parser: Parser) -> None:
+    """The options of `features`."""
+    parser.add_argument(
+        "where", metavar="IMAGES", type=Path, help="folder of images, an .npz with arr_0 (ADM's layout), or a store"
+    )
+    parser.add_argument("--encoder", default="inception", help="inception, or a vision encoder (default inception)")
+    parser.add_argument("--out", type=Path, required=True, help="feature file to write, .npz")
+    parser.add_argument("--weights", type=Path, help="the encoder's weight file (default: its library's cache)")
+    parser.add_argument(
+        "--token",
+        choices=["cls", "mean"],
+        default="cls",
+        help="a vision encoder's vector (default cls); Inception has one",
+    )
+    parser.add_argument(
+        "--resolution", type=int, default=0, help="side to crop a folder's images to (default: as they are)"
+    )
+    parser.add_argument("--n", dest="limit", type=int, default=0, help="at most so many, evenly spread (default: all)")
+    parser.add_argument("--batch", type=int, default=50, help="images at once (default 50)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
     preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     preview.add_argument("--images", type=int, default=8, help="how many images to show (default 8)")
+    add_features_options(commands.add_parser("features", help="one vector an image, for the trainer's evaluate"))
     demo = commands.add_parser("demo", help="both stages on the built-in photographs")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
     demo.add_argument("--steps", type=int, default=None, help="training steps (default: the preset's)")
@@ -72,6 +96,11 @@ def main(argv: Sequence[str]) -> int:
     if command == "precompute":
         args["ray_address"] = args["ray_address"] or os.environ.get("RAY_ADDRESS", "")
         return report_precompute(PrecomputeConfig(**args))
+    if command == "features":
+        from pipeline.features import write_features
+
+        print(write_features(**args))
+        return EXIT_OK
     if command == "preview":
         from pipeline.preview import write_preview
 

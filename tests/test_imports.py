@@ -20,6 +20,7 @@ FORBIDDEN = {
     "trainer.train": ENCODERS | {"pipeline"},
     "trainer.__main__": ENCODERS | {"pipeline"},
     "trainer.evaluation.generate": ENCODERS | {"pipeline"},
+    "trainer.evaluation.analyse": ENCODERS | {"pipeline", "torch_fidelity", "matplotlib"},
 }
 
 

@@ -2,6 +2,10 @@
 
 train     train a diffusion transformer from a feature store; run it again to resume
 sample    draw images from a run's averaged weights
+evaluate  FID, sFID, Inception Score, precision and recall; or a Fréchet distance in another encoder's features
+probe     linear probing of hidden states over blocks, times and checkpoints
+cknna     alignment of hidden states with a store's features
+analyse   the paper's analysis figures, for any set of runs
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ PROG = "python -m trainer"
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     from trainer.cli import add_train_options, refuse_unknown, train_config
+    from trainer.evaluation import commands as evaluation
 
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -34,10 +39,14 @@ def main(argv: Sequence[str]) -> int:
     sample_parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the run's)")
     sample_parser.add_argument("--steps", type=int, default=None, help="sampler steps (default: the run's)")
     sample_parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    evaluation.add_commands(commands)
     args, unknown = parser.parse_known_args(argv)
-    refuse_unknown(train_parser if args.command == "train" else sample_parser, unknown)
+    refuse_unknown(commands.choices[args.command], unknown)
     values = vars(args)
-    if values.pop("command") == "train":
+    command = values.pop("command")
+    if command in evaluation.COMMANDS:
+        return evaluation.run_command(command, values)
+    if command == "train":
         from trainer.guard import NonFiniteError
         from trainer.train import train
 

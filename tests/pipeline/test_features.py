@@ -1,0 +1,142 @@
+"""Feature files of images: Inception beside the library's own forward pass, vision encoders, reuse, missing weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity.feature_extractor_inceptionv3 as library
+from torch import Tensor
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+from pipeline.encoders import registry
+from pipeline.encoders.inception import Inception, describe
+from pipeline.features import write_features
+from storage.errors import UserError
+from storage.feature_file import FeatureFile, open_feature_file
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seeded random weights in the published file's layout, with batch norms that do something."""
+    path = tmp_path_factory.mktemp("inception") / "weights-inception.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        state = library.FeatureExtractorInceptionV3("random", ["2048"]).state_dict()
+    for name, value in state.items():
+        if name.endswith("bn.running_mean"):
+            value.normal_(std=0.1)
+    torch.save(state, path)
+    return path
+
+
+def images(n: int, side: int = 48) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 256, (n, side, side + 5, 3), dtype=np.uint8)
+
+
+def spatial_by_hand(network: torch.nn.Module, x: Tensor) -> Tensor:
+    """`mixed_6/conv` of the TensorFlow graph, channels last: layer by layer, without the library's forward."""
+    x = (interpolate_bilinear_2d_like_tensorflow1x(x.float(), size=(299, 299), align_corners=False) - 128) / 128
+    names = (
+        "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2 Mixed_5b Mixed_5c"
+    )
+    for name in [*names.split(), "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"]:
+        x = getattr(network, name)(x)
+    return network.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1)  # type: ignore[union-attr, operator]
+
+
+def test_inception_agrees_with_the_library(inception_weights: Path) -> None:
+    pictures = images(3)
+    network = library.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_weights))
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    pooled, logits = network(x)
+    encoder = Inception(inception_weights, CPU)
+    found = encoder.encode(pictures)
+    assert {name: array.shape for name, array in found.items()} == {
+        "features": (3, 2048),
+        "spatial": (3, 2023),
+        "logits": (3, 1008),
+    }
+    np.testing.assert_allclose(found["features"], pooled, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["logits"], logits, rtol=1e-3, atol=1e-4)
+    expected = spatial_by_hand(network, x)
+    assert expected.shape == (3, 17, 17, 7)
+    np.testing.assert_allclose(found["spatial"].reshape(3, 17, 17, 7), expected, rtol=1e-4, atol=1e-5)
+    one = encoder.encode(pictures[1:2])
+    np.testing.assert_allclose(one["spatial"][0], found["spatial"][1], rtol=1e-3, atol=1e-4)
+
+
+def test_missing_or_wrong_inception_weights_say_what_to_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception_weights: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    where = str(tmp_path / "hub" / "checkpoints")
+    with pytest.raises(UserError, match="weights-inception-2015-12-05") as missing:
+        describe(None)
+    assert where in str(missing.value)
+    assert "pass --weights FILE" in str(missing.value)
+    with pytest.raises(UserError, match=r"nowhere\.pth does not exist; fetch .*weights-inception"):
+        describe(tmp_path / "nowhere.pth")
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="holds other weights"):
+        Inception(tmp_path / "other.pth", CPU)
+    assert describe(inception_weights)["published_weights"] is False
+
+
+def features_of(out: Path, folder: Path, **changes: object) -> tuple[str, FeatureFile]:
+    options: dict[str, object] = {
+        "encoder": "tiny-vit",
+        "weights": None,
+        "token": "cls",
+        "resolution": 0,
+        "limit": 0,
+        "batch": 4,
+        "device": "cpu",
+    }
+    said = write_features(folder, out, **{**options, **changes})  # type: ignore[arg-type]
+    return said, open_feature_file(out)
+
+
+def test_a_vision_encoders_vectors_are_its_class_token_or_the_mean_of_its_patches(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 128, 128, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", pictures)
+    spec = registry.resolve_features("tiny-vit")
+    arrays = registry.load(spec, resolution=128, device=CPU, dtype=torch.float32).encode(pictures)
+    said, found = features_of(tmp_path / "cls.npz", tmp_path / "a.npz")
+    np.testing.assert_allclose(found.read("features"), arrays["cls"].astype(np.float32), atol=2e-3)
+    assert (found.label, found.images["n"]) == ("tiny-vit", 6)
+    assert "6 images by tiny-vit" in said
+    _, mean = features_of(tmp_path / "mean.npz", tmp_path / "a.npz", token="mean")
+    np.testing.assert_allclose(mean.read("features"), arrays["patches"].astype(np.float32).mean(axis=1), atol=2e-3)
+    assert mean.label == "tiny-vit-mean"
+    assert mean.identity != found.identity
+
+
+def test_what_is_described_already_is_kept_and_what_changed_is_not(tmp_path: Path) -> None:
+    pictures = np.zeros((3, 128, 128, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", pictures)
+    features_of(tmp_path / "f.npz", tmp_path / "a.npz")
+    before = (tmp_path / "f.npz").stat().st_mtime_ns
+    said, _ = features_of(tmp_path / "f.npz", tmp_path / "a.npz")
+    assert "kept" in said
+    assert (tmp_path / "f.npz").stat().st_mtime_ns == before
+    np.savez(tmp_path / "a.npz", pictures[:2])
+    said, found = features_of(tmp_path / "f.npz", tmp_path / "a.npz")
+    assert "kept" not in said
+    assert found.images["n"] == 2
+
+
+def test_what_cannot_be_described_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", np.zeros((2, 128, 130, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match="square images, these are 130×128"):
+        features_of(tmp_path / "f.npz", tmp_path / "wide.npz")
+    with pytest.raises(UserError, match=r"unknown vision encoder 'vgg'.*and inception"):
+        features_of(tmp_path / "f.npz", tmp_path / "wide.npz", encoder="vgg")
+    with pytest.raises(UserError, match="--batch must be at least 1"):
+        features_of(tmp_path / "f.npz", tmp_path / "wide.npz", batch=0)

@@ -1,0 +1,175 @@
+"""`evaluate` on features whose distances are known, on ADM's layout, through the commands, and where it must refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage.errors import UserError
+from storage.feature_file import write_feature_file
+from trainer.__main__ import main
+from trainer.evaluation.evaluate import RUN_RECORD, Description, evaluate, read_record, table
+from trainer.evaluation.frechet import frechet_distance, gaussian_of
+from trainer.evaluation.inception_score import inception_score
+from trainer.evaluation.precision_recall import precision_recall
+
+VIT = {"name": "vit", "encoder": "test", "weights_sha256": "0", "vector": "cls"}
+INCEPTION = {"name": "inception", "encoder": "v3", "weights_sha256": "1", "vector": "pool_3", "published_weights": True}
+
+
+def numbers(seed: int, n: int, width: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
+
+
+def feature_file(path: Path, identity: dict[str, Any], **arrays: np.ndarray) -> Path:
+    write_feature_file(path, arrays, identity, {"path": path.stem, "n": len(arrays["features"])})
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """(generated, reference) of one vision encoder."""
+    generated = feature_file(tmp_path / "generated.npz", VIT, features=numbers(0, 60, 5) + 1)
+    return generated, feature_file(tmp_path / "reference.npz", VIT, features=numbers(1, 80, 5))
+
+
+def test_feature_files_are_compared_and_counts_are_published(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = evaluate(*files, Description(encoder="ignored"), out=tmp_path / "out")
+    x, y = numbers(0, 60, 5) + 1, numbers(1, 80, 5)
+    assert result["metrics"]["fd"] == {
+        "value": frechet_distance(gaussian_of(x), gaussian_of(y)),
+        "n_generated": 60,
+        "n_reference": 80,
+    }
+    expected = precision_recall(y, x)
+    assert result["metrics"]["precision"]["value"] == expected.precision
+    assert result["metrics"]["recall"] == {"value": expected.recall, "n_generated": 60, "n_reference": 80, "k": 3}
+    assert json.loads((tmp_path / "out" / "vit.json").read_text()) == result
+    assert any("published figures are of 50,000" in text for text in result["warnings"])
+    shown = table(result)
+    assert "Fréchet distance (vit)" in shown
+    assert "60 generated, 80 reference" in shown
+    assert "warning: 60 images" in shown
+
+
+def test_published_counts_give_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.evaluation.evaluate.PUBLISHED_IMAGES", 60)
+    one = feature_file(tmp_path / "a.npz", VIT, features=numbers(0, 60, 5))
+    assert evaluate(one, one, Description(encoder="vit"), out=tmp_path)["warnings"] == []
+
+
+def test_an_adm_reference_gives_its_statistics(tmp_path: Path) -> None:
+    x, spatial, logits = numbers(0, 50, 6), numbers(1, 50, 4), numbers(2, 50, 9)
+    generated = feature_file(tmp_path / "g.npz", INCEPTION, features=x, spatial=spatial, logits=logits)
+    mu, factor, mu_s, factor_s = numbers(3, 1, 6)[0], numbers(4, 6, 6), numbers(5, 1, 4)[0], numbers(6, 4, 4)
+    statistics = {"mu": mu, "sigma": factor @ factor.T, "mu_s": mu_s, "sigma_s": factor_s @ factor_s.T}
+    np.savez(tmp_path / "adm.npz", **statistics)
+    result = evaluate(generated, tmp_path / "adm.npz", Description(encoder="inception"), out=tmp_path)
+    metrics = result["metrics"]
+    assert set(metrics) == {"fid", "sfid", "inception_score"}
+    assert metrics["fid"]["value"] == pytest.approx(by_hand(x, mu, statistics["sigma"]), rel=1e-5)
+    assert metrics["sfid"]["value"] == pytest.approx(by_hand(spatial, mu_s, statistics["sigma_s"]), rel=1e-5)
+    assert metrics["inception_score"]["value"] == inception_score(logits)
+    assert metrics["fid"]["n_reference"] is None
+    assert "given statistics" in table(result)
+    assert "the reference has no images, so there is no precision and no recall" in result["warnings"]
+    np.savez(tmp_path / "pooled.npz", mu=mu, sigma=statistics["sigma"])
+    without = evaluate(generated, tmp_path / "pooled.npz", Description(encoder="inception"), out=tmp_path)
+    assert "sfid" not in without["metrics"]
+
+
+def by_hand(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
+    import scipy.linalg
+
+    mine = np.cov(x.astype(np.float64), rowvar=False)
+    root = scipy.linalg.sqrtm(mine @ covariance.astype(np.float64))
+    shift = x.astype(np.float64).mean(axis=0) - mean
+    return float(shift @ shift + np.trace(mine + covariance - 2 * root.real))
+
+
+def test_weights_that_are_not_the_published_ones_are_told(tmp_path: Path) -> None:
+    identity = {**INCEPTION, "published_weights": False}
+    arrays = {"features": numbers(0, 9, 3), "spatial": numbers(1, 9, 2), "logits": numbers(2, 9, 4)}
+    one = feature_file(tmp_path / "a.npz", identity, **arrays)
+    result = evaluate(one, one, Description(encoder="inception"), out=tmp_path)
+    assert result["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-9)
+    assert any("not the published ones" in text for text in result["warnings"])
+
+
+def test_a_result_is_recorded_in_the_run_it_is_of(files: tuple[Path, Path], tmp_path: Path, micro_run: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "latest", "checkpoints"):
+        (run / name).symlink_to(micro_run / name)
+    for step in (None, 2):
+        evaluate(*files, Description(encoder="vit"), out=tmp_path, run=run, step=step)
+    record = read_record(run)
+    assert [line["step"] for line in record] == [3, 2]  # the newest checkpoint's unless it is said
+    assert record[0]["metrics"]["fd"]["n_generated"] == 60
+    with pytest.raises(UserError, match="pass --run RUN as well"):
+        evaluate(*files, Description(encoder="vit"), out=tmp_path, step=2)
+    with pytest.raises(UserError, match="has no checkpoint, so the step of these images is unknown"):
+        evaluate(*files, Description(encoder="vit"), out=tmp_path, run=tmp_path)
+    assert not (tmp_path / RUN_RECORD).exists()
+
+
+def test_what_cannot_be_compared_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    generated, reference = files
+    description = Description(encoder="vit")
+    other = feature_file(tmp_path / "other.npz", {**VIT, "weights_sha256": "9"}, features=numbers(0, 9, 5))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(tmp_path / "labels.npz", labels=np.zeros(5))
+    np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    cases: list[tuple[Path, Path, str]] = [
+        (generated, other, r"described differently \(weights_sha256: 0 and 9\)"),
+        (generated, tmp_path / "statistics.npz", "Inception's statistics and no images; vit needs them"),
+        (tmp_path / "statistics.npz", reference, "holds statistics only; name the generated images"),
+        (generated, tmp_path / "labels.npz", "holds labels; name a folder of images"),
+        (tmp_path / "nowhere", reference, "does not exist and is no folder and no .npz"),
+        (tmp_path / "nowhere.npz", reference, r"nowhere\.npz does not exist"),
+    ]
+    for images, against, message in cases:
+        with pytest.raises(UserError, match=message):
+            evaluate(images, against, description, out=tmp_path)
+    with pytest.raises(UserError, match="the reference would be of inception; pass --encoder vit --token cls"):
+        evaluate(generated, tmp_path / "images.npz", Description(encoder="inception"), out=tmp_path)
+
+
+def test_one_command_from_pictures_to_numbers_without_a_network(tmp_path: Path) -> None:
+    """A folder of PNGs against an archive of the same pictures, by the built-in encoder in a process of its own."""
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
+    (tmp_path / "png").mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "png" / f"{i}.png")
+    np.savez(tmp_path / "same.npz", pictures)
+    options = ["--reference", str(tmp_path / "same.npz"), "--encoder", "tiny-vit", "--device", "cpu"]
+    assert main(["evaluate", str(tmp_path / "png"), *options]) == 0
+    result = json.loads((tmp_path / "png-evaluation" / "tiny-vit.json").read_text())
+    assert result["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-6)
+    assert (result["metrics"]["precision"]["value"], result["metrics"]["recall"]["value"]) == (1, 1)
+    assert result["generated"]["n"] == result["reference"]["n"] == 8
+
+
+def test_missing_weights_are_one_line_that_says_what_to_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    np.savez(tmp_path / "a.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.npz")])
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "weights-inception-2015-12-05" in said
+    assert str(tmp_path / "hub" / "checkpoints") in said
+
+
+def test_an_unnamed_path_is_a_forgotten_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "", "--reference", "x"])
+    assert "make evaluate needs both IMAGES" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""A sweep measures the rows it says, of the store it says; what does not fit is one clear line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tests.stores
+from storage import open_store
+from storage.codec import INT8, decode
+from storage.errors import UserError
+from tests.stores import FEATURES, make_store
+from trainer.__main__ import main
+from trainer.evaluation.analyse import write_analysis
+from trainer.evaluation.cknna import cknna
+from trainer.evaluation.evaluate import RUN_RECORD
+from trainer.evaluation.hidden_states import checkpoints_of, load_model, open_run, pooled_hidden_states
+from trainer.evaluation.probe import probe
+from trainer.evaluation.sweep import SweepConfig, open_samples, parse_blocks, pooled_features, sweep
+
+CPU = torch.device("cpu")
+
+
+def test_points_are_the_measures_of_the_hidden_states(micro_run: Path) -> None:
+    config = SweepConfig(blocks="3,1", times=(0.2, 0.7), checkpoints="1,3", n=30, k=5, device="cpu", batch=16)
+    found = sweep(micro_run, config, ["probe", "cknna"])
+    assert [(p["step"], p["t"], p["block"]) for p in found["points"]] == [
+        (step, t, block) for step in (1, 3) for t in (0.2, 0.7) for block in (1, 3)
+    ]
+    assert found["n"] == 30
+    run = open_run(micro_run)
+    samples = open_samples(run, config)
+    model = load_model(run, checkpoints_of(micro_run, "3")[0], "ema", CPU)
+    x = pooled_hidden_states(model, run, samples.latents, samples.rows, 0.7, [3], seed=0, batch=16, device=CPU)[3]
+    y = pooled_features(samples.features, samples.rows, 7, CPU)
+    last = found["points"][-1]
+    assert last["probe"] == probe(x, samples.labels).accuracy
+    assert last["cknna"] == pytest.approx(cknna(x, y, 5), abs=1e-6)
+    assert found["features"]["probe"] == probe(y, samples.labels).accuracy
+    samples.close()
+    run.data.close()
+
+
+@pytest.mark.parametrize("codec", [None, INT8])
+def test_features_are_averaged_over_patches_quantised_or_not(tmp_path: Path, codec: object) -> None:
+    data = make_store(tmp_path / "store", codec=codec)[FEATURES]  # type: ignore[arg-type]
+    patches = data["patches"] if codec is None else decode(data["patches"], data["scale"])
+    group = open_store(tmp_path / "store").group(FEATURES)
+    rows = np.array([0, 7, 39])
+    found = pooled_features(group, rows, 2, CPU)
+    np.testing.assert_allclose(found, patches[rows, 0].astype(np.float32).mean(axis=1), atol=1e-5)
+    group.close()
+
+
+def test_failed_rows_are_left_out_and_the_choice_is_the_seeds(micro_run: Path, tmp_path: Path) -> None:
+    make_store(tmp_path / "store", failed_rows=[3, 20])
+    run = open_run(micro_run)
+
+    def rows(**changes: object) -> list[int]:
+        samples = open_samples(run, SweepConfig(store=str(tmp_path / "store"), **changes))  # type: ignore[arg-type]
+        samples.close()
+        assert samples.labels.tolist() == [row % 5 for row in samples.rows]
+        return samples.rows.tolist()
+
+    assert rows() == [row for row in range(40) if row not in (3, 20)]
+    assert rows(n=9) == sorted(rows(n=9)) == rows(n=9)
+    assert rows(n=9) != rows(n=9, seed=1)
+    run.data.close()
+
+
+def test_another_store_must_have_the_same_vaes_latents(
+    micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tests.stores.make_identities
+
+    def scaled(*args: object) -> dict[str, dict[str, object]]:
+        identities = make(*args)  # type: ignore[arg-type]
+        identities[tests.stores.LATENTS]["latent_scale_factor"] = 0.25
+        return identities
+
+    monkeypatch.setattr(tests.stores, "make_identities", scaled)
+    make_store(tmp_path / "other")
+    with pytest.raises(UserError, match=r"has other latents than .*latent_scale_factor: 0.5 and 0.25.*same VAE"):
+        sweep(micro_run, SweepConfig(store=str(tmp_path / "other")), ["cknna"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--features", "dinov2-vitg14"], "has no features/dinov2-vitg14; it has latents/tiny-vae, features/tiny-vit"),
+        (["--store", "nowhere"], "nowhere does not exist"),
+        (["--blocks", "0,2"], "--blocks must be `all` or numbers from 1 to 3"),
+        (["--blocks", "four"], "--blocks must be"),
+        (["--times", "1.5"], r"--times must lie in \[0, 1\]"),
+        (["--n", "4"], "CKNNA needs k of at least 2 and more than k samples"),
+        (["--checkpoints", "7"], "has no checkpoint of step '7'; it has 1, 2, 3"),
+        (["--batch", "0"], "--batch must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(micro_run: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        main(["cknna", str(micro_run), "--device", "cpu", *options])
+    assert "\n" not in str(refused.value)
+
+
+def test_blocks_are_named_in_any_order() -> None:
+    assert parse_blocks("all", 3) == [1, 2, 3]
+    assert parse_blocks("3, 1,3", 3) == [1, 3]
+
+
+def test_the_commands_write_json_and_a_picture(micro_run: Path, tmp_path: Path) -> None:
+    for measure in ("probe", "cknna"):
+        out = tmp_path / measure
+        assert (
+            main([measure, str(micro_run), "--k", "5", "--checkpoints", "all", "--out", str(out), "--device", "cpu"])
+            == 0
+        )
+        record = json.loads(out.with_suffix(".json").read_text())
+        assert len(record["points"]) == 9
+        assert all(0 <= point["probe"] <= 1 for point in record["points"] if measure == "probe")
+        assert [series["label"] for series in record["panels"][0]["series"]] == [
+            f"step {n}, t = 0.5" for n in (1, 2, 3)
+        ]
+        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "recorded"
+    run.mkdir()
+    for name in ("config.yaml", "latest", "checkpoints"):
+        (run / name).symlink_to(micro_run / name)
+    lines = [{"name": "vit", "step": step, "metrics": {"fd": {"value": 10.0 - step}}} for step in (2, 3, 99)]
+    (run / RUN_RECORD).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    config = SweepConfig(times=(0.3, 0.6), k=5, device="cpu")
+    write_analysis([micro_run, run], config, tmp_path / "figures")
+    motivation, key_idea = (
+        json.loads((tmp_path / "figures" / f"{name}.json").read_text()) for name in ("motivation", "key-idea")
+    )
+    measured = motivation["runs"][0]["points"]
+    newest = {(p["t"], p["block"]): p for p in measured if p["step"] == 3}
+    by_label = {series["label"]: series for series in motivation["panels"][0]["series"]}
+    assert by_label["micro, t = 0.3"]["y"] == [newest[0.3, block]["probe"] for block in (1, 2, 3)]
+    over_training = motivation["panels"][2]["series"][0]
+    assert over_training["x"] == [1, 2, 3]
+    assert over_training["y"][2] == max(newest[0.6, block]["cknna"] for block in (1, 2, 3))
+    (against,) = key_idea["panels"][2]["series"]  # only steps that have a checkpoint, only the run with a record
+    assert against["y"] == [8.0, 7.0]
+    assert against["x"] == over_training["y"][1:]
+    with pytest.raises(UserError, match="named twice"):
+        write_analysis([run, run], config, tmp_path / "figures")
+
+
+def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
+    micro_run: Path, shared_tiny_store: Path, tmp_path: Path
+) -> None:
+    def copy(name: str, **changes: str) -> Path:
+        run = tmp_path / name
+        run.mkdir()
+        text = (micro_run / "config.yaml").read_text()
+        for before, after in changes.values():
+            assert before in text
+            text = text.replace(before, after)
+        (run / "config.yaml").write_text(text)
+        for part in ("latest", "checkpoints"):
+            (run / part).symlink_to(micro_run / part)
+        return run
+
+    make_store(tmp_path / "larger", n_rows=60)
+    elsewhere = copy("elsewhere", store=(str(shared_tiny_store), str(tmp_path / "larger")))
+    config = SweepConfig(device="cpu")
+    with pytest.raises(UserError, match=r"micro and elsewhere are of stores whose features/tiny-vit differ.*--store"):
+        write_analysis([micro_run, elsewhere], config, tmp_path / "out")
+    with pytest.raises(UserError, match="is not a run"):
+        write_analysis([micro_run, tmp_path / "none"], config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    same = SweepConfig(device="cpu", store=str(shared_tiny_store), times=(0.5,), blocks="1")
+    write_analysis([micro_run, elsewhere], same, tmp_path / "out")
+    assert (tmp_path / "out" / "motivation.png").is_file()
