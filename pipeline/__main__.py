@@ -1,6 +1,7 @@
 """`python -m pipeline`: stage one.
 
 precompute   encode every image of a data set into a feature store; run it again to go on
+encoders     the encoders there are: what they store, their preprocessing, whose weights they take
 preview      pictures of what a store holds: reconstructions and principal components
 features     one vector an image from Inception or a vision encoder, for `python -m trainer evaluate`
 demo         both stages on the built-in photographs
@@ -82,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     add_options(commands.add_parser("precompute", help="encode a data set into a store"))
+    commands.add_parser("encoders", help="list every encoder")
     preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
     preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
@@ -100,6 +102,10 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.features import write_features
 
         print(write_features(**args))
+    if command == "encoders":
+        from pipeline.encoders.listing import list_encoders
+
+        print(list_encoders())
         return EXIT_OK
     if command == "preview":
         from pipeline.preview import write_preview

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.encoders.precision import ARITHMETIC
 from storage.errors import UserError
 
 
@@ -20,12 +21,21 @@ class PrecomputeConfig:
 
     data: Path = field(metadata={"help": "folder of images, one sub-folder a class"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
-    latents: str = option("VAE: a name, a diffusers directory or a hub id; none: no latents", "sd-vae-ft-mse")
-    features: str = option("vision encoder's name; none: no features", "dinov2-vitb14")
-    latents_weights: Path | None = option("diffusers directory to load the named VAE from", None)
-    features_weights: Path | None = option(
-        "local weight file of the vision encoder (timm's or the original layout)", None
+    latents: str = option(
+        "VAEs: names, diffusers directories or hub ids, with commas; none: no latents", "sd-vae-ft-mse"
     )
+    features: str = option(
+        "vision encoders, with commas (`python -m pipeline encoders` lists them and their options); none: no features",
+        "dinov2-vitb14",
+    )
+    latents_weights: str = option("diffusers directory to load the named VAE from; of several, NAME=DIR,NAME=DIR", "")
+    features_weights: str = option(
+        "local weight file of the vision encoder, timm's or the original layout; of several, NAME=FILE,NAME=FILE", ""
+    )
+    precision: str = option(
+        "arithmetic of the encoders: fp32, tf32, fp16 or bf16 (pipeline/encoders/precision.py has the bounds)", "fp32"
+    )
+    compile: bool = option("torch.compile the encoders: minutes at the start, other roundings", False)
     features_dtype: str = option(
         "patch tokens as float16, or as int8 with a float16 factor for 128 channels", "float16"
     )
@@ -57,6 +67,8 @@ class PrecomputeConfig:
             raise UserError(f"--features-dtype must be float16 or int8, got {self.features_dtype!r}")
         if self.features == "none" and self.features_dtype != "float16":
             raise UserError("--features-dtype int8 has nothing to quantise with --features none; leave one of them out")
+        if self.precision not in ARITHMETIC:
+            raise UserError(f"--precision must be one of {', '.join(ARITHMETIC)}, got {self.precision!r}")
         if not 0 <= self.max_failures <= 1:
             raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
         if self.unit_timeout_s <= 0:

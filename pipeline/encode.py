@@ -44,7 +44,7 @@ class UnitEncoder:
             for path, group in self._groups.items():
                 if path not in self._encoders:
                     self._encoders[path] = registry.load(
-                        group.spec, resolution=group.layout.store.resolution, device=device, dtype=torch.float32
+                        group.spec, resolution=group.layout.store.resolution, device=device
                     )
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 

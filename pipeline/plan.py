@@ -63,17 +63,24 @@ class Plan:
 
 
 def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str) -> tuple[GroupPlan, ...]:
-    """The groups that the configuration names. Raises UserError for unknown encoders and missing weights."""
+    """The groups that the configuration names, in its order, latents first.
+
+    Raises UserError for unknown encoders, missing weights and one group asked for twice.
+    """
+    arithmetic: dict[str, Any] = {"precision": config.precision, "compiled": config.compile}
+    specs = [
+        *registry.resolve_all(
+            config.latents, config.latents_weights, "latents", partial(registry.resolve_latents, **arithmetic)
+        ),
+        *registry.resolve_all(
+            config.features,
+            config.features_weights,
+            "features",
+            partial(registry.resolve_features, dtype=config.features_dtype, **arithmetic),
+        ),
+    ]
     groups = []
-    resolve_features = partial(registry.resolve_features, dtype=config.features_dtype)
-    wanted = (
-        ("latents", config.latents, registry.resolve_latents, config.latents_weights),
-        ("features", config.features, resolve_features, config.features_weights),
-    )
-    for kind, name, resolve, weights in wanted:
-        if name == "none":
-            continue
-        spec = resolve(name, weights=weights)
+    for spec in specs:
         identity = {
             **registry.describe(spec, resolution=config.resolution),
             "views": list(config.views),
@@ -85,7 +92,9 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
             for array, shape in sorted(registry.array_shapes(identity).items())
         )
         groups.append(
-            GroupPlan(spec=spec, layout=GroupLayout(path=f"{kind}/{spec.store_name}", arrays=arrays), identity=identity)
+            GroupPlan(
+                spec=spec, layout=GroupLayout(path=f"{spec.kind}/{spec.store_name}", arrays=arrays), identity=identity
+            )
         )
     return tuple(groups)
 

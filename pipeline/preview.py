@@ -65,8 +65,8 @@ def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:
     from pipeline.encoders.vae import VAE, find_directory
 
     moments = gather(group["moments"], rows)
-    vae = VAE(find_directory(group.attributes["provenance"]["decoder"], None), torch.device("cpu"), torch.float32)
-    return vae.decode(moments[:, : moments.shape[1] // 2])
+    vae = VAE(find_directory(group.attributes["provenance"]["decoder"], None), torch.device("cpu"))
+    return vae.decode(moments[:, : group.identity["latent_channels"]])
 
 
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:

@@ -1,389 +1,330 @@
-"""Encoders against independent arithmetic: DINOv2 in both weight layouts, AutoencoderKL's moments; and user errors."""
+"""Encoders by name: what a name may say, where weights are looked for, and what the user gets wrong."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from timm.layers import SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.encoders import dinov2, registry
+from pipeline.config import PrecomputeConfig
+from pipeline.encode import UnitEncoder
+from pipeline.encoders import registry, timm_vit
+from pipeline.encoders.catalogue import CLIP, HALF, IMAGENET, VAES, VISION
 from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
-from pipeline.encoders.vision import VisionTransformerEncoder, normalize, read_weights
+from pipeline.encoders.weights import read_weights
+from pipeline.plan import plan_groups
+from storage import Staging, StoreLayout, create_group, create_store, open_store
 from storage.errors import UserError
+from storage.index import make_index
+from tests.pipeline.hub import empty_cache, put_in_cache
 
-CPU, FP32 = torch.device("cpu"), torch.float32
-REFERENCE = Path(__file__).parent.parent / "data" / "dinov2_256.npz"
+CPU = torch.device("cpu")
+SMALL = "vit_tiny_patch16_224.augreg_in21k"  # 22 MB, with a classifier to leave out and mean 0.5
 
 
-def photo_like(n: int, side: int, seed: int = 0) -> np.ndarray:
+def pictures(n: int, side: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
-def write_state(state: dict[str, Tensor], path: Path) -> Path:
-    if path.suffix == ".safetensors":
-        save_file({name: value.contiguous() for name, value in state.items()}, path)
-    else:
-        torch.save(state, path)
-    return path
+# Names ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Hugging Face cache with nothing in it, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-# DINOv2 ---------------------------------------------------------------------------------------------------------------
-
-
-def reference_encoder(path: Path) -> VisionTransformerEncoder:
-    with np.load(REFERENCE) as reference:
-        width, depth, heads, registers, resolution = (int(n) for n in reference["config"])
-    assert registers == 0
-    size = dinov2.input_size(resolution)
-    model = VisionTransformer(
-        img_size=size, patch_size=14, embed_dim=width, depth=depth, num_heads=heads, init_values=1.0, num_classes=0
-    )
-    dinov2.load_state(model, read_weights(path), path)
-    return VisionTransformerEncoder(model, lambda x: dinov2.preprocess(x, size), CPU, FP32)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("layout", ["original", "timm"])
-def test_features_equal_the_public_implementation(tmp_path: Path, suffix: str, layout: str) -> None:
-    with np.load(REFERENCE) as reference:
-        state = {k.removeprefix("state/"): torch.from_numpy(reference[k]) for k in reference if k.startswith("state/")}
-        images, patches, cls = (reference[k] for k in ("images_uint8_nhwc", "x_norm_patchtokens", "x_norm_clstoken"))
-    if layout == "timm":
-        del state["mask_token"]  # without registers and SwiGLU the two layouts differ in this only
-    encoder = reference_encoder(write_state(state, tmp_path / f"weights{suffix}"))
-    found_patches, found_cls = encoder.encode_tokens(images)
-    np.testing.assert_allclose(found_patches, patches, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(found_cls, cls, atol=1e-4, rtol=0)
-    stored = encoder.encode(images)
-    assert {name: (array.shape, array.dtype) for name, array in stored.items()} == {
-        "patches": ((2, 256, 24), np.float16),
-        "cls": ((2, 24), np.float16),
-    }
-    np.testing.assert_allclose(stored["patches"], patches, atol=5e-3, rtol=0)
-
-
-def test_the_reference_tells_antialiasing_apart(tmp_path: Path) -> None:
-    """The likely slip: an antialiased resize changes the features by far more than the tolerance above."""
-    with np.load(REFERENCE) as reference:
-        state = {k.removeprefix("state/"): torch.from_numpy(reference[k]) for k in reference if k.startswith("state/")}
-        images, patches = reference["images_uint8_nhwc"], reference["x_norm_patchtokens"]
-    encoder = reference_encoder(write_state(state, tmp_path / "weights.pth"))
-    encoder.preprocess = lambda x: F.interpolate(normalize(x), (224, 224), mode="bicubic", antialias=True)
-    assert np.abs(encoder.encode_tokens(images)[0].numpy() - patches).max() > 1e-2
-
-
-def original_forward(state: dict[str, Tensor], x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """DINOv2's forward (arXiv 2304.07193, registers arXiv 2309.16588) from the original names: patch and class tokens.
-
-    x (B, 3, H, W) on the grid that `pos_embed` has.
-    """
-    tokens = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
-    tokens = tokens.flatten(2).transpose(1, 2)
-    tokens = torch.cat([state["cls_token"].expand(len(x), -1, -1), tokens], dim=1) + state["pos_embed"]
-    n_registers = 0
-    if "register_tokens" in state:
-        n_registers = state["register_tokens"].shape[1]
-        registers = state["register_tokens"].expand(len(x), -1, -1)
-        tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
-    width = tokens.shape[-1]
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    for i in range(depth):
-        p = {n.removeprefix(f"blocks.{i}."): v for n, v in state.items() if n.startswith(f"blocks.{i}.")}
-        y = F.layer_norm(tokens, (width,), p["norm1.weight"], p["norm1.bias"], 1e-6)
-        qkv = F.linear(y, p["attn.qkv.weight"], p["attn.qkv.bias"]).unflatten(-1, (3, heads, width // heads))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = ((q @ k.transpose(-1, -2) * (width // heads) ** -0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
-        tokens = tokens + p["ls1.gamma"] * F.linear(y, p["attn.proj.weight"], p["attn.proj.bias"])
-        y = F.layer_norm(tokens, (width,), p["norm2.weight"], p["norm2.bias"], 1e-6)
-        if "mlp.w12.weight" in p:  # SwiGLU (arXiv 2002.05202, eq. 6): the gate is the first half
-            gate, value = F.linear(y, p["mlp.w12.weight"], p["mlp.w12.bias"]).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * value, p["mlp.w3.weight"], p["mlp.w3.bias"])
-        else:
-            y = F.gelu(F.linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
-            y = F.linear(y, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
-        tokens = tokens + p["ls2.gamma"] * y
-    tokens = F.layer_norm(tokens, (width,), state["norm.weight"], state["norm.bias"], 1e-6)
-    return tokens[:, 1 + n_registers :], tokens[:, 0]
-
-
-def random_original_state(width: int, depth: int, n_tokens: int, *, swiglu: bool, registers: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(width + depth)
-    hidden = 3 * width
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, 1 + n_tokens, width),
-        "mask_token": (1, width),
-        "patch_embed.proj.weight": (width, 3, 14, 14),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    if registers:
-        shapes["register_tokens"] = (1, registers, width)
-    for i in range(depth):
-        mlp = (
-            (("w12", 2 * hidden, width), ("w3", width, hidden))
-            if swiglu
-            else (
-                ("fc1", hidden, width),
-                ("fc2", width, hidden),
-            )
-        )
-        for name, n_out, n_in in (("attn.qkv", 3 * width, width), ("attn.proj", width, width)):
-            shapes |= {f"blocks.{i}.{name}.weight": (n_out, n_in), f"blocks.{i}.{name}.bias": (n_out,)}
-        for name, n_out, n_in in mlp:
-            shapes |= {f"blocks.{i}.mlp.{name}.weight": (n_out, n_in), f"blocks.{i}.mlp.{name}.bias": (n_out,)}
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
-            shapes[f"blocks.{i}.{name}"] = (width,)
-    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_swiglu_and_registers_are_converted(swiglu: bool, registers: int) -> None:
-    width, depth, heads, side = 24, 2, 3, 56
-    state = random_original_state(width, depth, (side // 14) ** 2, swiglu=swiglu, registers=registers)
-    mlp: dict[str, Any] = (
-        {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp_ratio": 6} if swiglu else {"mlp_ratio": 3}
-    )
-    model = VisionTransformer(
-        img_size=side,
-        patch_size=14,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        init_values=1.0,
-        num_classes=0,
-        reg_tokens=registers,
-        no_embed_class=registers > 0,
-        **mlp,
-    )
-    dinov2.load_state(model, state, Path("weights.pth"))
-    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-    patches, cls = original_forward(state, x, heads)
-    with torch.inference_mode():
-        tokens = model.eval().forward_features(x)
-    torch.testing.assert_close(tokens[:, 1 + registers :], patches, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(tokens[:, 0], cls, atol=1e-4, rtol=1e-4)
-
-
-ORIGINAL_SHAPES = {  # width, depth, MLP tensors of a block in the original release
-    "dinov2-vits14": (384, 12, {"fc1": (1536, 384), "fc2": (384, 1536)}),
-    "dinov2-vitb14": (768, 12, {"fc1": (3072, 768), "fc2": (768, 3072)}),
-    "dinov2-vitl14": (1024, 24, {"fc1": (4096, 1024), "fc2": (1024, 4096)}),
-    "dinov2-vitg14": (1536, 40, {"w12": (8192, 1536), "w3": (1536, 4096)}),
-}
-
-
-def original_shapes_state(name: str, device: torch.device) -> dict[str, Tensor]:
-    """Small random tensors (none on the meta device) under every name of the original release's file."""
-    width, depth, mlp = ORIGINAL_SHAPES[name]
-    state = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, 1 + 37 * 37, width),
-        "mask_token": (1, width),
-        "patch_embed.proj.weight": (width, 3, 14, 14),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    for i in range(depth):
-        linear = {
-            "attn.qkv": (3 * width, width),
-            "attn.proj": (width, width),
-            **{f"mlp.{n}": s for n, s in mlp.items()},
-        }
-        for part, (n_out, n_in) in linear.items():
-            state |= {f"blocks.{i}.{part}.weight": (n_out, n_in), f"blocks.{i}.{part}.bias": (n_out,)}
-        for part in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
-            state[f"blocks.{i}.{part}"] = (width,)
-    torch.manual_seed(0)
-    return {key: torch.randn(shape, device=device) * 0.05 for key, shape in state.items()}
-
-
-@pytest.mark.parametrize("name", ORIGINAL_SHAPES)
-def test_every_published_size_takes_the_original_names_and_shapes(name: str) -> None:
-    """Without memory: timm's model and the original release's tensors meet on the meta device."""
+@pytest.mark.parametrize(
+    ("name", "group", "layer", "tokens"),
+    [
+        ("dinov2-vitb14", "dinov2-vitb14", None, "both"),
+        ("dinov2-vitb14:layer=norm:tokens=both", "dinov2-vitb14", None, "both"),
+        ("dinov2-vitb14:layer=8", "dinov2-vitb14-layer8", 8, "both"),
+        ("dinov2-vitb14:tokens=patch:layer=8", "dinov2-vitb14-layer8-patch", 8, "patch"),
+        ("clip-vitl14", "clip-vitl14", 24, "both"),
+        ("clip-vitl14:layer=norm", "clip-vitl14-norm", None, "both"),
+        ("ijepa-vith14", "ijepa-vith14", None, "patch"),
+        ("timm:vit_base_patch16_224.augreg_in21k", "vit_base_patch16_224.augreg_in21k", None, "patch"),
+        (
+            "timm:vit_base_patch16_224.augreg_in21k:layer=8:tokens=cls",
+            "vit_base_patch16_224.augreg_in21k-layer8-cls",
+            8,
+            "cls",
+        ),
+    ],
+)
+def test_a_name_says_layer_and_tokens_and_so_does_its_group(name: str, group: str, layer: Any, tokens: str) -> None:
     spec = registry.resolve_features(name)
-    with torch.device("meta"):
-        model = timm.create_model(spec.model, pretrained=False, num_classes=0, img_size=518)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    converted = dinov2.original_to_timm(original_shapes_state(name, torch.device("meta")))
-    assert {key: tuple(value.shape) for key, value in converted.items()} == wanted
-    assert dinov2.WIDTHS[spec.model] == ORIGINAL_SHAPES[name][0]
+    assert (spec.store_name, spec.layer, spec.tokens) == (group, layer, tokens)
+    assert re.fullmatch(r"[\w.-]+", spec.store_name)
 
 
-def test_a_whole_vits14_is_the_same_from_both_layouts(tmp_path: Path) -> None:
-    original = original_shapes_state("dinov2-vits14", CPU)
-    timms = {key: value for key, value in original.items() if key != "mask_token"}
-    images = photo_like(1, 256)
-    found = []
-    for path in (write_state(original, tmp_path / "a.pth"), write_state(timms, tmp_path / "b.safetensors")):
-        spec = registry.resolve_features("dinov2-vits14", weights=path)
-        identity = registry.describe(spec, resolution=256)
-        assert identity["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        found.append(registry.load(spec, resolution=256, device=CPU, dtype=FP32).encode(images))
-        shapes = registry.array_shapes(identity)
-        assert {key: value.shape[1:] for key, value in found[-1].items()} == shapes
-        assert shapes == {"patches": (256, 384), "cls": (384,)}
-    for key in found[0]:
-        np.testing.assert_array_equal(found[0][key], found[1][key])
+def test_names_of_vaes_are_resolved() -> None:
+    assert registry.resolve_latents("sd-vae-ft-mse").model == "stabilityai/sd-vae-ft-mse"
+    assert registry.resolve_latents("sd-vae-ft-mse").decoder == "stabilityai/sd-vae-ft-ema"
+    assert registry.resolve_latents("someone/vae").store_name == "someone--vae"
+    assert registry.resolve_latents("someone/pipeline/vae").store_name == "someone--pipeline--vae"
+    assert registry.resolve_latents("flux-vae:precision=tf32").precision == "tf32"
 
 
-@pytest.mark.parametrize(("resolution", "size"), [(256, 224), (512, 448)])
-def test_the_model_sees_14_pixels_for_every_16(resolution: int, size: int) -> None:
-    assert dinov2.input_size(resolution) == size
-    assert dinov2.preprocess(torch.zeros(1, 3, resolution, resolution), size).shape == (1, 3, size, size)
+@pytest.mark.parametrize("name", [n for n, model in VISION.items() if model.family != "tiny_vit"])
+def test_the_catalogue_agrees_with_timm(name: str) -> None:
+    known = VISION[name]
+    assert timm.is_model(known.model)
+    cfg = timm.models.get_pretrained_cfg(known.model)
+    assert known.repository == (cfg.hf_hub_id or "" if known.family == "timm_vit" else "")
+    normalisation = known.preprocessing.normalisation
+    assert (normalisation.mean, normalisation.std) == (cfg.mean, cfg.std) or known.family == "mocov3"
+    assert normalisation in (IMAGENET, CLIP, HALF)
+    assert known.n_tokens(256) == 256
+    assert known.n_tokens(512) == 1024
 
 
-def test_normalisation_comes_before_the_resize() -> None:
-    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalised = (x - mean[:, None, None]) / std[:, None, None]
-    wanted = F.interpolate(normalised, (56, 56), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(dinov2.preprocess(x, 56), wanted)
+@pytest.mark.parametrize(
+    "name", ["dinov2-vitb14", "dinov2-vitg14", "clip-vitl14", "dino-vits16", "ijepa-vith14", "siglip2-so400m16"]
+)
+def test_counted_operations_agree_with_torchs_counter(name: str) -> None:
+    known = VISION[name]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = timm_vit.build(known, 256).eval()
+        model.forward_features(torch.empty(1, 3, *model.patch_embed.img_size))
+    assert known.gflop(256) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.005)
 
 
-# AutoencoderKL --------------------------------------------------------------------------------------------------------
+def test_the_list_names_every_encoder_and_loads_no_torch() -> None:
+    code = "import sys; from pipeline.encoders import listing; print(listing.list_encoders(), 'torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    lines = printed.splitlines()
+    assert lines[-1].endswith("False")
+    first_words = {line.split(" ")[0] for line in lines}
+    assert {*VAES, *VISION} <= first_words
+    assert max(map(len, lines)) <= 132
+    (dinov2,) = (line for line in lines if line.startswith("dinov2-vitb14 "))
+    for part in ("256×768", " 46 ", "final norm, cls", "ImageNet, 256→224", "timm/vit_base_patch14_dinov2"):
+        assert part in dinov2
+
+
+# Any vision transformer of timm ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def vae_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seeded random weights in the file format of the published VAEs."""
+def timm_state() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("vae") / "random-vae"
-    vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-    )
-    vae.save_pretrained(directory)
-    return directory
+    return timm.create_model(SMALL, pretrained=False).state_dict()
 
 
-def test_moments_are_the_posterior_mean_and_standard_deviation(vae_directory: Path) -> None:
-    spec = registry.resolve_latents(str(vae_directory))
-    identity = registry.describe(spec, resolution=64)
-    weights = vae_directory / "diffusion_pytorch_model.safetensors"
-    assert spec.store_name == "random-vae"
-    assert identity["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert (identity["latent_size"], identity["latent_scale_factor"]) == ([16, 16], 0.5)
-
-    images = photo_like(3, 64)
-    moments = registry.load(spec, resolution=64, device=CPU, dtype=FP32).encode(images)["moments"]
-    assert moments.dtype == np.float16
-    assert moments.shape == (3, *registry.array_shapes(identity)["moments"])
-
-    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 * 2 - 1
+def test_a_timm_model_is_found_in_the_hubs_cache_by_its_name(
+    timm_state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = empty_cache(tmp_path / "hub", monkeypatch)
+    save_file(timm_state, tmp_path / "model.safetensors")
+    put_in_cache(cache, f"timm/{SMALL}", tmp_path / "model.safetensors", "model.safetensors")
+    spec = registry.resolve_features(f"timm:{SMALL}:layer=8:tokens=both")
+    identity = registry.describe(spec, resolution=224)
+    assert identity["encoder"] == f"timm.{SMALL}"
+    assert identity["preprocessing"] == "x/255, mean/std 0.5"
+    assert identity["layer"] == "block 8 of 12, no norm"
+    assert identity["weights_sha256"] == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    images = pictures(2, 224)
+    found = registry.load(spec, resolution=224, device=CPU).encode(images)
+    model = timm.create_model(SMALL, pretrained=False).eval()
+    model.load_state_dict(timm_state)
     with torch.inference_mode():
-        parameters = AutoencoderKL.from_pretrained(vae_directory).encode(x).latent_dist.parameters
-    mean, log_variance = parameters.chunk(2, dim=1)
-    wanted = torch.cat([mean, (log_variance / 2).exp()], dim=1)
-    np.testing.assert_allclose(moments, wanted.numpy(), atol=2e-3, rtol=2e-3)
-    assert (moments[:, 4:] > 0).all()
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        ((patches, prefix),) = model.forward_intermediates(
+            x, indices=[7], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
+    np.testing.assert_allclose(found["patches"], patches, atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(found["cls"], prefix[:, 0], atol=2e-3, rtol=2e-3)
 
 
-def test_an_image_comes_out_the_same_whatever_it_is_batched_with(vae_directory: Path) -> None:
-    for spec, side in (
-        (registry.resolve_latents(str(vae_directory)), 64),
-        (registry.resolve_features("tiny-vit"), 128),
-    ):
-        encoder = registry.load(spec, resolution=side, device=CPU, dtype=FP32)
-        images = photo_like(4, side)
-        together, alone = encoder.encode(images), encoder.encode(images[2:3])
-        for name in together:
-            np.testing.assert_allclose(together[name][2:3], alone[name], atol=4e-3, rtol=4e-3)
+def test_a_timm_model_runs_at_512(timm_state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(timm_state, tmp_path / "weights.safetensors")
+    spec = registry.resolve_features(f"timm:{SMALL}", weights=tmp_path / "weights.safetensors")
+    patches = registry.load(spec, resolution=512, device=CPU).encode(pictures(1, 512))["patches"]
+    assert patches.shape == (1, 32 * 32, 192)
 
 
-def test_decoding_gives_pictures_of_unscaled_latents(vae_directory: Path) -> None:
-    vae: Any = registry.load(registry.resolve_latents(str(vae_directory)), resolution=64, device=CPU, dtype=FP32)
-    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8), dtype=np.float32)
-    images = vae.decode(latents)
-    assert (images.shape, images.dtype) == ((2, 32, 32, 3), np.uint8)
-    with torch.inference_mode():
-        decoded = AutoencoderKL.from_pretrained(vae_directory).decode(torch.from_numpy(latents)).sample
-    wanted = ((decoded.clamp(-1, 1) + 1) / 2 * 255).permute(0, 2, 3, 1).numpy()
-    assert np.abs(images - wanted).max() <= 0.51
+@pytest.mark.parametrize(
+    ("name", "resolution", "message"),
+    [
+        ("timm:vit_enormous_patch16", 256, "timm has no model 'vit_enormous_patch16'"),
+        ("timm:resnet18", 256, "resnet18 is a ResNet, not a vision transformer"),
+        (f"timm:{SMALL}:layer=13", 256, r"has blocks 1 to 12, got layer=13"),
+        (f"timm:{SMALL}", 250, "--resolution must be a multiple of 16"),
+        ("timm:vit_base_patch16_siglip_256.v2_webli:tokens=both", 256, "has no class token"),
+        ("ijepa-vith14:tokens=cls", 256, "has no class token"),
+    ],
+)
+def test_what_timm_cannot_give_is_said(tmp_path: Path, name: str, resolution: int, message: str) -> None:
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(UserError, match=message):
+        registry.describe(registry.resolve_features(name, weights=tmp_path / "weights.pth"), resolution=resolution)
+
+
+# Several encoders in one pass -----------------------------------------------------------------------------------------
+
+
+def config(tmp_path: Path, **changes: object) -> PrecomputeConfig:
+    settings = {"latents": "none", "features": "tiny-vit", "resolution": 128, "shard_rows": 4} | changes
+    return PrecomputeConfig(data=tmp_path, store=str(tmp_path / "store"), **settings)  # type: ignore[arg-type]
+
+
+LAYOUT = StoreLayout(n_rows=4, views=("original",), resolution=128, shard_rows=4)
+
+
+def test_several_encoders_of_one_pass_encode_the_same_pixels(tmp_path: Path) -> None:
+    settings = config(tmp_path, latents="tiny-vae", features="tiny-vit,tiny-vit:layer=2:tokens=cls")
+    groups = plan_groups(settings, LAYOUT, "digest")
+    paths = [group.layout.path for group in groups]
+    assert paths == ["latents/tiny-vae", "features/tiny-vit", "features/tiny-vit-layer2-cls"]
+    images = pictures(4, 128)
+    keys = [f"{i}" for i in range(4)]
+    root = tmp_path / "store"
+    with Staging(root) as staging:
+        create_store(root, LAYOUT, make_index(keys, [0] * 4, ["one"] * 4, keys, [1] * 4), {}, staging.run_id)
+        digests = {g.layout.path: create_group(root, g.layout, g.identity, {}, staging.run_id) for g in groups}
+        for path in paths:
+            staging.prepare(path)
+        encoder = UnitEncoder(root, groups, digests, batch=4, n_threads=1, run_id=staging.run_id)
+        encoder.encode_and_publish(0, images, [], 0.0, paths)
+    store = open_store(root)
+    for group in groups:
+        direct = registry.load(group.spec, resolution=128, device=CPU).encode(images)
+        reader = store.group(group.layout.path)
+        assert {array.name for array in group.layout.arrays} == set(direct)
+        for name, wanted in direct.items():
+            out = np.empty(wanted.shape, wanted.dtype)
+            reader[name].read_into(range(4), 0, out)
+            np.testing.assert_array_equal(out, wanted)
+        reader.close()
+
+
+def weights_of(names: str, weights: str) -> list[str | None]:
+    specs = registry.resolve_all(names, weights, "features", registry.resolve_features)
+    return [spec.weights.name if spec.weights else None for spec in specs]
+
+
+def test_each_encoder_gets_its_own_weights() -> None:
+    assert weights_of("clip-vitl14", "/w/a.pt") == ["a.pt"]
+    assert weights_of("clip-vitl14", "clip-vitl14=/w/a.pt") == ["a.pt"]
+    assert weights_of("dinov2-vitb14,clip-vitl14", "clip-vitl14=/w/a.pt") == [None, "a.pt"]
+    assert weights_of("dinov2-vitb14, clip-vitl14", "clip-vitl14=/w/a.pt,dinov2-vitb14=b.pth") == ["b.pth", "a.pt"]
+    assert weights_of("dino-vitb16,dino-vitb16:layer=6", "/w/d.pth") == ["d.pth", "d.pth"]
+    assert weights_of("timm:deit3_base_patch16_224", "timm:deit3_base_patch16_224=d.pth") == ["d.pth"]
+    assert registry.resolve_all("none", "", "features", registry.resolve_features) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        ("dinov2-vitb14,clip-vitl14", "a.pt", "--features-weights of several encoders are NAME=PATH"),
+        ("dinov2-vitb14,clip-vitl14", "clip-vitl14=a,mae-vitl16=b", "'mae-vitl16=b' is no NAME=PATH of one of dinov2"),
+        ("dinov2-vitb14,clip-vitl14", "clip-vitl14=a,clip-vitl14=b", "each once"),
+        ("dinov2-vitb14,dinov2-vitb14:layer=norm", "", "asks for features/dinov2-vitb14 twice"),
+        ("dinov2-vitb14,", "", "unknown vision encoder ''"),
+    ],
+)
+def test_mistakes_in_a_list_are_told(names: str, weights: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        weights_of(names, weights)
 
 
 # What the user gets wrong ---------------------------------------------------------------------------------------------
 
 
-def test_names_are_resolved() -> None:
-    assert registry.resolve_latents("sd-vae-ft-mse").model == "stabilityai/sd-vae-ft-mse"
-    assert registry.resolve_latents("sd-vae-ft-mse").decoder == "stabilityai/sd-vae-ft-ema"
-    assert registry.resolve_latents("someone/vae").store_name == "someone--vae"
-    for name, size in (("s", "small"), ("b", "base"), ("l", "large"), ("g", "giant")):
-        model = registry.resolve_features(f"dinov2-vit{name}14").model
-        assert model == f"vit_{size}_patch14_dinov2.lvd142m"
-        assert timm.is_model(model)
-
-
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="sd-vae-ft-mse, sd-vae-ft-ema, tiny-vae"):
+    with pytest.raises(UserError, match="sd-vae-ft-mse, sd-vae-ft-ema, sdxl-vae"):
         registry.resolve_latents("sd-vea")
-    with pytest.raises(UserError, match=r"dinov2-vits14.*dinov2-vitg14.*tiny-vit"):
+    with pytest.raises(UserError, match=r"dinov2-vits14.*dinov2-vitg14.*tiny-vit.*timm:NAME"):
         registry.resolve_features("dinov2-b")
 
 
 @pytest.mark.parametrize(
-    ("spec", "remedy"),
+    ("name", "message"),
     [
-        (registry.resolve_latents("sd-vae-ft-mse"), "hf download stabilityai/sd-vae-ft-mse.*--latents-weights"),
-        (
-            registry.resolve_features("dinov2-vitb14"),
-            "hf download timm/vit_base_patch14_dinov2.lvd142m model.safetensors.*--features-weights",
-        ),
+        ("dinov2-vitb14:layers=8", "options are layer=, tokens=, precision="),
+        ("dinov2-vitb14:layer=8:layer=9", "each once"),
+        ("dinov2-vitb14:layer=13", "a block, 1 to 12, or norm, got '13'"),
+        ("dinov2-vitb14:layer=0", "1 to 12"),
+        ("dinov2-vitb14:layer=-1", "1 to 12"),
+        ("timm:vit_x:layer=last", "counted from 1, or norm, got 'last'"),
+        ("dinov2-vitb14:tokens=all", "tokens= is one of patch, cls, both"),
+        ("dinov2-vitb14:precision=int4", "precision= is one of fp32, tf32, bf16, fp16"),
+        ("timm:../../etc", "unknown vision encoder"),
+        ("timm:", "unknown vision encoder"),
     ],
-    ids=["vae", "dinov2"],
 )
-def test_missing_weights_are_an_error_with_the_remedy(empty_hub: Path, spec: registry.EncoderSpec, remedy: str) -> None:
-    with pytest.raises(UserError, match=remedy):
-        registry.describe(spec, resolution=256)
+def test_options_that_mean_nothing_are_told(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        registry.resolve_features(name)
+
+
+def test_class_tokens_alone_are_not_quantised() -> None:
+    with pytest.raises(UserError, match="int8 quantises patch tokens"):
+        registry.resolve_features("dinov2-vitb14:tokens=cls", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        (
+            "dinov2-vitb14",
+            "hf download timm/vit_base_patch14_dinov2.lvd142m model.safetensors.*dinov2_vitb14_pretrain.pth.*"
+            "--features-weights",
+        ),
+        ("clip-vitl14", r"hf download timm/vit_large_patch14_clip_224.openai model.safetensors.*ViT-L-14\.pt"),
+        ("mocov3-vitb16", r"are on no hub; take facebookresearch/moco-v3: vit-b-300ep\.pth\.tar and pass"),
+        ("ijepa-vith14", r"are on no hub; take facebookresearch/ijepa: IN1K-vit\.h\.14-300e\.pth\.tar"),
+        (f"timm:{SMALL}", f"hf download timm/{SMALL} model.safetensors"),
+    ],
+)
+def test_missing_weights_are_an_error_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
+) -> None:
+    empty_cache(tmp_path / "hub", monkeypatch)
+    with pytest.raises(UserError, match=remedy) as error:
+        registry.describe(registry.resolve_features(name), resolution=256)
+    assert "\n" not in str(error.value)
 
 
 def test_given_weights_that_are_absent_or_wrong_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.pth of dinov2-vits14 does not exist"):
         registry.describe(registry.resolve_features("dinov2-vits14", weights=tmp_path / "gone.pth"), resolution=256)
-    with pytest.raises(UserError, match=r"must hold config\.json"):
-        registry.describe(registry.resolve_latents("sd-vae-ft-mse", weights=tmp_path), resolution=256)
     wrong = registry.resolve_features("dinov2-vits14", weights=TINY_VIT / "model.safetensors")
     with pytest.raises(UserError, match="does not hold the weights of this model"):
-        registry.load(wrong, resolution=256, device=CPU, dtype=FP32)
+        registry.load(wrong, resolution=256, device=CPU)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Payload:
-        def __reduce__(self) -> tuple[Any, tuple[str]]:
-            return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
+        def __reduce__(self) -> tuple[Any, tuple[Path]]:
+            return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"cls_token": Payload()}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="cannot be read"):
         read_weights(tmp_path / "weights.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "not a file of weights", "a list"])
+def test_damaged_weight_files_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(1000)} if damage != "a list" else [1, 2], path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "not a file of weights":
+        path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match=r"weights\.pth"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +337,17 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     ids=["vae", "dinov2", "tiny-vit"],
 )
 def test_a_resolution_that_does_not_fit_is_refused_before_weights_are_looked_for(
-    empty_hub: Path, spec: registry.EncoderSpec, resolution: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: registry.EncoderSpec, resolution: int
 ) -> None:
+    empty_cache(tmp_path / "hub", monkeypatch)
     with pytest.raises(UserError, match="--resolution"):
         registry.describe(spec, resolution=resolution)
+
+
+def test_an_image_comes_out_the_same_whatever_it_is_batched_with() -> None:
+    for spec in (registry.resolve_latents("tiny-vae"), registry.resolve_features("tiny-vit")):
+        encoder = registry.load(spec, resolution=128, device=CPU)
+        images = pictures(4, 128)
+        together, alone = encoder.encode(images), encoder.encode(images[2:3])
+        for name in together:
+            np.testing.assert_allclose(together[name][2:3], alone[name], atol=4e-3, rtol=4e-3)

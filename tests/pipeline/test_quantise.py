@@ -23,7 +23,7 @@ from storage.codec import INT8, LARGEST, Int8Codec, decode, encode, unquantisabl
 from storage.index import make_index
 from tests.features import DISTRIBUTIONS, cosines
 
-CPU, FP32 = torch.device("cpu"), torch.float32
+CPU = torch.device("cpu")
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
@@ -147,7 +147,7 @@ def test_the_store_holds_the_encoders_float32_numbers_quantised(tmp_path: Path, 
     encode_store(tmp_path / "store", plan, images)
     group = open_store(tmp_path / "store").group("features/tiny-vit")
     spec = registry.resolve_features("tiny-vit")
-    encoder = registry.load(spec, resolution=RESOLUTION, device=CPU, dtype=FP32)
+    encoder = registry.load(spec, resolution=RESOLUTION, device=CPU)
     for view in range(len(settings.views)):
         seen = images if view == 0 else images[:, :, ::-1].copy()
         parts = [encoder.encode_tokens(part)[0].numpy() for part in (seen[:3], seen[3:])]  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from pipeline.encoders.tiny import RESOLUTION, TINY_VAE, TINY_VIT
 from pipeline.encoders.tiny.train import probe_accuracy, psnr_db, split_images
 
 LARGEST_BYTES = 8_000_000
-CPU, FP32 = torch.device("cpu"), torch.float32
+CPU = torch.device("cpu")
 
 
 def test_they_are_small_enough_to_commit() -> None:
@@ -40,7 +40,7 @@ def test_psnr_is_what_its_formula_says() -> None:
 def latents_and_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Held-out crops, of parts of the photographs that training never saw; their moments; their reconstructions."""
     images, _ = split_images("heldout", 4)
-    vae = registry.load(registry.resolve_latents("tiny-vae"), resolution=RESOLUTION, device=CPU, dtype=FP32)
+    vae = registry.load(registry.resolve_latents("tiny-vae"), resolution=RESOLUTION, device=CPU)
     moments = vae.encode(images)["moments"].astype(np.float32)
     return images, moments, vae.decode(moments[:, :4])  # type: ignore[attr-defined]
 
@@ -70,7 +70,7 @@ def test_scaled_latents_have_unit_variance(latents_and_pictures: tuple[np.ndarra
 
 def test_a_linear_probe_reads_the_photograph_from_tiny_vit() -> None:
     """On other crops, of the same part of the photographs as the training crops: many of their pixels overlap."""
-    vit = registry.load(registry.resolve_features("tiny-vit"), resolution=RESOLUTION, device=CPU, dtype=FP32)
+    vit = registry.load(registry.resolve_features("tiny-vit"), resolution=RESOLUTION, device=CPU)
     sets = []
     for n_per_class, seed in ((24, 0), (8, 1)):
         images, labels = split_images("train", n_per_class, seed)
@@ -82,7 +82,7 @@ def test_a_linear_probe_reads_the_photograph_from_tiny_vit() -> None:
 def test_tiny_vit_tokens_say_where_and_not_only_what() -> None:
     """Tokens of one image differ among themselves about as much as images do; a class constant would not."""
     images, _ = split_images("train", 2, 1)
-    vit = registry.load(registry.resolve_features("tiny-vit"), resolution=RESOLUTION, device=CPU, dtype=FP32)
+    vit = registry.load(registry.resolve_features("tiny-vit"), resolution=RESOLUTION, device=CPU)
     patches = vit.encode(images)["patches"].astype(np.float32)
     within = patches.var(axis=1).mean()
     between = patches.mean(axis=1).var(axis=0).mean()
