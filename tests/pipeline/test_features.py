@@ -16,24 +16,14 @@ from pipeline.encoders.inception import Inception, describe
 from pipeline.features import write_features
 from storage.errors import UserError
 from storage.feature_file import FeatureFile, open_feature_file
+from tests.inception import write_random_inception
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seeded random weights in the published file's layout, with batch norms that do something."""
-    path = tmp_path_factory.mktemp("inception") / "weights-inception.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        torch.manual_seed(0)
-        state = library.FeatureExtractorInceptionV3("random", ["2048"]).state_dict()
-    for name, value in state.items():
-        if name.endswith("bn.running_mean"):
-            value.normal_(std=0.1)
-    torch.save(state, path)
-    return path
+    return write_random_inception(tmp_path_factory.mktemp("inception") / "weights-inception.pth")
 
 
 def images(n: int, side: int = 48) -> np.ndarray:

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 from storage.errors import UserError
-from storage.feature_file import write_feature_file
+from storage.feature_file import open_feature_file, write_feature_file
+from tests.inception import write_random_inception
 from trainer.__main__ import main
 from trainer.evaluation.evaluate import RUN_RECORD, Description, evaluate, read_record, table
 from trainer.evaluation.frechet import frechet_distance, gaussian_of
 from trainer.evaluation.inception_score import inception_score
 from trainer.evaluation.precision_recall import precision_recall
 
+NAMES = ("generated", "reference")
 VIT = {"name": "vit", "encoder": "test", "weights_sha256": "0", "vector": "cls"}
 INCEPTION = {"name": "inception", "encoder": "v3", "weights_sha256": "1", "vector": "pool_3", "published_weights": True}
 
@@ -173,3 +175,28 @@ def test_an_unnamed_path_is_a_forgotten_variable(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["evaluate", "", "--reference", "x"])
     assert "make evaluate needs both IMAGES" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_inception_against_a_reference_batch_with_images_and_statistics(tmp_path: Path) -> None:
+    """ADM's layout: distances to the statistics, precision and recall by the images; all five numbers, one command."""
+    weights = write_random_inception(tmp_path / "inception.pth")
+    pictures = np.random.default_rng(0).integers(0, 256, (14, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "generated.npz", pictures[:6], np.arange(6))
+    statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", pictures[6:], **statistics)
+    options = ["--weights", str(weights), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(tmp_path / "generated.npz"), "--reference", str(tmp_path / "adm.npz"), *options]) == 0
+    result = json.loads((tmp_path / "out" / "inception.json").read_text())
+    assert list(result["metrics"]) == ["fid", "sfid", "inception_score", "precision", "recall"]
+    generated, reference = (open_feature_file(tmp_path / "out" / f"{name}-inception.npz") for name in NAMES)
+    x, y = generated.read("features"), reference.read("features")
+    mine = np.cov(
+        x.astype(np.float64), rowvar=False
+    )  # with Σ₂ = 1, tr (Σ₁Σ₂)^½ is the sum of the roots of Σ₁'s spectrum
+    roots = np.sqrt(np.linalg.svd((x - x.mean(0, dtype=np.float64)) / np.sqrt(5), compute_uv=False) ** 2).sum()
+    expected = (x.mean(axis=0, dtype=np.float64) ** 2).sum() + np.trace(mine) + 2048 - 2 * roots
+    assert result["metrics"]["fid"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert result["metrics"]["fid"]["n_reference"] is None
+    assert result["metrics"]["precision"]["value"] == precision_recall(y, x).precision
+    assert result["metrics"]["recall"]["n_reference"] == 8

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from storage.errors import UserError
+from trainer.evaluation import precision_recall as module
 from trainer.evaluation.inception_score import inception_score
 from trainer.evaluation.precision_recall import precision_recall
 
@@ -65,6 +67,23 @@ def test_a_common_offset_costs_no_digits() -> None:
     near = precision_recall(real, generated)
     assert far.precision == pytest.approx(near.precision, abs=0.011)
     assert far.recall == pytest.approx(near.recall, abs=0.011)
+
+
+def test_memory_is_a_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No distance matrix has more rows than a block."""
+    shapes: list[tuple[int, ...]] = []
+    distances2 = module._distances2
+
+    def noting(*arguments: Tensor) -> Tensor:
+        found = distances2(*arguments)
+        shapes.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(module, "_distances2", noting)
+    rng = np.random.default_rng(0)
+    precision_recall(rng.standard_normal((500, 4)), rng.standard_normal((300, 4)), block_rows=64)
+    assert max(rows for rows, _ in shapes) == 64
+    assert sum(rows for rows, _ in shapes) == 2 * (500 + 300)
 
 
 def test_too_few_images_are_refused() -> None:

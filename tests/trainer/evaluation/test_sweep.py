@@ -13,7 +13,7 @@ import tests.stores
 from storage import open_store
 from storage.codec import INT8, decode
 from storage.errors import UserError
-from tests.stores import FEATURES, make_store
+from tests.stores import FEATURES, LATENTS, make_store
 from trainer.__main__ import main
 from trainer.evaluation.analyse import write_analysis
 from trainer.evaluation.cknna import cknna
@@ -72,18 +72,24 @@ def test_failed_rows_are_left_out_and_the_choice_is_the_seeds(micro_run: Path, t
     run.data.close()
 
 
+def make_other_store(root: Path, group: str, monkeypatch: pytest.MonkeyPatch, **fields: object) -> None:
+    """A store whose group has other fields in its identity."""
+    make = tests.stores.make_identities
+
+    def changed(*args: object) -> dict[str, dict[str, object]]:
+        identities = make(*args)  # type: ignore[arg-type]
+        identities[group].update(fields)
+        return identities
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tests.stores, "make_identities", changed)
+        make_store(root)
+
+
 def test_another_store_must_have_the_same_vaes_latents(
     micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = tests.stores.make_identities
-
-    def scaled(*args: object) -> dict[str, dict[str, object]]:
-        identities = make(*args)  # type: ignore[arg-type]
-        identities[tests.stores.LATENTS]["latent_scale_factor"] = 0.25
-        return identities
-
-    monkeypatch.setattr(tests.stores, "make_identities", scaled)
-    make_store(tmp_path / "other")
+    make_other_store(tmp_path / "other", LATENTS, monkeypatch, latent_scale_factor=0.25)
     with pytest.raises(UserError, match=r"has other latents than .*latent_scale_factor: 0.5 and 0.25.*same VAE"):
         sweep(micro_run, SweepConfig(store=str(tmp_path / "other")), ["cknna"])
 
@@ -155,27 +161,19 @@ def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> 
 
 
 def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
-    micro_run: Path, shared_tiny_store: Path, tmp_path: Path
+    micro_run: Path, shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def copy(name: str, **changes: str) -> Path:
-        run = tmp_path / name
-        run.mkdir()
-        text = (micro_run / "config.yaml").read_text()
-        for before, after in changes.values():
-            assert before in text
-            text = text.replace(before, after)
-        (run / "config.yaml").write_text(text)
-        for part in ("latest", "checkpoints"):
-            (run / part).symlink_to(micro_run / part)
-        return run
-
-    make_store(tmp_path / "larger", n_rows=60)
-    elsewhere = copy("elsewhere", store=(str(shared_tiny_store), str(tmp_path / "larger")))
-    config = SweepConfig(device="cpu")
+    make_other_store(tmp_path / "store", FEATURES, monkeypatch, index_digest="another")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    config = (micro_run / "config.yaml").read_text()
+    (elsewhere / "config.yaml").write_text(config.replace(str(shared_tiny_store), str(tmp_path / "store")))
+    for part in ("latest", "checkpoints"):
+        (elsewhere / part).symlink_to(micro_run / part)
     with pytest.raises(UserError, match=r"micro and elsewhere are of stores whose features/tiny-vit differ.*--store"):
-        write_analysis([micro_run, elsewhere], config, tmp_path / "out")
+        write_analysis([micro_run, elsewhere], SweepConfig(device="cpu"), tmp_path / "out")
     with pytest.raises(UserError, match="is not a run"):
-        write_analysis([micro_run, tmp_path / "none"], config, tmp_path / "out")
+        write_analysis([micro_run, tmp_path / "none"], SweepConfig(device="cpu"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     same = SweepConfig(device="cpu", store=str(shared_tiny_store), times=(0.5,), blocks="1")
     write_analysis([micro_run, elsewhere], same, tmp_path / "out")
