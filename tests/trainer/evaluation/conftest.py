@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import override
-from trainer.presets import preset
+from trainer.cli import train_config
 from trainer.train import train
 
-MICRO = {
+MICRO = {  # as on the command line
+    "preset": "sit-tiny-2",
     "device": "cpu",
-    "batch": 8,
-    "steps": 3,
-    "ema_decay": 0.5,
-    "model.depth": 3,
-    "model.width": 32,
-    "model.heads": 2,
-    "model.align_block": 1,
-    "model.projector_width": 32,
-    "log.tensorboard": False,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 9,
+    "batch": "8",
+    "steps": "3",
+    "ema_decay": "0.5",
+    "model.depth": "3",
+    "model.width": "32",
+    "model.heads": "2",
+    "model.align_block": "1",
+    "model.projector_width": "32",
+    "log.tensorboard": "false",
+    "checkpoint.every": "1",
+    "checkpoint.keep": "9",
 }
 
 
@@ -30,5 +30,5 @@ MICRO = {
 def micro_run(shared_tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An aligned run of three blocks and three steps, with a checkpoint after each."""
     run = tmp_path_factory.mktemp("runs") / "micro"
-    train(override(preset("sit-tiny-2"), {**MICRO, "store": str(shared_tiny_store), "run": run}))
+    train(train_config({**MICRO, "store": str(shared_tiny_store), "run": str(run)}))
     return run
