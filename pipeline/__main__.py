@@ -102,6 +102,7 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.features import write_features
 
         print(write_features(**args))
+        return EXIT_OK
     if command == "encoders":
         from pipeline.encoders.listing import list_encoders
 

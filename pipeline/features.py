@@ -82,7 +82,7 @@ def resolve(
     def load(device: str) -> Encode:
         import torch
 
-        encoder = registry.load(spec, resolution=size[0], device=_device(device), dtype=torch.float32)
+        encoder = registry.load(spec, resolution=size[0], device=_device(device))
 
         def encode(images: np.ndarray) -> dict[str, np.ndarray]:
             arrays = encoder.encode(images)

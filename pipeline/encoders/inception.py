@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoders.registry import file_sha256
-from pipeline.encoders.vision import read_weights
+from pipeline.encoders.weights import file_sha256, read_weights
 from storage.errors import UserError
 from storage.feature_file import FEATURES, LOGITS, SPATIAL
 

@@ -60,8 +60,8 @@ def _one_target(runs: Sequence[Path], config: SweepConfig) -> SweepConfig:
     for path in runs:
         run = open_run(path)
         checkpoints_of(path)
-        if run.data.features is not None and not config.features:
-            targets.setdefault(run.data.features.path, path.name)
+        if run.data.features and not config.features:
+            targets.setdefault(run.data.features[0].path, path.name)
         run.data.close()
     if len(targets) > 1:
         shown = ", ".join(f"{name} with {target}" for target, name in targets.items())

@@ -29,7 +29,7 @@ from trainer.checkpoint import EMA_WEIGHTS, STATE, WEIGHTS, latest_checkpoint, r
 from trainer.config import TrainConfig, from_yaml
 from trainer.data import TrainingData, model_config, open_data
 from trainer.loader import Batch
-from trainer.models.sit import SiT, SiTConfig
+from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.objectives.interpolant import interpolate
 from trainer.step import LatentScale, sample_latents
 
@@ -43,7 +43,7 @@ class OpenRun:
     path: Path
     config: TrainConfig
     data: TrainingData
-    geometry: SiTConfig
+    geometry: Geometry
 
     @property
     def scale(self) -> LatentScale:
@@ -85,7 +85,7 @@ def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
 def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.device) -> nn.Module:
     """The run's model with a checkpoint's averaged (ema) or last (raw) weights. Raises UserError if they do not fit."""
     file = checkpoint / (EMA_WEIGHTS if weights == "ema" else WEIGHTS)
-    model = SiT(run.geometry)
+    model = DiffusionTransformer(run.geometry)
     try:
         model.load_state_dict(load_file(file))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -149,7 +149,7 @@ def noisy_latents(moments: Tensor, rows: np.ndarray, t: float, run: OpenRun, see
     """x_t float32 (B, C, h, w) of stored moments (B, 2C, h, w), with the draws of the rows."""
     index = torch.from_numpy(rows).to(moments.device)
     x = sample_latents(
-        Batch(step=0, rows=index, labels=index, moments=moments, patches=None, stall_s=0.0), run.scale, seed
+        Batch(step=0, rows=index, labels=index, moments=moments, targets=(), stall_s=0.0), run.scale, seed
     )
     noise = random_keys.normal(seed, "noise", 0, index, x.shape[1:])
     times = torch.full((len(x),), t, device=x.device)

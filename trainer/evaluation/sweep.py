@@ -174,8 +174,8 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
             f"{store.root} has other latents than {run.path} was trained on ({shown}); precompute it with the same VAE"
         )
     name = config.features.removeprefix("features/")
-    if not name and run.data.features is not None:
-        name = run.data.features.path.partition("/")[2]
+    if not name and run.data.features:
+        name = run.data.features[0].path.partition("/")[2]
     features = store.group(_features_path(store, name))
     failed = np.union1d(latents.failed_rows, features.failed_rows)
     valid = np.setdiff1d(np.arange(store.n_rows), failed)
