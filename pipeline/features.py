@@ -80,7 +80,6 @@ def resolve(
     identity = {key: described[key] for key in ("encoder", "weights_sha256", "preprocessing", "resolution", "layer")}
 
     def load(device: str) -> Encode:
-        import torch
 
         encoder = registry.load(spec, resolution=size[0], device=_device(device))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from trainer.models.sit import SiT, SiTConfig
 
 from storage.errors import UserError
 from trainer import checkpoint
@@ -18,7 +19,6 @@ from trainer.checkpoint import RunState, latest_checkpoint, load_ema_weights, re
 from trainer.config import OptimConfig
 from trainer.ema import EMA
 from trainer.metrics import MetricsLog, read_metrics
-from trainer.models.sit import SiT, SiTConfig
 from trainer.optim import make_optimizer, optimizer_tensors
 
 
