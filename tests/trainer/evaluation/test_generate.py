@@ -21,8 +21,8 @@ from trainer.evaluation.image_files import image_path, is_whole, n_written, read
 N, BATCH, STEPS = 22, 4, 16  # six blocks, of which the last is not all wanted
 
 
-def settings(run: Path, out: Path, **changes: object) -> GenerateConfig:
-    config = GenerateConfig(run=run, n=N, out=out, steps=STEPS, batch=BATCH, vae=str(TINY_VAE), device="cpu")
+def settings(run: Path, where: Path, **changes: object) -> GenerateConfig:
+    config = GenerateConfig(run=run, n=N, out=where, steps=STEPS, batch=BATCH, vae=str(TINY_VAE), device="cpu")
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
@@ -145,7 +145,9 @@ def test_a_file_that_stops_short_is_not_whole(whole: Path, tmp_path: Path) -> No
         ({"vae": "/nowhere", "out": None, "n": 1}, "cannot be loaded"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(micro_run: Path, whole: Path, changes: dict[str, object], message: str) -> None:
+def test_what_cannot_be_drawn_is_refused(
+    micro_run: Path, whole: Path, changes: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError) as caught:
         generate(settings(micro_run, whole, **changes))
     assert message in str(caught.value)
