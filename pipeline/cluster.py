@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from storage.errors import UserError
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str, *, verbose: bool) -> Iterator[None]:
+def ray_cluster(address: str, *, verbose: bool, also: Sequence[Path] = ()) -> Iterator[None]:
     """Connect to the cluster at `address` ("auto", "host:port", "ray://host:port"), or start and stop one when empty.
 
-    Raises UserError when nothing answers at the address.
+    `also` names packages to ship besides those of this stage. Raises UserError when nothing answers at the address.
     """
     options: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -34,7 +34,7 @@ def ray_cluster(address: str, *, verbose: bool) -> Iterator[None]:
     }
     if address:
         del options["include_dashboard"]
-        modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)]
+        modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)] + [str(path) for path in also]
         options |= {"address": address, "runtime_env": {"py_modules": modules}}
     else:
         # "local" starts a cluster of our own even where the machine already runs one. Two cores at least, so that an
