@@ -36,15 +36,16 @@ def ablate(file: Path, store: str, out: Path | None, ray_address: str) -> int:
     opened = open_store(absolute(store))
     lacking = [name for name in ablation.features if not _has_features(opened, name)]
     print(describe(ablation, folder, lacking), flush=True)
+    address = "" if ray_address == HERE else ray_address
     with stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop:
         if lacking:
-            status = _attend(precompute_command(opened, ablation, lacking, ray_address), stop)
+            status = _attend(precompute_command(opened, ablation, lacking, address), stop)
             if status:
                 return status
         for run in ablation.runs:
             _check(run)
         todo = [run for run in ablation.runs if not run.is_complete]
-        failed = _on_ray(todo, ablation, folder, ray_address, stop) if ray_address else _in_turn(todo, ablation, stop)
+        failed = _on_ray(todo, ablation, folder, address, stop) if ray_address else _in_turn(todo, ablation, stop)
     n_done = len(ablation.runs) - len(failed)
     print(f"{n_done} of {len(ablation.runs)} runs are complete in {folder}")
     for name in failed:
@@ -76,7 +77,7 @@ def precompute_command(store: Store, ablation: Ablation, lacking: Sequence[str],
         "features": ",".join(ablation.encoders.get(name, name) for name in lacking),
         "resolution": str(store.resolution),
         "shard-rows": str(store.layout.shard_rows),
-        "ray-address": ray_address.removeprefix(HERE),
+        "ray-address": ray_address,
         **ablation.precompute,
     }
     command = [sys.executable, "-m", "pipeline", "precompute"]
@@ -141,10 +142,7 @@ def _on_ray(runs: Sequence[Run], ablation: Ablation, folder: Path, ray_address: 
     ]
     listed = folder / "tasks.json"
     write_atomic(listed, json.dumps(tasks, indent=1).encode(), "ablate")
-    _attend(
-        [sys.executable, "-m", "pipeline", "tasks", str(listed), f"--ray-address={ray_address.removeprefix(HERE)}"],
-        stop,
-    )
+    _attend([sys.executable, "-m", "pipeline", "tasks", str(listed), f"--ray-address={ray_address}"], stop)
     return [run.name for run in runs if not run.is_complete]
 
 

@@ -34,7 +34,7 @@ from trainer.presets import DEFAULT_PRESET, preset
 
 OF_THE_ALIGNMENT = ("data.features", "model.align_block", "model.projector_width")
 NOT_AXES = {"run": "the runs are named after their settings", "store": "pass --store", "seed": "write seeds: [0, 1]"}
-AUTOMATIC = ("", [], "auto")  # settings that a run resolves as it starts
+AUTOMATIC: tuple[object, ...] = ("", [], "auto")  # settings that a run resolves as it starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,9 @@ def read_ablation(path: Path, store: str, out: Path) -> Ablation:
             *chosen, seed = values
             run = _run(base, dict(zip(axes, chosen, strict=True)), seed, store, out)
             runs.setdefault(run.name, run)
+        encoders, precompute = (
+            {str(key): str(value) for key, value in _mapping(tree, name).items()} for name in ("encoders", "precompute")
+        )
         gpus = tree.get("gpus", 1)
         if type(gpus) is not int or gpus < 1:
             raise UserError(f"gpus must be a number of at least 1, got {gpus!r}")
@@ -95,10 +98,6 @@ def read_ablation(path: Path, store: str, out: Path) -> Ablation:
             _refuse_another_run(run)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    texts = (
-        {str(key): str(value) for key, value in _mapping(tree, name).items()} for name in ("encoders", "precompute")
-    )
-    encoders, precompute = texts
     return Ablation(runs=tuple(runs.values()), encoders=encoders, precompute=precompute, gpus=gpus)
 
 
