@@ -40,7 +40,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     ablate.add_argument(
         "--ray-address",
         default=os.environ.get("RAY_ADDRESS", ""),
-        help="Ray cluster to train on: auto, host:port, or local (default RAY_ADDRESS); empty: one run after another, here",
+        help="Ray cluster to train on: auto, host:port or local (default RAY_ADDRESS); empty: runs in turn, here",
     )
 
 
