@@ -124,8 +124,8 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names with underscores → values; sections may be nested as in a run's config.yaml."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        name = str(key).replace("-", "_")
-        flat |= {f"{name}.{k}": v for k, v in _flat(value).items()} if isinstance(value, dict) else {name: value}
+        inner = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {str(key): value}
+        flat |= {name.replace("-", "_"): v for name, v in inner.items()}
     known = [name for name, _, _ in leaves(TrainConfig())]
     for name in flat:
         if name not in known:

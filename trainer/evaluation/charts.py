@@ -73,12 +73,12 @@ def figure(chart: Chart) -> str:
     for line in lines:
         places = [at(x, y) for x, y in zip(line.x, line.y, strict=True)]
         path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
-        style = f"stroke:{colour(line.number)}"
-        parts.append(f'<path class="line" d="{path}" style="{style}" stroke-dasharray="{dash(line.number)}"/>')
+        own = colour(line.number)
+        parts.append(f'<path class="line" d="{path}" style="stroke:{own}" stroke-dasharray="{dash(line.number)}"/>')
         if len(places) == 1:
-            parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" style="fill:{style[7:]}"/>')
+            parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" style="fill:{own}"/>')
         points = [[x, y, round(px, 1), round(py, 1)] for (x, y), (px, py) in zip(_points(line), places, strict=True)]
-        data.append({"label": line.label, "colour": colour(line.number), "points": points})
+        data.append({"label": line.label, "colour": own, "points": points})
     title = html.escape(chart.title)
     described = f"{title} over {html.escape(chart.x_label)}, {len(lines)} lines; arrow keys read the values"
     payload = json.dumps({"x": chart.x_label, "lines": data}).replace("<", "\\u003c")

@@ -216,10 +216,12 @@ def shared_settings(records: Sequence[RunRecord]) -> str:
     """What is the same in all runs, folded away."""
     varying = set(differing(records))
     same = {name: value for name, value in records[0].settings.items() if name not in varying and name != "steps"}
-    items = "".join(f"<dt>{html.escape(n)}</dt><dd>{html.escape(str(v)) or NOTHING}</dd>" for n, v in same.items())
-    return (
-        f"<details><summary>Settings that are the same in every run ({len(same)})</summary><dl>{items}</dl></details>"
+    items = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value)) or NOTHING}</dd></div>"
+        for name, value in same.items()
     )
+    summary = f"Settings that are the same in every run ({len(same)})" if len(records) > 1 else "Settings"
+    return f"<details><summary>{summary}</summary><dl>{items}</dl></details>"
 
 
 # ---- curves, pictures, stores -----------------------------------------------------------------------------------
