@@ -186,8 +186,8 @@ def table(columns: dict[str, list[Cell]], *, label: str, swatches: bool = False)
     )
     rows = []
     for i, name in enumerate(first):
-        swatch = _swatch(i) if swatches else ""
-        head = f'<th scope="row" data-key="{html.escape(str(name.key))}">{swatch}{html.escape(name.text)}</th>'
+        key = f'scope="row" data-key="{html.escape(str(name.key))}"'
+        head = f"<th {key}>{_swatch(i) if swatches else ''}{_shown(name)}</th>"
         rows.append(f"<tr>{head}{''.join(_cell(cells[i], _alignment(cells)) for cells in others)}</tr>")
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table class="sortable">'
@@ -201,8 +201,11 @@ def _alignment(cells: Sequence[Cell]) -> str:
 
 def _cell(cell: Cell, alignment: str) -> str:
     key = "" if cell.key is None else f' data-key="{html.escape(str(cell.key))}"'
-    note = f"<small>{html.escape(cell.note)}</small>" if cell.note else ""
-    return f"<td{alignment}{key}>{html.escape(cell.text)}{note}</td>"
+    return f"<td{alignment}{key}>{_shown(cell)}</td>"
+
+
+def _shown(cell: Cell) -> str:
+    return html.escape(cell.text) + (f"<small>{html.escape(cell.note)}</small>" if cell.note else "")
 
 
 def _swatch(number: int) -> str:
