@@ -181,7 +181,7 @@ def table(columns: dict[str, list[Cell]], *, label: str, swatches: bool = False)
     """A table that scrolls in itself, the first column being the rows' headings; the page's script sorts it."""
     first, *others = columns.values()
     heads = "".join(
-        f'<th scope="col" aria-sort="none"{_alignment(cells)}><button type="button">{html.escape(title)}</button></th>'
+        f'<th scope="col" aria-sort="none"{_alignment(cells)}><button type="button">{_heading(title)}</button></th>'
         for title, cells in columns.items()
     )
     rows = []
@@ -193,6 +193,11 @@ def table(columns: dict[str, list[Cell]], *, label: str, swatches: bool = False)
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table class="sortable">'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _heading(title: str) -> str:
+    """A dotted setting may be broken after its dots and underscores, so that columns are as narrow as their values."""
+    return html.escape(title).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _alignment(cells: Sequence[Cell]) -> str:

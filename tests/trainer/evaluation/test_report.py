@@ -93,7 +93,7 @@ class Structure(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "action", "data")]
-        if tag not in ("meta", "img", "line", "circle", "path"):
+        if tag not in ("meta", "img", "line", "circle", "path", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -126,7 +126,7 @@ def test_the_page_is_whole_and_refers_to_nothing(report: Path) -> None:
 def test_only_differences_of_settings_are_columns(runs: Path, report: Path) -> None:
     assert differing(read_runs([runs])) == ["seed", "loss.projection_weight"]
     text = report.read_text(encoding="utf-8")
-    for name in ("seed", "loss.projection_weight", "FID", "Linear probe", "CKNNA", "GPU-hours"):
+    for name in ("seed", "loss.<wbr>projection_<wbr>weight", "FID", "Linear probe", "CKNNA", "GPU-hours"):
         assert f'<button type="button">{name}</button>' in text
     assert "sFID" not in text
     assert "<dt>optim.lr</dt><dd>0.002</dd>" in text
