@@ -20,6 +20,7 @@ from storage.errors import UserError
 from storage.feature_file import FEATURES, open_feature_file, write_feature_file
 
 INCEPTION = "inception"
+OF_A_STORE = ("kind", "crop", "dtype")  # of an encoder's identity, what says how a store keeps its features
 Token = Literal["cls", "mean"]
 Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -77,7 +78,7 @@ def resolve(
     if size[0] != size[1]:
         raise UserError(f"{name} takes square images, these are {size[1]}×{size[0]}; pass --resolution to crop them")
     described = registry.describe(spec, resolution=size[0])
-    identity = {key: described[key] for key in ("encoder", "weights_sha256", "preprocessing", "resolution", "layer")}
+    identity = {key: value for key, value in described.items() if key not in OF_A_STORE}
 
     def load(device: str) -> Encode:
 

@@ -138,8 +138,11 @@ def _of_store(store: Store, resolution: int, limit: int) -> Images:
     from pipeline.preview import read_originals
 
     _require_size(Path(str(store.root)), (store.resolution, store.resolution), resolution)
-    failed = [store.group(path).failed_rows for path in store.groups()]
-    kept = np.setdiff1d(np.arange(store.n_rows), np.concatenate([np.empty(0, dtype=np.int64), *failed]))
+    kept = np.arange(store.n_rows)
+    for path in store.groups():
+        group = store.group(path)
+        kept = np.setdiff1d(kept, group.failed_rows)
+        group.close()
     rows = kept[spread(len(kept), limit)]
     digest = hashlib.sha256(store.index.digest().encode() + rows.tobytes())
 

@@ -1,9 +1,9 @@
 """`python -m pipeline tasks`: command lines as Ray tasks, each on GPUs of its own. What they do is not known here.
 
 A file lists them: name, command, log, gpus, and what its progress is read from (steps in all, a file of JSON lines with
-a `step`). Machines share the paths. A task runs its command in a process of its own; on Ctrl-C every one gets SIGINT,
-by way of a file that the tasks look for, and the driver waits for them, so that what can save does. Ray tries none a
-second time: the commands are those that go on when they are run again.
+a `step`). Machines share the paths. A task runs its command in a process of its own. On Ctrl-C every one gets SIGTERM
+(SIGINT is blocked below a Ray worker), by way of a file that the tasks look for, and the driver waits for them, so that
+what can save does. Ray tries none a second time: the commands are those that go on when they are run again.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _outcome(ref: Any) -> str:
 def run_command_line(command: list[str], log: str, stop_file: str) -> int:
     """Run a command, its output at the end of `log`; returns its status. On a worker."""
     if os.path.exists(stop_file):
-        return -signal.SIGINT
+        return -signal.SIGTERM
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with open(log, "a", encoding="utf-8") as file:
@@ -116,7 +116,7 @@ def run_command_line(command: list[str], log: str, stop_file: str) -> int:
         told = False
         while process.poll() is None:
             if not told and os.path.exists(stop_file):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
                 told = True
             time.sleep(POLL_S)
     return process.returncode

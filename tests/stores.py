@@ -70,10 +70,11 @@ def make_store(
     width: int = 24,
     codec: Int8Codec | None = None,
     features: Mapping[str, np.ndarray] | None = None,
+    source: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten).
 
-    `features` replaces random arrays of the features group.
+    `features` replaces random arrays of the features group; `source` says where the originals are, if anywhere.
     """
     store = StoreLayout(n_rows=n_rows, views=("original", "hflip")[:n_views], resolution=128, shard_rows=shard_rows)
     layouts, identities = make_layouts(store, width, codec), make_identities(width, codec)
@@ -82,7 +83,7 @@ def make_store(
     index = make_index(keys, labels, [f"class{label}" for label in labels], keys, [1000] * n_rows)
     data: dict[str, dict[str, np.ndarray]] = {}
     with Staging(root) as staging:
-        create_store(root, store, index, {"source": "random"}, staging.run_id)
+        create_store(root, store, index, dict(source or {"source": "random"}), staging.run_id)
         for seed, (path, layout) in enumerate(layouts.items()):
             data[path] = random_arrays(layout, seed, codec)
             if path == FEATURES and features is not None:

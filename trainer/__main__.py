@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
     values = vars(args)
     command = values.pop("command")
     if command in evaluation.COMMANDS:
-        return evaluation.run_command(command, values)
+        return evaluation.run(command, values)
     if command in outputs.COMMANDS:
-        return outputs.run_command(command, values)
+        return outputs.run(command, values)
     from trainer.guard import NonFiniteError
     from trainer.train import train
 

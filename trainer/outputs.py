@@ -73,7 +73,7 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
 
 
-def run_command(command: str, values: dict[str, Any]) -> int:
+def run(command: str, values: dict[str, Any]) -> int:
     """Run one of COMMANDS with its parsed options; returns the exit status."""
     if command == "ablate":
         from trainer.ablate import ablate

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.images import open_images, spread
 from pipeline.transforms import center_crop
 from storage.errors import UserError
+from tests.stores import make_store
 
 
 def pictures(n: int, height: int = 6, width: int = 6) -> np.ndarray:
@@ -54,6 +55,25 @@ def test_a_folders_images_are_cropped_when_asked(tmp_path: Path) -> None:
     cropped = np.concatenate(list(open_images(tmp_path, resolution=8).read(100)))
     assert cropped.shape == (5, 8, 8, 3)
     np.testing.assert_array_equal(cropped[0], center_crop(Image.open(tmp_path / "class0" / "000.png"), 8))
+
+
+def test_a_stores_originals_are_read_without_its_failed_rows(tmp_path: Path) -> None:
+    """In the order of rows, cropped to the store's resolution, from the folder that it was made of."""
+    images = pictures(7, 140, 150)
+    for row, image in enumerate(images):
+        path = tmp_path / "data" / f"class{row % 5}" / f"{row:05d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path, format="png")
+    source = {"kind": "image-folder", "path": str(tmp_path / "data")}
+    make_store(tmp_path / "store", n_rows=7, failed_rows=[2], source=source)
+    found = open_images(tmp_path / "store")
+    rows = [0, 1, 3, 4, 5, 6]
+    expected = np.stack([center_crop(Image.fromarray(images[row]), 128) for row in rows])
+    assert found.n == 6
+    np.testing.assert_array_equal(np.concatenate(list(found.read(4))), expected)
+    some = open_images(tmp_path / "store", limit=2, resolution=128)
+    np.testing.assert_array_equal(np.concatenate(list(some.read(4))), expected[[0, 5]])
+    assert some.record != found.record
 
 
 def test_the_record_tells_other_images(tmp_path: Path) -> None:

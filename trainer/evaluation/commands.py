@@ -80,7 +80,7 @@ def add_sweep_options(parser: Parser, times: tuple[float, ...]) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
 
 
-def run_command(command: str, values: dict[str, Any]) -> int:
+def run(command: str, values: dict[str, Any]) -> int:
     """Run one of COMMANDS with its parsed options; returns the exit status."""
     if command == "evaluate":
         from trainer.evaluation.evaluate import Description, evaluate, table

@@ -22,7 +22,7 @@ from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_fe
 from storage.files import write_atomic
 from trainer.checkpoint import latest_checkpoint, read_state
 from trainer.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
-from trainer.evaluation.inception_score import inception_score
+from trainer.evaluation.inception_score import SPLIT, inception_score
 from trainer.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from trainer.evaluation.reference import contents, read_statistics
 
@@ -83,7 +83,8 @@ def evaluate(
     step = _step(run, step)
     there = contents(images)  # both are looked at before anything is described
     contents(reference)
-    folder = out or images.with_name(f"{images.stem}-evaluation")
+    name = images.name if images.is_dir() else images.stem
+    folder = out or images.absolute().with_name(f"{name}-evaluation")
     if there.features:
         generated = open_feature_file(images)
     elif there.images:
@@ -118,7 +119,8 @@ def measure(generated: FeatureFile, against: Reference, device: torch.device) ->
         distance = frechet_distance(gaussian_of(generated.read(SPATIAL)), against.spatial)
         metrics["sfid"] = {"value": distance, "n_generated": n, "n_reference": statistics_n}
     if inception:
-        metrics["inception_score"] = {"value": inception_score(generated.read(LOGITS)), "n_generated": n}
+        score = inception_score(generated.read(LOGITS))
+        metrics["inception_score"] = {"value": score, "n_generated": n, "split": SPLIT}
     if against.features is not None:
         shares = precision_recall(against.features.read(FEATURES), features, device=device)
         for name in ("precision", "recall"):
