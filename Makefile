@@ -44,14 +44,16 @@ else
 	  --resolution $(RESOLUTION) $(ARGS)
 endif
 
-train: $(STAMP)  ## stage two: STORE=root [PRESET RUN GPUS ARGS]
+TRAIN = train --store '$(STORE)' --preset $(PRESET) $(if $(RUN),--run '$(RUN)') $(ARGS)
+train: $(STAMP)  ## stage two: STORE=root [PRESET RUN GPUS RAY_ADDRESS ARGS]; GPUS of this machine, or of the cluster
 ifeq ($(strip $(STORE)),)
 	$(PY) -m trainer train --store $(OUT)/store --preset sit-tiny-2 --run $(or $(RUN),$(OUT)/repa) $(ARGS)
+else ifneq ($(strip $(RAY_ADDRESS)),)
+	$(PY) -m pipeline launch --workers $(GPUS) -- $(TRAIN)
 else ifeq ($(GPUS),1)
-	$(PY) -m trainer train --store '$(STORE)' --preset $(PRESET) $(if $(RUN),--run '$(RUN)') $(ARGS)
+	$(PY) -m trainer $(TRAIN)
 else
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer train --store '$(STORE)' --preset $(PRESET) \
-	  $(if $(RUN),--run '$(RUN)') $(ARGS)
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer $(TRAIN)
 endif
 
 generate: $(STAMP)  ## draw images: RUN=folder [N GPUS ARGS="--format npz --guidance 1.8"]

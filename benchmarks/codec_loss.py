@@ -38,13 +38,13 @@ from storage.console import progress_bar
 from storage.order import Order
 from trainer.config import override
 from trainer.dequantise import dequantise
-from trainer.ema import EMA
+from trainer.distributed import World
 from trainer.loader import Batch
-from trainer.models.transformer import DiffusionTransformer, Geometry
+from trainer.models.transformer import Geometry
 from trainer.objectives.alignment import alignment_loss
-from trainer.optim import make_optimizer
 from trainer.presets import preset
-from trainer.step import LatentScale, losses, train_step
+from trainer.step import LatentScale, losses
+from trainer.update import build, train_step
 
 CPU = torch.device("cpu")
 N_CLASSES = 8
@@ -143,9 +143,9 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
         targets=((config.model.align_block[0], patches.shape[-1]),),
         projector_width=config.model.projector_width,
     )
-    torch.manual_seed(0)
-    model = DiffusionTransformer(geometry).train()
-    ema, optimizer, scale = EMA(model, 0.99), make_optimizer(model, config.optim), LatentScale.of(vae_identity)
+    scale = LatentScale.of(vae_identity)
+    trained = build(config, geometry, scale, World(rank=0, size=1, device=CPU))
+    model = trained.model
     order = Order(n_images, config.seed)
 
     def batch_of(step: int) -> Batch:
@@ -156,7 +156,7 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
 
     with progress_bar(n_steps, unit="step", description=case.name) as bar:
         for step in range(n_steps):
-            train_step(model, ema, model, optimizer, batch_of(step), scale, config, geometry.n_classes)
+            train_step(trained, batch_of(step))
             bar.update()
 
     last = batch_of(n_steps)

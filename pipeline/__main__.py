@@ -1,4 +1,4 @@
-"""`python -m pipeline`: stage one.
+"""`python -m pipeline`: stage one, and what else runs on Ray.
 
 precompute   encode every image of a data set into a feature store; run it again to go on
 encoders     the encoders there are: what they store, their preprocessing, whose weights they take
@@ -6,6 +6,7 @@ preview      pictures of what a store holds: reconstructions and principal compo
 features     one vector an image from Inception or a vision encoder, for `python -m trainer evaluate`
 tasks        command lines as Ray tasks, for `python -m trainer ablate`
 demo         both stages on the built-in photographs
+launch       train on a Ray cluster: the trainer's own command, on workers that Ray Train places
 """
 
 from __future__ import annotations
@@ -97,6 +98,15 @@ def main(argv: Sequence[str]) -> int:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
     demo.add_argument("--steps", type=int, default=None, help="training steps (default: the preset's)")
     demo.add_argument("--only-precompute", action="store_true", help="stop after stage one")
+    launched = commands.add_parser("launch", help="train on a Ray cluster")
+    launched.add_argument("--workers", type=int, default=1, help="ranks, a GPU each where there are any (default 1)")
+    launched.add_argument("--cpus", type=int, default=1, help="CPU cores a rank reads and decodes with (default 1)")
+    launched.add_argument("--restarts", type=int, default=0, help="new starts after a lost machine (default 0)")
+    launched.add_argument("--scratch", type=Path, default=Path("runs/.ray"), help="shared folder for Ray Train's files")
+    launched.add_argument("--ray-address", default="", help="cluster to join (default RAY_ADDRESS; empty: start one)")
+    launched.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="-- train …", help="the trainer's command line"
+    )
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
     if command == "precompute":
@@ -119,6 +129,17 @@ def main(argv: Sequence[str]) -> int:
 
         print(list_encoders())
         return EXIT_OK
+    if command == "launch":
+        from pipeline.launch import launch
+
+        return launch(
+            [argument for i, argument in enumerate(args["arguments"]) if i or argument != "--"],
+            address=args["ray_address"] or os.environ.get("RAY_ADDRESS", ""),
+            workers=args["workers"],
+            cpus=args["cpus"],
+            restarts=args["restarts"],
+            scratch=args["scratch"],
+        )
     if command == "preview":
         from pipeline.preview import write_preview
 

@@ -7,6 +7,7 @@ On a cluster that is joined, the code reaches the workers as `py_modules`: nothi
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,11 @@ from storage.errors import UserError
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str, *, verbose: bool, also: Sequence[Path] = ()) -> Iterator[None]:
+def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) -> Iterator[None]:
     """Connect to the cluster at `address` ("auto", "host:port", "ray://host:port"), or start and stop one when empty.
 
-    `also` names packages to ship besides those of this stage. Raises UserError when nothing answers at the address.
+    `packages` reach the workers of a cluster that is joined beside our own two, and are not imported here.
+    Raises UserError when nothing answers at the address.
     """
     options: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -34,7 +36,8 @@ def ray_cluster(address: str, *, verbose: bool, also: Sequence[Path] = ()) -> It
     }
     if address:
         del options["include_dashboard"]
-        modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)] + [str(path) for path in also]
+        modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)]
+        modules += [_location(package) for package in packages]
         options |= {"address": address, "runtime_env": {"py_modules": modules}}
     else:
         # "local" starts a cluster of our own even where the machine already runs one. Two cores at least, so that an
@@ -55,3 +58,11 @@ def ray_cluster(address: str, *, verbose: bool, also: Sequence[Path] = ()) -> It
         yield
     finally:
         ray.shutdown()
+
+
+def _location(package: str) -> str:
+    """The folder of a package that lies beside this one."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, package
+    assert spec.submodule_search_locations is not None, package
+    return spec.submodule_search_locations[0]

@@ -57,8 +57,7 @@ def run_tasks(listed: Path, ray_address: str) -> int:
         raise UserError(f"{listed} is no list of tasks ({error})") from error
     stop_file = listed.with_suffix(".stop")
     stop_file.unlink(missing_ok=True)
-    modules = [Path(__file__).parent.parent / "trainer"]  # shipped by its path, not imported
-    with ray_cluster(ray_address, verbose=False, also=modules):
+    with ray_cluster(ray_address, verbose=False, packages=["trainer"]):
         try:
             return _run(tasks, stop_file)
         finally:

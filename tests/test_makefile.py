@@ -33,6 +33,20 @@ def test_train_on_two_ranks_through_torchrun(shared_tiny_store: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ([], "python -m trainer train --store '/s' --preset sit-xl-2 --run '/r' --seed 1"),
+        (["GPUS=8"], "torchrun --standalone --nproc-per-node 8 -m -- trainer train --store '/s'"),
+        (["GPUS=16", "RAY_ADDRESS=auto"], "python -m pipeline launch --workers 16 -- train --store '/s'"),
+    ],
+)
+def test_train_is_the_command_that_fits_the_machines(arguments: list[str], command: str) -> None:
+    shown = make("--dry-run", "train", "STORE=/s", "RUN=/r", "ARGS=--seed 1", "RAY_ADDRESS=", *arguments)
+    assert shown.returncode == 0, shown.stderr
+    assert command in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["precompute", "DATA=/somewhere"], "STORE is empty"),

@@ -9,6 +9,7 @@ analyse   the paper's analysis figures, for any set of runs
 ablate    train the runs of an ablation file that are missing
 report    one HTML page about any number of runs
 export    a run for diffusers, or its averaged weights as one file
+import    make a run, to draw from or to train on, from a public checkpoint of DiT, SiT or REPA
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 
@@ -33,13 +35,28 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     train_parser = commands.add_parser("train", help="train from a feature store, or resume")
+    train_parser.add_argument(
+        "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
+    )
     add_train_options(train_parser, argv)
+    import_parser = commands.add_parser("import", help="make a run from a public checkpoint")
+    import_parser.add_argument("file", type=Path, help="what torch.save or safetensors wrote")
+    import_parser.add_argument("--release", choices=("repa", "sit", "dit"), required=True, help="whose it is")
+    add_train_options(import_parser, argv)
     evaluation.add_commands(commands)
     outputs.add_commands(commands)
     args, unknown = parser.parse_known_args(argv)
     refuse_unknown(commands.choices[args.command], unknown)
     values = vars(args)
     command = values.pop("command")
+    if command == "import":
+        from trainer.releases import import_checkpoint
+
+        file, release = values.pop("file"), values.pop("release")
+        config = train_config(values)
+        print("\n".join(import_checkpoint(file, release, config)))
+        print(f"next: {PROG} generate {config.run} --n 64   ·   {PROG} train --config {config.run / 'config.yaml'}")
+        return EXIT_OK
     if command in evaluation.COMMANDS:
         return evaluation.run(command, values)
     if command in outputs.COMMANDS:

@@ -21,9 +21,6 @@ from trainer.presets import DEFAULT_PRESET, PRESET_NAMES, PRESETS, preset
 def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
     """Every option of a run, with help text and the defaults of the preset that `argv` names."""
     parser.add_argument("--config", type=Path, help="run again what RUN/config.yaml says")
-    parser.add_argument(
-        "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
-    )
     named = dict(itertools.pairwise(argv)).get("--preset", DEFAULT_PRESET)
     shown = preset(named if named in PRESETS else DEFAULT_PRESET)
     for name, default, item in leaves(shown):

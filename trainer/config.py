@@ -24,6 +24,7 @@ import yaml
 from storage.errors import UserError
 
 C = TypeVar("C")
+Kind = Literal["sit", "dit"]
 
 
 def option(default: object, help_text: str, *, free: bool = False) -> Any:
@@ -40,9 +41,7 @@ def section(default: type) -> Any:
 class ModelConfig:
     """The diffusion transformer."""
 
-    kind: Literal["sit", "dit"] = option(
-        "sit", "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps"
-    )
+    kind: Kind = option("sit", "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps")
     depth: int = option(28, "transformer blocks")
     width: int = option(1152, "channels of a token")
     heads: int = option(16, "attention heads; must divide the width")
@@ -75,6 +74,7 @@ class LossConfig:
 
     path: Literal["linear", "cosine"] = option("linear", "SiT: interpolant between image (t = 0) and noise (t = 1)")
     time_sampling: Literal["uniform", "lognormal"] = option("uniform", "SiT: distribution of t")
+    alignment: Literal["cosine"] = option("cosine", "alignment loss: negative cosine, patch by patch")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target; 0: vanilla, no features are read"

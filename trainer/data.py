@@ -66,6 +66,12 @@ def open_data(config: TrainConfig) -> TrainingData:
     paths = dict.fromkeys([latents, *features])
     caches = _share_cache(config, store, list(paths))
     groups = {path: store.group(path, n_threads=config.data.threads or None, cache=caches.get(path)) for path in paths}
+    for path in features:
+        if "patches" not in groups[path].arrays:
+            raise UserError(
+                f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
+                "other --data.features, or precompute it with patch tokens"
+            )
     failed = np.unique(np.concatenate([group.failed_rows for group in groups.values()]))
     if len(failed) and config.data.failed_rows == "refuse":
         raise UserError(

@@ -186,6 +186,8 @@ class Loader:
 
     def _gather_all(self) -> None:
         try:
+            if self._copies is not None:
+                torch.cuda.set_device(self._device)  # a thread's own setting: pinning would open a context on GPU 0
             for step in self._steps:
                 rows, views = self._samples(step)
                 buffers = self._take_free()

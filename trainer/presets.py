@@ -32,6 +32,7 @@ from storage.errors import UserError
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
+    Kind,
     LogConfig,
     LossConfig,
     ModelConfig,
@@ -40,7 +41,6 @@ from trainer.config import (
     TrainConfig,
     close_matches,
 )
-from trainer.models.transformer import Kind
 
 # size: (depth, width, heads, block aligned)
 SIZES = {"s": (12, 384, 6, 4), "b": (12, 768, 12, 4), "l": (24, 1024, 16, 8), "xl": (28, 1152, 16, 8)}

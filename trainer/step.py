@@ -20,7 +20,7 @@ from trainer.arithmetic import autocast_dtype
 from trainer.config import TrainConfig
 from trainer.loader import Batch
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.alignment import alignment_loss
+from trainer.objectives.alignment import ALIGNMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,8 @@ def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConf
     with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
         output, projections = model(x_t, t, labels)
     denoising = objective.denoising_loss(output, x, noise, x_t, t, config.loss)
-    aligned = [alignment_loss(h, target) for h, target in zip(projections, batch.targets, strict=True)]
+    align = ALIGNMENTS[config.loss.alignment]
+    aligned = [align(h, target) for h, target in zip(projections, batch.targets, strict=True)]
     return Losses(
         denoising=denoising,
         alignments=torch.stack(aligned, dim=1) if aligned else denoising.new_empty(len(denoising), 0),

@@ -77,7 +77,6 @@ def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> Non
     parser = Parser()
     add_train_options(parser)
     values = vars(parser.parse_args(command[4:]))
-    values.pop("resume_with_changes")
     assert train_config(values) == run.config
     assert "--nproc-per-node" in train_command(run, gpus=4)
 

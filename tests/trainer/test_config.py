@@ -22,7 +22,6 @@ def parse(*argv: str) -> TrainConfig:
     parser = Parser(prog="train")
     add_train_options(parser)
     values = vars(parser.parse_args(argv))
-    values.pop("resume_with_changes")
     return train_config(values)
 
 
@@ -50,6 +49,32 @@ def test_published_sizes_and_settings() -> None:
     assert (config.optim.lr, config.optim.beta2, config.optim.weight_decay, config.optim.clip) == (1e-4, 0.999, 0, 1)
     assert (config.loss.label_dropout, config.loss.path, config.loss.time_sampling) == (0.1, "linear", "uniform")
     assert config.model.projector_width == 2048
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_its_name_says(name: str) -> None:
+    config = preset(name)
+    kind, size, patch, *rest = name.split("-")
+    assert config.preset == name
+    assert config.run == Path("runs") / name
+    assert config.model.kind == kind
+    assert config.model.patch == int(patch)
+    assert config.sample.steps == (50 if size == "tiny" else 250)
+    assert config.aligns == ("vanilla" not in rest)
+    if size != "tiny":
+        depth, width, heads, block = SIZES[size]
+        assert (config.model.depth, config.model.width, config.model.heads) == (depth, width, heads)
+        assert config.model.align_block == (block,)
+        assert config.data.resolution == (512 if "512" in rest else 256)
+        assert config.sample.guidance == 1
+    sampling = (config.sample.sampler, config.sample.guidance_high, config.sample.guidance_channels)
+    if size != "tiny":
+        assert sampling == (("sde", 0.7, 0) if kind == "sit" else ("ddpm", 1.0, 3))
+
+
+def test_every_row_of_the_published_table_is_a_preset() -> None:
+    for name in ("sit-b-2", "sit-l-2", "sit-xl-2", "dit-l-2", "dit-xl-2"):
+        assert {name, f"{name}-vanilla", f"{name}-512", f"{name}-512-vanilla"} <= PRESETS.keys()
 
 
 @given(lr=st.floats(1e-8, 10), weight=st.floats(0, 10), seed=st.integers(0, 2**63 - 1), qk=st.booleans())
@@ -85,11 +110,35 @@ def test_explicit_options_override_a_saved_config(tmp_path: Path) -> None:
         ("--model.qk-norm", "maybe", "--model.qk-norm must be true or false"),
         ("--ema-decay", "1", r"--ema-decay must be in \[0, 1\), got 1.0"),
         ("--preset", "sit-xxl-2", "did you mean sit-xl-2"),
+        ("--loss.projection-weight", "0.5,x", "--loss.projection-weight must be a number of type float, got 'x'"),
+        ("--model.align-block", "8,1.5", "--model.align-block must be a number of type int, got '1.5'"),
+        ("--model.kind", "dit", "--sample.sampler sde cannot draw from --model.kind dit; choose ddpm"),
+        ("--sample.sampler", "ddpm", "--sample.sampler ddpm cannot draw from --model.kind sit; choose sde or ode"),
+        ("--sample.heun", "true", "--sample.heun true goes with --sample.sampler ode, not sde"),
+        ("--sample.steps", "1", "--sample.steps must be at least 2, got 1"),
     ],
 )
 def test_a_wrong_value_is_named(option: str, value: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         parse(option, value)
+
+
+def test_lists_are_given_between_commas() -> None:
+    config = parse(
+        "--data.features", "dinov2-vitb14,clip-vitl14", "--model.align-block", "8,16",
+        "--loss.projection-weight=0.5,0.25",
+    )  # fmt: skip
+    assert [(t.features, t.block, t.weight) for t in config.targets] == [
+        ("dinov2-vitb14", 8, 0.5),
+        ("clip-vitl14", 16, 0.25),
+    ]
+    assert parse("--data.features", "").data.features == ()
+
+
+def test_settings_of_sit_are_refused_for_dit() -> None:
+    for option in ("--loss.path=cosine", "--loss.time-sampling=lognormal"):
+        with pytest.raises(UserError, match=r"are settings of --model\.kind sit"):
+            parse("--preset", "dit-xl-2", option)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.trainer.reference import load_reference, reference_model
 from trainer.config import LossConfig
 from trainer.objectives import diffusion
-from trainer.objectives.diffusion import N_STEPS, Normal, Schedule, posterior, reverse, schedule, variational_loss
+from trainer.objectives.diffusion import N_STEPS, Normal, posterior, reverse, schedule, variational_loss
 
 CPU = torch.device("cpu")
 WHOLE = schedule(N_STEPS, CPU)
@@ -155,4 +155,12 @@ def test_losses_are_float32_whatever_the_model_s_dtype() -> None:
 
 def test_tables_are_made_once() -> None:
     assert schedule(N_STEPS, CPU) is WHOLE
-    assert isinstance(WHOLE, Schedule)
+
+
+def test_compiles_before_and_after_the_tables_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(diffusion, "_schedules", {})
+    compiled = torch.compile(variational_loss, fullgraph=True, backend="eager")
+    output, x, t = normals(2, 4, 4, 4), normals(2, 2, 4, 4, seed=1), torch.tensor([0, 5])
+    for _ in range(2):
+        torch.testing.assert_close(compiled(output, x, x, t), variational_loss(output, x, x, t))

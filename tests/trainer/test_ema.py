@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.trainer.test_sit import SMALL, randomised
+from tests.trainer.test_transformer import SMALL, randomised
 from trainer.ema import EMA
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from storage import gather_into
 from storage.errors import StoreError, UserError
 from storage.order import Order
 from tests.stores import FEATURES, LATENTS, make_store
@@ -135,6 +138,40 @@ def test_leaving_early_ends_the_thread(shared_tiny_store: Path) -> None:
         next(iter(batches))
     assert "loader" not in [thread.name for thread in threading.enumerate()]
     data.close()
+
+
+def test_a_store_of_another_resolution_is_refused_with_the_fix(shared_tiny_store: Path) -> None:
+    with pytest.raises(UserError, match=r"made at 128 px, --data.resolution asks for 512; .*--data.resolution 0"):
+        opened(shared_tiny_store, **{"data.resolution": 512})
+    opened(shared_tiny_store, **{"data.resolution": 128}).close()
+
+
+def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is slow at the third batch: that step's stall is the wait, and whoever asked was told meanwhile."""
+    told: list[float] = []
+    calls = 0
+
+    def slow(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            time.sleep(0.5)
+        gather_into(*arguments)
+
+    monkeypatch.setattr("trainer.loader.gather_into", slow)
+    monkeypatch.setattr("trainer.loader.WAIT_S", 0.1)
+    data = opened(shared_tiny_store)
+    stalls = []
+    with Loader(
+        data, seed=3, batch=12, start=0, stop=5, rank=0, world_size=1, device=CPU, prefetch=1, on_wait=told.append
+    ) as batches:
+        for batch in batches:
+            stalls.append(batch.stall_s)
+            time.sleep(0.02)
+    data.close()
+    assert 0.3 < stalls[2] < 5
+    assert told == sorted(told)
+    assert len(told) >= 2
 
 
 def test_missing_groups_are_named(shared_tiny_store: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from tests.trainer import plain
 from tests.trainer.test_transformer import KINDS, SMALL, randomised
 from trainer import random_keys
-from trainer.config import TrainConfig, override
+from trainer.config import Kind, TrainConfig, override
 from trainer.loader import Batch
-from trainer.models.transformer import DiffusionTransformer, Geometry, Kind
+from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.presets import preset
 from trainer.step import LatentScale, losses, sample_latents
 

@@ -1,4 +1,4 @@
-"""The loop: exact resume (stopped, SIGTERM, SIGKILL), ranks, refusals. Real processes wherever a process is the point.
+"""The loop: exact resume (stopped, SIGTERM, SIGKILL), refusals. Real processes wherever a process is the point.
 
 A micro model on random numbers; what is checked is equality of runs, not that anything is learnt, but for one test.
 """
@@ -6,100 +6,24 @@ A micro model on random numbers; what is checked is equality of runs, not that a
 from __future__ import annotations
 
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
-from trainer.config import TrainConfig, override, spelled
+from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
+from trainer.config import from_yaml, override
+from trainer.guard import NonFiniteError
 from trainer.loader import Batch
 from trainer.metrics import read_metrics
-from trainer.presets import preset
-from trainer.step import LatentScale, NonFiniteError, sample_latents
+from trainer.step import LatentScale, sample_latents
 from trainer.train import train
-
-MICRO: dict[str, Any] = {
-    "device": "cpu",
-    "batch": 8,
-    "steps": 6,
-    "model.depth": 2,
-    "model.width": 32,
-    "model.heads": 2,
-    "model.align_block": (1,),
-    "model.projector_width": 32,
-    "log.every": 1,
-    "log.tensorboard": False,
-    "checkpoint.every": 1000,
-}
-
-
-def micro(store: Path, run: Path, **changes: Any) -> TrainConfig:
-    return override(preset("sit-tiny-2"), {**MICRO, "store": store, "run": run, **changes})
-
-
-def command(store: Path, run: Path, **changes: Any) -> list[str]:
-    options = {**MICRO, "store": store, "run": run, **changes}
-    texts = {name: str(value).lower() if isinstance(value, bool) else spelled(value) for name, value in options.items()}
-    flags = [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
-    return [sys.executable, "-m", "trainer", "train", "--preset=sit-tiny-2", *flags]
-
-
-def two_ranks(argv: list[str]) -> list[subprocess.Popen[str]]:
-    """Both ranks of a gloo world on this machine, as torchrun would start them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    return [start(argv, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-
-
-def start(argv: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def curve(run: Path) -> list[tuple[int, float, float, float]]:
-    """What must be equal bit for bit; the timings in the same lines need not be."""
-    fields = ("step", "denoising_loss", "alignment_loss", "gradient_norm")
-    return [tuple(line[field] for field in fields) for line in read_metrics(run)]
-
-
-def weights(run: Path, kind: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / (run / "latest").read_text().strip() / f"{kind}.safetensors")
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert curve(a) == curve(b)
-    for kind in ("model", "ema", "optimizer"):
-        mine, theirs = weights(a, kind), weights(b, kind)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(run)):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
+from trainer.update import Parts, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +35,11 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss.projection_weight": (0.0,)}, {"log.every": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss.projection_weight": (0.0,)}, {"log.every": 4}, {"model.kind": "dit", "sample.sampler": "ddpm"}],
+    ids=str,
+)
 def test_stopping_and_resuming_is_never_having_stopped(
     shared_tiny_store: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -127,12 +55,10 @@ def test_stopping_and_resuming_is_never_having_stopped(
 
 
 def raise_at(step: int) -> Any:
-    from trainer.step import train_step
-
-    def wrapped(*args: Any) -> Any:
-        if args[4].step == step:
+    def wrapped(parts: Parts, batch: Batch, *, stop: bool) -> Any:
+        if batch.step == step:
             raise RuntimeError("pulled the plug")
-        return train_step(*args)
+        return train_step(parts, batch, stop=stop)
 
     return wrapped
 
@@ -205,18 +131,6 @@ def test_ctrl_c_saves_and_ends_with_130(shared_tiny_store: Path, tmp_path: Path)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert (run / "latest").read_text() == f"step-{curve(run)[-1][0]:07d}"
-
-
-def test_two_ranks_train_as_one(shared_tiny_store: Path, tmp_path: Path) -> None:
-    train(micro(shared_tiny_store, tmp_path / "one"))
-    argv = command(shared_tiny_store, tmp_path / "two")
-    ranks = two_ranks(argv)
-    outputs = [rank.communicate(timeout=90) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
-        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
-    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(mine[name], theirs[name], atol=1e-4) for name in mine)
 
 
 def test_it_learns(shared_tiny_store: Path, tmp_path: Path) -> None:
@@ -305,10 +219,55 @@ def test_a_users_mistake_is_one_line_and_status_2(
     assert not run.exists()
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(shared_tiny_store: Path, tmp_path: Path) -> None:
-    argv = command(shared_tiny_store, tmp_path / "run", batch=7)
-    ranks = two_ranks(argv)
-    for rank in ranks:
-        _, err = rank.communicate(timeout=60)
-        assert rank.returncode == 2
-        assert "--batch 7 must be a multiple of the 2 ranks" in err
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """The system refuses to write beyond a size, as it does when there is no room."""
+    run = tmp_path / "run"
+    train(micro(shared_tiny_store, run, steps=2))
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    argv = command(shared_tiny_store, run, steps=4)
+    process = start([argv[0], "-c", f"{limit}runpy.run_module('trainer', run_name='__main__')", *argv[3:]])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    last = err.splitlines()[-1]
+    assert "error: step 4 could not be saved" in last
+    assert "goes on from the checkpoint before" in last
+    assert "Traceback" not in err
+    assert not list((run / "checkpoints").glob(".*"))
+    assert train(micro(shared_tiny_store, run, steps=4))["steps_now"] == 2
+
+
+def test_a_saved_configuration_runs_again(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """`--config RUN/config.yaml`: the same run elsewhere, bit for bit."""
+    train(micro(shared_tiny_store, tmp_path / "a", steps=3))
+    config = from_yaml(tmp_path / "a" / "config.yaml")
+    train(override(config, {"run": tmp_path / "b"}))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_line_says_what_the_issue_asks_for(shared_tiny_store: Path, tmp_path: Path) -> None:
+    train(micro(shared_tiny_store, tmp_path / "run", steps=8, **{"log.every": 4}))
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [4, 8]
+    for line in lines:
+        assert line["alignment_cosine"] == -line["alignment_loss"]
+        assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["alignment_loss"])
+        assert len(line["loss_by_time"]) == 10
+        assert 0 <= line["stall_share"] <= 1
+        assert line["images_per_s"] > 0
+        assert line["skipped_steps"] == 0
+
+
+def test_samples_without_a_decoder_are_the_latents_as_colours(shared_tiny_store: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    changes = {"log.samples_every": 2, "log.samples": 4, "sample.steps": 2}
+    train(micro(shared_tiny_store, tmp_path / "run", steps=5, **changes))
+    pictures = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step-0000002.png", "step-0000004.png"]
+    assert Image.open(pictures[0]).size == (2 * 64 + 2, 2 * 64 + 2)
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_micro_batches_must_fit_the_batch(shared_tiny_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--batch 8 must be a multiple of the 1 ranks times --accumulate 3"):
+        train(micro(shared_tiny_store, tmp_path / "run", accumulate=3))

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from storage.errors import UserError
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
+from trainer.config import Kind
 from trainer.models.blocks import sincos_position_embedding, unpatchify
-from trainer.models.transformer import DiffusionTransformer, Geometry, Kind, forward_flops_per_image
+from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
 from trainer.presets import PRESETS
 
 KINDS: tuple[Kind, ...] = ("sit", "dit")
@@ -203,11 +204,12 @@ def meta_flops(config: Geometry, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def imagenet_config(name: str, target_width: int = 768) -> Geometry:
-    model = PRESETS[name]().model
+def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768) -> Geometry:
+    config = PRESETS[name]()
+    model = config.model
     return Geometry(
         kind=model.kind,
-        input_size=32,
+        input_size=config.data.resolution // 8,
         channels=4,
         patch=model.patch,
         width=model.width,
@@ -215,7 +217,7 @@ def imagenet_config(name: str, target_width: int = 768) -> Geometry:
         heads=model.heads,
         n_classes=1000,
         qk_norm=model.qk_norm,
-        targets=((model.align_block[0], target_width),),
+        targets=((model.align_block[0], target_width),) if aligned else (),
         projector_width=model.projector_width,
     )
 
@@ -233,6 +235,18 @@ def imagenet_config(name: str, target_width: int = 768) -> Geometry:
 )
 def test_flop_count_equals_torch_s_count(config: Geometry) -> None:
     assert forward_flops_per_image(config) == meta_flops(config, backward=False)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
+def test_sizes_are_the_published_ones(size: str, millions: int) -> None:
+    """DiT (arXiv 2212.09748, table 4): parameters of DiT-S/2 to DiT-XL/2; at 512 px more tokens, not more weights."""
+    for name in (f"dit-{size}-2", f"dit-{size}-2-512"):
+        geometry = imagenet_config(name, aligned=False)
+        with torch.device("meta"):
+            model = DiffusionTransformer(geometry)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        assert round(trained / 1e6) == millions
+        assert model.pos_embed.shape[1] == (1024 if "512" in name else 256)
 
 
 @pytest.mark.parametrize(("name", "gflop"), [("sit-b-2", 149), ("sit-l-2", 496), ("sit-xl-2", 724)])

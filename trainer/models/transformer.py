@@ -14,11 +14,11 @@ Shape legend: B batch, C latent channels, H = W latent side, T = (H/p)² tokens,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
 from storage.errors import UserError
+from trainer.config import Kind
 from trainer.models.blocks import (
     TIME_FREQUENCIES,
     Block,
@@ -31,7 +31,6 @@ from trainer.models.blocks import (
 )
 from trainer.models.projector import make_projector
 
-Kind = Literal["sit", "dit"]
 OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2}
 
 
