@@ -31,7 +31,7 @@ HERE = "local"  # as a Ray address: a cluster of this machine's own
 
 def ablate(file: Path, store: str, out: Path | None, ray_address: str) -> int:
     """Run what is missing; returns the exit status. Raises UserError before anything runs, KeyboardInterrupt after."""
-    folder = (out or Path("runs") / file.stem).absolute()
+    folder = (out or Path("runs/ablations") / file.stem).absolute()
     ablation = read_ablation(file, absolute(store), folder)
     opened = open_store(absolute(store))
     lacking = [name for name in ablation.features if not _has_features(opened, name)]
