@@ -36,7 +36,9 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     ablate = commands.add_parser("ablate", help="train every run of an ablation file that is missing")
     ablate.add_argument("file", type=named_path, help="YAML: preset, set, axes, seeds")
     ablate.add_argument("--store", required=True, help="store that every run reads")
-    ablate.add_argument("--out", type=Path, default=None, help="folder of the runs (default runs/ablations/FILE's name)")
+    ablate.add_argument(
+        "--out", type=Path, default=None, help="folder of the runs (default runs/ablations/FILE's name)"
+    )
     ablate.add_argument(
         "--ray-address",
         default=os.environ.get("RAY_ADDRESS", ""),
