@@ -14,6 +14,8 @@ RESOLUTION ?= 256
 PRESET   ?= sit-xl-2
 RUN      ?=
 GPUS     ?= 1
+N        ?= 50000
+FILE     ?=
 IMAGES   ?=
 REFERENCE ?=
 ENCODER  ?= inception
@@ -21,7 +23,7 @@ RUNS     ?=
 ARGS     ?=
 export RAY_ADDRESS ?=
 
-.PHONY: help env demo precompute train sample evaluate analyse test test-all bench-env bench lint format clean
+.PHONY: help env demo precompute train generate evaluate analyse ablate report export test test-all bench-env bench lint format clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
@@ -45,7 +47,7 @@ endif
 TRAIN = train --store '$(STORE)' --preset $(PRESET) $(if $(RUN),--run '$(RUN)') $(ARGS)
 train: $(STAMP)  ## stage two: STORE=root [PRESET RUN GPUS RAY_ADDRESS ARGS]; GPUS of this machine, or of the cluster
 ifeq ($(strip $(STORE)),)
-	$(PY) -m trainer train --store $(OUT)/store --preset sit-tiny-2 --run $(or $(RUN),$(OUT)/run) $(ARGS)
+	$(PY) -m trainer train --store $(OUT)/store --preset sit-tiny-2 --run $(or $(RUN),$(OUT)/repa) $(ARGS)
 else ifneq ($(strip $(RAY_ADDRESS)),)
 	$(PY) -m pipeline launch --workers $(GPUS) -- $(TRAIN)
 else ifeq ($(GPUS),1)
@@ -54,8 +56,12 @@ else
 	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer $(TRAIN)
 endif
 
-sample: $(STAMP)  ## draw images: RUN=folder [ARGS]
-	$(PY) -m trainer sample --run '$(RUN)' $(ARGS)
+generate: $(STAMP)  ## draw images: RUN=folder [N GPUS ARGS="--format npz --guidance 1.8"]
+ifeq ($(GPUS),1)
+	$(PY) -m trainer generate '$(RUN)' --n $(N) $(ARGS)
+else
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer generate '$(RUN)' --n $(N) $(ARGS)
+endif
 
 evaluate: $(STAMP)  ## FID and more: IMAGES=folder or .npz REFERENCE=.npz, folder or store [ENCODER RUN ARGS]
 	$(PY) -m trainer evaluate '$(IMAGES)' --reference '$(REFERENCE)' --encoder '$(ENCODER)' \
@@ -63,6 +69,15 @@ evaluate: $(STAMP)  ## FID and more: IMAGES=folder or .npz REFERENCE=.npz, folde
 
 analyse: $(STAMP)  ## the paper's analysis figures: RUNS="runs/a runs/b" [ARGS]
 	$(PY) -m trainer analyse $(RUNS) $(ARGS)
+
+ablate: $(STAMP)  ## the runs of an ablation: FILE=yaml STORE=root [RAY_ADDRESS ARGS]
+	$(PY) -m trainer ablate '$(FILE)' --store '$(STORE)' $(ARGS)
+
+report: $(STAMP)  ## one HTML page about runs: RUNS="runs/a runs/b" [ARGS="--out report.html"]
+	$(PY) -m trainer report $(RUNS) $(ARGS)
+
+export: $(STAMP)  ## a run for other programs: RUN=folder [ARGS="--to safetensors"]
+	$(PY) -m trainer export '$(RUN)' $(or $(ARGS),--to diffusers)
 
 test: $(STAMP)  ## the tests, a few minutes
 	$(PY) -m pytest $(ARGS)

@@ -6,6 +6,7 @@ encoders     the encoders there are: what they store, their preprocessing, whose
 status       how far a store is, how fast it gets on, and whether a run is at work on it
 preview      pictures of what a store holds: reconstructions and principal components
 features     one vector an image from Inception or a vision encoder, for `python -m trainer evaluate`
+tasks        command lines as Ray tasks, for `python -m trainer ablate`
 demo         both stages on the built-in photographs
 launch       train on a Ray cluster: the trainer's own command, on workers that Ray Train places
 """
@@ -103,6 +104,9 @@ def main(argv: Sequence[str]) -> int:
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     preview.add_argument("--images", type=int, default=8, help="how many images to show (default 8)")
     add_features_options(commands.add_parser("features", help="one vector an image, for the trainer's evaluate"))
+    tasks = commands.add_parser("tasks", help="run command lines as Ray tasks")
+    tasks.add_argument("listed", type=Path, help="JSON file of tasks")
+    tasks.add_argument("--ray-address", default="", help="cluster to join; empty: start one here and stop it")
     demo = commands.add_parser("demo", help="both stages on the built-in photographs")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
     demo.add_argument("--steps", type=int, default=None, help="training steps (default: the preset's)")
@@ -130,6 +134,13 @@ def main(argv: Sequence[str]) -> int:
         source = open_source(absolute(args["data"]), args["source"])
         print(report(source, source.listing()))
         return EXIT_OK
+    if command == "tasks":
+        from pipeline.ray_environment import prepare_ray
+
+        prepare_ray(args["ray_address"])
+        from pipeline.tasks import run_tasks  # imports Ray
+
+        return run_tasks(**args)
     if command == "launch":
         from pipeline.launch import launch
 

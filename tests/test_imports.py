@@ -16,10 +16,14 @@ FORBIDDEN = {
     "pipeline.job": {"trainer", "torch"},
     "pipeline.encode": {"trainer", "torch"},
     "pipeline.preview": {"trainer"},
+    "pipeline.tasks": {"trainer", "torch"},
     "trainer": ENCODERS | {"pipeline"},
     "trainer.train": ENCODERS | {"pipeline"},
     "trainer.__main__": ENCODERS | {"pipeline"},
+    "trainer.ablate": ENCODERS | {"pipeline"},
     "trainer.evaluation.generate": ENCODERS | {"pipeline"},
+    "trainer.evaluation.export": ENCODERS | {"pipeline"},
+    "trainer.evaluation.report": ENCODERS | {"pipeline", "matplotlib"},
     "trainer.evaluation.analyse": ENCODERS | {"pipeline", "torch_fidelity", "matplotlib"},
 }
 

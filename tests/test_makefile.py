@@ -64,5 +64,8 @@ def test_a_mistake_ends_make_with_one_line_of_ours(arguments: list[str], message
 
 def test_help_names_every_target() -> None:
     printed = make("help").stdout
-    for target in ("demo", "precompute", "train", "sample", "evaluate", "analyse", "test", "test-all", "lint", "env"):
+    for target in (
+        *("demo", "precompute", "train", "generate", "evaluate", "analyse", "ablate", "report", "export"),
+        *("test", "test-all", "lint", "env"),
+    ):
         assert f"\n{target} " in f"\n{printed}"

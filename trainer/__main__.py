@@ -1,12 +1,15 @@
 """`python -m trainer`: stage two.
 
 train     train a diffusion transformer from a feature store; run it again to resume
-sample    draw images from a run's averaged weights
-import    make a run, to sample from or to train on, from a public checkpoint of DiT, SiT or REPA
+generate  draw images from a run's averaged weights: a folder of PNGs, or one .npz
 evaluate  FID, sFID, Inception Score, precision and recall; or a Fréchet distance in another encoder's features
 probe     linear probing of hidden states over blocks, times and checkpoints
 cknna     alignment of hidden states with a store's features
 analyse   the paper's analysis figures, for any set of runs
+ablate    train the runs of an ablation file that are missing
+report    one HTML page about any number of runs
+export    a run for diffusers, or its averaged weights as one file
+import    make a run, to draw from or to train on, from a public checkpoint of DiT, SiT or REPA
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ PROG = "python -m trainer"
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
+    from trainer import outputs
     from trainer.cli import add_train_options, refuse_unknown, train_config
     from trainer.evaluation import commands as evaluation
 
@@ -35,50 +39,40 @@ def main(argv: Sequence[str]) -> int:
         "--resume-with-changes", action="store_true", help="resume the run although settings that determine it changed"
     )
     add_train_options(train_parser, argv)
-    sample_parser = commands.add_parser("sample", help="draw images from a run")
-    sample_parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    sample_parser.add_argument("--n", type=int, default=32, help="how many images (default 32), classes in turn")
-    sample_parser.add_argument("--out", type=Path, default=None, help="PNG to write (default RUN/samples.png)")
-    sample_parser.add_argument("--vae", type=str, default="", help="VAE to decode with (default: as the store says)")
-    sample_parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the run's)")
-    sample_parser.add_argument("--steps", type=int, default=None, help="sampler steps (default: the run's)")
-    sample_parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     import_parser = commands.add_parser("import", help="make a run from a public checkpoint")
     import_parser.add_argument("file", type=Path, help="what torch.save or safetensors wrote")
     import_parser.add_argument("--release", choices=("repa", "sit", "dit"), required=True, help="whose it is")
     add_train_options(import_parser, argv)
     evaluation.add_commands(commands)
+    outputs.add_commands(commands)
     args, unknown = parser.parse_known_args(argv)
     refuse_unknown(commands.choices[args.command], unknown)
     values = vars(args)
     command = values.pop("command")
-    if command in evaluation.COMMANDS:
-        return evaluation.run(command, values)
     if command == "import":
         from trainer.releases import import_checkpoint
 
         file, release = values.pop("file"), values.pop("release")
         config = train_config(values)
         print("\n".join(import_checkpoint(file, release, config)))
-        print(f"next: {PROG} sample --run {config.run}   ·   {PROG} train --config {config.run / 'config.yaml'}")
+        print(f"next: {PROG} generate {config.run} --n 64   ·   {PROG} train --config {config.run / 'config.yaml'}")
         return EXIT_OK
-    if command == "train":
-        from trainer.guard import NonFiniteError
-        from trainer.train import train
+    if command in evaluation.COMMANDS:
+        return evaluation.run(command, values)
+    if command in outputs.COMMANDS:
+        return outputs.run(command, values)
+    from trainer.guard import NonFiniteError
+    from trainer.train import train
 
-        accept = values.pop("resume_with_changes")
-        try:
-            summary = train(train_config(values), accept_changes=accept)
-        except NonFiniteError as error:
-            print(f"{PROG}: error: {error}", file=sys.stderr)
-            return EXIT_FAILED
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(summary, indent=1))
-            print(f"next: {PROG} sample --run {summary['run']}   ·   tensorboard --logdir {summary['run']}")
-        return EXIT_OK
-    from trainer.evaluation.generate import write_samples
-
-    print(write_samples(**values))
+    accept = values.pop("resume_with_changes")
+    try:
+        summary = train(train_config(values), accept_changes=accept)
+    except NonFiniteError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(summary, indent=1))
+        print(f"next: {PROG} generate {summary['run']} --n 64   ·   tensorboard --logdir {summary['run']}")
     return EXIT_OK
 
 

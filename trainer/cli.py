@@ -52,7 +52,7 @@ def train_config(values: dict[str, Any]) -> TrainConfig:
             raise UserError("--config and --preset both name a whole configuration; pass one of them")
     else:
         config = preset(given.pop("preset", DEFAULT_PRESET))
-    return override(config, {name: _parse(name, text, field_type(config, name)) for name, text in given.items()})
+    return override(config, {name: parse_option(name, text, field_type(config, name)) for name, text in given.items()})
 
 
 def refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
@@ -62,10 +62,10 @@ def refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
         parser.error(f"unknown option {unknown[0]}{close_matches(unknown[0].partition('=')[0], known)}")
 
 
-def _parse(name: str, text: str, kind: Any) -> Any:
+def parse_option(name: str, text: str, kind: Any) -> Any:
     """An option's text as its field's type. Raises UserError."""
     if typing.get_origin(kind) is tuple:
-        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in (text.split(",") if text else []))
+        return tuple(parse_option(name, part, typing.get_args(kind)[0]) for part in (text.split(",") if text else []))
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
         if text.lower() not in ("true", "false"):

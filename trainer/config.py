@@ -181,7 +181,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How `trainer sample` draws images from this run; saved with it, and may be overridden there."""
+    """How `trainer generate` draws images from this run; saved with it, and may be overridden there."""
 
     sampler: Literal["sde", "ode", "ddpm"] = option(
         "sde", "SiT: Euler–Maruyama (sde) or Euler (ode); DiT: ancestral sampling (ddpm)", free=True

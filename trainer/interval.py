@@ -55,6 +55,7 @@ class Interval:
             "stall_share": stall_s / seconds,
             "stall_ms_a_step": stall_s / max(1, self.n_timed) * 1e3,
             "skipped_steps": skipped,
+            "ranks": world.size,
         }
         peak = peak_flops(world.device)
         if peak is not None:

@@ -17,14 +17,14 @@ from trainer.update import Parts
 
 
 @contextmanager
-def only_writer(run: Path) -> Iterator[None]:
+def only_writer(run: Path, doing: str = "training") -> Iterator[None]:
     """Hold the run's lock; a second process on the same run would delete what the first is writing."""
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {run}; name another --run, or wait for it") from None
+            raise UserError(f"another process is {doing} in {run}; name another folder, or wait for it") from None
         yield
 
 

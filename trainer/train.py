@@ -17,6 +17,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from storage.console import Stop, progress_bar, stop_on_signals
@@ -232,6 +233,7 @@ class _Run:
             "seconds": round(seconds, 2),
             "steps_per_s": round(n_new / seconds, 3) if n_new else 0.0,
             "images_per_s": round(n_new * self.config.batch / seconds, 1) if n_new else 0.0,
+            "device": _device_name(self.world.device),
             "parameters": sum(parameter.numel() for parameter in self.parts.model.parameters()),
             "first": lines[0] if lines else {},
             "last": lines[-1] if lines else {},
@@ -257,3 +259,7 @@ class _Run:
             f"start      step {self.first_step} of {config.steps}",
         ]
         return "\n".join(lines)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

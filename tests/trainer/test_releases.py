@@ -238,7 +238,7 @@ def test_the_command(tmp_path: Path) -> None:
     options += ["--model.projector-width=32", f"--store={tmp_path / 'store'}", f"--run={tmp_path / 'run'}"]
     done = run_cli("import", str(file), "--release=repa", "--preset=sit-tiny-2", *options)
     assert done.returncode == 0, done.stderr
-    assert f"trainer sample --run {tmp_path / 'run'}" in done.stdout
+    assert f"trainer generate {tmp_path / 'run'}" in done.stdout
     with pytest.raises(UserError, match=r"none\.pt does not exist"):
         main(
             ["import", str(tmp_path / "none.pt"), "--release=repa", "--preset=sit-tiny-2", *options[:-1], "--run=/none"]

@@ -1,4 +1,4 @@
-"""Latents to pictures. diffusers and PIL are imported here inside functions, and nowhere else in the trainer."""
+"""Latents to pictures. diffusers and PIL are imported inside functions of this folder, nowhere else in the trainer."""
 
 from __future__ import annotations
 
@@ -7,31 +7,53 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from storage.errors import UserError
 
 DECODE_BATCH = 16
+PIPELINE_FOLDER = "vae"  # where a whole pipeline's folder keeps it
 
 
-@torch.inference_mode()
-def decode_latents(latents: Tensor, vae: str, device: torch.device, *, fetch: bool = True) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), by the diffusers VAE at a directory or hub id.
+def load_decoder(vae: str, device: torch.device, *, fetch: bool = True) -> nn.Module:
+    """The autoencoder at a diffusers directory, or at a hub id ORG/NAME[/FOLDER], of whichever class it says it is.
 
-    Without `fetch`, only what lies on this machine will do. Raises UserError when there is no VAE to be had.
+    Without `fetch`, only what lies on this machine will do. Raises UserError when there is none to be had.
     """
-    from diffusers import AutoencoderKL
+    import diffusers
 
+    repository, folder = _location(vae)
+    where = {"subfolder": folder, "local_files_only": not fetch}
     try:
-        model = AutoencoderKL.from_pretrained(
-            vae, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=not fetch
-        )
-    except OSError as error:
+        settings = diffusers.AutoencoderKL.load_config(repository, **where)
+        kind = getattr(diffusers, settings.get("_class_name", "AutoencoderKL"))
+        model = kind.from_pretrained(repository, torch_dtype=torch.float32, low_cpu_mem_usage=False, **where)
+    except (OSError, AttributeError) as error:
         raise UserError(
             f"the VAE {vae} cannot be loaded ({str(error).splitlines()[0]}); pass --vae with a diffusers directory"
         ) from error
-    model = model.to(device).eval()
-    pixels = torch.cat([model.decode(part.float().to(device)).sample.cpu() for part in latents.split(DECODE_BATCH)])
+    return model.to(device).eval()
+
+
+def _location(vae: str) -> tuple[str, str]:
+    """What diffusers calls the repository (a directory will do), and the folder in it."""
+    if Path(vae).is_dir():
+        return vae, "" if (Path(vae) / "config.json").is_file() else PIPELINE_FOLDER
+    organisation, _, rest = vae.partition("/")
+    name, _, folder = rest.partition("/")
+    return f"{organisation}/{name}", folder
+
+
+@torch.inference_mode()
+def decode_latents(latents: Tensor, decoder: nn.Module) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), DECODE_BATCH at a time."""
+    device = next(decoder.parameters()).device
+    pixels = torch.cat(
+        [
+            decoder.decode(part.float().to(device)).sample.cpu()  # type: ignore[operator]
+            for part in latents.split(DECODE_BATCH)
+        ]
+    )
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from storage.errors import UserError
-from trainer import random_keys
-from trainer.arithmetic import autocast_dtype
 from trainer.data import TrainingData
-from trainer.evaluation.decode import decode_latents, write_grid
+from trainer.evaluation.decode import decode_latents, load_decoder, write_grid
+from trainer.evaluation.draw import draw_latents
 from trainer.parallel import reshard
-from trainer.sampling import sample
 from trainer.update import Parts
 
 LATENT_ZOOM = 4
@@ -35,18 +33,7 @@ def write_preview(parts: Parts, data: TrainingData, step: int) -> tuple[Path, np
     config, geometry, world = parts.config, parts.geometry, parts.world
     share = -(-config.log.samples // world.size)  # as many on each rank, since sharded weights are gathered together
     images = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
-    shape = (geometry.channels, geometry.input_size, geometry.input_size)
-    half = autocast_dtype(config.precision)
-    with torch.autocast(world.device.type, dtype=half, enabled=half is not None):
-        latents = sample(
-            lambda x, t, y: parts.ema.model(x, t, y, with_projections=False)[0],
-            random_keys.normal(config.seed, "sample", 0, images, shape),
-            images % len(data.class_names),
-            geometry.n_classes,
-            config.sample,
-            config.loss.path,
-            lambda i: random_keys.normal(config.seed, "sample", i + 1, images, shape),
-        )
+    latents = draw_latents(parts.ema.model, images, images % len(data.class_names), geometry, config, config.seed)
     reshard(parts.ema.model)
     latents = world.gather(latents)[: config.log.samples] / parts.scale.scale + parts.scale.shift
     if not world.is_main:
@@ -60,7 +47,7 @@ def _pictures(latents: Tensor, data: TrainingData, device: torch.device) -> np.n
     decoder = data.latents.attributes["provenance"].get("decoder", "")
     try:
         if decoder:
-            return decode_latents(latents, decoder, device, fetch=False)
+            return decode_latents(latents, load_decoder(decoder, device, fetch=False))
     except (UserError, ImportError, torch.OutOfMemoryError):
         pass  # the picture is a convenience, and no reason to end a run
     finally:

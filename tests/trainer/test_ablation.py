@@ -1,0 +1,164 @@
+"""Ablation files: what they say, what is refused before anything runs, and the runs they make."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from storage.errors import UserError
+from trainer.ablate import ablate as go_on
+from trainer.ablate import precompute_command, train_command
+from trainer.ablation import read_ablation
+from trainer.checkpoint import latest_checkpoint, read_state
+from trainer.cli import add_train_options, train_config
+
+BASE = """
+preset: sit-tiny-2
+set:
+  batch: 8
+  device: cpu
+  model: {depth: 3, width: 32, heads: 2, projector-width: 32}
+  log: {every: 5, tensorboard: false}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def runs_of(folder: Path, text: str) -> dict[str, dict[str, object]]:
+    ablation = read_ablation(write(folder, text), "/stores/a", folder / "runs")
+    return {run.name: {"weight": run.config.loss.projection_weight, "seed": run.config.seed} for run in ablation.runs}
+
+
+def test_every_combination_is_a_run(tmp_path: Path) -> None:
+    text = BASE + "axes: {data.features: [a, b], loss.projection-weight: [0.25, 0.5]}\nseeds: [0, 7]"
+    found = runs_of(tmp_path, text)
+    assert len(found) == 8
+    assert found["features-a_projection-weight-0.25_seed-7"] == {"weight": (0.25,), "seed": 7}
+
+
+def test_a_run_without_alignment_is_there_once(tmp_path: Path) -> None:
+    text = BASE + "axes: {data.features: [a, b], model.align_block: [1, 2], loss.projection_weight: [0, 0.5]}"
+    assert list(runs_of(tmp_path, text)) == [
+        "projection-weight-0_seed-0",
+        "features-a_align-block-1_projection-weight-0.5_seed-0",
+        "features-a_align-block-2_projection-weight-0.5_seed-0",
+        "features-b_align-block-1_projection-weight-0.5_seed-0",
+        "features-b_align-block-2_projection-weight-0.5_seed-0",
+    ]
+
+
+def test_sizes_and_several_targets(tmp_path: Path) -> None:
+    text = "axes: {preset: [sit-s-2, sit-b-2], data.features: [[a, b], a]}\nset: {model.align-block: [3, 4]}"
+    ablation = read_ablation(write(tmp_path, text.replace("a, b], a", "a, b], [b, a]")), "/s", tmp_path)
+    widths = [run.config.model.width for run in ablation.runs]
+    assert widths == [384, 384, 768, 768]
+    assert ablation.runs[0].name == "preset-sit-s-2_features-a+b_seed-0"
+    assert [target.features for target in ablation.runs[0].config.targets] == ["a", "b"]
+    assert ablation.features == ["a", "b"]
+
+
+def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> None:
+    text = BASE + "axes: {loss.projection_weight: [0.25], data.features: [[a, b]]}\nseeds: [3]"
+    (run,) = read_ablation(write(tmp_path, text), "/stores/a", tmp_path / "runs").runs
+    command = train_command(run, gpus=1)
+    assert command[1:4] == ["-m", "trainer", "train"]
+    from storage.console import Parser
+
+    parser = Parser()
+    add_train_options(parser)
+    values = vars(parser.parse_args(command[4:]))
+    assert train_config(values) == run.config
+    assert "--nproc-per-node" in train_command(run, gpus=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("axes: {loss.projection_wait: [1]}", "no setting loss.projection_wait to vary"),
+        ("axes: {loss.projection_wait: [1]}", "did you mean loss.projection_weight"),
+        ("axes: {loss.projection_weight: [heavy]}", "must be a number of type float, got 'heavy'"),
+        ("axes: {loss.projection_weight: []}", "must be a list of values"),
+        ("axes: {loss.projection_weight: 0.5}", "must be a list of values, got 0.5"),
+        ("axes: {loss.projection_weight: [0.5, 0.5]}", "names 0.5 twice"),
+        (
+            "axes: {model.align_block: [2, 40]}",
+            "run align-block-40_seed-0: --model.align-block must be a block, 1 to 28",
+        ),
+        ("axes: {preset: [sit-xxl-2]}", "unknown preset 'sit-xxl-2'"),
+        ("axes: {seed: [1]}", "seed is not set here: write seeds: [0, 1]"),
+        ("set: {store: /a}", "store is not set here: pass --store"),
+        ("axis: {seed: [1]}", "unknown entry axis; did you mean axes"),
+        ("axes: [a]", "axes must be a mapping"),
+        ("seeds: 3", "seeds must be a list"),
+        ("gpus: none", "gpus must be a number"),
+        ("- a", "must be a mapping with preset"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_what_does_not_exist_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_ablation(write(tmp_path, text), "/stores/a", tmp_path / "runs")
+    assert message in str(caught.value)
+    assert str(tmp_path / "study.yaml") in str(caught.value)
+
+
+def test_features_that_are_lacking_are_asked_of_the_pipeline(shared_tiny_store: Path, tmp_path: Path) -> None:
+    from storage import open_store
+
+    text = BASE + "axes: {data.features: [tiny-vit, tiny-vit-layer2]}\nencoders: {tiny-vit-layer2: 'tiny-vit:layer=2'}"
+    text += "\nprecompute: {batch: 4}"
+    ablation = read_ablation(write(tmp_path, text), str(shared_tiny_store), tmp_path)
+    store = open_store(shared_tiny_store)
+    with pytest.raises(UserError, match="does not say what it was made of"):
+        precompute_command(store, ablation, ["tiny-vit-layer2"], "")
+    store.attributes["source"] = {"path": "/photos"}
+    command = precompute_command(store, ablation, ["tiny-vit-layer2"], "")
+    assert {"--data=/photos", "--latents=none", "--features=tiny-vit:layer=2", "--batch=4"} <= set(command)
+    assert {"--resolution=128", "--shard-rows=16"} <= set(command)
+
+
+def ablate(file: Path, store: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "trainer", "ablate", str(file), "--store", str(store), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def steps_done(run: Path) -> int:
+    checkpoint = latest_checkpoint(run)
+    return read_state(checkpoint).step if checkpoint else 0
+
+
+@pytest.mark.parametrize("weights", ["0.5", pytest.param("0.5, 0", marks=pytest.mark.slow)])
+def test_an_ablation_is_stopped_and_gone_on_with(
+    shared_tiny_store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], weights: str
+) -> None:
+    text = BASE.replace("batch: 8", "batch: 8\n  steps: 30") + f"axes: {{loss.projection_weight: [{weights}]}}"
+    file, out = write(tmp_path, text), tmp_path / "runs"
+    names = [f"projection-weight-{weight}_seed-0" for weight in weights.split(", ")]
+    first = out / names[0]
+    stopped = ablate(file, shared_tiny_store, out)
+    deadline_s = time.monotonic() + 120
+    while not (first / "metrics.jsonl").exists() or not (first / "metrics.jsonl").stat().st_size:
+        assert stopped.poll() is None, stopped.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    _, said = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130
+    assert "interrupted" in said.splitlines()[-1]
+    assert 0 < steps_done(first) < 30
+    assert [path.name for path in out.iterdir()] == names[:1], "the next is not begun"
+    assert go_on(file, str(shared_tiny_store), out, "") == 0
+    assert f"{len(names)} of {len(names)} runs are complete in {out}" in capfd.readouterr().out
+    assert [steps_done(out / name) for name in names] == [30] * len(names)
+    assert "features: tiny-vit\n" in (first / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"was made otherwise \(batch: was 8, is 16\)"):
+        read_ablation(write(tmp_path, text.replace("batch: 8", "batch: 16")), str(shared_tiny_store), out)

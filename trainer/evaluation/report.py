@@ -1,0 +1,324 @@
+"""`python -m trainer report`: one HTML page about any number of runs, which loads nothing and needs no network.
+
+A table of the runs (of their settings, those that differ), curves, sample grids, and the stores that they read with
+their identities. What was not measured is left out. Page and script are `report_page.html`; pictures are in the page,
+at most PICTURE_SIDE pixels a side.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from storage import StoreError, UserError, open_store
+from storage.files import write_atomic
+from trainer.evaluation.charts import Chart, Line, colour, dash, figure
+from trainer.evaluation.run_record import RunRecord, read_runs
+
+PAGE = Path(__file__).with_name("report_page.html")
+PICTURE_SIDE = 1024
+METRICS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "fd": "Fréchet distance",
+    "inception_score": "Inception Score",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+NOTHING = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What a table shows, what it is sorted by (None: last), and a smaller line below."""
+
+    text: str
+    key: float | str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A heading and what it shows of a run."""
+
+    title: str
+    cell: Callable[[RunRecord], Cell]
+
+
+def write_report(runs: Sequence[Path], out: Path, title: str) -> list[Path]:
+    """Write the page and return its path. Raises UserError."""
+    records = read_runs(runs)
+    write_atomic(out, page(records, title or _title(records)).encode(), "report")
+    return [out]
+
+
+def page(records: Sequence[RunRecord], title: str) -> str:
+    """The page's HTML."""
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    plural = "s" if len(records) > 1 else ""
+    parts = {
+        "title": html.escape(title),
+        "summary": f"{len(records)} run{plural} · {html.escape(made)}",
+        "runs": runs_table(records),
+        "shared": shared_settings(records),
+        "legend": legend(records),
+        "charts": "".join(figure(chart) for chart in charts(records)) or "<p>Nothing is logged yet.</p>",
+        "samples": samples(records),
+        "stores": stores(records),
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace(f"<!--{name}-->", part)
+    return text
+
+
+def _title(records: Sequence[RunRecord]) -> str:
+    folders = {record.path.absolute().parent.name for record in records}
+    return f"Runs in {folders.pop()}" if len(folders) == 1 and len(records) > 1 else records[0].name
+
+
+# ---- the table of runs ------------------------------------------------------------------------------------------
+
+
+def runs_table(records: Sequence[RunRecord]) -> str:
+    """Every run a row; columns that say nothing of any run are left out."""
+    columns = [
+        *(_setting_column(name) for name in differing(records)),
+        Column(title="Steps", cell=lambda run: _number(run.steps, ",", note=_unfinished(run))),
+        *(_loss_column(name, title) for name, title in LOSSES.items()),
+        *(_measure_column(measure, title) for measure, title in ANALYSES.items()),
+        *(_metric_column(encoder, metric) for encoder, metric in _measured(records)),
+        Column(title="Images/s", cell=lambda run: _number(run.images_per_s, ".1f")),
+        Column(title="GPU-hours", cell=_hours),
+    ]
+    cells = {column.title: [column.cell(record) for record in records] for column in columns}
+    kept = {name: column for name, column in cells.items() if any(cell.text != NOTHING for cell in column)}
+    names = [Cell(text=record.name, key=record.name) for record in records]
+    return table({"Run": names, **kept}, swatches=True, label="Runs")
+
+
+LOSSES = {"denoising_loss": "Denoising loss", "alignment_loss": "Alignment loss"}
+ANALYSES = {"probe": "Linear probe", "cknna": "CKNNA"}
+
+
+def differing(records: Sequence[RunRecord]) -> list[str]:
+    """Settings that are not the same in every run; steps have a column of their own."""
+    settings = [record.settings for record in records]
+    names = dict.fromkeys(name for of_run in settings for name in of_run)
+    return [n for n in names if n != "steps" and len({repr(of_run.get(n)) for of_run in settings}) > 1]
+
+
+def _setting_column(name: str) -> Column:
+    def cell(run: RunRecord) -> Cell:
+        value = run.settings[name]
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return Cell(text=text or NOTHING, key=value if is_number else text)
+
+    return Column(title=name, cell=cell)
+
+
+def _loss_column(name: str, title: str) -> Column:
+    def cell(run: RunRecord) -> Cell:
+        applies = run.config.aligns or name != "alignment_loss"
+        return _number(run.lines[-1].get(name) if run.lines and applies else None, ".4f")
+
+    return Column(title=title, cell=cell)
+
+
+def _measure_column(measure: str, title: str) -> Column:
+    def cell(run: RunRecord) -> Cell:
+        best = run.best(measure)
+        if best is None:
+            return Cell(text=NOTHING)
+        late = "" if best["step"] == run.checkpoint_step else f", step {best['step']:,}"
+        note = f"block {best['block']}, t = {best['t']:g}{late}"
+        return _number(best[measure], ".1%" if measure == "probe" else ".3f", note=note)
+
+    return Column(title=title, cell=cell)
+
+
+def _measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """(encoder, metric) of every evaluation, in METRICS' order."""
+    found = {(line["name"], metric) for run in records for line in run.evaluations for metric in line["metrics"]}
+    return sorted(found, key=lambda pair: (pair[0], list(METRICS).index(pair[1]) if pair[1] in METRICS else 99))
+
+
+def _metric_column(encoder: str, metric: str) -> Column:
+    title = METRICS.get(metric, metric.replace("_", " ").capitalize())
+
+    def cell(run: RunRecord) -> Cell:
+        lines = [line for line in run.evaluations if line["name"] == encoder and metric in line["metrics"]]
+        if not lines:
+            return Cell(text=NOTHING)
+        found = lines[-1]["metrics"][metric]
+        late = "" if lines[-1]["step"] == run.checkpoint_step else f", step {lines[-1]['step']:,}"
+        return _number(found["value"], ".3f", note=f"{found['n_generated']:,} images{late}")
+
+    return Column(title=title if encoder == "inception" else f"{title} ({encoder})", cell=cell)
+
+
+def _hours(run: RunRecord) -> Cell:
+    on_gpu = run.device not in ("cpu", "")
+    return _number(run.hours, ".3g", note=run.device if on_gpu else "CPU")
+
+
+def _unfinished(run: RunRecord) -> str:
+    return "" if run.steps >= run.config.steps else f"of {run.config.steps:,}"
+
+
+def _number(value: float | None, form: str, note: str = "") -> Cell:
+    return Cell(text=NOTHING) if value is None else Cell(text=format(value, form), key=value, note=note)
+
+
+def table(columns: dict[str, list[Cell]], *, label: str, swatches: bool = False) -> str:
+    """A table that scrolls in itself, the first column being the rows' headings; the page's script sorts it."""
+    first, *others = columns.values()
+    heads = "".join(
+        f'<th scope="col" aria-sort="none"{_alignment(cells)}><button type="button">{_heading(title)}</button></th>'
+        for title, cells in columns.items()
+    )
+    rows = []
+    for i, name in enumerate(first):
+        key = f'scope="row" data-key="{html.escape(str(name.key))}"'
+        head = f"<th {key}>{_swatch(i) if swatches else ''}{_shown(name)}</th>"
+        rows.append(f"<tr>{head}{''.join(_cell(cells[i], _alignment(cells)) for cells in others)}</tr>")
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table class="sortable">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _heading(title: str) -> str:
+    """A dotted setting may be broken after its dots and underscores, so that columns are as narrow as their values."""
+    return html.escape(title).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def _alignment(cells: Sequence[Cell]) -> str:
+    return "" if any(isinstance(cell.key, str) for cell in cells) else ' class="number"'
+
+
+def _cell(cell: Cell, alignment: str) -> str:
+    key = "" if cell.key is None else f' data-key="{html.escape(str(cell.key))}"'
+    return f"<td{alignment}{key}>{_shown(cell)}</td>"
+
+
+def _shown(cell: Cell) -> str:
+    return html.escape(cell.text) + (f"<small>{html.escape(cell.note)}</small>" if cell.note else "")
+
+
+def _swatch(number: int) -> str:
+    """A piece of a run's line."""
+    style = f"stroke:{colour(number)}"
+    line = f'<line x1="1" x2="19" y1="5" y2="5" style="{style}" stroke-dasharray="{dash(number)}"/>'
+    return f'<svg class="swatch" viewBox="0 0 20 10" aria-hidden="true">{line}</svg>'
+
+
+def shared_settings(records: Sequence[RunRecord]) -> str:
+    """What is the same in all runs, folded away."""
+    varying = set(differing(records))
+    same = {name: value for name, value in records[0].settings.items() if name not in varying and name != "steps"}
+    items = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value)) or NOTHING}</dd></div>"
+        for name, value in same.items()
+    )
+    summary = f"Settings that are the same in every run ({len(same)})" if len(records) > 1 else "Settings"
+    return f"<details><summary>{summary}</summary><dl>{items}</dl></details>"
+
+
+# ---- curves, pictures, stores -----------------------------------------------------------------------------------
+
+
+def legend(records: Sequence[RunRecord]) -> str:
+    """Which line is which run."""
+    return "".join(f"<li>{_swatch(i)}{html.escape(record.name)}</li>" for i, record in enumerate(records))
+
+
+def charts(records: Sequence[RunRecord]) -> list[Chart]:
+    """Losses over steps, and where they were measured, probe and CKNNA over blocks."""
+    found = []
+    for name, title in LOSSES.items():
+        lines = []
+        for i, run in enumerate(records):
+            logged = [line for line in run.lines if line.get(name) is not None]
+            if logged and (run.config.aligns or name != "alignment_loss"):
+                x, y = [line["step"] for line in logged], [line[name] for line in logged]
+                lines.append(Line(label=run.name, number=i, x=x, y=y))
+        found.append(Chart(title=title, x_label="step", lines=lines))
+    for measure, title in ANALYSES.items():
+        lines = []
+        for i, run in enumerate(records):
+            best = run.best(measure)
+            if best is not None:
+                same = [p for p in run.points[measure] if (p["step"], p["t"]) == (best["step"], best["t"])]
+                same.sort(key=lambda point: point["block"])
+                x, y = [point["block"] for point in same], [point[measure] for point in same]
+                lines.append(Line(label=f"{run.name}, t = {best['t']:g}", number=i, x=x, y=y))
+        found.append(Chart(title=title, x_label="block", lines=lines))
+    return [chart for chart in found if chart.lines]
+
+
+def samples(records: Sequence[RunRecord]) -> str:
+    """A grid of images of each run that has one."""
+    figures = []
+    for i, run in enumerate(records):
+        if run.picture is not None:
+            name, what = html.escape(run.name), html.escape(run.picture.stem)
+            figures.append(
+                f'<figure><img src="{_data_uri(run.picture)}" alt="Images drawn from {name}">'
+                f"<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>"
+            )
+    return "".join(figures) or "<p>No run has drawn images yet.</p>"
+
+
+def _data_uri(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        encoded = io.BytesIO()
+        image.save(encoded, format="png", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def stores(records: Sequence[RunRecord]) -> str:
+    """The groups of arrays that the runs read, and what they were made from."""
+    used: dict[tuple[str, str, str], list[str]] = {}
+    for run in records:
+        for path, digest in run.identities.items():
+            used.setdefault((run.config.store, path, digest), []).append(run.name)
+    if not used:
+        return "<p>No run has saved a checkpoint yet.</p>"
+    columns: dict[str, list[Cell]] = {name: [] for name in ("Group", *IDENTITY, "Identity", "Rows", "Store", "Runs")}
+    for (root, path, digest), names in used.items():
+        identity, n_rows, said = _identity(root, path, digest)
+        columns["Group"].append(Cell(text=path, key=path, note=said))
+        for title, field in IDENTITY.items():
+            value = str(identity.get(field, NOTHING))
+            columns[title].append(Cell(text=value[:12] if field == "weights_sha256" else value, key=value))
+        columns["Identity"].append(Cell(text=digest[:12], key=digest))
+        columns["Rows"].append(_number(n_rows, ","))
+        columns["Store"].append(Cell(text=root, key=root))
+        columns["Runs"].append(Cell(text=str(len(names)), key=len(names)))
+    return table(columns, label="Stores")
+
+
+IDENTITY = {"Encoder": "encoder", "Weights SHA-256": "weights_sha256", "Resolution": "resolution", "dtype": "dtype"}
+
+
+def _identity(root: str, path: str, digest: str) -> tuple[dict[str, Any], int | None, str]:
+    """The group's identity, its rows, and what is amiss; the page is made without a store that is gone."""
+    try:
+        store = open_store(root)
+        group = store.group(path)
+    except (StoreError, UserError, OSError) as error:
+        return {}, None, f"not there now: {' '.join(str(error).split())[:120]}"
+    group.close()
+    changed = "" if group.identity_digest == digest else "made anew since these runs"
+    return group.identity, store.n_rows, changed
