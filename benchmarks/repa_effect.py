@@ -89,7 +89,9 @@ def report(found: dict[str, list[dict[str, float]]], seeds: Sequence[int], steps
     signs = {name: f"{max(sum(d > 0 for d in ds), sum(d < 0 for d in ds))} of {len(ds)}" for name, ds in pairs.items()}
     rows.append(["seeds of the same sign", *(signs.get(name, "–") for name in MEASURES)])
     heading = f"REPA against vanilla, sit-tiny-2 on the built-in photographs, {steps:,} steps"
-    return "\n".join([f"## {heading}", "", machine(Path(), ("torch", "numpy")), "", table(["run", *MEASURES], rows), ""])
+    return "\n".join(
+        [f"## {heading}", "", machine(Path(), ("torch", "numpy")), "", table(["run", *MEASURES], rows), ""]
+    )
 
 
 def main() -> None:
