@@ -26,12 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoders import dinov2, registry
-from pipeline.encoders.vision import VisionTransformerEncoder, read_weights
+from pipeline.decode import to_rgb
+from pipeline.encoders import registry, timm_vit
+from pipeline.encoders.catalogue import VISION
+from pipeline.encoders.vision import VisionTransformerEncoder, preprocess
+from pipeline.encoders.weights import read_weights
 from pipeline.quantise import quantise
 from pipeline.sources import open_source
 from pipeline.sources.photos import write_photos
-from pipeline.transforms import center_crop, decode_rgb
+from pipeline.transforms import center_crop
 from storage.console import progress_bar
 from storage.order import Order
 from trainer.config import override
@@ -44,7 +47,7 @@ from trainer.optim import make_optimizer
 from trainer.presets import preset
 from trainer.step import LatentScale, losses, train_step
 
-CPU, FP32 = torch.device("cpu"), torch.float32
+CPU = torch.device("cpu")
 N_CLASSES = 8
 PAIRS = (("float16", "float32"), ("int8", "float32"), ("int8", "float16"))
 
@@ -64,26 +67,25 @@ def photographs(resolution: int, n: int, seed: int) -> np.ndarray:
     """`n` centre crops of the built-in photographs, uint8 (n, R, R, 3)."""
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder))
-        source = open_source(Path(folder))
+        source = open_source(folder)
         locations = source.listing().index.locations
         chosen = np.random.default_rng(seed).choice(len(locations), n, replace=False)
-        return np.stack([center_crop(decode_rgb(source.read(locations[i])), resolution) for i in chosen])
+        samples = source.read_many([locations[i] for i in chosen])
+        return np.stack([center_crop(to_rgb(sample), resolution) for sample in samples])
 
 
 def random_dinov2_b(resolution: int, weights: Path | None) -> VisionTransformerEncoder:
     """DINOv2-B at a crop's resolution, pretrained when weights are given, else random and seeded."""
-    import timm
-
     torch.manual_seed(0)
-    size = dinov2.input_size(resolution)
-    model = timm.create_model(registry.DINOV2["dinov2-vitb14"], pretrained=False, num_classes=0, img_size=size)
+    known = VISION["dinov2-vitb14"]
+    model = timm_vit.build(known, resolution)
     if weights is not None:
-        dinov2.load_state(model, read_weights(weights), weights)
+        timm_vit.load_state(model, read_weights(weights), weights)
     else:  # a new LayerScale of 1e-5 would leave the patch embedding as the only thing that acts
         for name, parameter in model.named_parameters():
             if name.endswith("gamma"):
                 nn.init.ones_(parameter)
-    return VisionTransformerEncoder(model, lambda x: dinov2.preprocess(x, size), CPU, FP32)
+    return VisionTransformerEncoder(model, lambda x: preprocess(x, known.preprocessing), CPU)
 
 
 def add_outliers(tokens: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     images = photographs(case.resolution, n_images, seed=0)
     vae_spec = registry.resolve_latents("tiny-vae")
     vae_identity = registry.describe(vae_spec, resolution=case.resolution)
-    vae = registry.load(vae_spec, resolution=case.resolution, device=CPU, dtype=FP32)
+    vae = registry.load(vae_spec, resolution=case.resolution, device=CPU)
     parts = np.array_split(images, max(1, n_images // 4))
     moments = torch.from_numpy(np.concatenate([vae.encode(part)["moments"] for part in parts]))
     patches = torch.cat([case.encoder.encode_tokens(part)[0] for part in parts]).clone()
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=None, help="weight file of DINOv2-B (default: random weights)")
     args = parser.parse_args()
     tiny_spec = registry.resolve_features("tiny-vit")
-    tiny = registry.load(tiny_spec, resolution=128, device=CPU, dtype=FP32)
+    tiny = registry.load(tiny_spec, resolution=128, device=CPU)
     assert isinstance(tiny, VisionTransformerEncoder)
     large = random_dinov2_b(256, args.weights)
     kind = "random DINOv2-B" if args.weights is None else "DINOv2-B"

@@ -1,6 +1,9 @@
 """`python -m pipeline`: stage one.
 
+index        what a data set holds, before anything is encoded
 precompute   encode every image of a data set into a feature store; run it again to go on
+encoders     the encoders there are: what they store, their preprocessing, whose weights they take
+status       how far a store is, how fast it gets on, and whether a run is at work on it
 preview      pictures of what a store holds: reconstructions and principal components
 demo         both stages on the built-in photographs
 """
@@ -18,6 +21,8 @@ from pathlib import Path
 
 from pipeline.config import PrecomputeConfig
 from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
+from storage.errors import UserError
+from storage.roots import absolute
 
 PROG = "python -m pipeline"
 
@@ -54,11 +59,21 @@ def add_options(parser: Parser) -> None:
         )
 
 
+def config_help(name: str) -> str:
+    """The help text of a field of PrecomputeConfig."""
+    return str(PrecomputeConfig.__dataclass_fields__[name].metadata["help"])
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     add_options(commands.add_parser("precompute", help="encode a data set into a store"))
+    index = commands.add_parser("index", help="what was found in DATA: kind, images, classes, what is left out")
+    index.add_argument("data", help=config_help("data"))
+    index.add_argument("--source", default="auto", help=config_help("source"))
+    commands.add_parser("encoders", help="list every encoder")
+    commands.add_parser("status", help="units done and missing, rate, failures").add_argument("store")
     preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
     preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
@@ -72,11 +87,31 @@ def main(argv: Sequence[str]) -> int:
     if command == "precompute":
         args["ray_address"] = args["ray_address"] or os.environ.get("RAY_ADDRESS", "")
         return report_precompute(PrecomputeConfig(**args))
+    if command == "index":
+        from pipeline.index import report
+        from pipeline.sources import open_source
+
+        if not args["data"].strip():
+            raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
+        source = open_source(absolute(args["data"]), args["source"])
+        print(report(source, source.listing()))
+        return EXIT_OK
+    if command == "encoders":
+        from pipeline.encoders.listing import list_encoders
+
+        print(list_encoders())
+        return EXIT_OK
+    if command == "status":
+        from pipeline.status import status
+
+        for line in status(args["store"]):
+            print(line)
+        return EXIT_OK
     if command == "preview":
         from pipeline.preview import write_preview
 
-        for path in write_preview(args["store"], args["out"], n_images=args["images"]):
-            print(path)
+        for picture in write_preview(args["store"], args["out"], n_images=args["images"]):
+            print(f"{picture.path}  {picture.caption}")
         return EXIT_OK
     from pipeline.demo import demo_config, run_demo
 
@@ -90,9 +125,18 @@ def report_precompute(config: PrecomputeConfig) -> int:
     from pipeline.precompute import precompute
 
     summary = precompute(config)
+    if config.dry_run:
+        print("a dry run: nothing was written")
+        return EXIT_OK
     print(json.dumps(dataclasses.asdict(summary), indent=1))
+    if summary.units_given_up:
+        print(
+            "next: mend what is said above and run the same command again   ·   "
+            f"python -m pipeline status {summary.store}"
+        )
+        return EXIT_FAILED
     print(f"next: python -m storage ls {summary.store}   ·   make train STORE={summary.store}")
-    return EXIT_FAILED if summary.units_given_up else EXIT_OK
+    return EXIT_OK
 
 
 if __name__ == "__main__":

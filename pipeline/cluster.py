@@ -32,6 +32,8 @@ def ray_cluster(address: str, *, verbose: bool) -> Iterator[None]:
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "include_dashboard": False,
     }
+    if not verbose:
+        _silence_raylets()
     if address:
         del options["include_dashboard"]
         modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)]
@@ -55,3 +57,12 @@ def ray_cluster(address: str, *, verbose: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _silence_raylets() -> None:
+    """Drop what raylets push to every driver's stdout, such as a worker's death: the ledger tells what matters of it.
+
+    `log_to_driver` does not cover these, and Ray has no public switch for them.
+    """
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from pipeline.encoders.precision import ARITHMETIC
 from storage.errors import UserError
 
 
@@ -18,14 +18,28 @@ def option(help_text: str, default: object) -> Any:
 class PrecomputeConfig:
     """Stage one: which images, which encoders, where to, and with what resources."""
 
-    data: Path = field(metadata={"help": "folder of images, one sub-folder a class"})
+    data: str = field(metadata={"help": "images: a folder, file, pattern or URL (CONTRIBUTING.md lists the kinds)"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
-    latents: str = option("VAE: a name, a diffusers directory or a hub id; none: no latents", "sd-vae-ft-mse")
-    features: str = option("vision encoder's name; none: no features", "dinov2-vitb14")
-    latents_weights: Path | None = option("diffusers directory to load the named VAE from", None)
-    features_weights: Path | None = option(
-        "local weight file of the vision encoder (timm's or the original layout)", None
+    source: str = option(
+        "kind of DATA: image-folder, tar-of-tars, class-tars, parquet, webdataset, hdf5, zip or labels-file; auto: "
+        "recognised",
+        "auto",
     )
+    latents: str = option(
+        "VAEs: names, diffusers directories or hub ids, with commas; none: no latents", "sd-vae-ft-mse"
+    )
+    features: str = option(
+        "vision encoders, with commas (`python -m pipeline encoders` lists them and their options); none: no features",
+        "dinov2-vitb14",
+    )
+    latents_weights: str = option("diffusers directory to load the named VAE from; of several, NAME=DIR,NAME=DIR", "")
+    features_weights: str = option(
+        "local weight file of the vision encoder, timm's or the original layout; of several, NAME=FILE,NAME=FILE", ""
+    )
+    precision: str = option(
+        "arithmetic of the encoders: fp32, tf32, fp16 or bf16 (pipeline/encoders/precision.py has the bounds)", "fp32"
+    )
+    compile: bool = option("torch.compile the encoders: minutes at the start, other roundings", False)
     features_dtype: str = option(
         "patch tokens as float16, or as int8 with a float16 factor for 128 channels", "float16"
     )
@@ -37,15 +51,21 @@ class PrecomputeConfig:
         "end the run when more than this share of the images (but at least 10) cannot be decoded", 0.001
     )
     ray_address: str = option("Ray cluster to join (auto, host:port); empty: start one here and stop it", "")
-    encoders: int = option("encoding actors; 0: one a GPU, or one when there is none", 0)
-    encoder_cpus: int = option("CPU cores of an encoding actor; 0: half of a CPU-only machine, else 1", 0)
-    unit_timeout_s: float = option("a unit that decodes or encodes longer than this is given up", 3600.0)
+    encoders: int = option("encoding actors; 0: one a GPU, or one a node when there is none", 0)
+    encoder_cpus: int = option("CPU cores of an encoding actor; 0: 1 with a GPU, else half of the smallest node", 0)
+    decode_cpus: int = option("CPU cores that a decode task reserves; it uses one", 1)
+    unit_timeout_s: float = option(
+        "seconds after which a unit that is being decoded or encoded is stopped and tried again", 3600.0
+    )
+    dry_run: bool = option("print the plan and write nothing", False)
     verbose: bool = option("let Ray's own log messages through", False)
 
     def __post_init__(self) -> None:
+        if not self.data.strip():
+            raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
         if not str(self.store).strip():
             raise UserError("STORE is empty; name a directory or an s3:// or gs:// URL")
-        for name in ("shard_rows", "batch"):
+        for name in ("shard_rows", "batch", "decode_cpus"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("encoders", "encoder_cpus"):
@@ -57,6 +77,8 @@ class PrecomputeConfig:
             raise UserError(f"--features-dtype must be float16 or int8, got {self.features_dtype!r}")
         if self.features == "none" and self.features_dtype != "float16":
             raise UserError("--features-dtype int8 has nothing to quantise with --features none; leave one of them out")
+        if self.precision not in ARITHMETIC:
+            raise UserError(f"--precision must be one of {', '.join(ARITHMETIC)}, got {self.precision!r}")
         if not 0 <= self.max_failures <= 1:
             raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
         if self.unit_timeout_s <= 0:

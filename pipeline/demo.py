@@ -29,7 +29,7 @@ def demo_config(out: Path) -> PrecomputeConfig:
     n_images = write_photos(photos)
     print(f"{n_images} crops of the built-in photographs in {photos}")
     return PrecomputeConfig(
-        data=photos,
+        data=str(photos),
         store=str(out / "store"),
         latents="tiny-vae",
         features="tiny-vit",
@@ -51,7 +51,7 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
     train = ["train", "--store", stage_one.store, "--preset", PRESET, "--run", str(run)]
     _trainer([*train, *(["--steps", str(steps)] if steps is not None else [])])
     stage_two = json.loads((run / "summary.json").read_text())
-    pictures = write_preview(stage_one.store, out)
+    pictures = [picture.path for picture in write_preview(stage_one.store, out)]
     samples = out / "samples.png"
     _trainer(["sample", "--run", str(run), "--out", str(samples), "--n", "32"])
     print(report(stage_one, stage_two, [*pictures, samples], time.perf_counter() - start_s))

@@ -1,16 +1,22 @@
 """The encoding actor: holds the models of a run, encodes a unit for every group that lacks it, and publishes it.
 
-Models are loaded on the first call, on the machine where they run, and stay. Two calls may be in hand: while one
-publishes (CRC, writing, fsync), the next one encodes. Batches are cut from the rows that decoded, in row order, so that
-a unit is always encoded in the same batches and comes out the same bytes.
+Models are loaded on the first call, on the machine where they run, and stay. Encoding is one at a time; publishing
+(statistics, CRC, writing, fsync) runs on threads beside it, so the next group, or the next of the two units in hand, is
+encoded meanwhile. Memory: the arrays of CALLS_IN_HAND units.
+
+Batches are cut from the rows that decoded, in row order, so that a unit is always encoded in the same batches and comes
+out the same bytes. When a GPU runs out of memory the batch is halved for good and the unit begun again, so one unit
+is of one batch size; sums in float arithmetic may differ in the last bit from those of another, which is why the
+receipt names it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,76 +24,160 @@ from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
 from pipeline.transforms import hflip
 from storage import Failure, publish_unit
-from storage.codec import refusal, unquantisable
+from storage.codec import codec_of, refusal, unquantisable
+from storage.receipts import is_done
+from storage.roots import Root
+from storage.statistics import unit_sums
 
 CALLS_IN_HAND = 2  # one encoding, one publishing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A decoded unit as it is handed over, beside its images: what failed, what it took, which groups lack it."""
+
+    unit: int
+    failures: Sequence[Failure]
+    timings_s: Mapping[str, float]
+    paths: Sequence[str]
 
 
 class UnitEncoder:
     """Encodes and publishes units. Made in the actor's process; knows nothing of Ray."""
 
     def __init__(
-        self, root: Path, groups: Sequence[GroupPlan], digests: dict[str, str], batch: int, n_threads: int, run_id: str
+        self,
+        root: Root,
+        groups: Sequence[GroupPlan],
+        digests: Mapping[str, str],
+        batch: int,
+        n_threads: int,
+        run_id: str,
     ) -> None:
         self._root, self._groups, self._digests = root, {group.layout.path: group for group in groups}, digests
-        self._batch, self._n_threads, self._run_id = batch, n_threads, run_id
+        self._n_threads, self._run_id = n_threads, run_id
+        self._batch = dict.fromkeys(self._groups, batch)
         self._encoders: dict[str, registry.Encoder] = {}
+        self._device = ""
         self._encoding = threading.Lock()
+        self._publishers = ThreadPoolExecutor(CALLS_IN_HAND, thread_name_prefix="publish")
 
     def ready(self) -> str:
         """Load every model; returns the device's name."""
+        with self._encoding:
+            if not self._device:
+                self._device = self.load()
+        return self._device
+
+    def load(self) -> str:
+        """Load every model onto the device; returns its name."""
         import torch
 
         torch.set_num_threads(self._n_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with self._encoding:
-            for path, group in self._groups.items():
-                if path not in self._encoders:
-                    self._encoders[path] = registry.load(
-                        group.spec, resolution=group.layout.store.resolution, device=device, dtype=torch.float32
-                    )
+        for path, group in self._groups.items():
+            if path not in self._encoders:
+                self._encoders[path] = registry.load(
+                    group.spec, resolution=group.layout.store.resolution, device=device
+                )
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
-    def encode_and_publish(
-        self, unit: int, images: np.ndarray, failures: Sequence[Failure], decode_s: float, paths: Sequence[str]
-    ) -> float:
-        """Encode `images` uint8 (n, H, W, 3) for the groups `paths` and publish the unit in each; returns seconds."""
-        self.ready()
-        start_s = time.perf_counter()
-        for path in paths:
-            group = self._groups[path]
-            rows = group.layout.store.unit_rows(unit)
-            failed = {failure.row - rows.start for failure in failures}
-            present = np.array([i for i in range(len(rows)) if i not in failed], dtype=np.int64)
-            with self._encoding:
-                encode_start_s = time.perf_counter()
-                arrays = self._encode(path, unit, images, present)
-                encode_s = time.perf_counter() - encode_start_s
-            timings_s = {"decode": round(decode_s, 4), "encode": round(encode_s, 4)}
-            publish_unit(self._root, group.layout, self._digests[path], unit, arrays, failures, self._run_id, timings_s)
-        return time.perf_counter() - start_s
+    def encode_and_publish(self, images: np.ndarray, block: Block, sent_unix_s: float) -> float:
+        """Encode `images` uint8 (n, H, W, 3) for the block's groups and publish the unit in each.
 
-    def _encode(self, path: str, unit: int, images: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays (n, V, *row_shape) by name; rows that are not in `present` stay zero and are not stored.
-
-        Raises UserError naming the row and token that cannot be quantised.
+        Returns the seconds spent encoding. A group in which another run published the unit meanwhile is left alone.
+        `sent_unix_s` dates the hand-over; between machines it is off by what their clocks differ.
         """
+        hand_over_s = max(0.0, time.time() - sent_unix_s)
+        device = self.ready()
+        published: list[Future[None]] = []
+        encoding_s = 0.0
+        with self._encoding:
+            for path in block.paths:
+                if is_done(self._root, self._groups[path].layout, block.unit, self._digests[path]):
+                    continue
+                start_s = time.perf_counter()
+                arrays, present = self._encode_unit(path, images, block)
+                encode_s = time.perf_counter() - start_s
+                encoding_s += encode_s
+                timings_s = {**block.timings_s, "hand_over": hand_over_s, "encode": encode_s}
+                made = {"device": device, "batch": self._batch[path]}
+                published.append(self._publishers.submit(self._publish, path, block, arrays, present, timings_s, made))
+        for future in published:
+            future.result()
+        return encoding_s
+
+    def _publish(
+        self,
+        path: str,
+        block: Block,
+        arrays: Mapping[str, np.ndarray],
+        present: np.ndarray,
+        timings_s: Mapping[str, float],
+        made: Mapping[str, object],
+    ) -> None:
+        group = self._groups[path]
+        start_s = time.perf_counter()
+        sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
+        timings_s = {**timings_s, "statistics": time.perf_counter() - start_s}
+        publish_unit(
+            self._root,
+            group.layout,
+            self._digests[path],
+            block.unit,
+            arrays,
+            block.failures,
+            self._run_id,
+            {stage: round(seconds, 4) for stage, seconds in timings_s.items()},
+            statistics={name: of.packed() for name, of in sums.items()},
+            made=made,
+        )
+
+    def _encode_unit(self, path: str, images: np.ndarray, block: Block) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(arrays (n, V, *row_shape) by name, positions of the rows that decoded), in batches that the memory holds."""
+        first_row = self._groups[path].layout.store.unit_rows(block.unit).start
+        failed = {failure.row - first_row for failure in block.failures}
+        present = np.array([i for i in range(len(images)) if i not in failed], dtype=np.int64)
+        while True:
+            try:
+                arrays = self.encode(path, images, present, self._batch[path])
+                break
+            except RuntimeError as error:
+                if not _out_of_gpu_memory(error) or self._batch[path] == 1:
+                    raise
+                self._batch[path] //= 2
+            _release_gpu_memory()  # outside the handler, whose traceback holds the batch
+        if "scale" in arrays:
+            _refuse_unquantisable(path, arrays["scale"], first_row)
+        return arrays, present
+
+    def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+        """Arrays (n, V, *row_shape) by name; rows that are not in `present` stay zero and are not stored."""
         layout = self._groups[path].layout
         arrays = {a.name: np.zeros((len(images), *a.shape[1:]), dtype=a.dtype) for a in layout.arrays}
         for view, name in enumerate(layout.store.views):
-            for start in range(0, len(present), self._batch):
-                rows = present[start : start + self._batch]
-                batch = images[rows]
-                if name == "hflip":
-                    batch = hflip(batch)
-                encoded = self._encoders[path].encode(batch)
+            for start in range(0, len(present), batch):
+                rows = present[start : start + batch]
+                pixels = hflip(images[rows]) if name == "hflip" else images[rows]
+                encoded = self._encoders[path].encode(pixels)
                 # Assigning would cast, float16 tokens to int8 say, without a word.
                 assert {a.name: np.dtype(a.dtype) for a in layout.arrays} == {k: v.dtype for k, v in encoded.items()}
                 for array, values in encoded.items():
                     arrays[array][rows, view] = values
-        if "scale" in arrays:
-            _refuse_unquantisable(path, arrays["scale"], layout.store.unit_rows(unit).start)
         return arrays
+
+
+def _out_of_gpu_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _release_gpu_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _refuse_unquantisable(path: str, scale: np.ndarray, first_row: int) -> None:

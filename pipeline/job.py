@@ -9,11 +9,12 @@ times and given up, and a node that is lost costs its units one attempt. Blocks 
 
 from __future__ import annotations
 
+import contextlib
 import signal
-import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,18 +23,20 @@ from ray.exceptions import RayError
 from pipeline.cluster import ray_cluster
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
-from pipeline.dispatch import Ledger, window
-from pipeline.encode import CALLS_IN_HAND, UnitEncoder
+from pipeline.dispatch import Ledger
+from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
+from pipeline.encoder_pool import Decoded, EncoderPool, first_line
+from pipeline.failures import FAILURES_FILE, allowed_failures
 from pipeline.plan import Plan
+from pipeline.progress import Display, Meter
+from pipeline.resources import Node, Resources, share_out
 from pipeline.sources import Source
-from storage.console import progress_bar, stop_on_signals
+from storage.console import Stop, stop_on_signals
 from storage.errors import UserError
 
 POLL_S = 0.5
 PATIENCE_S = 120.0  # after this long without an encoder the user is told what is missing
-UNKNOWN = "?"
-MAX_READY_FAILURES = 3  # an encoder that cannot even load its models will not get better
-MIN_FAILURES_ALLOWED = 10
+NO_DEVICE = "none came up"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,122 +48,138 @@ class Outcome:
     seconds: float
     given_up: dict[int, list[str]]
     device: str
-
-
-@dataclass
-class _Block:
-    """A decoded unit: its images lie in the object store."""
-
-    unit: int
-    images: Any
-    failures: list[Any]
-    decode_s: float
-
-
-@dataclass
-class _Encoder:
-    """An actor and what it has in hand. `up` is false from a failure until it answers `ready` again."""
-
-    actor: Any
-    up: bool = False
-    in_hand: dict[Any, _Block] = field(default_factory=dict)
+    encoder_busy: float
+    bound: str
+    store_peak_bytes: int
 
 
 def run(config: PrecomputeConfig, plan: Plan, source: Source, run_id: str) -> Outcome:
-    """Encode and publish every missing unit of the plan.
+    """Encode and publish every missing unit of the plan, on the cluster that the configuration names.
 
     Raises UserError when too many samples fail, the disk is full or the encoders cannot be loaded; units that fail
     three times are in the outcome. On Ctrl-C the cluster is left or stopped, and what was published stays.
     """
-    with ray_cluster(config.ray_address, verbose=config.verbose):
-        return _Driver(config, plan, source, run_id).run()
+    with stop_on_signals(signal.SIGINT) as stop, ray_cluster(config.ray_address, verbose=config.verbose):
+        return run_on_cluster(config, plan, source, run_id, stop=stop)
+
+
+def run_on_cluster(
+    config: PrecomputeConfig,
+    plan: Plan,
+    source: Source,
+    run_id: str,
+    *,
+    stop: Stop | None = None,
+    encoder: type[UnitEncoder] = UnitEncoder,
+) -> Outcome:
+    """`run` on the cluster that Ray is connected to, with any kind of encoding actor."""
+    nodes = [
+        Node(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    resources = share_out(
+        [node for node in nodes if node.cpus],
+        store_bytes=int(ray.cluster_resources().get("object_store_memory", 2**30)),
+        unit_bytes=config.shard_rows * config.resolution**2 * 3,
+        n_units=len(plan.missing),
+        encoders=config.encoders,
+        encoder_cpus=config.encoder_cpus,
+        decode_cpus=config.decode_cpus,
+    )
+    print(f"resources  {resources}", flush=True)
+    with _encoders(config, plan, resources, run_id, encoder) as pool:
+        return _Driver(config, plan, source, resources, pool, stop or Stop()).run()
+
+
+@contextlib.contextmanager
+def _encoders(
+    config: PrecomputeConfig, plan: Plan, resources: Resources, run_id: str, encoder: type[UnitEncoder]
+) -> Iterator[EncoderPool]:
+    remote: Any = ray.remote  # its stubs do not know max_concurrency
+    actor_class = remote(
+        num_cpus=resources.encoder_cpus,
+        num_gpus=resources.encoder_gpus,
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=CALLS_IN_HAND + 1,  # and `ready`
+    )(encoder)
+
+    def make() -> Any:
+        return actor_class.remote(
+            plan.root, plan.groups, dict(plan.digests), config.batch, resources.encoder_cpus, run_id
+        )
+
+    pool = EncoderPool(make, resources.encoders, config.unit_timeout_s)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 class _Driver:
-    def __init__(self, config: PrecomputeConfig, plan: Plan, source: Source, run_id: str) -> None:
-        resources = ray.cluster_resources()
-        n_gpus, n_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        n_encoders = min(config.encoders or max(1, n_gpus), len(plan.missing))
-        encoder_cpus = config.encoder_cpus or (1 if n_gpus else max(1, n_cpus // (2 * n_encoders)))
-        if n_encoders * encoder_cpus >= n_cpus:
-            raise UserError(
-                f"{n_encoders} encoders of {encoder_cpus} CPUs leave none of the cluster's {n_cpus} CPUs for decoding; "
-                "lower --encoders or --encoder-cpus"
-            )
-        self.config, self.plan, self.source = config, plan, source
+    def __init__(
+        self, config: PrecomputeConfig, plan: Plan, source: Source, resources: Resources, pool: EncoderPool, stop: Stop
+    ) -> None:
+        self.config, self.plan, self.source, self.pool, self.stop = config, plan, source, pool, stop
+        self.resources = resources
         self.ledger = Ledger(plan.missing)
-        block_bytes = config.shard_rows * config.resolution**2 * 3
-        self.window = window(
-            n_cpus - n_encoders * encoder_cpus,
-            n_encoders,
-            CALLS_IN_HAND,
-            int(resources.get("object_store_memory", 2**30)),
-            block_bytes,
-        )
-        self.allowed_failures = max(MIN_FAILURES_ALLOWED, int(config.max_failures * len(plan.index)))
         self.n_failed = plan.failed_before
-        self.device = UNKNOWN
-        self.decode_task: Any = ray.remote(num_cpus=1, max_retries=0, num_returns=2, scheduling_strategy="SPREAD")(
-            decode_unit
-        )
-        remote: Any = ray.remote  # its stubs know neither max_concurrency nor two results
-        self.encoder_needs = {"CPU": encoder_cpus, "GPU": 1 if n_gpus else 0}
-        actor_class = remote(
-            num_cpus=encoder_cpus,
-            num_gpus=1 if n_gpus else 0,
-            max_restarts=-1,
-            max_task_retries=0,
-            max_concurrency=CALLS_IN_HAND + 1,  # and `ready`
-        )(UnitEncoder)
-        self.encoders = [
-            _Encoder(actor_class.remote(plan.root, plan.groups, dict(plan.digests), config.batch, encoder_cpus, run_id))
-            for _ in range(n_encoders)
-        ]
-        self.decoding: dict[Any, tuple[int, Any]] = {}  # meta ref → unit, images ref
-        self.blocks: deque[_Block] = deque()
-        self.asking: dict[Any, _Encoder] = {}
-        self.ready_failures = 0
-        self.deadline_s: dict[Any, float] = {}
+        remote: Any = ray.remote  # its stubs do not know two results
+        self.decode_task = remote(
+            num_cpus=resources.decode_cpus, max_retries=0, num_returns=2, scheduling_strategy="SPREAD"
+        )(decode_unit)
+        self.decoding: dict[Any, tuple[int, Any, float]] = {}  # meta ref → unit, images ref, deadline
+        self.decoded: deque[Decoded] = deque()
+        self.meter = Meter(resources.encoders, resources.decoders)
+        self.store_peak_bytes = 0
+        self.looked_s = 0.0
 
     def run(self) -> Outcome:
         start_s = time.perf_counter()
-        n_images, said = 0, False
-        for encoder in self.encoders:
-            self._ask(encoder)
-        with (
-            stop_on_signals(signal.SIGINT) as stop,
-            progress_bar(self.plan.n_images_missing, unit="img", description="precompute") as bar,
-        ):
+        display = Display(
+            self.plan.n_images_missing,
+            self.meter,
+            self.resources.decode_cpus,
+            "GPU" if self.resources.encoder_gpus else "encoder",
+        )
+        said = False
+        with display.bar:
             while self.ledger.open:
-                if stop.signal is not None:
+                if self.stop.signal is not None:
                     raise KeyboardInterrupt
-                if not said and self.device == UNKNOWN and time.perf_counter() - start_s > PATIENCE_S:
+                now_s = time.perf_counter()
+                if not said and not self.pool.device and now_s - start_s > PATIENCE_S:
                     said = True
-                    bar.write(f"no encoder is up after {PATIENCE_S:.0f} s: {self._why_waiting()}", file=sys.stderr)
+                    display.say(f"no encoder is up after {PATIENCE_S:.0f} s: {self._why_waiting()}")
                 self._hand_out_decodes()
-                self._hand_out_blocks()
+                self.decoded = deque(decoded for decoded in self.decoded if not self.pool.offer(decoded))
+                self.meter.step(now_s, self.pool.n_up, self.pool.n_idle)
                 for ref in self._wait():
-                    unit = self._settle(ref)
-                    if unit is not None:
-                        n_images += len(self.plan.layout.unit_rows(unit))
-                        bar.update(len(self.plan.layout.unit_rows(unit)))
-                        bar.set_postfix(failed=self.n_failed, refresh=False)
+                    if ref in self.decoding:
+                        self._settle_decode(ref)
+                    else:
+                        self._settle_encode(ref, display)
                 self._end_overdue()
-                self._check_budget()
+                self._look_at_store()
         return Outcome(
-            n_images=n_images,
+            n_images=self.meter.n_images,
             n_failed=self.n_failed,
             seconds=time.perf_counter() - start_s,
             given_up=self.ledger.given_up,
-            device=self.device,
+            device=self.pool.device or NO_DEVICE,
+            encoder_busy=self.meter.busy,
+            bound=self.meter.bound,
+            store_peak_bytes=self.store_peak_bytes,
         )
 
     def _why_waiting(self) -> str:
         free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
-        return f"the cluster has {free or 'nothing'} free and an encoder needs {self.encoder_needs}; waiting"
+        needs = {"CPU": self.resources.encoder_cpus, "GPU": self.resources.encoder_gpus}
+        return f"the cluster has {free or 'nothing'} free and an encoder needs {needs}; waiting"
 
     def _hand_out_decodes(self) -> None:
-        while self.ledger.n_out < self.window:
+        while self.ledger.n_out < self.resources.window:
             unit = self.ledger.take()
             if unit is None:
                 return
@@ -169,117 +188,71 @@ class _Driver:
             images, meta = self.decode_task.remote(
                 self.source, rows.start, samples.keys, samples.locations, self.config.resolution
             )
-            self.decoding[meta] = (unit, images)
-            self.deadline_s[meta] = time.monotonic() + self.config.unit_timeout_s
-
-    def _hand_out_blocks(self) -> None:
-        """Give blocks to encoders that are up; a suspect goes to one that has nothing in hand, and stays alone."""
-        for _ in range(len(self.blocks)):
-            block = self.blocks.popleft()
-            encoder = self._encoder_for(block.unit)
-            if encoder is None:
-                self.blocks.append(block)
-                continue
-            ref = encoder.actor.encode_and_publish.remote(
-                block.unit, block.images, block.failures, block.decode_s, self.plan.missing[block.unit]
-            )
-            encoder.in_hand[ref] = block
-            self.deadline_s[ref] = time.monotonic() + self.config.unit_timeout_s
-
-    def _encoder_for(self, unit: int) -> _Encoder | None:
-        limit = 1 if self.ledger.is_suspect(unit) else CALLS_IN_HAND
-        candidates = [
-            encoder
-            for encoder in self.encoders
-            if encoder.up
-            and len(encoder.in_hand) < limit
-            and not any(self.ledger.is_suspect(block.unit) for block in encoder.in_hand.values())
-        ]
-        return min(candidates, key=lambda encoder: len(encoder.in_hand), default=None)
+            self.decoding[meta] = (unit, images, time.monotonic() + self.config.unit_timeout_s)
 
     def _wait(self) -> list[Any]:
-        refs = [*self.decoding, *self.asking, *(ref for encoder in self.encoders for ref in encoder.in_hand)]
+        refs = [*self.decoding, *self.pool.refs]
         if not refs:
             time.sleep(POLL_S)
             return []
         done, _ = ray.wait(refs, num_returns=1, timeout=POLL_S, fetch_local=False)
         return done
 
-    def _settle(self, ref: Any) -> int | None:
-        """Book what came back; returns the unit when one was finished. Raises UserError where trying again is vain."""
-        self.deadline_s.pop(ref, None)
-        if ref in self.asking:
-            self._settle_ready(ref)
-        elif ref in self.decoding:
-            unit, images = self.decoding.pop(ref)
-            try:
-                failures, decode_s = ray.get(ref)
-            except RayError as error:
-                self._attempt_failed(unit, "decode", error)
-            else:
-                self.blocks.append(_Block(unit, images, failures, decode_s))
-        else:
-            encoder = next(encoder for encoder in self.encoders if ref in encoder.in_hand)
-            block = encoder.in_hand.pop(ref)
-            try:
-                ray.get(ref)
-            except RayError as error:
-                self._attempt_failed(block.unit, "encode", error)
-                if encoder.up:
-                    self._ask(encoder)  # it may be gone; it gets nothing until it has answered
-            else:
-                self.ledger.finish(block.unit)
-                self.n_failed += len(block.failures)
-                return block.unit
-        return None
-
-    def _ask(self, encoder: _Encoder) -> None:
-        encoder.up = False
-        self.asking[encoder.actor.ready.remote()] = encoder
-
-    def _settle_ready(self, ref: Any) -> None:
-        encoder = self.asking.pop(ref)
+    def _settle_decode(self, ref: Any) -> None:
+        unit, images, _ = self.decoding.pop(ref)
         try:
-            self.device = ray.get(ref)
-            encoder.up = True
+            failures, timings_s = ray.get(ref)
         except RayError as error:
-            if isinstance(error, UserError):
-                raise UserError(str(getattr(error, "cause", error))) from error
-            loading_failed = hasattr(error, "cause")
-            self.ready_failures += loading_failed
-            if self.ready_failures >= MAX_READY_FAILURES:
-                raise UserError(f"the encoders cannot be loaded on a worker: {_first_line(error)}") from error
-            time.sleep(POLL_S)  # the actor is being restarted, or its node is lost
-            self._ask(encoder)
+            self._attempt_failed(unit, "decode", error)
+            return
+        block = Block(
+            unit=unit,
+            failures=failures,
+            timings_s=timings_s,
+            paths=self.plan.missing[unit],
+        )
+        self.decoded.append(Decoded(block, images, self.ledger.is_suspect(unit)))
+
+    def _settle_encode(self, ref: Any, display: Display) -> None:
+        settled = self.pool.settle(ref)
+        if settled is None:
+            return
+        block = settled.decoded.block
+        if settled.error is not None:
+            self._attempt_failed(block.unit, "encode", settled.error)
+            return
+        self.ledger.finish(block.unit)
+        self.n_failed += len(block.failures)
+        n_images = len(self.plan.layout.unit_rows(block.unit))
+        self.meter.unit_done(time.perf_counter(), n_images, sum(block.timings_s.values()), settled.encode_s)
+        display.unit_done(n_images, self.n_failed)
+        self._check_budget()
 
     def _attempt_failed(self, unit: int, stage: str, error: RayError) -> None:
         if isinstance(error, UserError):  # the disk is full, say: the other units would meet the same
             raise UserError(str(getattr(error, "cause", error))) from error
-        self.ledger.fail(unit, f"{stage}: {_first_line(error)}")
+        self.ledger.fail(unit, f"{stage}: {first_line(error)}")
 
     def _end_overdue(self) -> None:
-        """Kill what exceeds the unit's time limit; it comes back as a failed attempt."""
+        """Kill what exceeds the unit's time limit, counted from when it was handed out; it comes back as failed."""
+        self.pool.tick()
         now_s = time.monotonic()
-        for ref in [ref for ref, deadline_s in self.deadline_s.items() if deadline_s < now_s]:
-            del self.deadline_s[ref]
-            if ref in self.decoding:
+        for ref, (unit, images, deadline_s) in list(self.decoding.items()):
+            if deadline_s < now_s:
+                self.decoding[ref] = (unit, images, float("inf"))
                 ray.cancel(ref, force=True)
-            else:
-                encoder = next(encoder for encoder in self.encoders if ref in encoder.in_hand)
-                ray.kill(encoder.actor, no_restart=False)
+
+    def _look_at_store(self) -> None:
+        now_s = time.perf_counter()
+        if now_s - self.looked_s > POLL_S:
+            self.looked_s = now_s
+            free = ray.available_resources().get("object_store_memory", self.resources.store_bytes)
+            self.store_peak_bytes = max(self.store_peak_bytes, int(self.resources.store_bytes - free))
 
     def _check_budget(self) -> None:
-        if self.n_failed > self.allowed_failures:
-            group = self.plan.root.at(self.plan.groups[0].layout.path)
+        allowed = allowed_failures(self.config.max_failures, len(self.plan.index))
+        if self.n_failed > allowed:
             raise UserError(
-                f"{self.n_failed} of {len(self.plan.index)} images cannot be decoded, {self.allowed_failures} are "
-                f"allowed; see `python -m storage info {group}` for which and why, mend them, or raise --max-failures"
+                f"{self.n_failed} of {len(self.plan.index)} images cannot be decoded, {allowed} are allowed; "
+                f"{self.plan.root.at(FAILURES_FILE)} says which and why: mend them, or raise --max-failures"
             )
-
-
-def _first_line(error: RayError) -> str:
-    """What happened, on one line: the cause's own words where a task raised, else Ray's."""
-    cause = getattr(error, "cause", None)
-    text = f"{type(cause).__name__}: {cause}" if isinstance(cause, BaseException) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

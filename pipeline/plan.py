@@ -1,8 +1,8 @@
-"""The plan of a run, made before anything is encoded: which groups, which units of each are missing, how many bytes.
+"""The plan of a run, made before anything is written: which groups, which units of each are missing, how many bytes.
 
 The plan is what makes the work repeatable: rows are fixed by the index, units by the shard size, and a unit is in the
 plan exactly when a group of the run lacks its receipt. Making it lists the source and hashes the weight files; no model
-is built.
+is built. `create` then makes the store and its groups, so that a dry run is a plan that is not followed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
 from pipeline.sources import Source
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store
+from storage.identity import identity_digest
 from storage.index import Index
-from storage.layout import GROUP_KINDS
 from storage.receipts import scan
 from storage.roots import Root
+from storage.writer import check_group, check_store
 
 FREE_SPACE_MARGIN = 1.05  # metadata, receipts and the index
 
@@ -46,6 +47,7 @@ class Plan:
     digests: Mapping[str, str]
     missing: Mapping[int, tuple[str, ...]]
     failed_before: int  # samples recorded as failed in units that are done
+    free_bytes: float  # where the store lies; infinite on an object store
 
     @property
     def n_images_missing(self) -> int:
@@ -63,17 +65,24 @@ class Plan:
 
 
 def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str) -> tuple[GroupPlan, ...]:
-    """The groups that the configuration names. Raises UserError for unknown encoders and missing weights."""
+    """The groups that the configuration names, in its order, latents first.
+
+    Raises UserError for unknown encoders, missing weights and one group asked for twice.
+    """
+    arithmetic: dict[str, Any] = {"precision": config.precision, "compiled": config.compile}
+    specs = [
+        *registry.resolve_all(
+            config.latents, config.latents_weights, "latents", partial(registry.resolve_latents, **arithmetic)
+        ),
+        *registry.resolve_all(
+            config.features,
+            config.features_weights,
+            "features",
+            partial(registry.resolve_features, dtype=config.features_dtype, **arithmetic),
+        ),
+    ]
     groups = []
-    resolve_features = partial(registry.resolve_features, dtype=config.features_dtype)
-    wanted = (
-        ("latents", config.latents, registry.resolve_latents, config.latents_weights),
-        ("features", config.features, resolve_features, config.features_weights),
-    )
-    for kind, name, resolve, weights in wanted:
-        if name == "none":
-            continue
-        spec = resolve(name, weights=weights)
+    for spec in specs:
         identity = {
             **registry.describe(spec, resolution=config.resolution),
             "views": list(config.views),
@@ -85,36 +94,33 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
             for array, shape in sorted(registry.array_shapes(identity).items())
         )
         groups.append(
-            GroupPlan(spec=spec, layout=GroupLayout(path=f"{kind}/{spec.store_name}", arrays=arrays), identity=identity)
+            GroupPlan(
+                spec=spec, layout=GroupLayout(path=f"{spec.kind}/{spec.store_name}", arrays=arrays), identity=identity
+            )
         )
     return tuple(groups)
 
 
-def make_plan(config: PrecomputeConfig, source: Source, index: Index, staging: Staging) -> Plan:
-    """Make or check the store and its groups, and list what is missing.
-
-    Raises StoreError when the store was made differently and UserError when the disk has no room for what is missing.
-    """
+def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root) -> Plan:
+    """List what is missing; writes nothing. Raises StoreError when the store or a group there was made differently."""
     layout = StoreLayout(
         n_rows=len(index), views=config.views, resolution=config.resolution, shard_rows=config.shard_rows
     )
-    root = staging.root
     groups = plan_groups(config, layout, index.digest())
-    create_store(root, layout, index, source.provenance(), staging.run_id)
+    check_store(root, layout, index)
     digests: dict[str, str] = {}
     missing: dict[int, list[str]] = {}
     failed: dict[int, int] = {}
     for group in groups:
         path = group.layout.path
-        provenance = {"source": source.provenance(), **registry.provenance(group.spec)}
-        digests[path] = create_group(root, group.layout, group.identity, provenance, staging.run_id)
-        staging.prepare(path)
+        check_group(root, path, group.identity)
+        digests[path] = identity_digest(group.identity)
         for unit, receipt, reason in scan(root, group.layout, digests[path]):
             if receipt is None or reason is not None:
                 missing.setdefault(unit, []).append(path)
             else:
                 failed[unit] = len(receipt.failed)
-    plan = Plan(
+    return Plan(
         root=root,
         layout=layout,
         index=index,
@@ -122,14 +128,29 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, staging: S
         digests=digests,
         missing={unit: tuple(missing[unit]) for unit in sorted(missing)},
         failed_before=sum(count for unit, count in failed.items() if unit not in missing),
+        free_bytes=_free_bytes(root),
     )
-    free = shutil.disk_usage(root.path).free if root.path is not None else math.inf
-    if plan.bytes_missing * FREE_SPACE_MARGIN > free:
+
+
+def require_space(plan: Plan) -> None:
+    """Raise UserError when the disk has no room for what is missing."""
+    if plan.bytes_missing * FREE_SPACE_MARGIN > plan.free_bytes:
         raise UserError(
-            f"{root} has {free / 1e9:.1f} GB free and {plan.bytes_missing / 1e9:.1f} GB are to be written; "
-            "free space or name another STORE"
+            f"{plan.root} has {plan.free_bytes / 1e9:.1f} GB free and {plan.bytes_missing / 1e9:.1f} GB are to be "
+            "written; free space or name another STORE"
         )
-    return plan
+
+
+def create(plan: Plan, source: Source, staging: Staging) -> None:
+    """Make the store and the groups of the plan, or complete what a killed run left of them.
+
+    Raises StoreError when another run has made them differently meanwhile.
+    """
+    create_store(plan.root, plan.layout, plan.index, source.provenance(), staging.run_id)
+    for group in plan.groups:
+        provenance = {"source": source.provenance(), **registry.provenance(group.spec)}
+        create_group(plan.root, group.layout, group.identity, provenance, staging.run_id)
+        staging.prepare(group.layout.path)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -141,9 +162,22 @@ def describe_plan(plan: Plan) -> str:
     ]
     for group in plan.groups:
         arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.row_shape))} {a.dtype}" for a in group.layout.arrays)
-        n_missing = sum(group.layout.path in paths for paths in plan.missing.values())
-        state = "reused, every unit is there" if n_missing == 0 else f"{n_missing} units to encode"
+        units = [unit for unit, paths in plan.missing.items() if group.layout.path in paths]
+        n_bytes = sum(len(plan.layout.unit_rows(unit)) for unit in units) * group.layout.sample_bytes
+        state = f"{len(units)} units to encode, {_size(n_bytes)}" if units else "reused, every unit is there"
         lines.append(f"{group.layout.path}  {arrays}  {group.layout.sample_bytes} bytes an image  {state}")
-    lines.append(f"to write   {plan.bytes_missing / 1e9:.2f} GB")
-    assert all(group.layout.path.split("/")[0] in GROUP_KINDS for group in plan.groups)
+    free = "" if math.isinf(plan.free_bytes) else f", {_size(plan.free_bytes)} free"
+    lines.append(f"to write   {_size(plan.bytes_missing)}{free}")
     return "\n".join(lines)
+
+
+def _free_bytes(root: Root) -> float:
+    """Free bytes of the file system that the root lies or will lie on."""
+    if root.path is None:
+        return math.inf
+    there = next(path for path in (root.path, *root.path.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

@@ -7,11 +7,16 @@ import sys
 from dataclasses import dataclass
 
 from pipeline.config import PrecomputeConfig
-from pipeline.plan import describe_plan, make_plan
+from pipeline.failures import FAILURES_FILE, write_failures
+from pipeline.plan import create, describe_plan, make_plan, require_space
 from pipeline.ray_environment import prepare_ray
 from pipeline.sources import open_source
 from storage import Staging
-from storage.roots import absolute
+from storage.roots import absolute, open_root
+from storage.staging import refuse_foreign
+
+NOTHING = "none: everything was there"
+DRY = "none: a dry run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,46 +30,75 @@ class Summary:
     units_given_up: dict[int, list[str]]
     images_encoded: int
     images_failed: int
+    failures: str  # the table of the failed images
     seconds: float
     images_per_s: float
     bytes_per_image: dict[str, int]
     device: str
+    encoder_busy: float  # share of the time, towards the end
+    bound: str  # the stage that held the run back
+    object_store_peak_bytes: int
 
 
 def precompute(config: PrecomputeConfig) -> Summary:
-    """Make the store that the configuration asks for, or finish it.
+    """Make the store that the configuration asks for, or finish it; with `dry_run` say what that would be.
 
     Raises UserError for what the user can mend. Units that failed three times are in the summary; the others are done.
+    `failures.parquet` is written however the run ends.
     """
-    config = dataclasses.replace(config, data=config.data.absolute(), store=absolute(config.store))
-    source = open_source(config.data)
+    config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
+    source = open_source(config.data, config.source)
     found = source.listing()
     if found.left_out:
         print(f"{len(found.left_out)} files are no images by their extension, such as {found.left_out[0]}; left out")
-    with Staging(config.store) as staging:
-        plan = make_plan(config, source, found.index, staging)
-        print(describe_plan(plan), flush=True)
-        n_encoded, n_failed, seconds, device = 0, plan.failed_before, 0.0, "none: everything was there"
-        given_up: dict[int, list[str]] = {}
-        if plan.missing:
-            prepare_ray(config.ray_address)
-            from pipeline.job import run  # imports Ray
-
-            outcome = run(config, plan, source, staging.run_id)
-            n_encoded, n_failed, seconds = outcome.n_images, outcome.n_failed, outcome.seconds
-            given_up, device = outcome.given_up, outcome.device
-    for unit, history in given_up.items():
-        print(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}", file=sys.stderr)
-    return Summary(
+    root = open_root(config.store)
+    refuse_foreign(root)
+    plan = make_plan(config, source, found.index, root)
+    print(describe_plan(plan), flush=True)
+    summary = Summary(
         store=config.store,
         images=len(plan.index),
         units=plan.layout.n_units,
-        units_encoded=len(plan.missing) - len(given_up),
-        units_given_up=given_up,
-        images_encoded=n_encoded,
-        images_failed=n_failed,
-        seconds=round(seconds, 2),
-        images_per_s=round(n_encoded / seconds, 1) if seconds else 0.0,
+        units_encoded=0,
+        units_given_up={},
+        images_encoded=0,
+        images_failed=plan.failed_before,
+        failures=root.at(FAILURES_FILE),
+        seconds=0.0,
+        images_per_s=0.0,
         bytes_per_image={group.layout.path: group.layout.sample_bytes for group in plan.groups},
-        device=device,
+        device=NOTHING,
+        encoder_busy=0.0,
+        bound="",
+        object_store_peak_bytes=0,
+    )
+    require_space(plan)
+    if config.dry_run:
+        return dataclasses.replace(summary, device=DRY)
+    with Staging(root) as staging:
+        create(plan, source, staging)
+        if not plan.missing:
+            return summary
+        prepare_ray(config.ray_address)
+        from pipeline.job import run  # imports Ray
+
+        try:
+            outcome = run(config, plan, source, staging.run_id)
+        finally:
+            layouts = [group.layout for group in plan.groups]
+            n_failed = write_failures(root, layouts, plan.digests, plan.index, staging.run_id)
+    for unit, history in outcome.given_up.items():
+        print(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}", file=sys.stderr)
+    return dataclasses.replace(
+        summary,
+        units_encoded=len(plan.missing) - len(outcome.given_up),
+        units_given_up=outcome.given_up,
+        images_encoded=outcome.n_images,
+        images_failed=n_failed,
+        seconds=round(outcome.seconds, 2),
+        images_per_s=round(outcome.n_images / outcome.seconds, 1) if outcome.seconds else 0.0,
+        device=outcome.device,
+        encoder_busy=round(outcome.encoder_busy, 3),
+        bound=outcome.bound,
+        object_store_peak_bytes=outcome.store_peak_bytes,
     )

@@ -6,22 +6,32 @@ features.png         images (above) and the first three principal components of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pipeline.decode import to_rgb
 from pipeline.sources import open_source
-from pipeline.transforms import center_crop, decode_rgb
+from pipeline.transforms import center_crop
 from storage import GroupReader, Store, UserError, open_store
 from storage.codec import codec_of, decode
 
 GAP = 2  # pixels between pictures
 
 
-def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Path]:
-    """Write the pictures that the store's groups allow and return their paths.
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A file that was written, and what it shows."""
+
+    path: Path
+    caption: str
+
+
+def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Picture]:
+    """Write the pictures that the store's groups allow.
 
     Images are spread evenly over the rows. The originals are read from the source that the store was made of; raises
     UserError when it has moved.
@@ -37,25 +47,29 @@ def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for group in groups:
-        kind = group.path.split("/")[0]
+        kind, group_name = group.path.split("/")
+        if kind == "features" and "patches" not in group.arrays:
+            continue  # class tokens alone make no picture
         if kind == "latents":
             below, name = decode_means(group, rows), "reconstruction.png"
+            caption = f"{group.path}: PSNR {np.mean(psnr(originals, below)):.1f} dB over {len(rows)} images"
         else:
             below, name = principal_components(group, rows, store.resolution), "features.png"
-        path = out / (
-            name if len([g for g in groups if g.path.startswith(kind)]) == 1 else f"{group.identity['name']}-{name}"
-        )
+            caption = f"{group.path}: principal components of the patch tokens"
+        path = out / (name if len([g for g in groups if g.path.startswith(kind)]) == 1 else f"{group_name}-{name}")
         Image.fromarray(stack([originals, below])).save(path)
-        written.append(path)
+        written.append(Picture(path=path, caption=caption))
         group.close()
     return written
 
 
 def read_originals(store: Store, rows: np.ndarray) -> np.ndarray:
     """The centre crops of the rows' images, uint8 (n, R, R, 3), read from the source again."""
-    source = open_source(Path(store.attributes["source"]["path"]))
+    recorded = store.attributes["source"]
+    source = open_source(recorded["path"], recorded["kind"])
     locations = store.index.locations
-    return np.stack([center_crop(decode_rgb(source.read(locations[row])), store.resolution) for row in rows])
+    samples = source.read_many([locations[row] for row in rows])
+    return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
 
 
 def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:
@@ -65,8 +79,8 @@ def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:
     from pipeline.encoders.vae import VAE, find_directory
 
     moments = gather(group["moments"], rows)
-    vae = VAE(find_directory(group.attributes["provenance"]["decoder"], None), torch.device("cpu"), torch.float32)
-    return vae.decode(moments[:, : moments.shape[1] // 2])
+    vae = VAE(find_directory(group.attributes["provenance"]["decoder"], None), torch.device("cpu"))
+    return vae.decode(moments[:, : group.identity["latent_channels"]])
 
 
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:
@@ -81,6 +95,12 @@ def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) 
     pictures = colours.reshape(n, *group.identity["token_grid"], 3)
     size = (resolution, resolution)
     return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.NEAREST)) for p in pictures])
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each pair of uint8 images (n, H, W, 3): 10 · log10(255² / mean squared error)."""
+    error = np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
 def gather(reader: Any, rows: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ def prepare_ray(address: str) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CUDA_VISIBLE_DEVICES
     if not address:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports are for clusters, not for a passing one
+        _keep_loopback()
         return
     token_file = Path.home() / ".ray" / "auth_token"
     if token_file.exists() or any(name in os.environ for name in TOKEN_SOURCES):
@@ -40,8 +41,7 @@ def _probe(address: str) -> None:
             raise UserError(f"RAY_ADDRESS must be auto, host:port or ray://host:port, got {address!r}")
         return
     if host == LOOPBACK:
-        # Ray otherwise rewrites a loopback address to the network card's, where a local head does not listen.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        _keep_loopback()
     try:
         with socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S):
             pass
@@ -50,3 +50,8 @@ def _probe(address: str) -> None:
             f"nothing answers at RAY_ADDRESS {address} ({error}); check the address that `ray start --head` printed, "
             "or leave RAY_ADDRESS empty to have a cluster started for this run"
         ) from None
+
+
+def _keep_loopback() -> None:
+    """Ray otherwise rewrites a loopback address to the network card's: unreachable for one, open to all for another."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -17,6 +17,7 @@ from storage.layout import GROUP_KINDS, METADATA
 from storage.reader import Store, open_store
 from storage.receipts import Failure, scan
 from storage.roots import Root, absolute, open_root
+from storage.statistics import describe, group_sums
 from storage.verify import verify
 
 PROG = "python -m storage"
@@ -78,6 +79,10 @@ def describe_group(store: Store, path: str) -> None:
         for stage, seconds in receipt.timings_s.items():
             timings_s[stage] = timings_s.get(stage, 0.0) + seconds
     print("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
+    sums, without = group_sums(store.root, layout, attributes["identity_digest"])
+    if without:
+        print(f"statistics are of the other units: {without} were written without")
+    print(*describe(sums, attributes["identity"]), sep="\n")
     n_units = layout.store.n_units
     print(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone), sep="\n  ")
     print(

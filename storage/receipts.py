@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -67,6 +67,8 @@ class Receipt:
     shards: tuple[ShardRecord, ...]
     failed: tuple[Failure, ...]
     timings_s: dict[str, float]
+    statistics: dict[str, Any] = field(default_factory=dict)  # `storage.statistics`; {} in imported stores
+    made: dict[str, Any] = field(default_factory=dict)  # when, by which run, on what device, in what batches
     format_version: int = FORMAT_VERSION
 
     @property
@@ -86,20 +88,16 @@ def sha256(data: bytes) -> str:
 
 def seal(fields: Mapping[str, Any]) -> bytes:
     """The one spelling of a receipt: indented JSON whose last field is the SHA-256 of the rest in that spelling."""
-    body = json.dumps(dict(fields), indent=1)
-    return json.dumps({**fields, "sha256": sha256(body.encode())}, indent=1).encode()
+    body = json.dumps(dict(fields), indent=1).encode()
+    return body.removesuffix(CLOSING) + _signature(body)
 
 
 def unseal(raw: bytes, where: str) -> dict[str, Any]:
     """The fields of a sealed receipt. Raises StoreError when a byte of it is not as it was written."""
-    try:
-        fields = json.loads(raw)
-        fields.pop("sha256")
-        whole = seal(fields) == raw
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"receipt {where} is damaged ({error!r}); {HEAL_RECEIPT}") from error
-    if not whole:
-        raise StoreError(f"receipt {where} is damaged (it was changed since it was written); {HEAL_RECEIPT}")
+    body = raw[:-SIGNATURE_BYTES] + CLOSING
+    if raw[-SIGNATURE_BYTES:] != _signature(body):
+        raise StoreError(f"receipt {where} is damaged (it is not as it was written); {HEAL_RECEIPT}")
+    fields: dict[str, Any] = json.loads(body)
     if fields.get("format_version") != FORMAT_VERSION:
         raise StoreError(
             f"receipt {where} has format version {fields.get('format_version')}, this code {FORMAT_VERSION}"
@@ -107,6 +105,13 @@ def unseal(raw: bytes, where: str) -> dict[str, Any]:
     return fields
 
 
+def _signature(body: bytes) -> bytes:
+    """How a receipt ends whose other fields are `body`; checked without spelling those again, which took most of it."""
+    return b',\n "sha256": "' + sha256(body).encode() + b'"' + CLOSING
+
+
+CLOSING = b"\n}"
+SIGNATURE_BYTES = len(_signature(b""))
 HEAL_RECEIPT = "delete it and run precompute again"
 
 
@@ -131,6 +136,8 @@ def read_receipt(root: Root, layout: GroupLayout, unit: int) -> Receipt | None:
             shards=tuple(ShardRecord(**shard) for shard in fields["shards"]),
             failed=tuple(Failure(**failure) for failure in fields["failed"]),
             timings_s=fields["timings_s"],
+            statistics=fields.get("statistics", {}),
+            made=fields.get("made", {}),
         )
     except (KeyError, TypeError) as error:
         raise StoreError(f"receipt {root.at(key)} is damaged ({error!r}); {HEAL_RECEIPT}") from error
@@ -194,6 +201,15 @@ def why_not_done(
     return None
 
 
+def is_done(root: Root, layout: GroupLayout, unit: int, digest: str) -> bool:
+    """Whether the unit is done at this moment; a damaged receipt counts as not done."""
+    try:
+        receipt = read_receipt(root, layout, unit)
+    except StoreError:
+        return False
+    return why_not_done(root, layout, unit, digest, receipt, None) is None
+
+
 def scan(root: Root, layout: GroupLayout, digest: str) -> Iterator[tuple[int, Receipt | None, str | None]]:
     """(unit, receipt, reason it is not done or None) for every planned unit, in order, some read ahead.
 
@@ -209,10 +225,13 @@ def scan(root: Root, layout: GroupLayout, digest: str) -> Iterator[tuple[int, Re
             return unit, None, str(error)
         return unit, receipt, why_not_done(root, layout, unit, digest, receipt, sizes)
 
-    if root.path is not None and layout.store.n_units < SCAN_AHEAD:
-        yield from map(look, range(layout.store.n_units))
+    n_units = layout.store.n_units
+    if root.path is not None and n_units < SCAN_AHEAD:
+        yield from map(look, range(n_units))
         return
-    units = iter(range(layout.store.n_units))
+    n_run = SCAN_AHEAD // root.concurrency  # a future for every receipt would cost as much as reading it
+    runs = (range(start, min(start + n_run, n_units)) for start in range(0, n_units, n_run))
     with ThreadPoolExecutor(root.concurrency, thread_name_prefix="receipts") as pool:
-        while ahead := list(islice(units, SCAN_AHEAD)):
-            yield from pool.map(look, ahead)
+        while ahead := list(islice(runs, root.concurrency)):
+            for found in pool.map(lambda run: list(map(look, run)), ahead):
+                yield from found

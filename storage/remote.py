@@ -150,7 +150,8 @@ class ObjectRoot:
             ) from error
 
 
-def _connect(url: str) -> Any:
+def connection_options(url: str) -> dict[str, Any]:
+    """How obstore is to connect to a URL: retries, timeouts, credentials. Raises StoreError when there are none."""
     options: dict[str, Any] = {"retry_config": RETRIES}
     endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
     plain_http = url.startswith("http://") or (url.startswith("s3") and endpoint.startswith("http://"))
@@ -171,7 +172,12 @@ def _connect(url: str) -> Any:
                 f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, fill ~/.aws/credentials, or "
                 "set AWS_SKIP_SIGNATURE=true for a public bucket"
             ) from None
+    return options
+
+
+def _connect(url: str) -> Any:
     make: Callable[..., Any] = HTTPStore.from_url if url.startswith(("http://", "https://")) else from_url
+    options = connection_options(url)
     try:
         return make(url, **options)
     except (exceptions.BaseError, ValueError) as error:

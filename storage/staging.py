@@ -49,7 +49,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         """Take the run's lock and sweep dead runs. Raises UserError when the root is a directory of something else."""
-        _refuse_foreign(self.root)
+        refuse_foreign(self.root)
         if self.root.path is None:
             return self
         make_directories(self._lock_path.parent)
@@ -96,6 +96,14 @@ def staging_key(group_path: str, run_id: str) -> str:
     return f"{group_path}/{STAGING_DIR}/{run_id}"
 
 
+def living_runs(root: Root) -> list[str]:
+    """The runs that hold a lock of the root now, by name; none on a remote root, which has no locks."""
+    if root.path is None:
+        return []
+    locks = sorted((root.path / RUNS_DIR).glob("[!.]*"))
+    return [lock.name for lock in locks if lock.exists() and not _owner_is_dead(lock)]
+
+
 def _owner_is_dead(lock: Path) -> bool:
     fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -107,7 +115,8 @@ def _owner_is_dead(lock: Path) -> bool:
     return True
 
 
-def _refuse_foreign(root: Root) -> None:
+def refuse_foreign(root: Root) -> None:
+    """Raise UserError when the root is a directory, or a file, of something else."""
     names = set(root.children(""))
     if "zarr.json" in names:
         return

@@ -34,6 +34,7 @@ from storage.shard import write_shard
 __all__ = ["Failure", "create_group", "create_store", "publish_unit"]
 
 NEW_ROOT = "use another STORE, or the options it was made with"
+NEW_GROUP = "use another STORE, or remove that group to encode it again"
 
 
 def create_store(
@@ -45,22 +46,29 @@ def create_store(
     that differs.
     """
     root = open_root(where)
-    attributes = {
-        "format_version": FORMAT_VERSION,
-        "n_rows": layout.n_rows,
-        "views": list(layout.views),
-        "resolution": layout.resolution,
-        "shard_rows": layout.shard_rows,
-        "index_digest": index.digest(),
-    }
-    found = read_attributes(root, METADATA)
+    attributes = _store_attributes(layout, index)
+    found = check_store(root, layout, index)
     if found is not None:
-        without_source = {name: value for name, value in found.items() if name != "source"}
-        require_same(attributes, without_source, f"store {root}", NEW_ROOT)
         if not _sealed(root, STORE_RECEIPT):
             _publish_store(root, {**attributes, "source": found.get("source", {})}, index, run_id)
         return
     _publish_store(root, {**attributes, "source": dict(source)}, index, run_id)
+
+
+def check_store(root: Root, layout: StoreLayout, index: Index) -> dict[str, Any] | None:
+    """The attributes of the store there is, None when there is none; raises StoreError as `create_store` does."""
+    found = read_attributes(root, METADATA)
+    if found is not None:
+        without_source = {name: value for name, value in found.items() if name != "source"}
+        require_same(_store_attributes(layout, index), without_source, f"store {root}", NEW_ROOT)
+    return found
+
+
+def check_group(root: Root, path: str, identity: Mapping[str, Any]) -> None:
+    """Raise StoreError as `create_group` does when there is a group of another identity."""
+    found = read_attributes(root, f"{path}/{METADATA}")
+    if found is not None:
+        require_same(identity, found.get("identity", {}), root.at(path), NEW_GROUP)
 
 
 def create_group(
@@ -84,13 +92,10 @@ def create_group(
         "provenance": dict(provenance),
     }
     group, *arrays = node_metadata(layout.path, attributes, layout).items()
-    found = read_attributes(root, group[0])
-    if found is None:
+    if read_attributes(root, group[0]) is None:
         with contextlib.suppress(FileExistsError):  # another run was first: what it wrote is checked like any other
             root.write(group[0], [group[1]], run_id, exclusive=True)
-        found = read_attributes(root, group[0])
-    recorded: Any = (found or {}).get("identity", {})
-    require_same(identity, recorded, root.at(layout.path), "use another STORE, or remove that group to encode it again")
+    check_group(root, layout.path, identity)
     if not _sealed(root, layout.metadata_receipt_key(layout.path)):
         for key, raw in arrays:
             root.write(key, [raw], run_id)
@@ -110,12 +115,15 @@ def publish_unit(
     run_id: str,
     timings_s: Mapping[str, float],
     *,
+    statistics: Mapping[str, Any] | None = None,
+    made: Mapping[str, Any] | None = None,
     fsync: bool = True,
 ) -> Receipt:
     """Publish one unit: every array's shard, then the receipt.
 
     `arrays` maps each array's name to (n, V, *row_shape), n = rows of the unit, of the layout's dtype. Rows named in
-    `failed` are left empty. Publishing a unit again writes the same bytes. `fsync=False` trusts the kernel to write
+    `failed` are left empty. Publishing a unit again writes the same bytes. `statistics` and `made` are kept in the
+    receipt. `fsync=False` trusts the kernel to write
     back: quicker on slow disks, and after a power cut (not a crash of the program) `verify --deep` is advised. Raises
     StoreError as `write_shard` does.
     """
@@ -137,6 +145,8 @@ def publish_unit(
         shards=shards,
         failed=tuple(sorted(failed, key=lambda failure: failure.row)),
         timings_s={**timings_s, "publish": round(time.perf_counter() - start_s, 4)},
+        statistics=dict(statistics or {}),
+        made={"run": run_id, "finished_unix_s": round(time.time(), 3), **(made or {})},
     )
     reason = why_not_done(root, layout, unit, digest, receipt, None)
     if reason is not None:
@@ -151,6 +161,18 @@ def _sealed(root: Root, key: str) -> bool:
         return not check_metadata(root, key)[1]
     except StoreError:
         return False
+
+
+def _store_attributes(layout: StoreLayout, index: Index) -> dict[str, Any]:
+    """All that a store's metadata must agree on; its source is provenance."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "n_rows": layout.n_rows,
+        "views": list(layout.views),
+        "resolution": layout.resolution,
+        "shard_rows": layout.shard_rows,
+        "index_digest": index.digest(),
+    }
 
 
 def _publish_store(root: Root, attributes: Mapping[str, Any], index: Index, run_id: str) -> None:

@@ -1,9 +1,16 @@
 """Every encoder by name, what it writes, and how it is loaded. Importing this file imports no encoder library.
 
-A family is a module with two functions of the same signature as its siblings':
+A name may carry options, `NAME:layer=8:tokens=patch:precision=fp16`:
 
-    describe(spec, resolution) -> dict      the identity: everything that determines the numbers, weights' SHA-256 too
-    load(spec, resolution, device, dtype) -> Encoder
+    layer=N         the output of block N, counted from 1, without the final norm; layer=norm: after the final norm
+    tokens=         patch, cls or both
+    precision=      fp32, tf32, bf16 or fp16 for this encoder (`precision.py`)
+
+`catalogue.py` lists the names; `timm:NAME` is any vision transformer of timm. A family is a module with two functions
+of the same signature as its siblings':
+
+    describe(spec, resolution) -> dict        the identity: everything that determines the numbers, weights' SHA-256 too
+    load(spec, resolution, device) -> Encoder
 
 `describe` builds no model on a device, but finds the weights and hashes them, so that missing weights end a run before
 it starts.
@@ -11,18 +18,23 @@ it starts.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
+from pipeline.encoders.catalogue import VAES, VISION, VisionModel
+from pipeline.encoders.precision import ARITHMETIC
 from storage.codec import INT8, Int8Codec, codec_of
 from storage.errors import UserError
+
+TIMM = "timm:"
+OPTION = r":(?=[a-z]+=)"  # what parts a name from its options
+TOKENS = ("patch", "cls", "both")
 
 
 class Encoder(Protocol):
@@ -44,56 +56,157 @@ class EncoderSpec:
     weights: Path | None = None
     decoder: str = ""  # latents: the VAE to decode with, a hub id or directory
     codec: Int8Codec | None = None  # features: how patch tokens are quantised; None: float16
+    vision: VisionModel | None = None  # features: what the catalogue knows; None: timm is asked
+    layer: int | None = None  # features: of this block, counted from 1; None: of the final norm
+    tokens: str = "both"  # features: "patch", "cls" or "both"
+    precision: str = "fp32"
+    compiled: bool = False
 
 
-VAES = {
-    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
-    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
-    "tiny-vae": str(TINY_VAE),
-}
-DECODERS = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-ema"}  # the published figures decode with -ft-ema
-DINOV2 = {
-    "dinov2-vits14": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2-vitb14": "vit_base_patch14_dinov2.lvd142m",
-    "dinov2-vitl14": "vit_large_patch14_dinov2.lvd142m",
-    "dinov2-vitg14": "vit_giant_patch14_dinov2.lvd142m",
-}
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A name with its options taken apart."""
+
+    name: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str, allowed: Sequence[str]) -> Request:
+        """From NAME[:key=value…]. Raises UserError for an option that is not `allowed`."""
+        name, *parts = re.split(OPTION, text)
+        options = dict(part.split("=", 1) for part in parts)
+        unknown = sorted(options.keys() - set(allowed))
+        if unknown or len(options) < len(parts):
+            raise UserError(f"{text}: options are {', '.join(f'{key}=' for key in allowed)}, each once; got {parts}")
+        if options.get("precision", "fp32") not in ARITHMETIC:
+            raise UserError(f"{text}: precision= is one of {', '.join(ARITHMETIC)}")
+        return cls(name=name, options=options)
 
 
-def resolve_latents(name: str, weights: Path | None = None) -> EncoderSpec:
-    """The VAE `name`: a known name, a diffusers directory, or a hub id. Raises UserError for anything else."""
-    if name in VAES:
-        return EncoderSpec(
-            kind="latents",
-            store_name=name,
-            family="vae",
-            model=VAES[name],
-            weights=weights.absolute() if weights else None,
-            decoder=DECODERS.get(name, str(weights.absolute()) if weights else VAES[name]),
-        )
+def resolve_latents(
+    text: str, weights: Path | None = None, *, precision: str = "fp32", compiled: bool = False
+) -> EncoderSpec:
+    """The VAE `text`: a known name, a diffusers directory, or a hub id. Raises UserError for anything else."""
+    request = Request.parse(text, ("precision",))
+    name, precision = request.name, request.options.get("precision", precision)
+    weights = weights.absolute() if weights else None
     directory = Path(name)
-    if directory.is_dir():
-        model = str(directory.absolute())
-        return EncoderSpec(kind="latents", store_name=directory.name, family="vae", model=model, decoder=model)
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return EncoderSpec(
-            kind="latents", store_name=name.replace("/", "--"), family="vae", model=name, weights=weights, decoder=name
+    if name in VAES:
+        known = VAES[name]
+        if precision == "fp16" and not known.float16:
+            raise UserError(f"{name} overflows in float16; pass --latents {name}:precision=tf32, bf16 or fp32")
+        decoder = known.decoder or (str(weights) if weights else known.model)
+        store_name, family, model = name, known.family, known.model
+    elif directory.is_dir():
+        store_name, family, model = directory.absolute().name, "vae", str(directory.absolute())
+        decoder = model
+    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}", name):
+        store_name, family, model, decoder = name.replace("/", "--"), "vae", name, str(weights) if weights else name
+    else:
+        raise UserError(
+            f"unknown VAE {name!r}; name one of {', '.join(VAES)}, an existing diffusers directory, or a hub id "
+            "(org/name, org/name/folder)"
         )
-    raise UserError(
-        f"unknown VAE {name!r}; name one of {', '.join(VAES)}, an existing diffusers directory, or a hub id (org/name)"
+    return EncoderSpec(
+        kind="latents",
+        store_name=store_name,
+        family=family,
+        model=model,
+        weights=weights,
+        decoder=decoder,
+        precision=precision,
+        compiled=compiled,
     )
 
 
-def resolve_features(name: str, weights: Path | None = None, dtype: str = "float16") -> EncoderSpec:
-    """The vision encoder `name`, its patch tokens as float16 or int8. Raises UserError naming the known ones."""
+def resolve_features(
+    text: str,
+    weights: Path | None = None,
+    dtype: str = "float16",
+    *,
+    precision: str = "fp32",
+    compiled: bool = False,
+) -> EncoderSpec:
+    """The vision encoder `text`, its patch tokens as float16 or int8. Raises UserError naming the known ones.
+
+    The group is named after the encoder, and after layer and tokens where they are not its default.
+    """
     assert dtype in ("float16", "int8"), dtype
-    weights = weights.absolute() if weights else None
-    codec = INT8 if dtype == "int8" else None
-    known = {"tiny-vit": ("tiny_vit", str(TINY_VIT)), **{name: ("dinov2", model) for name, model in DINOV2.items()}}
-    if name in known:
-        family, model = known[name]
-        return EncoderSpec(kind="features", store_name=name, family=family, model=model, weights=weights, codec=codec)
-    raise UserError(f"unknown vision encoder {name!r}; there are {', '.join([*DINOV2, 'tiny-vit'])}")
+    request = Request.parse(text, ("layer", "tokens", "precision"))
+    known = VISION.get(request.name)
+    if known is None and not re.fullmatch(rf"{TIMM}[\w.-]+", request.name):
+        raise UserError(
+            f"unknown vision encoder {request.name!r}; there are {', '.join(VISION)}, and {TIMM}NAME for any vision "
+            "transformer of timm (`python -m pipeline encoders` tells more)"
+        )
+    default_tokens = "both" if known and known.has_cls else "patch"
+    layer, tokens = _layer(request, known), request.options.get("tokens", default_tokens)
+    if tokens not in TOKENS:
+        raise UserError(f"{text}: tokens= is one of {', '.join(TOKENS)}")
+    if dtype == "int8" and tokens == "cls":
+        raise UserError(f"{text}: --features-dtype int8 quantises patch tokens, and only the class token is asked for")
+    name = request.name.removeprefix(TIMM)
+    if layer != (known.layer if known else None):
+        name += "-norm" if layer is None else f"-layer{layer}"
+    if tokens != default_tokens:
+        name += f"-{tokens}"
+    return EncoderSpec(
+        kind="features",
+        store_name=name,
+        family=known.family if known else "timm_vit",
+        model=known.model if known else request.name.removeprefix(TIMM),
+        weights=weights.absolute() if weights else None,
+        codec=INT8 if dtype == "int8" else None,
+        vision=known,
+        layer=layer,
+        tokens=tokens,
+        precision=request.options.get("precision", precision),
+        compiled=compiled,
+    )
+
+
+def resolve_all(names: str, weights: str, kind: str, resolve: Callable[..., EncoderSpec]) -> list[EncoderSpec]:
+    """The encoders of a comma list, each with its weights; none for "none".
+
+    `weights` is one path when one encoder is asked for, else NAME=PATH,NAME=PATH for those that need one; the layers of
+    one encoder share theirs. Raises UserError for what names nothing, and for a group asked for twice.
+    """
+    if names == "none":
+        return []
+    asked = [name.strip() for name in names.split(",")]
+    bare = [re.split(OPTION, name)[0] for name in asked]
+    paths: dict[str, str] = {}
+    if weights and not any(weights.startswith(f"{name}=") for name in bare):
+        if len(set(bare)) > 1:
+            raise UserError(f"--{kind}-weights of several encoders are NAME=PATH,NAME=PATH, got {weights!r}")
+        paths = {bare[0]: weights}
+    elif weights:
+        for part in weights.split(","):
+            name, _, path = part.partition("=")
+            if name not in bare or not path or name in paths:
+                raise UserError(f"--{kind}-weights: {part!r} is no NAME=PATH of one of {', '.join(bare)}, each once")
+            paths[name] = path
+    specs = [
+        resolve(text, weights=Path(paths[name]) if name in paths else None)
+        for text, name in zip(asked, bare, strict=True)
+    ]
+    groups = [spec.store_name for spec in specs]
+    twice = next((name for name in groups if groups.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--{kind} {names} asks for {kind}/{twice} twice; name each encoder once")
+    return specs
+
+
+def _layer(request: Request, known: VisionModel | None) -> int | None:
+    asked = request.options.get("layer")
+    if asked is None:
+        return known.layer if known else None
+    if asked == "norm":
+        return None
+    if not asked.isdecimal() or int(asked) < 1 or (known and int(asked) > known.depth):
+        blocks = f"1 to {known.depth}" if known else "counted from 1"
+        raise UserError(f"{request.name}: layer= is a block, {blocks}, or norm, got {asked!r}")
+    return int(asked)
 
 
 def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
@@ -105,16 +218,16 @@ def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
         "crop": "adm-center-crop",
         "resolution": resolution,
         "dtype": "int8" if spec.codec else "float16",
-        "arithmetic": "float32",
+        "arithmetic": ARITHMETIC[spec.precision] + (", torch.compile" if spec.compiled else ""),
         **({"codec": spec.codec.identity} if spec.codec else {}),
         **identity,
     }
 
 
-def load(spec: EncoderSpec, *, resolution: int, device: Any, dtype: Any) -> Encoder:
-    """Load the encoder onto a torch device, with weights and arithmetic of a torch dtype."""
+def load(spec: EncoderSpec, *, resolution: int, device: Any) -> Encoder:
+    """Load the encoder onto a torch device."""
     module = importlib.import_module(f"pipeline.encoders.{spec.family}")
-    return module.load(spec, resolution=resolution, device=device, dtype=dtype)
+    return module.load(spec, resolution=resolution, device=device)
 
 
 def provenance(spec: EncoderSpec) -> dict[str, str]:
@@ -126,19 +239,20 @@ def provenance(spec: EncoderSpec) -> dict[str, str]:
 def array_shapes(identity: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Array name → shape of one sample of one view, by the identity's geometry."""
     if identity["kind"] == "latents":
-        return {"moments": (2 * identity["latent_channels"], *identity["latent_size"])}
-    height, width = identity["token_grid"]
-    shapes = {"patches": (height * width, identity["width"]), "cls": (identity["width"],)}
+        channels = identity["latent_channels"] * (2 if identity.get("posterior", True) else 1)
+        return {"moments": (channels, *identity["latent_size"])}
+    n_tokens, width, tokens = int(np.prod(identity["token_grid"])), identity["width"], identity["tokens"]
     codec = codec_of(identity)
-    return shapes if codec is None else {**shapes, "scale": (height * width, codec.n_groups(identity["width"]))}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if tokens != "cls":
+        shapes["patches"] = (n_tokens, width)
+    if tokens != "patch":
+        shapes["cls"] = (width,)
+    if codec is not None:
+        shapes["scale"] = (n_tokens, codec.n_groups(width))
+    return shapes
 
 
 def array_dtypes(identity: Mapping[str, Any]) -> dict[str, str]:
     """Array name → dtype. Quantised features differ in their patches only: factors and class tokens are float16."""
     return {name: identity["dtype"] if name == "patches" else "float16" for name in array_shapes(identity)}
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

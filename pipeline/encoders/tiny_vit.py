@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from pipeline.encoders.registry import EncoderSpec, file_sha256
+from pipeline.encoders.catalogue import HALF
+from pipeline.encoders.registry import EncoderSpec
+from pipeline.encoders.timm_vit import cut
 from pipeline.encoders.tiny import RESOLUTION
-from pipeline.encoders.vision import VisionTransformerEncoder, normalize, read_weights
+from pipeline.encoders.vision import VisionTransformerEncoder, normalize
+from pipeline.encoders.weights import file_sha256, read_weights
 from storage.errors import UserError
 
 
@@ -23,21 +26,29 @@ def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
         "encoder": "timm.VisionTransformer",
         "weights_sha256": file_sha256(_weights(spec)),
         "preprocessing": "x/127.5-1",
-        "layer": "final norm",
+        "layer": "final norm" if spec.layer is None else f"block {spec.layer} of {config['depth']}, no norm",
+        "tokens": spec.tokens,
         "token_grid": [config["img_size"] // config["patch_size"]] * 2,
         "width": config["embed_dim"],
     }
 
 
-def load(spec: EncoderSpec, *, resolution: int, device: torch.device, dtype: torch.dtype) -> VisionTransformerEncoder:
+def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionTransformerEncoder:
     """Load the encoder."""
     from timm.models.vision_transformer import VisionTransformer
 
     assert resolution == RESOLUTION
     model = VisionTransformer(**_config(spec))
     model.load_state_dict(read_weights(_weights(spec)))
-    half = (0.5, 0.5, 0.5)
-    return VisionTransformerEncoder(model, lambda x: normalize(x, half, half), device, dtype, spec.codec)
+    return VisionTransformerEncoder(
+        cut(model, spec.layer),
+        lambda x: normalize(x, HALF),
+        device,
+        tokens=spec.tokens,
+        codec=spec.codec,
+        precision=spec.precision,
+        compiled=spec.compiled,
+    )
 
 
 def _config(spec: EncoderSpec) -> dict[str, Any]:

@@ -1,102 +1,181 @@
-"""VAEs of diffusers (`AutoencoderKL`): posterior mean and standard deviation of an image.
+"""Autoencoders of diffusers: an image's posterior mean and standard deviation, or its latent without a posterior.
 
 Input is x / 127.5 − 1, in [−1, 1]. What is stored is concat(mean, std) on the channel axis, unscaled: the trainer draws
-z = (mean + std · ε) · scale afresh at each visit. The standard deviation, not the log-variance, as REPA stores it.
+z = (mean + std · ε − shift) · scale afresh at each visit. The standard deviation, not the log-variance, as REPA stores
+it. A deterministic autoencoder (DC-AE) stores its latent, C channels, and its identity says `posterior: false`.
+
+Any class of diffusers whose `encode` takes images and gives `latent_dist`, `latent` or `latents` will do. Channels and
+factor are read off the architecture, run on the meta device; scale and shift off its configuration. Latents that are
+normalised in another way than by one scale and one shift are refused, since the trainer knows no other.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipeline.encoders.registry import EncoderSpec, file_sha256
+from pipeline.encoders.precision import arithmetic
+from pipeline.encoders.registry import EncoderSpec
+from pipeline.encoders.vision import to_float16
+from pipeline.encoders.weights import file_sha256, hub_file
 from storage.errors import UserError
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+PIPELINE_FOLDER = "vae"  # where a whole pipeline's folder keeps it
+PROBE_PIXELS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What an autoencoder's latents are."""
+
+    class_name: str
+    channels: int
+    factor: int
+    posterior: bool
+    scale: float
+    shift: float
 
 
 def find_directory(model: str, weights: Path | None) -> Path:
-    """The directory of the VAE's files: a path, or the hub's cache (fetched when the network allows)."""
+    """The directory of an autoencoder's files: a path, or `org/name[/subfolder]` on the hub. Raises UserError."""
     if weights is not None or Path(model).is_dir():
         directory = weights or Path(model)
+        if not (directory / CONFIG_FILE).is_file() and (directory / PIPELINE_FOLDER).is_dir():
+            directory = directory / PIPELINE_FOLDER
         if not (directory / CONFIG_FILE).is_file() or not any((directory / name).is_file() for name in WEIGHT_FILES):
             raise UserError(
                 f"VAE directory {directory} must hold {CONFIG_FILE} and {WEIGHT_FILES[0]} (as save_pretrained writes)"
             )
         return directory
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = [CONFIG_FILE, WEIGHT_FILES[0]]
+    organisation, name, *folders = model.split("/")
+    repository, prefix = f"{organisation}/{name}", "".join(f"{folder}/" for folder in folders)
     try:
-        try:
-            return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(model, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        config = hub_file(repository, prefix + CONFIG_FILE)
+        hub_file(repository, prefix + WEIGHT_FILES[0])
+    except LookupError as error:
+        include = f" --include '{prefix}*'" if prefix else ""
         raise UserError(
-            f"weights of VAE {model} are neither in the Hugging Face cache nor can they be fetched "
-            f"({type(error).__name__}); on a machine with network run `hf download {model}` and copy the folder "
-            "here, then pass --latents-weights FOLDER"
+            f"weights of VAE {model} are neither in the Hugging Face cache nor can they be fetched ({error}); on a "
+            f"machine with network run `hf download {repository}{include}` and copy the folder here, then pass "
+            "--latents-weights FOLDER"
         ) from None
+    return config.parent
 
 
 def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
-    """Identity of the VAE's moments."""
+    """Identity of the latents."""
     directory = find_directory(spec.model, spec.weights)
-    config = json.loads((directory / CONFIG_FILE).read_text())
-    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError(f"{directory} holds a {config['_class_name']}; only AutoencoderKL is supported")
-    downsampling = 2 ** (len(config["block_out_channels"]) - 1)
-    if resolution % downsampling:
-        raise UserError(f"--resolution must be a multiple of {downsampling} for {spec.store_name}, got {resolution}")
+    geometry = read_geometry(directory)
+    if resolution % geometry.factor:
+        raise UserError(f"--resolution must be a multiple of {geometry.factor} for {spec.store_name}, got {resolution}")
     return {
-        "encoder": "diffusers.AutoencoderKL",
+        "encoder": f"diffusers.{geometry.class_name}",
         "weights_sha256": file_sha256(_weight_file(directory)),
         "preprocessing": "x/127.5-1",
-        "stored": "concat(posterior mean, posterior std), unscaled",
-        "latent_channels": config["latent_channels"],
-        "latent_size": [resolution // downsampling] * 2,
-        "latent_scale_factor": config.get("scaling_factor", 0.18215),
-        "latent_shift_factor": config.get("shift_factor") or 0.0,
+        "stored": "concat(posterior mean, posterior std), unscaled" if geometry.posterior else "latent, unscaled",
+        **({} if geometry.posterior else {"posterior": False}),
+        "latent_channels": geometry.channels,
+        "latent_size": [resolution // geometry.factor] * 2,
+        "latent_scale_factor": geometry.scale,
+        "latent_shift_factor": geometry.shift,
     }
 
 
-def load(spec: EncoderSpec, *, resolution: int, device: torch.device, dtype: torch.dtype) -> VAE:
+def read_geometry(directory: Path) -> Geometry:
+    """What the latents of the autoencoder in `directory` are. Raises UserError when it cannot be used."""
+    import diffusers
+
+    settings = json.loads((directory / CONFIG_FILE).read_text())
+    name = settings.get("_class_name", "AutoencoderKL")
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise UserError(f"{directory} holds a {name}, which diffusers {diffusers.__version__} does not know")
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = kind.from_config(settings)
+            latent = latents_of(model.eval().encode(torch.empty(1, 3, PROBE_PIXELS, PROBE_PIXELS)))
+        channels, height, width = latent[0].shape[1:]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        first = str(error).splitlines()[0][:120]
+        raise UserError(f"{directory} holds a {name}, which does not encode images to latents ({first})") from error
+    config = model.config
+    if config.get("scaling_factor") is None or config.get("latents_mean") is not None or height != width:
+        raise UserError(
+            f"{directory} holds a {name} whose latents are not normalised by one scaling_factor and shift_factor, all "
+            "that the trainer knows; name another VAE"
+        )
+    return Geometry(
+        class_name=name,
+        channels=channels,
+        factor=PROBE_PIXELS // height,
+        posterior=len(latent) == 2,
+        scale=float(config["scaling_factor"]),
+        shift=float(config.get("shift_factor") or 0.0),
+    )
+
+
+def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VAE:
     """Load the VAE; `resolution` is taken as it comes, the network being convolutional."""
-    return VAE(find_directory(spec.model, spec.weights), device, dtype)
+    directory = find_directory(spec.model, spec.weights)
+    return VAE(directory, device, precision=spec.precision, compiled=spec.compiled)
 
 
 class VAE:
-    """An AutoencoderKL on a device."""
+    """An autoencoder on a device. On a GPU in channels-last order, which its convolutions want; same numbers."""
 
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import AutoencoderKL
+    def __init__(
+        self, directory: Path, device: torch.device, *, precision: str = "fp32", compiled: bool = False
+    ) -> None:
+        import diffusers
 
-        model = AutoencoderKL.from_pretrained(
-            directory, torch_dtype=dtype, low_cpu_mem_usage=False, local_files_only=True
+        name = json.loads((directory / CONFIG_FILE).read_text()).get("_class_name", "AutoencoderKL")
+        model = getattr(diffusers, name).from_pretrained(
+            directory, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
         )
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.device, self.dtype = device, dtype
+        self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.model = model.to(device, memory_format=self.memory_format).eval().requires_grad_(False)
+        self.device, self.precision = device, precision
+        if compiled:
+            self.model.encoder.compile()
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """`moments` float16 (B, 2C, h, w) of images uint8 (B, H, W, 3)."""
-        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
-        posterior = self.model.encode(x).latent_dist
-        return {"moments": torch.cat([posterior.mean, posterior.std], dim=1).to(torch.float16).cpu().numpy()}
+        """`moments` float16 (B, 2C, h, w), or (B, C, h, w) without a posterior, of images uint8 (B, H, W, 3).
+
+        Raises UserError when a value is beyond float16.
+        """
+        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with arithmetic(self.precision, self.device):
+            encoded = self.model.encode(x.contiguous(memory_format=self.memory_format))
+        moments = torch.cat(latents_of(encoded), dim=1)
+        return {"moments": to_float16(moments.contiguous(), "latents").cpu().numpy()}
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images uint8 (B, H, W, 3) of unscaled latents (B, C, h, w)."""
-        z = torch.from_numpy(np.ascontiguousarray(latents)).to(self.device, self.dtype)
-        pixels = (self.model.decode(z).sample.float().clamp(-1, 1) + 1) * 127.5
+        z = torch.from_numpy(np.ascontiguousarray(latents)).to(self.device, torch.float32)
+        with arithmetic("fp32", self.device):
+            pixels = (self.model.decode(z).sample.float().clamp(-1, 1) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def latents_of(encoded: Any) -> tuple[Tensor, ...]:
+    """Posterior mean and standard deviation, or the latent alone, float32 (B, C, h, w), of what `encode` returned.
+
+    The standard deviation is exp(log-variance / 2), taken in float32 whatever the arithmetic.
+    """
+    if hasattr(encoded, "latent_dist"):
+        posterior = encoded.latent_dist
+        return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
+    return ((encoded.latent if hasattr(encoded, "latent") else encoded.latents).float(),)
 
 
 def _weight_file(directory: Path) -> Path:

@@ -1,72 +1,95 @@
-"""What vision transformers of timm share: running one on a batch, and reading a weight file."""
+"""Running a vision transformer of timm on a batch: preprocessing, arithmetic, which tokens, and their dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.encoders.catalogue import IMAGENET, Normalisation, Preprocessing
+from pipeline.encoders.precision import arithmetic
 from pipeline.quantise import quantise
 from storage.codec import Int8Codec
 from storage.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 class VisionTransformerEncoder:
-    """A timm VisionTransformer whose final-norm tokens are the features; register tokens are left out."""
+    """A timm vision transformer whose `forward_features` gives prefix tokens (class, registers) and patch tokens.
+
+    `tokens` says which are features: "patch", "cls" or "both"; register tokens are left out.
+    """
 
     def __init__(
         self,
         model: Any,
         preprocess: Callable[[Tensor], Tensor],
         device: torch.device,
-        dtype: torch.dtype,
+        *,
+        tokens: str = "both",
         codec: Int8Codec | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
     ) -> None:
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
-        self.preprocess, self.device, self.dtype, self.codec = preprocess, device, dtype, codec
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.preprocess, self.device, self.precision = preprocess, device, precision
+        self.tokens, self.codec = tokens, codec
+        if compiled:
+            for block in self.model.blocks:  # one by one: they share their code, which is then compiled once
+                block.compile()
 
     @torch.inference_mode()
     def encode_tokens(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Patch tokens (B, T, D) and class token (B, D) in the model's dtype, of images uint8 (B, H, W, 3)."""
+        """Patch tokens (B, T, D) and first prefix token (B, D), float32, of images uint8 (B, H, W, 3)."""
         x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
-        tokens = self.model.forward_features(self.preprocess(x).to(self.dtype))
+        x = self.preprocess(x)
+        with arithmetic(self.precision, self.device):
+            tokens = self.model.forward_features(x).float()
         return tokens[:, self.model.num_prefix_tokens :], tokens[:, 0]
 
     def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G)."""
+        """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G).
+
+        Raises UserError when a value is beyond float16; quantised tokens say so in their factors.
+        """
         patches, cls = self.encode_tokens(images)
-        arrays = {"cls": cls.to(torch.float16)}
-        if self.codec is None:
-            arrays["patches"] = patches.to(torch.float16)
-        else:
-            arrays["patches"], arrays["scale"] = quantise(patches, self.codec)
+        arrays = {}
+        if self.tokens != "patch":
+            arrays["cls"] = to_float16(cls, "class token")
+        if self.tokens != "cls":
+            if self.codec is None:
+                arrays["patches"] = to_float16(patches, "patch tokens")
+            else:
+                arrays["patches"], arrays["scale"] = quantise(patches, self.codec)
         return {name: array.cpu().numpy() for name, array in arrays.items()}
 
 
-def normalize(x: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+def preprocess(x: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What the model sees of x (B, 3, R, R) in [0, 1]."""
+    size = (preprocessing.input_size(x.shape[-1]),) * 2
+    if preprocessing.resizes and preprocessing.resize_first:
+        x = F.interpolate(x, size, mode="bicubic", antialias=False)
+    x = normalize(x, preprocessing.normalisation)
+    if preprocessing.resizes and not preprocessing.resize_first:
+        x = F.interpolate(x, size, mode="bicubic", antialias=False)
+    return x
+
+
+def normalize(x: Tensor, by: Normalisation = IMAGENET) -> Tensor:
     """(x − mean) / std per channel, x (B, 3, H, W) in [0, 1]."""
-    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+    return (x - x.new_tensor(by.mean)[:, None, None]) / x.new_tensor(by.std)[:, None, None]
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth or .pt file; pickled code is never run. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"weight file {path} does not exist; pass a .safetensors, .pth or .pt file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise their own kinds for a damaged file
-        raise UserError(f"weight file {path} cannot be read: {str(error).splitlines()[0]}") from error
-    for wrapper in ("model", "state_dict", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    return state
+def to_float16(x: Tensor, what: str) -> Tensor:
+    """x as float16. Raises UserError for NaN, infinity and what float16 cannot hold, naming the image of the batch."""
+    half = x.half()
+    finite = half.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise UserError(
+            f"{what} of image {int(finite.int().argmin())} of a batch are NaN or beyond float16 (65,504); "
+            "pass --precision fp32, or bf16, when it is the arithmetic that overflows"
+        )
+    return half

@@ -1,41 +1,44 @@
-"""Where images come from. A source is one file with one class that satisfies `Source`.
-
-A source lists its samples once, in an order that depends on nothing but the data, and hands out the encoded bytes of
-one sample by its location. It is pickled to decode tasks on other machines, so it holds absolute paths and no handles.
-"""
+"""Where images come from: the kinds of sources, and which of them a path or URL holds."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+from pipeline.sources.found import look
+from pipeline.sources.hdf5 import HDF5
 from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import Listing
+from pipeline.sources.parquet import Parquet
+from pipeline.sources.protocol import Sample, Source, Unreadable
+from pipeline.sources.tar import ClassTars, TarOfTars
+from pipeline.sources.webdataset import WebDataset
+from pipeline.sources.zip import Zip
 from storage.errors import UserError
 
+__all__ = ["KINDS", "Listing", "Sample", "Source", "Unreadable", "open_source"]
 
-class Source(Protocol):
-    """What the job needs of a source."""
-
-    kind: str
-
-    def listing(self) -> Listing:
-        """Every sample, deterministically ordered. Raises UserError when there is none."""
-        ...
-
-    def read(self, location: str) -> bytes:
-        """The encoded image at a location that `listing` gave. Raises OSError."""
-        ...
-
-    def provenance(self) -> dict[str, str]:
-        """Which kind and which path, for the record; no number depends on it."""
-        ...
+AUTO = "auto"
+SOURCES: list[Any] = [ImageFolder, TarOfTars, ClassTars, Parquet, WebDataset, HDF5, Zip, LabelsFile]
+KINDS = [AUTO, *(source.kind for source in SOURCES)]
 
 
-def open_source(data: Path) -> Source:
-    """The source for a path the user gave. Raises UserError when there is nothing there that can be read."""
-    if not data.exists():
-        raise UserError(f"DATA {data} does not exist; name a folder with one sub-folder of images a class")
-    if not data.is_dir():
-        raise UserError(f"DATA {data} is a file; name a folder with one sub-folder of images a class")
-    return ImageFolder(data)
+def open_source(data: str, kind: str = AUTO) -> Source:
+    """The source at an absolute path, pattern or URL, of the kind that is named or recognised.
+
+    Raises UserError when there is nothing, nothing that is recognised, or more than one kind.
+    """
+    by_kind = {source.kind: source for source in SOURCES}
+    if kind not in (AUTO, *by_kind):
+        raise UserError(f"--source must be one of {', '.join([AUTO, *by_kind])}, got {kind!r}")
+    found = look(data)
+    if kind != AUTO:
+        return by_kind[kind](found)
+    recognised = [source for source in SOURCES if source.recognises(found)]
+    if len(recognised) > 1:
+        kinds = " or ".join(source.kind for source in recognised)
+        raise UserError(f"DATA {data} holds {found.summary()}: is it {kinds}? Say which with --source")
+    if not recognised:
+        expected = "; ".join(f"{source.kind}: {source.expects}" for source in SOURCES)
+        raise UserError(f"DATA {data} holds {found.summary()}, expected one of these: {expected}")
+    return recognised[0](found)

@@ -2,74 +2,64 @@
 
 Classes are numbered in the sorted order of their folder names, as torchvision's ImageFolder does, so that labels agree
 with the public checkpoints'. Samples are sorted by class, then by path. Sorting compares code points and so does not
-depend on the locale. Listing costs one directory scan and one stat a file, on several threads.
+depend on the locale. Listing costs one directory scan a folder and one stat a file, on several threads.
 """
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from pipeline.sources.listing import Listing
+from pipeline.sources.files import Part
+from pipeline.sources.found import Found, look
+from pipeline.sources.labels_file import LabelsFile
+from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
+from pipeline.sources.protocol import Sample
 from storage.errors import UserError
-from storage.index import make_index
-
-EXTENSIONS = frozenset(".jpeg .jpg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
-LISTING_THREADS = 16  # enough to hide a network file system's latency
 
 
 class ImageFolder:
     """Images below `root/<class>/`, at any depth. `location` is the path below `root`, and so is the key."""
 
     kind = "image-folder"
+    expects = "a folder with one sub-folder of images a class"
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+    def __init__(self, found: Found) -> None:
+        self.data, self.place = found.data, found.place
+
+    @staticmethod
+    def recognises(found: Found) -> bool:
+        """By its sub-folders, unless a file holds the labels."""
+        return bool(found.folders) and not LabelsFile.recognises(found)
 
     def listing(self) -> Listing:
         """List every image; files with another extension are left out by name. Raises UserError when there is none."""
-        classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
-        if not classes:
-            raise UserError(f"DATA {self.root} has no sub-folder; it needs one a class, such as {self.root}/n01440764")
-        with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            listings = list(pool.map(self._list_class, classes))
-        labels = [label for label, (found, _) in enumerate(listings) for _ in found]
-        paths = [path for found, _ in listings for path, _ in found]
-        sizes = [size for found, _ in listings for _, size in found]
-        if not paths:
+        found = look(self.data)
+        if not found.folders:
+            raise UserError(f"DATA {self.data} has no sub-folder; it needs one a class, such as {self.data}/n01440764")
+        below = found.walk()
+        images = [(label, file) for label, files in enumerate(below) for file in files if is_image(file.path)]
+        left_out = [file.path for files in below for file in files if not is_image(file.path)]
+        if not images:
+            seen = f"; there is {left_out[0]}" if left_out else ""
             raise UserError(
-                f"DATA {self.root} has {len(classes)} class folders and no image in them "
-                f"(by extension: {' '.join(sorted(EXTENSIONS))})"
+                f"DATA {self.data} has {len(below)} class folders and no image in them "
+                f"(by extension: {' '.join(sorted(EXTENSIONS))}){seen}"
             )
-        return Listing(
-            index=make_index(paths, labels, [classes[label] for label in labels], paths, sizes),
-            left_out=tuple(path for _, others in listings for path in others),
+        paths = [file.path for _, file in images]
+        return make_listing(
+            keys=paths,
+            labels=[label for label, _ in images],
+            class_names=dict(enumerate(found.folders)),
+            locations=paths,
+            nbytes=[file.nbytes for _, file in images],
+            data_bytes=sum(max(0, file.nbytes) for _, file in images),
+            left_out=[file.path for file in found.files] + left_out,
         )
 
-    def read(self, location: str) -> bytes:
-        """The file's bytes."""
-        return (self.root / location).read_bytes()
+    def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
+        """The files' bytes."""
+        return self.place.read_many([Part(location) for location in locations])
 
     def provenance(self) -> dict[str, str]:
-        """Kind and absolute path."""
-        return {"kind": self.kind, "path": str(self.root)}
-
-    def _list_class(self, name: str) -> tuple[list[tuple[str, int]], list[str]]:
-        """(path, bytes) of each image of one class, sorted, and the paths of files with another extension."""
-        found: list[tuple[str, int]] = []
-        others: list[str] = []
-        folders = [name]
-        while folders:
-            folder = folders.pop()
-            for entry in os.scandir(self.root / folder):
-                path = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue  # .DS_Store and the like: hidden files are nobody's samples
-                if entry.is_dir():
-                    folders.append(path)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    found.append((path, entry.stat().st_size))
-                else:
-                    others.append(path)
-        return sorted(found), sorted(others)
+        """Kind and absolute path or URL."""
+        return {"kind": self.kind, "path": self.data}

@@ -32,7 +32,7 @@ def test_the_default_is_at_least_a_thousand_images(monkeypatch: pytest.MonkeyPat
 
 def test_it_is_an_image_folder_with_a_class_a_photograph(tmp_path: Path) -> None:
     write_photos(tmp_path / "a", n_per_class=2)
-    listing = ImageFolder(tmp_path / "a").listing()
+    listing = ImageFolder(str(tmp_path / "a")).listing()
     assert listing.left_out == ()
     assert listing.index.class_names == list(CLASSES)
     assert np.bincount(listing.index.labels).tolist() == [2] * len(CLASSES)

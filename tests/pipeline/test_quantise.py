@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from pipeline.config import PrecomputeConfig
-from pipeline.encode import UnitEncoder
+from pipeline.encode import Block, UnitEncoder
 from pipeline.encoders import registry
 from pipeline.plan import GroupPlan, plan_groups
 from pipeline.preview import gather_features
@@ -135,7 +135,7 @@ def encode_store(root: Path, group: GroupPlan, images: np.ndarray) -> None:
         staging.prepare(group.layout.path)
         digests = {group.layout.path: digest}
         encoder = UnitEncoder(root, [group], digests, batch=3, n_threads=1, run_id=staging.run_id)
-        encoder.encode_and_publish(0, images, [], 0.0, [group.layout.path])
+        encoder.encode_and_publish(images, Block(unit=0, failures=[], timings_s={}, paths=[group.layout.path]), 0.0)
 
 
 @pytest.mark.parametrize("flip", [False, True])

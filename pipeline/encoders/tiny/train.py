@@ -219,7 +219,7 @@ def measure_vit(n_per_class: int = 32) -> float:
     from pipeline.encoders import registry
 
     spec = registry.resolve_features("tiny-vit")
-    encoder = registry.load(spec, resolution=RESOLUTION, device=torch.device("cpu"), dtype=torch.float32)
+    encoder = registry.load(spec, resolution=RESOLUTION, device=torch.device("cpu"))
     pooled = []
     for split, seed in (("train", SEED), ("train", SEED + 1), ("heldout", SEED)):
         images, labels = split_images(split, n_per_class, seed)

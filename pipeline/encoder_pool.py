@@ -1,0 +1,171 @@
+"""The encoding actors of a run: which are up, what each has in hand, and which to hand the next unit to.
+
+Ray restarts an actor's process for ever (`max_restarts=-1`) and never repeats a call (`max_task_retries=0`). An actor
+gets units only when it is up, that is once it has answered `ready`; after an error that may mean the process is gone it
+is asked again until it answers. One that fails to get up too often is left out, and the run ends when none is left.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from pipeline.encode import CALLS_IN_HAND, Block
+from storage.errors import UserError
+
+ASK_AGAIN_S = 0.5
+MAX_LOADS = 3  # models that cannot be loaded will not get better
+MAX_RESTARTS = 30  # in a row without an answer; a lost node costs less than ten
+
+
+@dataclass
+class Decoded:
+    """A decoded unit: its images lie in the object store, and never reach the driver."""
+
+    block: Block
+    images: Any
+    suspect: bool  # it has failed before: whoever encodes it has nothing else in hand
+
+
+@dataclass
+class _Encoder:
+    actor: Any
+    up: bool = False
+    in_hand: dict[Any, Decoded] = field(default_factory=dict)
+    failed_loads: int = 0
+    restarts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What became of a call: seconds of encoding, or the error that ended the attempt."""
+
+    decoded: Decoded
+    encode_s: float = 0.0
+    error: RayError | None = None
+
+
+class EncoderPool:
+    """`n` actors from `make`. `device` is the devices' name once one is up, else empty."""
+
+    def __init__(self, make: Callable[[], Any], n: int, timeout_s: float) -> None:
+        self.device = ""
+        self._timeout_s = timeout_s
+        self._encoders = [_Encoder(make()) for _ in range(n)]
+        self._asked: dict[Any, _Encoder] = {}
+        self._ask_at: list[tuple[float, _Encoder]] = []
+        self._deadline_s: dict[Any, float] = {}
+        for encoder in self._encoders:
+            self._ask(encoder)
+
+    @property
+    def n_up(self) -> int:
+        """Encoders that have answered."""
+        return sum(encoder.up for encoder in self._encoders)
+
+    @property
+    def n_idle(self) -> int:
+        """Encoders that are up and have nothing in hand."""
+        return sum(encoder.up and not encoder.in_hand for encoder in self._encoders)
+
+    @property
+    def refs(self) -> list[Any]:
+        """What to wait for."""
+        return [*self._asked, *(ref for encoder in self._encoders for ref in encoder.in_hand)]
+
+    def offer(self, decoded: Decoded) -> bool:
+        """Hand a unit to the encoder with the least in hand; false when none has room."""
+        limit = 1 if decoded.suspect else CALLS_IN_HAND
+        candidates = [
+            encoder
+            for encoder in self._encoders
+            if encoder.up
+            and len(encoder.in_hand) < limit
+            and not any(other.suspect for other in encoder.in_hand.values())
+        ]
+        if not candidates:
+            return False
+        encoder = min(candidates, key=lambda encoder: len(encoder.in_hand))
+        ref = encoder.actor.encode_and_publish.remote(decoded.images, decoded.block, time.time())
+        encoder.in_hand[ref] = decoded
+        self._deadline_s[ref] = time.monotonic() + self._timeout_s
+        return True
+
+    def settle(self, ref: Any) -> Settled | None:
+        """Book a ref of `refs` that is there. Raises UserError when no encoder can be got up."""
+        if ref in self._asked:
+            self._settle_ready(self._asked.pop(ref), ref)
+            return None
+        encoder = next(encoder for encoder in self._encoders if ref in encoder.in_hand)
+        decoded = encoder.in_hand.pop(ref)
+        self._deadline_s.pop(ref, None)
+        try:
+            return Settled(decoded=decoded, encode_s=ray.get(ref))
+        except RayTaskError as error:  # raised inside the actor, which lives
+            return Settled(decoded=decoded, error=error)
+        except RayError as error:
+            if encoder.up:
+                self._ask(encoder)  # it may be gone; it gets nothing until it has answered
+            return Settled(decoded=decoded, error=error)
+
+    def tick(self) -> None:
+        """Ask again whom it is time to ask, and kill what exceeds the time limit: it comes back as a failed attempt."""
+        now_s = time.monotonic()
+        due = [encoder for at_s, encoder in self._ask_at if at_s <= now_s]
+        self._ask_at = [(at_s, encoder) for at_s, encoder in self._ask_at if at_s > now_s]
+        for encoder in due:
+            self._ask(encoder)
+        for ref in [ref for ref, deadline_s in self._deadline_s.items() if deadline_s < now_s]:
+            encoder = next(encoder for encoder in self._encoders if ref in encoder.in_hand)
+            for other in encoder.in_hand:
+                self._deadline_s.pop(other, None)
+            ray.kill(encoder.actor, no_restart=False)
+
+    def close(self) -> None:
+        """End the actors."""
+        for encoder in self._encoders:
+            ray.kill(encoder.actor)
+
+    def _ask(self, encoder: _Encoder) -> None:
+        encoder.up = False
+        self._asked[encoder.actor.ready.remote()] = encoder
+
+    def _settle_ready(self, encoder: _Encoder, ref: Any) -> None:
+        try:
+            self.device = ray.get(ref)
+        except RayError as error:
+            if isinstance(error, UserError):
+                raise UserError(str(getattr(error, "cause", error))) from error
+            # An actor that Ray restarts for ever is dead for good only when its constructor or its environment failed.
+            if isinstance(error, RayActorError) and not _is_dead(error):
+                encoder.restarts += 1
+            else:
+                encoder.failed_loads += 1
+            if encoder.failed_loads < MAX_LOADS and encoder.restarts < MAX_RESTARTS:
+                self._ask_at.append((time.monotonic() + ASK_AGAIN_S, encoder))
+                return
+            self._encoders.remove(encoder)
+            what = f"an encoder cannot be started on a worker: {first_line(error)}"
+            if not self._encoders:
+                raise UserError(f"{what}; no other is left") from error
+            print(f"{what}; {len(self._encoders)} are left", file=sys.stderr)
+            return
+        encoder.up, encoder.failed_loads, encoder.restarts = True, 0, 0
+
+
+def _is_dead(error: RayActorError) -> bool:
+    return "creation task" in str(error)
+
+
+def first_line(error: RayError) -> str:
+    """What happened, on one line: the cause's own words where a task raised, else Ray's."""
+    cause = getattr(error, "cause", None)
+    text = f"{type(cause).__name__}: {cause}" if isinstance(cause, BaseException) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

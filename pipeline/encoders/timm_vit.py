@@ -1,0 +1,137 @@
+"""Vision transformers through timm: those of the catalogue, and any other by its name, `timm:NAME`.
+
+Weights are timm's file from the hub, or a file that is given, in timm's layout or as the original authors released it:
+timm's own converters know DINOv2 (SwiGLU and register names), DINOv3 (the bias of keys is zero by design), OpenAI's and
+OpenCLIP's CLIP, I-JEPA, MAE and DINO, and resample position embeddings. Loading is strict: a tensor that is missing,
+left over or of another shape is an error, the classifier excepted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.encoders.catalogue import CLIP, HALF, IMAGENET, Normalisation, Preprocessing, VisionModel
+from pipeline.encoders.registry import TIMM, EncoderSpec
+from pipeline.encoders.vision import VisionTransformerEncoder, preprocess
+from pipeline.encoders.weights import file_sha256, find_weights, read_weights
+from storage.errors import UserError
+
+State = dict[str, Tensor]
+NOT_OF_THE_ENCODER = ("head.", "head_dist.", "decoder", "mask_token")  # classifiers; MAE's other half
+
+
+def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
+    """Identity of the features."""
+    known = spec.vision or look_up(spec.model)
+    side = token_side(known, spec.store_name, resolution)
+    if spec.tokens != "patch" and not known.has_cls:
+        raise UserError(f"{spec.store_name} has no class token; name it with tokens=patch")
+    if spec.layer is not None and not 1 <= spec.layer <= known.depth:
+        raise UserError(f"{spec.store_name} has blocks 1 to {known.depth}, got layer={spec.layer}")
+    return {
+        "encoder": f"timm.{known.model}",
+        "weights_sha256": file_sha256(_weights(spec, known)),
+        "preprocessing": known.preprocessing.describe(resolution),
+        "layer": "final norm" if spec.layer is None else f"block {spec.layer} of {known.depth}, no norm",
+        "tokens": spec.tokens,
+        "token_grid": [side, side],
+        "width": known.width,
+    }
+
+
+def load(
+    spec: EncoderSpec, *, resolution: int, device: torch.device, convert: Callable[[State], State] | None = None
+) -> VisionTransformerEncoder:
+    """Load the encoder at a crop's resolution; `convert` renames what timm's converters do not know."""
+    known = spec.vision or look_up(spec.model)
+    path = _weights(spec, known)
+    state = read_weights(path)
+    model = build(known, resolution)
+    load_state(model, convert(state) if convert else state, path)
+    return VisionTransformerEncoder(
+        cut(model, spec.layer),
+        lambda x: preprocess(x, known.preprocessing),
+        device,
+        tokens=spec.tokens,
+        codec=spec.codec,
+        precision=spec.precision,
+        compiled=spec.compiled,
+    )
+
+
+def token_side(known: VisionModel, name: str, resolution: int) -> int:
+    """Patch tokens a side. Raises UserError when the crop does not divide into patches."""
+    multiple = 16 if known.preprocessing.resizes else known.preprocessing.patch
+    if resolution % multiple:
+        raise UserError(f"--resolution must be a multiple of {multiple} for {name}, got {resolution}")
+    return known.preprocessing.input_size(resolution) // known.preprocessing.patch
+
+
+def build(known: VisionModel, resolution: int, **settings: Any) -> Any:
+    """The architecture, with random weights. `settings` are timm's and override the catalogue's."""
+    import timm
+
+    size = known.preprocessing.input_size(resolution)
+    return timm.create_model(
+        known.model, pretrained=False, num_classes=0, img_size=size, **{**known.settings, **settings}
+    )
+
+
+def load_state(model: Any, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load timm's or an original layout into a timm model of any input size. Raises UserError."""
+    try:
+        converted = sys.modules[type(model).__module__].checkpoint_filter_fn(dict(state), model)
+        model.load_state_dict({k: v for k, v in converted.items() if not k.startswith(NOT_OF_THE_ENCODER)})
+    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not hold the weights of this model ({first}…); pass the right file") from error
+
+
+def cut(model: Any, layer: int | None) -> Any:
+    """Leave out what lies behind the block `layer`, counted from 1, the final norm too; None: nothing."""
+    if layer is not None:
+        model.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
+    return model
+
+
+def look_up(name: str) -> VisionModel:
+    """What timm knows of one of its own names. Raises UserError unless it is a plain vision transformer."""
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}; `timm.list_models('vit*', pretrained=True)` lists its own")
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, pretrained=False)
+    plain = all(hasattr(model, a) for a in ("blocks", "num_prefix_tokens", "prune_intermediate_layers", "patch_embed"))
+    if not plain or not hasattr(sys.modules[type(model).__module__], "checkpoint_filter_fn"):
+        raise UserError(f"{TIMM}{name} is a {type(model).__name__}, not a vision transformer whose blocks give tokens")
+    cfg = model.pretrained_cfg
+    patch, other = model.patch_embed.patch_size
+    if patch != other or isinstance(model.norm, nn.Identity):
+        raise UserError(f"{TIMM}{name} has oblong patches or no final norm of its tokens; name another model")
+    return VisionModel(
+        model=name,
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        preprocessing=Preprocessing(normalisation=_normalisation(cfg["mean"], cfg["std"]), patch=patch),
+        has_cls=getattr(model, "cls_token", None) is not None,
+        repository=cfg.get("hf_hub_id") or "",
+        original="",
+    )
+
+
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisation:
+    for known in (IMAGENET, CLIP, HALF):
+        if (known.mean, known.std) == (tuple(mean), tuple(std)):
+            return known
+    return Normalisation(f"mean {list(mean)} std {list(std)}", tuple(mean), tuple(std))  # type: ignore[arg-type]
+
+
+def _weights(spec: EncoderSpec, known: VisionModel) -> Path:
+    return find_weights(spec.weights, name=spec.store_name, repository=known.repository, original=known.original)

@@ -1,0 +1,119 @@
+"""What a run is told about itself while it works: rate, how busy the encoders are, which stage holds it back.
+
+An encoder is *busy* while it encodes and *starved* while it is up with nothing in hand. A run whose encoders are
+starved for more than STARVED of the time is decode-bound; the decoders that would keep them busy follow from the
+seconds that a unit takes in either stage: decoders = encoders · decode / encode.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+
+from storage.console import progress_bar
+
+STARVED = 0.1
+WORTH_SAYING_S = 60.0  # what is over sooner needs neither estimate nor advice
+RECENT_S = 120.0  # what "now" means for busy and starved
+MIN_UNITS_AN_ENCODER = 3  # before anything is concluded: the first ones load models and warm caches
+
+
+class Meter:
+    """Counts; no clock of its own, so that it is tested by itself. Times are seconds of one monotonic clock."""
+
+    def __init__(self, n_encoders: int, n_decoders: int) -> None:
+        self.n_encoders, self.n_decoders = n_encoders, n_decoders
+        self.n_units = self.n_images = 0
+        self.decode_s = self.encode_s = 0.0
+        self._steps: deque[tuple[float, float, float]] = deque()  # (until, encoder-seconds up, of which idle)
+        self._encoded: deque[tuple[float, float, int]] = deque()  # (at, seconds of encoding, images)
+        self._at_s: float | None = None
+
+    def step(self, now_s: float, n_up: int, n_idle: int) -> None:
+        """Since the last step, `n_up` encoders were up and `n_idle` of them had nothing in hand."""
+        if self._at_s is not None:
+            took_s = now_s - self._at_s
+            self._steps.append((now_s, took_s * n_up, took_s * n_idle))
+        self._at_s = now_s
+        for recent in (self._steps, self._encoded):
+            while recent and recent[0][0] < now_s - RECENT_S:
+                recent.popleft()
+
+    def unit_done(self, now_s: float, n_images: int, decode_s: float, encode_s: float) -> None:
+        """A unit was published."""
+        self.n_units += 1
+        self.n_images += n_images
+        self.decode_s += decode_s
+        self.encode_s += encode_s
+        self._encoded.append((now_s, encode_s, n_images))
+
+    @property
+    def busy(self) -> float:
+        """Share of the time that encoders were up and encoding, lately."""
+        up_s = sum(up_s for _, up_s, _ in self._steps)
+        return min(1.0, sum(encode_s for _, encode_s, _ in self._encoded) / up_s) if up_s else 0.0
+
+    @property
+    def starved(self) -> float:
+        """Share of the time that encoders were up with nothing in hand, lately."""
+        up_s = sum(up_s for _, up_s, _ in self._steps)
+        return sum(idle_s for _, _, idle_s in self._steps) / up_s if up_s else 0.0
+
+    @property
+    def settled(self) -> bool:
+        """Whether enough was seen to conclude from."""
+        return self.n_units >= MIN_UNITS_AN_ENCODER * self.n_encoders
+
+    @property
+    def bound(self) -> str:
+        """The stage that holds the run back."""
+        return "decode-bound" if self.starved > STARVED else "encode-bound"
+
+    @property
+    def images_per_s(self) -> float:
+        """The rate lately: images after the first unit, over the time since it."""
+        if len(self._encoded) < 2:
+            return 0.0
+        span_s = self._encoded[-1][0] - self._encoded[0][0]
+        return sum(n for _, _, n in list(self._encoded)[1:]) / span_s if span_s else 0.0
+
+    @property
+    def decoders_wanted(self) -> int:
+        """Decoders that would keep every encoder busy."""
+        return math.ceil(self.n_encoders * self.decode_s / self.encode_s) if self.encode_s else self.n_decoders
+
+
+class Display:
+    """The progress bar, and what is said once: the estimate after the first units, and that encoders starve."""
+
+    def __init__(self, n_images: int, meter: Meter, decode_cpus: int, unit: str) -> None:
+        self.meter, self._left, self._decode_cpus, self._unit = meter, n_images, decode_cpus, unit
+        self._estimated = self._warned = False
+        self.bar = progress_bar(n_images, unit="img", description="precompute")
+
+    def unit_done(self, n_images: int, n_failed: int) -> None:
+        """Move the bar on."""
+        meter = self.meter
+        self._left -= n_images
+        self.bar.set_postfix_str(f"{n_failed} failed, {self._unit} busy {meter.busy:.0%}, {meter.bound}", refresh=False)
+        self.bar.update(n_images)
+        if not meter.settled:
+            return
+        left_s = self._left / meter.images_per_s if meter.images_per_s else 0.0
+        if left_s < WORTH_SAYING_S:
+            return
+        if not self._estimated:
+            self._estimated = True
+            self.say(f"{meter.images_per_s:.0f} images/s: {left_s / 3600:.2g} hours for the {self._left} images left")
+        if not self._warned and meter.bound == "decode-bound" and meter.decoders_wanted > meter.n_decoders:
+            self._warned = True
+            self.say(
+                f"decoding starves the encoders: they are busy {meter.busy:.0%} of the time; "
+                f"{meter.decoders_wanted * self._decode_cpus} CPUs for decoding would keep them busy, "
+                f"there are {meter.n_decoders * self._decode_cpus}"
+            )
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.write(text, file=sys.stderr)

@@ -1,0 +1,237 @@
+"""The files of a data set: below a local folder, or below a URL that fsspec understands (s3://, gs://, http://, …).
+
+A path is relative to the root, with "/" between its parts. Names that begin with a dot are nobody's samples and are not
+seen. `s3`, `gs`, `az` and `http` go through obstore's fsspec adapter, with the credentials and retries that stores use
+(`storage/remote.py`); other protocols through what fsspec has for them. An http server cannot list: name one file.
+
+Reading many parts keeps one file open locally, and `REQUESTS` range requests in flight remotely.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import IO, Any, Protocol
+
+from pipeline.sources.protocol import Unreadable
+from storage.errors import UserError
+
+REQUESTS = 32  # range requests in flight; an answer takes tens of milliseconds, whatever its size
+OBSTORE_PROTOCOLS = frozenset("s3 s3a gs az abfs http https".split())
+WHOLE = -1
+UNKNOWN_BYTES = -1  # a size that cannot be known without reading the images
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, and its size; a link that leads nowhere has UNKNOWN_BYTES."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes [start, start + nbytes) of a file, or all of it."""
+
+    path: str
+    start: int = 0
+    nbytes: int = WHOLE
+
+
+class Files(Protocol):
+    """What sources ask of the place their data lies in. Pickles without handles."""
+
+    root: str
+
+    def entries(self, folder: str) -> tuple[list[str], list[File]]:
+        """Paths of the folders, and the files, directly below a folder ("" is the root); sorted."""
+        ...
+
+    def open(self, path: str) -> IO[bytes]:
+        """A seekable file. Raises OSError."""
+        ...
+
+    def read_many(self, parts: Sequence[Part]) -> Iterator[bytes | Unreadable]:
+        """The parts in order. A whole file that is gone or forbidden is unreadable; all else raises OSError."""
+        ...
+
+
+def walk(files: Files, folder: str) -> list[File]:
+    """The files at any depth below a folder, sorted by path."""
+    found: list[File] = []
+    folders = [folder]
+    while folders:
+        below, here = files.entries(folders.pop())
+        folders += below
+        found += here
+    return sorted(found, key=lambda file: file.path)
+
+
+def matches(files: Files, pattern: str, folder: str = "") -> list[File]:
+    """The files below a folder whose path matches a shell pattern, level by level; sorted."""
+    first, _, rest = pattern.partition("/")
+    below, here = files.entries(folder)
+    if not rest:
+        return [file for file in here if fnmatchcase(posixpath.basename(file.path), first)]
+    folders = [path for path in below if fnmatchcase(posixpath.basename(path), first)]
+    return [file for path in folders for file in matches(files, rest, path)]
+
+
+class LocalFiles:
+    """Files below a local folder."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def entries(self, folder: str) -> tuple[list[str], list[File]]:
+        """One directory scan, and one stat a file."""
+        folders: list[str] = []
+        found: list[File] = []
+        for entry in os.scandir(os.path.join(self.root, folder)):
+            if entry.name.startswith("."):
+                continue
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                folders.append(path)
+            elif (file := self._file(path)) is not None:
+                found.append(file)
+        return sorted(folders), sorted(found, key=lambda file: file.path)
+
+    def open(self, path: str) -> IO[bytes]:
+        """A buffered file."""
+        return open(os.path.join(self.root, path), "rb")
+
+    def read_many(self, parts: Sequence[Part]) -> Iterator[bytes | Unreadable]:
+        """Consecutive parts of one file share its handle."""
+        container, fd = "", -1
+        try:
+            for part in parts:
+                if part.nbytes == WHOLE:
+                    yield self._read_file(part.path)
+                    continue
+                if part.path != container:
+                    if fd >= 0:
+                        os.close(fd)
+                    container, fd = "", -1
+                    fd = os.open(os.path.join(self.root, part.path), os.O_RDONLY | os.O_CLOEXEC)
+                    container = part.path
+                yield _whole(os.pread(fd, part.nbytes, part.start), part, self.root)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _read_file(self, path: str) -> bytes | Unreadable:
+        try:
+            with open(os.path.join(self.root, path), "rb", buffering=0) as file:
+                return file.read()
+        except (FileNotFoundError, PermissionError) as error:
+            os.stat(self.root)  # an unmounted disk is not a million missing images
+            return Unreadable(f"cannot be read: {error.strerror}")
+
+    def _file(self, path: str) -> File | None:
+        """A regular file, or a link that leads nowhere; None for folders, pipes and devices."""
+        try:
+            status = os.stat(os.path.join(self.root, path))
+        except FileNotFoundError:
+            return File(path, UNKNOWN_BYTES)
+        return File(path, status.st_size) if stat.S_ISREG(status.st_mode) else None
+
+
+class RemoteFiles:
+    """Files below a URL. The connection is made at the first use, in whichever process that is."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"root": self.root}
+
+    @cached_property
+    def file_system(self) -> Any:
+        """fsspec's file system for the root's protocol."""
+        protocol = self.root.split("://")[0]
+        try:
+            if protocol in OBSTORE_PROTOCOLS:
+                from obstore.fsspec import FsspecStore
+
+                from storage.remote import connection_options
+
+                make: Any = FsspecStore  # its stubs do not know fsspec's own arguments
+                return make(protocol, skip_instance_cache=True, **connection_options(self.root))
+            import fsspec
+
+            return fsspec.filesystem(protocol)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"DATA {self.root} cannot be opened: {error}; pip install 'offline-repa[remote]'") from None
+
+    def entries(self, folder: str) -> tuple[list[str], list[File]]:
+        """One listing, a thousand entries a request."""
+        with self._errors(folder):
+            listed = self.file_system.ls(self._at(folder), detail=True)
+        named = [(self._below(entry["name"]), entry) for entry in listed]
+        seen = [(path, entry) for path, entry in named if path and not path.rsplit("/", 1)[-1].startswith(".")]
+        folders = sorted(path for path, entry in seen if entry["type"] == "directory")
+        found = [File(path, int(entry["size"])) for path, entry in seen if entry["type"] == "file" and path != folder]
+        return folders, sorted(found, key=lambda file: file.path)
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None for a folder. Raises FileNotFoundError when it is neither."""
+        with self._errors(path):
+            entry = self.file_system.info(self._at(path))
+        return int(entry["size"]) if entry["type"] == "file" else None
+
+    def open(self, path: str) -> IO[bytes]:
+        """A file that reads ahead."""
+        self.size(path)  # where there is none, obstore's file says so from its destructor too
+        with self._errors(path):
+            return self.file_system.open(self._at(path), "rb")
+
+    def read_many(self, parts: Sequence[Part]) -> Iterator[bytes | Unreadable]:
+        """All parts are asked for at once, and held until they are taken."""
+        with ThreadPoolExecutor(min(REQUESTS, max(1, len(parts)))) as pool:
+            yield from pool.map(self._read, parts)
+
+    def _read(self, part: Part) -> bytes | Unreadable:
+        with self._errors(part.path):
+            try:
+                if part.nbytes == WHOLE:
+                    return self.file_system.cat_file(self._at(part.path))
+                data = self.file_system.cat_file(self._at(part.path), start=part.start, end=part.start + part.nbytes)
+                return _whole(data, part, self.root)
+            except (FileNotFoundError, PermissionError):
+                if part.nbytes != WHOLE:
+                    raise
+                return Unreadable("cannot be read: no such object")
+
+    def _at(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+    def _below(self, name: str) -> str:
+        root = self.root.split("://")[1].strip("/")
+        return name.split("://")[-1].strip("/").removeprefix(root).lstrip("/")
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Every file system has errors of its own; here they are all OSError with the URL in it."""
+        try:
+            yield
+        except (OSError, UserError):
+            raise
+        except Exception as error:
+            first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise OSError(errno.EIO, f"cannot be reached ({first_line})", self._at(path)) from error
+
+
+def _whole(data: bytes, part: Part, root: str) -> bytes:
+    if len(data) != part.nbytes:
+        raise OSError(errno.EIO, f"ends before byte {part.start + part.nbytes}", f"{root}/{part.path}")
+    return data

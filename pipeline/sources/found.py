@@ -1,0 +1,118 @@
+"""What DATA names, seen from above: one file, the files that match a pattern, or the entries of a folder.
+
+Looking costs one directory scan. It is what the kinds of sources recognise themselves by.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline.sources.files import File, Files, LocalFiles, RemoteFiles, matches, walk
+from pipeline.sources.listing import CLASS_NAMES_FILE
+from storage.errors import UserError
+from storage.roots import is_url
+
+PATTERN = re.compile(r"[*?\[]")
+SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test)(?![a-z])")
+CONTAINERS = (".tar", ".parquet", ".h5", ".hdf5", ".zip")
+SHOWN = 4  # examples in a message
+LISTING_THREADS = 16  # enough to hide a network file system's latency
+
+
+@dataclass(frozen=True)
+class Found:
+    """`files` are those that DATA names or matches, or that lie directly below the folder it names."""
+
+    data: str
+    place: Files
+    folders: tuple[str, ...]
+    files: tuple[File, ...]
+    is_folder: bool
+
+    def having(self, *suffixes: str) -> list[File]:
+        """The files with one of these suffixes (lower case, with the dot)."""
+        return [file for file in self.files if file.path.lower().endswith(suffixes)]
+
+    def one_split(self, *suffixes: str) -> list[File]:
+        """The same, none refused: raises UserError for none, and for the files of several splits in one folder."""
+        files = self.having(*suffixes)
+        if not files:
+            raise UserError(f"DATA {self.data} has no {' or '.join(suffixes)} file; it holds {self.summary()}")
+        splits = {match.group(1) for file in files if (match := SPLIT.search(os.path.basename(file.path).lower()))}
+        if self.is_folder and len(splits) > 1:
+            raise UserError(
+                f"DATA {self.data} holds the files of several splits ({', '.join(sorted(splits))}); "
+                f"name one by a pattern, such as {self.data}/{sorted(splits)[-1]}*{suffixes[0]}"
+            )
+        return files
+
+    def walk(self) -> list[list[File]]:
+        """The files at any depth below each folder, sorted by path; folders are walked on several threads."""
+        with ThreadPoolExecutor(LISTING_THREADS) as pool:
+            return list(pool.map(lambda folder: walk(self.place, folder), self.folders))
+
+    def class_names(self) -> dict[int, str]:
+        """The names in `classes.txt` beside the files, if there is one."""
+        try:
+            with self.place.open(CLASS_NAMES_FILE) as file:
+                return dict(enumerate(line.strip() for line in file.read().decode().splitlines()))
+        except FileNotFoundError:
+            return {}
+
+    def left_out(self, taken: Sequence[File]) -> tuple[str, ...]:
+        """The files that are none of those taken, and the folders, which are not entered."""
+        known = {CLASS_NAMES_FILE, *(file.path for file in taken)}
+        return tuple(f"{path}/" for path in self.folders) + tuple(f.path for f in self.files if f.path not in known)
+
+    def summary(self) -> str:
+        """In words, for messages: how many of what, with examples."""
+        suffixes = Counter(os.path.splitext(file.path)[1].lower() or "no suffix" for file in self.files)
+        parts = [f"{n} × {suffix}" for suffix, n in suffixes.most_common(SHOWN)]
+        if self.folders:
+            parts.append(f"{len(self.folders)} folders ({', '.join(self.folders[:SHOWN])})")
+        return ", ".join(parts) or "nothing"
+
+
+def look(data: str) -> Found:
+    """What an absolute path, pattern or URL names. Raises UserError for nothing, OSError when it is out of reach."""
+    data = data.removeprefix("file://")
+    remote = is_url(data)
+    if data.startswith(("http://", "https://")) and not data.lower().endswith(CONTAINERS):
+        raise UserError(f"DATA {data}: an http server cannot list files; name one {', '.join(CONTAINERS)} file")
+    if PATTERN.search(data) and (remote or not os.path.exists(data)):
+        fixed = re.split(PATTERN, data, maxsplit=1)[0].rpartition("/")[0] or "/"
+        place: Files = RemoteFiles(fixed) if remote else LocalFiles(fixed)
+        files = matches(place, data[len(fixed) :].lstrip("/"))
+        if not files:
+            raise UserError(f"DATA {data}: no file matches the pattern")
+        return Found(data, place, (), tuple(files), is_folder=False)
+    return _look_remotely(data) if remote else _look_locally(data)
+
+
+def _look_locally(data: str) -> Found:
+    if not os.path.exists(data):
+        raise UserError(f"DATA {data} does not exist; name a folder, a file, a pattern or a URL of images")
+    if not os.path.isdir(data):
+        place = LocalFiles(os.path.dirname(data))
+        return Found(data, place, (), (File(os.path.basename(data), os.path.getsize(data)),), is_folder=False)
+    place = LocalFiles(data)
+    folders, files = place.entries("")
+    return Found(data, place, tuple(folders), tuple(files), is_folder=True)
+
+
+def _look_remotely(data: str) -> Found:
+    place = RemoteFiles(data)
+    try:
+        nbytes = place.size("")
+        if nbytes is not None:
+            parent, name = data.rsplit("/", 1)
+            return Found(data, RemoteFiles(parent), (), (File(name, nbytes),), is_folder=False)
+        folders, files = place.entries("")
+    except FileNotFoundError:
+        raise UserError(f"DATA {data} does not exist") from None
+    return Found(data, place, tuple(folders), tuple(files), is_folder=True)

@@ -1,0 +1,117 @@
+"""Tars of classes: the original `ILSVRC2012_img_train.tar`, a tar of one tar a class, or a folder of such class tars.
+
+Nothing is unpacked: images are read by their offsets. Classes are numbered in the sorted order of the class tars'
+names, and samples sorted by class, then by name, so that labels, keys (`n01440764/n01440764_10026.JPEG`) and rows agree
+with those of the unpacked ImageFolder tree. Listing reads every member's header, class tars on several threads.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline.sources.found import LISTING_THREADS, Found, look
+from pipeline.sources.listing import Listing, is_image, make_listing
+from pipeline.sources.protocol import Sample
+from pipeline.sources.tar_members import Member, first_names, location, members, part
+from storage.errors import UserError
+
+
+@dataclass(frozen=True)
+class _ClassTar:
+    """A class, and where its tar lies: bytes [start, end) of a file, None for all of it."""
+
+    name: str
+    path: str
+    start: int = 0
+    end: int | None = None
+
+
+class ClassTars:
+    """A folder (or pattern) of tars, one a class and named after it. `location` is `file.tar@offset+bytes`."""
+
+    kind = "class-tars"
+    expects = "a folder of .tar files of images, one a class"
+
+    def __init__(self, found: Found) -> None:
+        self.data, self.place = found.data, found.place
+
+    @staticmethod
+    def recognises(found: Found) -> bool:
+        """By several tars of which the first holds images and nothing else."""
+        tars = found.having(".tar")
+        return len(tars) > 1 and all(is_image(name) for name in first_names(found.place, tars[0].path))
+
+    def listing(self) -> Listing:
+        """List every image; members with another extension are left out by name. Raises UserError."""
+        found = look(self.data)
+        tars, left_out = self._class_tars(found)
+        tars = sorted(tars, key=lambda tar: tar.name)
+        with ThreadPoolExecutor(LISTING_THREADS) as pool:
+            below = list(pool.map(self._members, tars))
+        images: list[tuple[int, str, Member]] = []
+        for label, (tar, found_members) in enumerate(zip(tars, below, strict=True)):
+            for member in sorted(found_members, key=lambda member: member.name):
+                key = f"{tar.name}/{member.name}"
+                if member.regular and is_image(member.name):
+                    images.append((label, key, member))
+                else:
+                    left_out.append(key)
+        if not images:
+            raise UserError(f"DATA {self.data} has {len(tars)} class tars and no image in them")
+        return make_listing(
+            keys=[key for _, key, _ in images],
+            labels=[label for label, _, _ in images],
+            class_names={label: tar.name for label, tar in enumerate(tars)},
+            locations=[location(tars[label].path, member) for label, _, member in images],
+            nbytes=[member.nbytes for _, _, member in images],
+            data_bytes=sum(file.nbytes for file in found.having(".tar")),
+            left_out=left_out,
+        )
+
+    def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
+        """The members' bytes, by offset."""
+        return self.place.read_many([part(location) for location in locations])
+
+    def provenance(self) -> dict[str, str]:
+        """Kind and absolute path, pattern or URL."""
+        return {"kind": self.kind, "path": self.data}
+
+    def _class_tars(self, found: Found) -> tuple[list[_ClassTar], list[str]]:
+        """The class tars, and what is none."""
+        tars = found.one_split(".tar")
+        return [_ClassTar(posixpath.basename(tar.path)[: -len(".tar")], tar.path) for tar in tars], list(
+            found.left_out(tars)
+        )
+
+    def _members(self, tar: _ClassTar) -> list[Member]:
+        return list(members(self.place, tar.path, tar.start, tar.end))
+
+
+class TarOfTars(ClassTars):
+    """One tar whose members are class tars; offsets are those in the outer file."""
+
+    kind = "tar-of-tars"
+    expects = "a .tar of one .tar a class (ILSVRC2012_img_train.tar)"
+
+    @staticmethod
+    def recognises(found: Found) -> bool:
+        """By one tar whose first member is a tar."""
+        tars = found.having(".tar")
+        return len(tars) == 1 and any(name.endswith(".tar") for name in first_names(found.place, tars[0].path)[:1])
+
+    def _class_tars(self, found: Found) -> tuple[list[_ClassTar], list[str]]:
+        outer = found.one_split(".tar")
+        if len(outer) != 1:
+            raise UserError(f"DATA {self.data} has {len(outer)} tars; a tar of tars is one file, name it")
+        left_out = list(found.left_out(outer))
+        tars = []
+        for member in members(self.place, outer[0].path):
+            if member.regular and member.name.endswith(".tar"):
+                name = posixpath.basename(member.name)[: -len(".tar")]
+                tars.append(_ClassTar(name, outer[0].path, member.start, member.start + member.nbytes))
+            else:
+                left_out.append(member.name)
+        return tars, left_out

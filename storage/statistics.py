@@ -1,0 +1,137 @@
+"""Mean and deviation of what a group holds, from sums that each unit's receipt carries.
+
+A unit records count, sum and sum of squares of every channel of its arrays, and of the norms of its tokens, in float64.
+Sums merge by adding, so it does not matter which run wrote which unit, a unit that is encoded again replaces its own
+share, and nothing has to be written when the last unit is done: whoever asks adds up the receipts. They are not in the
+group's attributes, which are sealed before the first unit and never change.
+
+Numbers are those that are stored: float16, or dequantised int8. Cost: `python -m benchmarks.precompute` has it.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from storage.codec import Int8Codec, decode
+from storage.layout import GroupLayout
+from storage.receipts import scan
+from storage.roots import Root
+
+NORM = ".norm"  # `patches.norm`: the Euclidean norms of the tokens of `patches`
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How many vectors (C,) were seen, and per channel the sum of their values and of the squares."""
+
+    count: int
+    total: np.ndarray
+    squares: np.ndarray
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Per channel, float64 (C,)."""
+        return self.total / self.count
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation per channel (of the population), float64 (C,)."""
+        return np.sqrt(np.maximum(self.squares / self.count - self.mean**2, 0))
+
+    def packed(self) -> dict[str, Any]:
+        """As a receipt holds it: base64 of little-endian float64."""
+        return {
+            "count": self.count,
+            "sum": base64.b64encode(self.total.astype("<f8").tobytes()).decode(),
+            "sum_squares": base64.b64encode(self.squares.astype("<f8").tobytes()).decode(),
+        }
+
+    @staticmethod
+    def unpacked(fields: Mapping[str, Any]) -> Sums:
+        """From what a receipt holds."""
+        total, squares = (np.frombuffer(base64.b64decode(fields[n]), "<f8") for n in ("sum", "sum_squares"))
+        return Sums(fields["count"], total, squares)
+
+
+def unit_sums(
+    layout: GroupLayout, arrays: Mapping[str, np.ndarray], present: np.ndarray, codec: Int8Codec | None
+) -> dict[str, Sums]:
+    """Sums of a unit's arrays (n, V, *row_shape), over the rows in `present` (positions).
+
+    Channels are a latent's first axis and a token's last; token arrays have their norms besides.
+    """
+    latents = layout.path.startswith("latents/")
+    sums: dict[str, Sums] = {}
+    for array in layout.arrays:
+        if array.name == "scale":
+            continue
+        name, values = array.name, arrays[array.name]
+        for i in present.tolist():
+            row = values[i]
+            if codec is not None and name == "patches":
+                row = decode(row, arrays["scale"][i], codec)
+            if latents:
+                row = np.moveaxis(row, 1, -1)
+            vectors = row.reshape(-1, row.shape[-1]).astype(np.float64)
+            squares = np.square(vectors)
+            _add(sums, name, Sums(len(vectors), vectors.sum(0), squares.sum(0)))
+            if not latents:
+                norms_squared = squares.sum(1)
+                norms = np.sqrt(norms_squared)
+                _add(sums, name + NORM, Sums(len(norms), norms.sum(keepdims=True), norms_squared.sum(keepdims=True)))
+    return sums
+
+
+def group_sums(root: Root, layout: GroupLayout, digest: str) -> tuple[dict[str, Sums], int]:
+    """(sums over the group's done units, how many done units have none: a store that was imported, say)."""
+    sums: dict[str, Sums] = {}
+    without = 0
+    for _, receipt, reason in scan(root, layout, digest):
+        if receipt is None or reason is not None:
+            continue
+        without += not receipt.statistics
+        for name, fields in receipt.statistics.items():
+            _add(sums, name, Sums.unpacked(fields))
+    return sums, without
+
+
+def latent_mean_std(moments: Sums, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per-channel mean and standard deviation of z = mean + std · ε, float64 (C,); of z itself without a posterior.
+
+    Var z = Var mean + E std², by the law of total variance, so no ε has to be drawn.
+    """
+    variance = moments.std[:channels] ** 2
+    if len(moments.total) == 2 * channels:
+        variance = variance + moments.squares[channels:] / moments.count
+    return moments.mean[:channels], np.sqrt(variance)
+
+
+def describe(sums: Mapping[str, Sums], identity: Mapping[str, Any]) -> list[str]:
+    """The statistics in a few lines."""
+    lines = []
+    for name, of in sums.items():
+        if name.endswith(NORM):
+            lines.append(f"{name.removesuffix(NORM)} norm of a token {of.mean[0]:.4g} ± {of.std[0]:.4g}")
+        elif "latent_channels" in identity:
+            mean, std = latent_mean_std(of, identity["latent_channels"])
+            lines += [f"latent mean a channel  {_listed(mean)}", f"latent std a channel   {_listed(std)}"]
+        else:
+            low, high = (f"from {x.min():.4g} to {x.max():.4g}" for x in (of.mean, of.std))
+            lines.append(f"{name} over {len(of.mean)} dimensions: mean {low}, std {high}")
+    return lines
+
+
+def _add(sums: dict[str, Sums], name: str, new: Sums) -> None:
+    sums[name] = sums[name] + new if name in sums else new
+
+
+def _listed(values: np.ndarray) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

@@ -1,0 +1,47 @@
+"""Ray clusters of several nodes on 127.0.0.1, and the processes of a run on them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+
+OBJECT_STORE_BYTES = 100 * 2**20
+
+
+@contextlib.contextmanager
+def cluster(**head: Any) -> Iterator[Any]:
+    """A cluster whose head has these resources; nodes are added to it by `add`."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before Ray is imported: stay on 127.0.0.1
+    from ray.cluster_utils import Cluster
+
+    made = Cluster()
+    try:
+        add(made, **head)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def add(made: Any, **resources: Any) -> Any:
+    """Add a node."""
+    options = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False, **resources}
+    return made.add_node(**options)
+
+
+def workers_of(pid: int, title: str) -> list[psutil.Process]:
+    """Ray's worker processes below a process that started a cluster, by their title."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(pid).children(recursive=True)
+        return [process for process in below if _title(process).startswith(f"ray::{title}")]
+    return []
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return (process.cmdline() or [""])[0]
+    except psutil.Error:
+        return ""
