@@ -1,0 +1,358 @@
+"""The whole of stage one, side by side with its parts and with other ways of running it: images a second.
+
+    python -m benchmarks.precompute [--rounds 3] [--full-size]
+
+Contestants do the same work on the same images, one core decoding and one encoder (one core, or a GPU):
+
+    decoders alone     read, decode, crop into memory                     a bound
+    encoders alone     the actor's encoding, fed from memory              a bound
+    one process        a decoding thread, two calls in hand, published    the job without Ray
+    ours               Ray tasks and actors, the driver's ledger          `pipeline.job.run_on_cluster`
+    Ray Data           map(decode) | map(encoding actor that publishes)   the same graph in Ray Data
+
+Cases: *encode-bound*, the built-in encoders on the built-in photographs at 128 px; *decode-bound*, photographs of
+500 × 375 px and an encoder that only averages pixels, into arrays of the same shapes. `--full-size` instead takes
+SD-VAE and DINOv2-B, real architectures with seeded random weights at 256 px, on photographs of 500 × 375 px: for a GPU.
+
+Each run is a process of its own; a rate counts what was published after the first unit, over the time since it, so that
+starting Ray and loading models are left out. Rounds go through all contestants in turn; medians, and ratios within a
+round. The stages' seconds are those in the receipts of `ours`: wall time of one core in the process that does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import RESULTS, machine, table
+from pipeline.config import PrecomputeConfig
+from pipeline.decode import decode_unit
+from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
+from pipeline.plan import Plan, create, make_plan
+from pipeline.sources import Source, open_source
+from pipeline.sources.photos import crops, write_photos
+from storage import Staging
+from storage.receipts import scan
+from storage.roots import open_root
+
+SHARD_ROWS = 64
+DECODE_SIZE = (500, 375)  # pixels of a typical ImageNet photograph
+IMAGENET = 1_281_167
+WORK = Path(".bench/precompute")
+
+
+class AverageEncoder(UnitEncoder):
+    """Costs next to nothing: pixels averaged to the coarsest grid, repeated to the arrays' shapes."""
+
+    def load(self) -> str:
+        """Nothing."""
+        return "cpu"
+
+    def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+        """Arrays (n, V, *row_shape) by name."""
+        n = len(images)
+        means = images[:, ::16, ::16].reshape(n, -1).astype(np.float16)
+        arrays = self._groups[path].layout.arrays
+        return {a.name: np.resize(means, (n, int(np.prod(a.shape[1:])))).reshape(n, *a.shape[1:]) for a in arrays}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is precomputed."""
+
+    title: str
+    data: Path
+    encoder: type[UnitEncoder]
+    latents: str = "tiny-vae"
+    features: str = "tiny-vit"
+    latents_weights: str = ""
+    features_weights: str = ""
+    resolution: int = 128
+
+    def config(self, store: Path) -> PrecomputeConfig:
+        """One encoder, and one core for it where it has no GPU; one for decoding."""
+        return PrecomputeConfig(
+            data=str(self.data.absolute()), store=str(store), latents=self.latents, features=self.features,
+            latents_weights=self.latents_weights, features_weights=self.features_weights, resolution=self.resolution,
+            shard_rows=SHARD_ROWS, encoders=1, encoder_cpus=1,
+        )  # fmt: skip
+
+
+def make_cases(full_size: bool, n_per_class: int) -> dict[str, Case]:
+    """The cases, their images and weights made where they are missing."""
+    photos, large = WORK / "photographs", WORK / "large"
+    write_photos(photos, n_per_class=n_per_class)
+    for name, number, crop in crops("train", n_per_class):
+        path = large / name / f"{number:04d}.JPEG"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            crop.resize(DECODE_SIZE).save(buffer, format="JPEG", quality=95)
+            path.write_bytes(buffer.getvalue())
+    if full_size:
+        vae, vit = make_weights()
+        full = Case(
+            title="SD-VAE and DINOv2-B, 256 px", data=large, encoder=UnitEncoder, latents="sd-vae-ft-mse",
+            features="dinov2-vitb14", latents_weights=str(vae), features_weights=str(vit), resolution=256,
+        )  # fmt: skip
+        return {"full-size": full}
+    return {
+        "encode-bound": Case(title="built-in encoders, 128 px", data=photos, encoder=UnitEncoder),
+        "decode-bound": Case(title="500 × 375 px, averaging encoder", data=large, encoder=AverageEncoder),
+    }
+
+
+def make_weights() -> tuple[Path, Path]:
+    """SD-VAE as a diffusers directory and DINOv2-B as timm's file, of seeded random weights."""
+    import timm
+    import torch
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    vae, vit = WORK / "sd-vae", WORK / "dinov2-vitb14.safetensors"
+    torch.manual_seed(0)
+    if not vae.exists():
+        blocks = [128, 256, 512, 512]
+        AutoencoderKL(
+            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=blocks, layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=256,
+        ).save_pretrained(vae)  # fmt: skip
+    if not vit.exists():
+        save_file(timm.create_model("vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict(), vit)
+    return vae.absolute(), vit.absolute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What one run of one contestant gave."""
+
+    images_per_s: float
+    stages_s: dict[str, float]  # seconds an image
+    peak_store_bytes: int = 0
+    store_bytes: int = 0
+    encoder_busy: float = 0.0
+
+
+def blocks_of(plan: Plan, source: Source, resolution: int) -> Iterator[tuple[np.ndarray, Block]]:
+    """Every unit, decoded here and now."""
+    for unit, paths in plan.missing.items():
+        rows = plan.layout.unit_rows(unit)
+        samples = plan.index.slice(rows)
+        images, (failures, timings_s) = decode_unit(source, rows.start, samples.keys, samples.locations, resolution)
+        yield images, Block(unit=unit, failures=failures, timings_s=timings_s, paths=paths)
+
+
+def rate(done: list[tuple[float, int]]) -> float:
+    """Images after the first unit over the time since it, of (when, images) of each unit."""
+    done = sorted(done)
+    return sum(n for _, n in done[1:]) / (done[-1][0] - done[0][0])
+
+
+def decoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+    done = [(time.perf_counter(), len(images)) for images, _ in blocks_of(plan, source, case.resolution)]
+    return Found(images_per_s=rate(done), stages_s={})
+
+
+def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+    blocks = list(blocks_of(plan, source, case.resolution))
+    encoder = make_encoder(case, plan, run_id)
+    encoder.ready()
+    done = []
+    for images, block in blocks:
+        for path in block.paths:
+            encoder.encode(path, images, np.arange(len(images)), case.config(Path()).batch)
+        done.append((time.perf_counter(), len(images)))
+    return Found(images_per_s=rate(done), stages_s={})
+
+
+def one_process(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+    encoder = make_encoder(case, plan, run_id)
+    encoder.ready()
+    with ThreadPoolExecutor(1) as decoding, ThreadPoolExecutor(CALLS_IN_HAND) as calls:
+        blocks = blocks_of(plan, source, case.resolution)
+        ahead = decoding.submit(next, blocks, None)
+        waiting: list[Any] = []
+        while (found := ahead.result()) is not None:
+            ahead = decoding.submit(next, blocks, None)
+            if len(waiting) >= CALLS_IN_HAND:
+                waiting.pop(0).result()
+            waiting.append(calls.submit(encoder.encode_and_publish, *found, time.time()))
+        for call in waiting:
+            call.result()
+    return published(plan)
+
+
+def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+    from pipeline.cluster import ray_cluster
+    from pipeline.job import run_on_cluster
+    from pipeline.ray_environment import prepare_ray
+
+    prepare_ray("")
+    with ray_cluster("", verbose=False):
+        import ray
+
+        store_bytes = int(ray.cluster_resources()["object_store_memory"])
+        outcome = run_on_cluster(case.config(Path("unused")), plan, source, run_id, encoder=case.encoder)
+    assert not outcome.given_up
+    return published(plan, peak=outcome.store_peak_bytes, store=store_bytes, busy=outcome.encoder_busy)
+
+
+def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+    from pipeline.cluster import ray_cluster
+    from pipeline.ray_environment import prepare_ray
+
+    prepare_ray("")
+    resolution = case.resolution
+    parts = {unit: (plan.layout.unit_rows(unit).start, plan.index.slice(plan.layout.unit_rows(unit)), paths)
+             for unit, paths in plan.missing.items()}  # fmt: skip
+
+    def decode(row: dict[str, Any]) -> dict[str, Any]:
+        start, samples, _ = parts[row["unit"]]
+        images, (_, timings_s) = decode_unit(source, start, samples.keys, samples.locations, resolution)
+        return {"unit": row["unit"], "images": images, "timings_s": json.dumps(timings_s)}
+
+    class Encode:
+        def __init__(self) -> None:
+            self.encoder = make_encoder(case, plan, run_id)
+            self.encoder.ready()
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            unit = int(row["unit"])
+            block = Block(unit=unit, failures=[], timings_s=json.loads(row["timings_s"]), paths=parts[unit][2])
+            self.encoder.encode_and_publish(row["images"], block, time.time())
+            return {"unit": unit}
+
+    with ray_cluster("", verbose=False):
+        import ray
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        rows = ray.data.from_items([{"unit": unit} for unit in parts], override_num_blocks=len(parts))
+        decoded = rows.map(decode, num_cpus=1)
+        encoded = decoded.map(Encode, concurrency=1, num_cpus=1, max_concurrency=CALLS_IN_HAND)
+        assert encoded.count() == len(parts)
+    return published(plan)
+
+
+CONTESTANTS: dict[str, Callable[[Case, Plan, Source, str], Found]] = {
+    "decoders alone": decoders_alone, "encoders alone": encoders_alone, "one process": one_process, "ours": ours,
+    "Ray Data": ray_data,
+}  # fmt: skip
+
+
+def make_encoder(case: Case, plan: Plan, run_id: str) -> UnitEncoder:
+    """The actor's class, here."""
+    config = case.config(Path("unused"))
+    return case.encoder(plan.root, plan.groups, dict(plan.digests), config.batch, config.encoder_cpus, run_id)
+
+
+def published(plan: Plan, peak: int = 0, store: int = 0, busy: float = 0.0) -> Found:
+    """The rate, and each stage's seconds an image, from the receipts."""
+    done: dict[int, float] = {}
+    stages_s: dict[str, float] = {}
+    for group in plan.groups:
+        for unit, receipt, reason in scan(plan.root, group.layout, plan.digests[group.layout.path]):
+            assert receipt is not None, reason
+            done[unit] = max(done.get(unit, 0.0), receipt.made["finished_unix_s"])
+            for stage, seconds in receipt.timings_s.items():
+                shared = stage in ("read", "decode", "crop", "hand_over")  # once a unit, told in every group's receipt
+                stages_s[stage] = stages_s.get(stage, 0.0) + seconds / (len(plan.groups) if shared else 1)
+    n = len(plan.index)
+    return Found(
+        images_per_s=rate([(at_s, len(plan.layout.unit_rows(unit))) for unit, at_s in done.items()]),
+        stages_s={stage: seconds / n for stage, seconds in stages_s.items()},
+        peak_store_bytes=peak, store_bytes=store, encoder_busy=busy,
+    )  # fmt: skip
+
+
+def run_task(name: str, contestant: str, full_size: bool, n_per_class: int) -> None:
+    """One run, in this process; prints what it found as JSON."""
+    case = make_cases(full_size, n_per_class)[name]
+    with tempfile.TemporaryDirectory(dir=WORK) as folder:
+        root = open_root(Path(folder).absolute() / "store")
+        source = open_source(str(case.data.absolute()))
+        plan = make_plan(case.config(Path(str(root))), source, source.listing().index, root)
+        with Staging(root) as staging:
+            create(plan, source, staging)
+            found = CONTESTANTS[contestant](case, plan, source, staging.run_id)
+    print("FOUND", json.dumps(vars(found)))
+
+
+def report(case: Case, name: str, found: dict[str, list[Found]], rounds: int) -> str:
+    """The table of one case, and what follows from it."""
+    rates = {c: [f.images_per_s for f in runs] for c, runs in found.items()}
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
+
+    rows = [[c, f"{statistics.median(r):,.1f}", f"{ratio('ours', c):.3f}"] for c, r in rates.items()]
+    bound = min(("decoders alone", "encoders alone"), key=lambda c: statistics.median(rates[c]))
+    last = found["ours"][-1]
+    stages = ", ".join(f"{stage} {seconds * 1e6:,.0f}" for stage, seconds in last.stages_s.items())
+    rate_now = statistics.median(rates["ours"])
+    cpu_s = sum(last.stages_s.get(stage, 0.0) for stage in ("read", "decode", "crop"))
+    hours = IMAGENET / rate_now / 3600
+    lines = [
+        f"### {name}: {case.title}", "", table(["", "images/s", "ours / this"], rows), "",
+        f"- ours / {bound}, the tighter of the two bounds: {ratio('ours', bound):.3f}; "
+        f"ours / one process: {ratio('ours', 'one process'):.3f}",
+        f"- encoder busy {last.encoder_busy:.0%}; object store at most {last.peak_store_bytes / 1e6:.0f} MB of "
+        f"{last.store_bytes / 1e6:.0f} MB",
+        f"- µs an image, by stage: {stages}",
+    ]  # fmt: skip
+    if name == "full-size":
+        lines.append(
+            f"- ImageNet: {hours:.1f} hours with one encoder like this, {hours / 8:.1f} with eight; decoding then takes "
+            f"{rate_now * cpu_s:.1f} and {8 * rate_now * cpu_s:.0f} CPU cores"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--per-class", type=int, default=72, help="images of each of 16 classes (default 72)")
+    parser.add_argument("--full-size", action="store_true", help="SD-VAE and DINOv2-B, for a GPU")
+    parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    if args.task:
+        run_task(*args.task, args.full_size, args.per_class)
+        return
+    cases = make_cases(args.full_size, args.per_class)
+    texts = []
+    for name, case in cases.items():
+        found: dict[str, list[Found]] = {contestant: [] for contestant in CONTESTANTS}
+        for number in range(args.rounds):
+            for contestant, runs in found.items():
+                line = [sys.executable, "-m", "benchmarks.precompute", "--per-class", str(args.per_class), "--task",
+                        name, contestant, *(["--full-size"] if args.full_size else [])]  # fmt: skip
+                done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+                answer = next(li for li in done.stdout.splitlines() if li.startswith("FOUND "))
+                runs.append(Found(**json.loads(answer.removeprefix("FOUND "))))
+                print(f"{name}, round {number + 1}: {contestant} {runs[-1].images_per_s:.1f} images/s", file=sys.stderr)
+        texts.append(report(case, name, found, args.rounds))
+    packages = ("ray", "torch", "diffusers", "timm", "pillow")
+    text = "\n".join([
+        "## Stage one, images a second", "", machine(WORK, packages), "",
+        f"{16 * args.per_class} images in units of {SHARD_ROWS}, medians of {args.rounds} rounds.", "", *texts,
+    ])  # fmt: skip
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / ("precompute_full_size.md" if args.full_size else "precompute.md")).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
