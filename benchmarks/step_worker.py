@@ -249,8 +249,8 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
     def _let_go(self) -> None:
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 
