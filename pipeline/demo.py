@@ -21,6 +21,7 @@ from pipeline.sources.photos import write_photos
 from storage.console import EXIT_FAILED, EXIT_OK
 
 RESOLUTION, SHARD_ROWS = 128, 128
+FEATURES = "tiny-vit"
 PRESET, STEPS = "sit-tiny-2", 500
 RUNS = {"repa": [], "vanilla": ["--loss.projection-weight", "0"]}
 IMAGES, MEASURED = 32, 512
@@ -36,7 +37,7 @@ def demo_config(out: Path) -> PrecomputeConfig:
         data=str(photos),
         store=str(out / "store"),
         latents="tiny-vae",
-        features="tiny-vit",
+        features=FEATURES,
         resolution=RESOLUTION,
         shard_rows=SHARD_ROWS,
         ray_address=os.environ.get("RAY_ADDRESS", ""),
@@ -57,7 +58,7 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
         train = ["train", "--store", stage_one.store, "--preset", PRESET, "--run", run]
         _trainer([*train, "--steps", str(STEPS if steps is None else steps), *options])
         _trainer(["generate", run, "--n", str(IMAGES), "--batch", str(IMAGES)])
-        _trainer(["cknna", run, "--n", str(MEASURED)])
+        _trainer(["cknna", run, "--features", FEATURES, "--n", str(MEASURED)])
     page = out / PAGE
     title = "REPA and vanilla on the built-in photographs"
     _trainer(["report", *(str(out / name) for name in RUNS), "--out", str(page), "--title", title])

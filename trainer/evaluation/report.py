@@ -8,6 +8,7 @@ at most PICTURE_SIDE pixels a side.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from trainer.evaluation.run_record import RunRecord, read_runs
 
 PAGE = Path(__file__).with_name("report_page.html")
 PICTURE_SIDE = 1024
+LONGEST_NAME = 24
 METRICS = {
     "fid": "FID",
     "sfid": "sFID",
@@ -60,6 +62,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str) -> list[Path]:
 
 def page(records: Sequence[RunRecord], title: str) -> str:
     """The page's HTML."""
+    records = named_shortly(records)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     plural = "s" if len(records) > 1 else ""
     parts = {
@@ -76,6 +79,15 @@ def page(records: Sequence[RunRecord], title: str) -> str:
     for name, part in parts.items():
         text = text.replace(f"<!--{name}-->", part)
     return text
+
+
+def named_shortly(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Runs whose names are too long for a legend under the settings that tell them apart, which are in such names."""
+    columns = differing(records)
+    values = [" · ".join(_setting_cell(run, name).text for name in columns) for run in records]
+    if max(len(run.name) for run in records) <= LONGEST_NAME or len(set(values)) < len(records):
+        return list(records)
+    return [dataclasses.replace(run, name=value) for run, value in zip(records, values, strict=True)]
 
 
 def _title(records: Sequence[RunRecord]) -> str:
@@ -115,13 +127,14 @@ def differing(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _setting_column(name: str) -> Column:
-    def cell(run: RunRecord) -> Cell:
-        value = run.settings[name]
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return Cell(text=text or NOTHING, key=value if is_number else text)
+    return Column(title=name, cell=lambda run: _setting_cell(run, name))
 
-    return Column(title=name, cell=cell)
+
+def _setting_cell(run: RunRecord, name: str) -> Cell:
+    value = run.settings[name]
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Cell(text=text or NOTHING, key=value if is_number else text)
 
 
 def _loss_column(name: str, title: str) -> Column:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from trainer.cli import train_config
 from trainer.config import to_yaml
 from trainer.evaluation.charts import MOST_POINTS, Line, short, thinned, ticks
 from trainer.evaluation.decode import write_grid
-from trainer.evaluation.report import differing, page, write_report
+from trainer.evaluation.report import differing, named_shortly, page, write_report
 from trainer.evaluation.run_record import read_runs
 
 STEPS, EVERY, BATCH, RATE = 300, 10, 8, 100.0
@@ -143,6 +144,13 @@ def test_numbers(runs: Path, shared_tiny_store: Path) -> None:
     assert records["run-4"].best("cknna") is None
     digest = open_store(shared_tiny_store).group(FEATURES).identity_digest
     assert f">{digest[:12]}<" in page(list(records.values()), "numbers")
+
+
+def test_long_names_give_way_to_what_tells_runs_apart(runs: Path) -> None:
+    records = read_runs([runs / "run-0", runs / "run-3"])
+    assert [run.name for run in named_shortly(records)] == ["run-0", "run-3"]
+    long = [dataclasses.replace(run, name=f"{run.name}-with-a-name-of-an-ablation") for run in records]
+    assert [run.name for run in named_shortly(long)] == ["0 · 0.5", "3 · 0.0"]
 
 
 def test_a_store_that_is_gone_is_said_so(runs: Path, shared_tiny_store: Path, tmp_path: Path) -> None:
