@@ -242,7 +242,7 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
         rows = ray.data.from_items([{"unit": unit} for unit in parts], override_num_blocks=len(parts))
         decoded = rows.map(decode, num_cpus=1)
         encoded = decoded.map(Encode, concurrency=1, num_cpus=1, max_concurrency=CALLS_IN_HAND)
-        assert encoded.count() == len(parts)
+        assert len(encoded.take_all()) == len(parts)  # `count` would not run it
     return published(plan)
 
 
@@ -314,7 +314,7 @@ def report(case: Case, name: str, found: dict[str, list[Found]], rounds: int) ->
     ]  # fmt: skip
     if name == "full-size":
         lines.append(
-            f"- ImageNet: {hours:.1f} hours with one encoder like this, {hours / 8:.1f} with eight; decoding then takes "
+            f"- ImageNet: {hours:.1f} hours with one such encoder, {hours / 8:.1f} with eight; decoding then takes "
             f"{rate_now * cpu_s:.1f} and {8 * rate_now * cpu_s:.0f} CPU cores"
         )
     return "\n".join([*lines, ""])
