@@ -36,7 +36,7 @@ from trainer.loader import Batch, Loader
 from trainer.presets import preset
 from trainer.readback import Readback
 from trainer.resume import resolve
-from trainer.step import LatentScale, draw
+from trainer.step import LatentScale
 from trainer.update import build, compile_blocks, train_step
 
 N_CLASSES = 1000
@@ -86,7 +86,6 @@ class Ours:
             self.batch: Batch = _to(next(batches), torch.device("cpu"))
         self.encoders: dict[tuple[str, bool], Encoders] = {}
         self.compiled: list[Any] = []
-        self.draws = {False: draw, True: torch.compile(draw)}
         self.position = itertools.count()
 
     @contextmanager
@@ -94,7 +93,7 @@ class Ours:
         """The variant's batches, and what is done with one."""
         self._switch(request.compiled)
         config = override(self.parts.config, {"accumulate": micro_batches, "compile": request.compiled})
-        parts = dataclasses.replace(self.parts, config=config, draw=self.draws[request.compiled])
+        parts = dataclasses.replace(self.parts, config=config)
         before: list[Readback] = []
 
         def step(batch: Batch) -> float:

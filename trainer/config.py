@@ -136,8 +136,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{flag('optim', name)} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{flag('optim', name)} must be positive and finite, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag('optim', name)} must be in [0, 1), got {getattr(self, name)}")
@@ -227,7 +227,7 @@ class TrainConfig:
         "matrix products only; auto: bf16 on cuda, fp32 on cpu",
     )
     deterministic: bool = option(False, "only kernels that repeat bit for bit; slower on cuda")
-    compile: bool = option(False, "compile the transformer blocks (torch.compile)", free=True)
+    compile: bool = option(False, "compile the transformer blocks, the draws and the losses", free=True)
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "on several ranks: weights and optimiser on each (ddp), or sharded over them (fsdp)", free=True
     )

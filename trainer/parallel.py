@@ -10,6 +10,7 @@ DDP. Cost: a gather of each block's weights in the forward and one in the backwa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -26,6 +27,8 @@ from trainer.models.transformer import DiffusionTransformer
 
 def shard(model: DiffusionTransformer, world: World, autocast_dtype: torch.dtype | None) -> None:
     """Shard the parameters over all ranks, in place."""
+    # What the model returns is used and never written to, which is all that the warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     # Inputs keep their dtype: times would lose their last digits.
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)

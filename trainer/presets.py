@@ -15,8 +15,8 @@ sampling in 250 steps without guidance; with `--guidance 1.5` it is that of DiT'
 `-512` is for stores at 512 px: latents of 64×64, features of 32×32 tokens (DINOv2 at 448 px). Its settings are those at
 256 px; which guidance REPA's figures at 512 px were drawn with is not known here.
 
-Labels are dropped once, with probability 0.1. (The public training script drops them and its model drops them again,
-19 % in all; the paper says 10 %.)
+Labels are dropped once, with probability 0.1, as the paper says. (With `--legacy`, which it keeps for its early runs,
+the public script drops them twice, 19 % in all.)
 
 `sit-tiny-2` and `dit-tiny-2` are for the demo and for tests on a CPU: a few minutes on two cores, at any resolution.
 They are no published models.

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -61,7 +60,8 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         data = open_data(config)
         try:
             geometry = model_config(config, data)
-            config = resolve(config, data, world)
+            # The machine that trains the run decides on its arithmetic, not the one that makes it.
+            config = override(resolve(config, data, world), {"precision": config.precision})
             parts = build(config, geometry, LatentScale.of(data.latents.identity), world)
             notes = [_load(parts.model, weights, geometry, file)]
             _load(parts.ema.model, averaged, geometry, file)
@@ -99,10 +99,9 @@ def read_release(file: Path) -> tuple[Weights, Weights]:
         raise UserError(
             f"checkpoint {file} holds more than tensors and plain values; none of it was run ({reason})"
         ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {file} is damaged ({' '.join(str(error).split())[:120]}); fetch it again"
-        ) from error
+    except Exception as error:  # bytes that are no pickle end in whatever they happen to spell
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(f"checkpoint {file} is damaged, or is none ({reason}); fetch it again") from error
     if not isinstance(found, Mapping):
         raise UserError(f"checkpoint {file} holds a {type(found).__name__}, not weights by name")
     averaged = found.get("ema", found)

@@ -68,7 +68,7 @@ def resume(parts: Parts, identities: dict[str, str], accept_changes: bool) -> Ru
     changed = [
         f"{name}: was {then.get(name)}, is {now.get(name)}"
         for name in sorted({*now, *then})
-        if name not in free and now.get(name) != then.get(name)
+        if name not in free and then.get(name) not in (now.get(name), "auto")  # auto: a run imported, at step 0
     ]
     if changed and not accept_changes:
         raise UserError(

@@ -8,9 +8,10 @@ Every random number is keyed by (seed, purpose, step, row), so a step does not d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from trainer.config import TrainConfig
 from trainer.loader import Batch
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.alignment import ALIGNMENTS
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +43,6 @@ class LatentScale:
             shift=identity["latent_shift_factor"],
             has_posterior=identity.get("posterior", True),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """Clean latents x, noise and noisy latents x_t, float32 (B, C, h, w); t and labels, some of them null, (B,)."""
-
-    x: Tensor
-    noise: Tensor
-    x_t: Tensor
-    t: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +79,10 @@ def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
     return (mean + std * noise - scale.shift) * scale.scale
 
 
-def draw(batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Drawn:
-    """All that is random in a step, keyed by its batch's step and rows.
-
-    Some 700 kernels when it is not compiled, ten rounds of Philox five times over, which is more than the blocks of a
-    small model when those are compiled.
-    """
+def draw(
+    batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Latents x and noise (B, C, h, w); t and labels (B,) and x_t (B, C, h, w), which the model is given."""
     seed, step, rows = config.seed, batch.step, batch.rows
     objective = OBJECTIVES[config.model.kind]
     x = sample_latents(batch, scale, seed)
@@ -103,28 +94,40 @@ def draw(batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int)
     )
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
     labels = torch.where(dropped, null_label, batch.labels)
-    return Drawn(x=x, noise=noise, x_t=objective.perturb(x, noise, t, config.loss), t=t, labels=labels)
+    return x, noise, t, labels, objective.perturb(x, noise, t, config.loss)
 
 
-def losses(
-    model: nn.Module,
-    batch: Batch,
-    scale: LatentScale,
+def compare(
+    output: Tensor,
+    projections: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    x: Tensor,
+    noise: Tensor,
+    x_t: Tensor,
+    t: Tensor,
     config: TrainConfig,
-    null_label: int,
-    draw: Callable[[Batch, LatentScale, TrainConfig, int], Drawn] = draw,
-) -> Losses:
-    """Each sample's losses; `draw` may be compiled."""
-    objective = OBJECTIVES[config.model.kind]
-    drawn = draw(batch, scale, config, null_label)
-    half = autocast_dtype(config.precision)
-    with torch.autocast(drawn.x.device.type, dtype=half, enabled=half is not None):
-        output, projections = model(drawn.x_t, drawn.t, drawn.labels)
-    denoising = objective.denoising_loss(output, drawn.x, drawn.noise, drawn.x_t, drawn.t, config.loss)
+) -> tuple[Tensor, Tensor]:
+    """Denoising losses (B,) and alignment losses (B, K) of what the model made of x_t."""
+    denoising = OBJECTIVES[config.model.kind].denoising_loss(output, x, noise, x_t, t, config.loss)
     align = ALIGNMENTS[config.loss.alignment]
-    aligned = [align(h, target) for h, target in zip(projections, batch.targets, strict=True)]
-    return Losses(
-        denoising=denoising,
-        alignments=torch.stack(aligned, dim=1) if aligned else denoising.new_empty(len(denoising), 0),
-        times=objective.unit_times(drawn.t),
-    )
+    aligned = [align(h, target) for h, target in zip(projections, targets, strict=True)]
+    return denoising, torch.stack(aligned, dim=1) if aligned else denoising.new_empty(len(denoising), 0)
+
+
+@functools.cache
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    return torch.compile(function)
+
+
+def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Losses:
+    """Each sample's losses; nothing is drawn that is not keyed by the batch's step and rows.
+
+    Compiled, the draws are two or three kernels instead of some six hundred, which a small step would notice.
+    """
+    draws, compares = (_compiled(draw), _compiled(compare)) if config.compile else (draw, compare)
+    x, noise, t, labels, x_t = draws(batch, scale, config, null_label)
+    half = autocast_dtype(config.precision)
+    with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
+        output, projections = model(x_t, t, labels)
+    denoising, alignments = compares(output, projections, batch.targets, x, noise, x_t, t, config)
+    return Losses(denoising=denoising, alignments=alignments, times=OBJECTIVES[config.model.kind].unit_times(t))

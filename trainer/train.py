@@ -148,6 +148,7 @@ class _Run:
             saves = is_last or done % config.checkpoint.every == 0
             samples = config.log.samples_every > 0 and done % config.log.samples_every == 0
             stopping = self._settle(keep=0 if logs or saves or samples else 1)
+            self.bar.set_description_str("train", refresh=False)  # which a wait for data may have changed
             self.bar.update()
             if logs:
                 self._log(done)
@@ -179,7 +180,6 @@ class _Run:
     def _log(self, step: int) -> None:
         line = self.interval.line(step, self.config, self.parts.geometry, self.world, self.guard.skipped)
         self.interval = Interval.empty(self.config)
-        self.bar.set_description_str("train", refresh=False)
         self.bar.set_postfix_str(spoken(line))
         if self.log is not None:
             self.log.write(line)

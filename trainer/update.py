@@ -14,7 +14,6 @@ after 2,000 steps without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ from trainer.loader import Batch
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.optim import clip_gradients, make_optimizer, step_where_finite
 from trainer.parallel import gradients_reduced, replicate, shard
-from trainer.step import Drawn, LatentScale, Losses, draw, losses
+from trainer.step import LatentScale, Losses, losses
 
 DECILES = 10
 
@@ -46,7 +45,6 @@ class Parts:
     ema: EMA[DiffusionTransformer]
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
-    draw: Callable[..., Drawn] = draw  # compiled where the blocks are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,6 @@ def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: Wo
         ema=ema,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
-        draw=torch.compile(draw) if config.compile else draw,
     )
 
 
@@ -110,7 +107,7 @@ def train_step(parts: Parts, batch: Batch, *, stop: bool = False) -> tuple[StepN
     micro_batches = batch.split(config.accumulate)
     for i, micro_batch in enumerate(micro_batches, start=1):
         with gradients_reduced(parts.called, i == len(micro_batches)):
-            of_part = losses(parts.called, micro_batch, parts.scale, config, parts.geometry.n_classes, parts.draw)
+            of_part = losses(parts.called, micro_batch, parts.scale, config, parts.geometry.n_classes)
             parts.scaler.scale(of_part.total(config) / len(micro_batches)).backward()
         of_parts.append(of_part)
     of_batch = Losses.joined(of_parts)

@@ -102,7 +102,8 @@ def test_explicit_options_override_a_saved_config(tmp_path: Path) -> None:
     [
         ("--batch", "0", "--batch must be at least 1, got 0"),
         ("--batch", "many", "--batch must be a number of type int"),
-        ("--optim.lr", "nan", "--optim.lr must be positive, got nan"),
+        ("--optim.lr", "nan", "--optim.lr must be positive and finite, got nan"),
+        ("--optim.lr", "inf", "--optim.lr must be positive and finite, got inf"),
         ("--loss.label-dropout", "1.5", r"--loss.label-dropout must be in \[0, 1\], got 1.5"),
         ("--loss.path", "cubic", "--loss.path must be one of linear, cosine, got 'cubic'"),
         ("--model.heads", "5", "--model.heads must divide --model.width"),

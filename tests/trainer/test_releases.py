@@ -106,13 +106,15 @@ class Hostile:
         return os.system, (self.command,)
 
 
-@pytest.mark.parametrize("kind", ["hostile", "truncated", "list", "options"])
+@pytest.mark.parametrize("kind", ["hostile", "truncated", "text", "list", "options"])
 def test_what_is_not_weights_is_refused_and_nothing_in_it_is_run(tmp_path: Path, kind: str) -> None:
     file, touched = tmp_path / "c.pt", tmp_path / "touched"
     torch.save({"list": [1], "options": {"ema": {"a": 1}}, "hostile": Hostile(f"touch {touched}")}.get(kind, {}), file)
     if kind == "truncated":
         torch.save(randomised(SMALL).state_dict(), file)
         file.write_bytes(file.read_bytes()[:5000])
+    if kind == "text":
+        file.write_text("junk\n")
     with pytest.raises(UserError, match=str(file)) as caught:
         read_release(file)
     assert "\n" not in str(caught.value)
@@ -161,6 +163,7 @@ def test_a_run_is_made_and_training_goes_on_from_it(shared_tiny_store: Path, tmp
 
     config = from_yaml(run / "config.yaml")
     assert config.model.classes == 20
+    assert config.precision == "auto"
     summary = train(config)
     assert (summary["steps"], summary["steps_now"]) == (2, 2)
     after = latest_checkpoint(run)

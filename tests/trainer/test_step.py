@@ -69,7 +69,7 @@ def plain_step(config: TrainConfig, geometry: Geometry, batch: Batch, p: dict[st
         denoising = plain.diffusion_losses(output, x, noise, t)
     else:
         if config.loss.time_sampling == "lognormal":
-            sigma = torch.exp(1.2 * random_keys.normal(seed, "time", step, rows, (1,))[:, 0].double() - 1.2)
+            sigma = torch.exp(random_keys.normal(seed, "time", step, rows, (1,))[:, 0].double())
             linear = config.loss.path == "linear"
             uniform = sigma / (1 + sigma) if linear else torch.atan(sigma) * 2 / torch.pi
         x_t = plain.interpolant(x, noise, uniform, config.loss.path)

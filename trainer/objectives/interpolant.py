@@ -18,7 +18,6 @@ from trainer.config import LossConfig
 
 Path = Literal["linear", "cosine"]
 TimeSampling = Literal["uniform", "lognormal"]
-LOGNORMAL_MEAN, LOGNORMAL_STD = -1.2, 1.2  # of ln σ, EDM (arXiv 2206.00364, table 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +50,12 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: Path) -> tuple[Tensor
 def sample_times(uniform: Tensor, normal: Tensor, sampling: TimeSampling, path: Path) -> Tensor:
     """Times (B,) in [0, 1) from draws `uniform` and `normal` (B,), of which one is used.
 
-    lognormal: ln σ ~ N(−1.2, 1.2²) as in EDM, and t such that σ(t)/α(t) = σ on the path.
+    lognormal: ln σ ~ N(0, 1), and t such that σ(t)/α(t) = σ on the path, as in REPA's public loss. (EDM's own, arXiv
+    2206.00364, has mean −1.2 and deviation 1.2.)
     """
     if sampling == "uniform":
         return uniform
-    sigma = (LOGNORMAL_MEAN + LOGNORMAL_STD * normal).exp()
+    sigma = normal.exp()
     return sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)
 
 
