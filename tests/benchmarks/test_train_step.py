@@ -20,6 +20,7 @@ from trainer.presets import preset
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_the_smallest_setting_gives_a_whole_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = (
         f"--device cpu --presets sit-tiny-2 --batches 1 --compile no --encoder dinov2-vits14 --rounds 1 --seconds 0.01 "
