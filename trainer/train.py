@@ -58,7 +58,7 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
             geometry = model_config(config, data)
             config = resolve(config, data, world)
             set_arithmetic(config)
-            with only_writer(config.run) if world.is_main else nullcontext():
+            with only_writer(config.run, world):
                 parts = build(config, geometry, LatentScale.of(data.latents.identity), world)
                 return _Run(parts, data, resume(parts, data.identities, accept_changes)).run()
         finally:
@@ -208,8 +208,7 @@ class _Run:
             )
         except UserError as error:
             failure = error
-        if self.world.any(failure is not None):  # every rank ends, and none waits for one that is gone
-            raise failure or UserError(f"the main rank could not save step {step}, and says why")
+        self.world.end_together(failure, f"the main rank could not save step {step}, and says why")
 
     def _sample(self, step: int) -> None:
         drawn = write_preview(self.parts, self.data, step)
