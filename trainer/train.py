@@ -87,9 +87,6 @@ class _Run:
             self.interval.sums += self.interval.sums.new_tensor(resumed.log_sums)
             self.interval.count = resumed.log_count
         self.in_flight: deque[_InFlight] = deque()
-        self.bar = progress_bar(
-            self.config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
-        )
         self.log: MetricsLog | None = None
 
     def run(self) -> dict[str, Any]:
@@ -99,6 +96,9 @@ class _Run:
             write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
             print(self._opening(), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
+        self.bar = progress_bar(
+            config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
+        )
         self.parts.model.train()
         loader = Loader(
             self.data,

@@ -204,8 +204,10 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_checkpoint(
         ),
         ({"model.patch": 4}, "--model.patch 2"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
+        ({"data.resolution": 256}, "was made at 128 px, --data.resolution asks for 256"),
+        ({"batch": 9, "accumulate": 2}, "--batch 9 must be a multiple of the 1 ranks times --accumulate 2"),
     ],
-    ids=["store", "features", "grid", "device"],
+    ids=["store", "features", "grid", "device", "resolution", "accumulate"],
 )
 def test_a_users_mistake_is_named(
     shared_tiny_store: Path, tmp_path: Path, options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
