@@ -5,6 +5,7 @@ defaults of --preset, or the whole of --config RUN/config.yaml;  then what is gi
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import typing
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
     parser.add_argument("--config", type=Path, help="run again what RUN/config.yaml says")
     named = dict(itertools.pairwise(argv)).get("--preset", DEFAULT_PRESET)
     shown = preset(named if named in PRESETS else DEFAULT_PRESET)
+    sections = {
+        item.name: parser.add_argument_group(_first_line(getattr(shown, item.name)))
+        for item in dataclasses.fields(shown)
+        if dataclasses.is_dataclass(getattr(shown, item.name))
+    }
     for name, default, item in leaves(shown):
         kind = field_type(shown, name)
         help_text = item.metadata["help"]
@@ -30,9 +36,14 @@ def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
             help_text = f"{help_text}: {PRESET_NAMES} (default {DEFAULT_PRESET})"
         elif spelled(default) not in ("", "."):
             help_text += f" (default {spelled(default)})"
-        parser.add_argument(
+        sections.get(name.partition(".")[0], parser).add_argument(
             f"--{name.replace('_', '-')}", dest=name, metavar=_metavar(kind), default=None, help=help_text
         )
+
+
+def _first_line(config: object) -> str:
+    assert config.__doc__ is not None, config
+    return config.__doc__.splitlines()[0].rstrip(".")
 
 
 def _metavar(kind: Any) -> str:

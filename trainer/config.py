@@ -77,7 +77,7 @@ class LossConfig:
     alignment: Literal["cosine"] = option("cosine", "alignment loss: negative cosine, patch by patch")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
     projection_weight: tuple[float, ...] = option(
-        (0.5,), "λ of the alignment loss, one or one a target; 0: vanilla, no features are read"
+        (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
     )
 
     def __post_init__(self) -> None:

@@ -75,7 +75,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
                 skipped=0,
                 scaler={},
             )
-            with only_writer(config.run):
+            with only_writer(config.run, world):
                 write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
                 save_checkpoint(config.run, state, parts.model, parts.ema, parts.optimizer, config.checkpoint.keep)
         finally:

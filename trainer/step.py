@@ -3,6 +3,8 @@
     z = (mean + std · ε') · scale     afresh at each visit (after shifting, where a VAE has a shift)
     L = mean over the global batch of L_denoising + Σ_k λ_k · L_alignment,k  (REPA, arXiv 2410.06940, equation 9)
 
+The public loss has one λ and the mean over K encoders: that is λ_k = λ / K.
+
 Every random number is keyed by (seed, purpose, step, row), so a step does not depend on ranks or on a resume.
 """
 

@@ -59,7 +59,7 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
             geometry = model_config(config, data)
             config = resolve(config, data, world)
             set_arithmetic(config)
-            with only_writer(config.run) if world.is_main else nullcontext():
+            with only_writer(config.run, world):
                 parts = build(config, geometry, LatentScale.of(data.latents.identity), world)
                 return _Run(parts, data, resume(parts, data.identities, accept_changes)).run()
         finally:
@@ -88,9 +88,6 @@ class _Run:
             self.interval.sums += self.interval.sums.new_tensor(resumed.log_sums)
             self.interval.count = resumed.log_count
         self.in_flight: deque[_InFlight] = deque()
-        self.bar = progress_bar(
-            self.config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
-        )
         self.log: MetricsLog | None = None
 
     def run(self) -> dict[str, Any]:
@@ -100,6 +97,9 @@ class _Run:
             write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
             print(self._opening(), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
+        self.bar = progress_bar(
+            config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
+        )
         self.parts.model.train()
         loader = Loader(
             self.data,
@@ -209,8 +209,7 @@ class _Run:
             )
         except UserError as error:
             failure = error
-        if self.world.any(failure is not None):  # every rank ends, and none waits for one that is gone
-            raise failure or UserError(f"the main rank could not save step {step}, and says why")
+        self.world.end_together(failure, f"the main rank could not save step {step}, and says why")
 
     def _sample(self, step: int) -> None:
         drawn = write_preview(self.parts, self.data, step)

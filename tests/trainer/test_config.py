@@ -179,6 +179,7 @@ def test_help_lists_every_option() -> None:
     assert done.returncode == 0
     for name, _, _ in leaves(preset("sit-b-2")):
         assert f"--{name.replace('_', '-')}" in done.stdout
+    assert "\nThe diffusion transformer:\n  --model.kind" in done.stdout
 
 
 def test_an_unknown_option_is_one_line_with_the_nearest_name() -> None:

@@ -17,7 +17,9 @@ from storage.order import Order
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
 from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
 from trainer.checkpoint import latest_checkpoint, read_state
+from trainer.distributed import World
 from trainer.metrics import read_metrics
+from trainer.resume import only_writer
 from trainer.train import train
 
 BAD_ROW = 17
@@ -62,8 +64,10 @@ def runs(shared_tiny_store: Path, poisoned_store: Path, tmp_path_factory: pytest
         plan("poisoned-fsdp", poisoned_store, steps=8, max_skipped=3, parallel="fsdp"),
         plan("given-up", poisoned_store, steps=8, max_skipped=0),
         plan("odd", batch=7),
+        plan("locked"),
     ]
-    said = train_on_ranks(2, on_two)
+    with only_writer(root / "locked", World(rank=0, size=1, device=torch.device("cpu"))):
+        said = train_on_ranks(2, on_two)
     assert train_on_ranks(3, [plan("to-3")]) == [[""]] * 3
     for changes in (plan("one", **samples), plan("to-1"), plan("one-poisoned", poisoned_store, steps=8, max_skipped=3)):
         train(micro(**changes))
@@ -136,6 +140,13 @@ def test_the_budget_ends_every_rank_with_the_row_that_is_to_blame(runs: Any) -> 
 def test_a_batch_that_ranks_cannot_share_is_refused(runs: Any) -> None:
     _, said = runs
     assert said["odd"] == ["--batch 7 must be a multiple of the 2 ranks times --accumulate 1"] * 2
+
+
+def test_every_rank_ends_where_another_process_trains(runs: Any) -> None:
+    root, said = runs
+    main, other = said["locked"]
+    assert main == f"another process is training in {root / 'locked'}; name another --run, or wait for it"
+    assert other == f"the main rank could not begin in {root / 'locked'}, and says why"
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

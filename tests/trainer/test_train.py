@@ -17,6 +17,7 @@ from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
+from trainer.__main__ import main
 from trainer.config import from_yaml, override
 from trainer.guard import NonFiniteError
 from trainer.loader import Batch
@@ -203,20 +204,29 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_checkpoint(
         ),
         ({"model.patch": 4}, "--model.patch 2"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
+        ({"data.resolution": 256}, "was made at 128 px, --data.resolution asks for 256"),
+        ({"batch": 9, "accumulate": 2}, "--batch 9 must be a multiple of the 1 ranks times --accumulate 2"),
     ],
-    ids=["store", "features", "grid", "device"],
+    ids=["store", "features", "grid", "device", "resolution", "accumulate"],
 )
-def test_a_users_mistake_is_one_line_and_status_2(
-    shared_tiny_store: Path, tmp_path: Path, options: dict[str, Any], says: str
+def test_a_users_mistake_is_named(
+    shared_tiny_store: Path, tmp_path: Path, options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    process = start(command(**{"store": shared_tiny_store, "run": run, **options}))
+    with pytest.raises(UserError, match=says) as caught:
+        main(command(**{"store": shared_tiny_store, "run": run, **options})[3:])
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+    assert not run.exists()
+
+
+def test_a_users_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
+    process = start(command(tmp_path / "none", tmp_path / "run"))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
-    assert says in err
+    assert err.startswith(f"python -m trainer: error: {tmp_path / 'none'} does not exist")
     assert err.count("\n") == 1, err
     assert out == ""
-    assert not run.exists()
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(shared_tiny_store: Path, tmp_path: Path) -> None:
