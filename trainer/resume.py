@@ -17,33 +17,22 @@ from trainer.update import Parts
 
 
 @contextmanager
-<<<<<<< HEAD
-def only_writer(run: Path, doing: str = "training") -> Iterator[None]:
-    """Hold the run's lock; a second process on the same run would delete what the first is writing."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as lock:
-=======
-def only_writer(run: Path, world: World) -> Iterator[None]:
+def only_writer(run: Path, world: World, doing: str = "training") -> Iterator[None]:
     """Hold the run's lock; a second process on the same run would delete what the first is writing.
 
     The main rank holds it, every rank must ask, and all end where it cannot be had.
     """
     failure: UserError | OSError | None = None
     with ExitStack() as held:
->>>>>>> review5
         try:
             if world.is_main:
                 run.mkdir(parents=True, exist_ok=True)
                 fcntl.flock(held.enter_context(open(run / ".lock", "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-<<<<<<< HEAD
-            raise UserError(f"another process is {doing} in {run}; name another folder, or wait for it") from None
-=======
-            failure = UserError(f"another process is training in {run}; name another --run, or wait for it")
+            failure = UserError(f"another process is {doing} in {run}; name another folder, or wait for it")
         except OSError as error:
             failure = error
         world.end_together(failure, f"the main rank could not begin in {run}, and says why")
->>>>>>> review5
         yield
 
 

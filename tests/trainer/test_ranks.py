@@ -145,7 +145,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(runs: Any) -> None:
 def test_every_rank_ends_where_another_process_trains(runs: Any) -> None:
     root, said = runs
     main, other = said["locked"]
-    assert main == f"another process is training in {root / 'locked'}; name another --run, or wait for it"
+    assert main == f"another process is training in {root / 'locked'}; name another folder, or wait for it"
     assert other == f"the main rank could not begin in {root / 'locked'}, and says why"
 
 

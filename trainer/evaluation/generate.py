@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +88,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         settings = _settings(config, recipe, checkpoint, decoder, len(run.data.class_names), world.device)
         folder = config.out or config.run / _name(recipe, config, step_of(checkpoint))
         _refuse_other_settings(folder, settings)
-        with only_writer(folder, "generating") if world.is_main else nullcontext():
+        with only_writer(folder, world, "generating"):
             if world.is_main:
                 for stray in folder.glob(".*.partial"):  # of a process that was killed as it wrote
                     stray.unlink()
