@@ -16,6 +16,7 @@ place is found too. An array without receipts (another program's) is compared wi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -34,7 +35,7 @@ from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout, checked_r
 from storage.receipts import read_receipt
 from storage.roots import Root
 from storage.shard import HEAL, parse_shard_index
-from storage.shard_files import Check, LocalFiles, Read, RemoteFiles, ShardFiles
+from storage.shard_files import Check, LocalFiles, Read, ReadError, RemoteFiles, ShardFiles
 
 ChecksumPolicy = Literal["never", "first", "always"]
 EmptyRows = Literal["refuse", "fill"]
@@ -42,7 +43,7 @@ MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
 MAX_MERGED_CHUNKS = 512  # half of what one preadv takes, as each chunk is followed by its checksum
 MIN_PIECE_BYTES = 1 << 19  # less than this is not worth waking another thread for
 PIECES_A_THREAD = 2  # so that a thread that was held up does not hold up the batch
-INDEXES_KEPT = 4096  # irregular ones, 16 bytes a chunk
+INDEXES_KEPT = 4096  # irregular ones, 8 bytes a chunk
 CHECKSUMS_KEPT = 16384  # shards, 4 bytes a chunk
 
 UNKNOWN, REGULAR, IRREGULAR = 0, 1, 2  # what is known of a shard's index
@@ -207,14 +208,15 @@ class ArrayReader:
             if check is None and isinstance(self._files, LocalFiles):
                 touching = (np.diff(offsets) == self._layout.stored_bytes) & (np.diff(units) == 0)
                 if 2 * np.count_nonzero(touching) < len(order):  # merging a few saves less than looking for them costs
-                    self._files.read_rows(units, offsets, order, targets, self._layout.chunk_bytes)
-                    return
+                    with contextlib.suppress(EOFError, OSError):  # read again below, to know which row it was
+                        self._files.read_rows(units, offsets, order, targets, self._layout.chunk_bytes)
+                        return
             self._files.read(self._plan(targets, *piece), check)
         except FileNotFoundError as error:
             raise StoreError(f"shard {error.filename or error} is missing; {HEAL}") from None
-        except EOFError as error:
-            read: Read = error.args[0]
-            raise StoreError(f"{self._where(read.unit, read.slots[0])}: the file is too short; {HEAL}") from None
+        except ReadError as error:
+            read, why = error.args
+            raise StoreError(f"{self._where(read.unit, read.slots[0])}: {why}") from error
 
     def _plan(
         self, targets: memoryview, units: np.ndarray, slots: np.ndarray, order: np.ndarray, offsets: np.ndarray
@@ -259,16 +261,7 @@ class ArrayReader:
         """Find out whether a shard's chunks lie one after the other, as our writer leaves them."""
         if self._state[unit] != UNKNOWN:
             return
-        try:
-            size, tail = self._files.tail(unit, self._layout.index_bytes)
-        except FileNotFoundError:
-            if self._empty == "refuse":
-                fix = HEAL if self._group is not None else self._why_empty()
-                raise StoreError(f"shard {self._files.where(unit)} is missing; {fix}") from None
-            index = np.full(self._layout.n_shard_chunks, -1, dtype=np.int64)
-        else:
-            table = parse_shard_index(tail, size, self._layout, self._files.where(unit))
-            index = np.where(table[:, 0] == EMPTY, -1, table[:, 0].astype(np.int64))
+        index = self._read_index(unit)
         n_chunks = len(self._layout.store.unit_rows(unit)) * self.shape[1]
         regular = np.arange(n_chunks, dtype=np.int64) * self._layout.stored_bytes
         if np.array_equal(index[:n_chunks], regular):
@@ -278,14 +271,24 @@ class ArrayReader:
         self._state[unit] = IRREGULAR
 
     def _index(self, unit: int) -> np.ndarray:
+        """The offsets of an irregular shard. What is known of it stays known: other threads may have looked already."""
         index = self._indexes.get(unit)
         if index is None:
-            self._state[unit] = UNKNOWN
-            self._look_up(unit)
-            index = self._indexes.get(unit)
-            if index is None:  # rewritten in place, regular now
-                return np.arange(self._layout.n_shard_chunks, dtype=np.int64) * self._layout.stored_bytes
+            index = self._read_index(unit)
+            self._keep(self._indexes, unit, index, INDEXES_KEPT)
         return index
+
+    def _read_index(self, unit: int) -> np.ndarray:
+        """Where each chunk of a shard lies, int64 (S·V,), −1 where it is empty."""
+        try:
+            size, tail = self._files.tail(unit, self._layout.index_bytes)
+        except FileNotFoundError:
+            if self._empty == "refuse":
+                fix = HEAL if self._group is not None else self._why_empty()
+                raise StoreError(f"shard {self._files.where(unit)} is missing; {fix}") from None
+            return np.full(self._layout.n_shard_chunks, -1, dtype=np.int64)
+        table = parse_shard_index(tail, size, self._layout, self._files.where(unit))
+        return np.where(table[:, 0] == EMPTY, -1, table[:, 0].astype(np.int64))
 
     def _receipt_crcs(self, unit: int) -> np.ndarray:
         crcs = self._crcs.get(unit)

@@ -1,8 +1,9 @@
 """Reading ranges of an array's shard files: from a directory by `preadv`, from an object store by merged requests.
 
-Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Files that are open
-are bounded by a quarter of the process's soft limit, and at most 4,096; opening one again costs a system call and, on a
-network file system, a round trip, so a trainer is well advised to raise its soft limit (`raise_open_file_limit`).
+Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Of an array, a quarter
+of the process's soft limit of open files may be open, and at most 4,096; of all arrays together, half of the limit.
+Opening a file again costs a system call and, on a network file system, a round trip, so a trainer is well advised to
+raise its soft limit (`raise_open_file_limit`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,8 +24,9 @@ import numpy as np
 from storage.cache import DiskCache
 from storage.layout import ArrayLayout
 from storage.roots import Root
+from storage.shard import HEAL
 
-MAX_OPEN = 4096
+MIN_OPEN, MAX_OPEN = 8, 4096  # files of an array
 PROBES = 8  # chunks of a batch that are looked for in the page cache before reading ahead
 READ_AHEAD_BYTES = 128 << 10  # the kernel cuts a longer request for read-ahead short on a default block device
 
@@ -42,7 +45,12 @@ class Read(NamedTuple):
     buffers: list[Any]
 
 
+class ReadError(Exception):
+    """Raised with the read that failed and, in words, why and what to do."""
+
+
 Check = Callable[[Read], None]
+TOO_SHORT = f"the file is too short; {HEAL}"
 _UNIT = attrgetter("unit")
 
 
@@ -60,7 +68,7 @@ class ShardFiles(Protocol):
     def read(self, reads: Iterable[Read], check: Check | None) -> None:
         """Fill the buffers and have each read checked. `reads` are sorted by unit.
 
-        Raises FileNotFoundError, EOFError(read) and what `check` raises.
+        Raises FileNotFoundError, ReadError(read, why) and what `check` raises.
         """
 
     def will_read(self, units: np.ndarray, offsets: np.ndarray, n_bytes: int) -> None:
@@ -76,17 +84,28 @@ def raise_open_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+_LIVING: weakref.WeakSet[LocalFiles] = weakref.WeakSet()  # those that share the process's limit
+
+
+def _close_all(opened: dict[int, int]) -> None:
+    for fd in opened.values():
+        os.close(fd)
+
+
 class LocalFiles:
-    """Shards in a directory, kept open while they fit under the bound."""
+    """Shards in a directory, kept open while they fit under the bound, at most until this object is gone."""
 
     by_bytes = True
 
     def __init__(self, root: Path, path: str, layout: ArrayLayout) -> None:
         self._directory, self._layout = root / path, layout
-        self._max_open = max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._lock = threading.Lock()
         self._open: OrderedDict[int, int] = OrderedDict()  # unit → file descriptor, least recently used first
         self._pins: dict[int, int] = {}
+        self._max_open = 0  # looked at anew with every file that is opened
+        self._closed = False
+        weakref.finalize(self, _close_all, self._open).atexit = False  # at exit a thread may still read
+        _LIVING.add(self)
 
     def where(self, unit: int) -> str:
         """The shard's path."""
@@ -107,9 +126,14 @@ class LocalFiles:
             fd = self._acquire(unit)
             try:
                 for read in of_unit:
-                    got = os.preadv(fd, read.buffers, read.offset)
-                    if got != read.n_bytes and _read_slowly(fd, read.buffers, read.offset) != read.n_bytes:
-                        raise EOFError(read)
+                    try:
+                        got = os.preadv(fd, read.buffers, read.offset)
+                        if got != read.n_bytes:
+                            got = _read_slowly(fd, read.buffers, read.offset)
+                    except OSError as error:
+                        raise ReadError(read, f"{error.strerror}; look after the disk or its mount") from error
+                    if got != read.n_bytes:
+                        raise ReadError(read, TOO_SHORT)
                     if check is not None:
                         check(read)
             finally:
@@ -120,7 +144,8 @@ class LocalFiles:
     ) -> None:
         """What `read` does, for chunks that need no check and seldom touch, the usual case, with nothing made for each.
 
-        Sorted by unit; chunk i goes to `targets[order[i]·n_bytes : (order[i] + 1)·n_bytes]`.
+        Sorted by unit; chunk i goes to `targets[order[i]·n_bytes : (order[i] + 1)·n_bytes]`. Raises EOFError or OSError;
+        to know which chunk it was, call `read`.
         """
         preadv, fd, open_unit = os.preadv, -1, -1
         try:
@@ -133,7 +158,7 @@ class LocalFiles:
                     open_unit = unit
                 target = targets[at : at + n_bytes]
                 if preadv(fd, (target,), offset) != n_bytes and _read_slowly(fd, [target], offset) != n_bytes:
-                    raise EOFError(Read(unit, offset, n_bytes, [offset // n_bytes], [target]))
+                    raise EOFError
         finally:
             if open_unit >= 0:
                 self._release(open_unit)
@@ -168,8 +193,9 @@ class LocalFiles:
 
     def close(self) -> None:
         """Close every file; one that is being read is closed after that, since its number may then be another's."""
+        _LIVING.discard(self)
         with self._lock:
-            self._max_open = 0
+            self._max_open, self._closed = 0, True
             for unit in [unit for unit in self._open if unit not in self._pins]:
                 os.close(self._open.pop(unit))
 
@@ -188,11 +214,18 @@ class LocalFiles:
                 fd = self._open[unit]
             self._open[unit] = fd
             self._pins[unit] = self._pins.get(unit, 0) + 1
-            if len(self._open) > self._max_open:  # one came in, one goes out, or this one when it is released
-                idle = next((old for old in self._open if old not in self._pins), None)
-                if idle is not None:
-                    os.close(self._open.pop(idle))
+            self._max_open = self._share()
+            if len(self._open) > self._max_open:  # the oldest go out, or this one when it is released
+                idle = (old for old in self._open if old not in self._pins)
+                for old in list(islice(idle, len(self._open) - self._max_open)):
+                    os.close(self._open.pop(old))
         return fd
+
+    def _share(self) -> int:
+        """How many files of this array may be open: readers that came or went since change it."""
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = min(MAX_OPEN, soft // 4, soft // (2 * max(1, len(_LIVING))))
+        return 0 if self._closed else max(MIN_OPEN, most)
 
     def _release(self, unit: int) -> None:
         with self._lock:
@@ -245,7 +278,7 @@ class RemoteFiles:
             parts = self._root.ranges(self._key(unit), starts, ends)
             for read, part in zip(wanted, parts, strict=True):
                 if len(part) != read.n_bytes:
-                    raise EOFError(read)
+                    raise ReadError(read, TOO_SHORT)
                 taken = 0
                 for buffer in read.buffers:
                     buffer[:] = part[taken : taken + len(buffer)]
