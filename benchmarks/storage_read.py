@@ -43,7 +43,7 @@ PACKAGES = (
     "torch", "numpy", "zarr", "zarrs", "tensorstore", "grain", "array-record", "safetensors", "mosaicml-streaming",
     "litdata", "webdataset", "h5py", "datasets",
 )  # fmt: skip
-ALWAYS = {"ours": None, "preadv": None}  # every variant of these is measured, since the targets are ratios of them
+ALWAYS = ("ours", "preadv")  # every variant of these is measured, since the targets are ratios of them
 
 
 def evict(root: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 
 from storage import exchange
@@ -60,6 +61,13 @@ def list_groups(store: Store) -> None:
         codec = identity.get("codec", {}).get("name", identity.get("dtype", "?"))
         state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
         print(f"  {path}  {identity.get('encoder', '?')}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
+
+
+def describe_store(store: Store) -> None:
+    """Print what all groups share: samples, views, resolution, where the images came from."""
+    print(store.root)
+    print("store", json.dumps(store.attributes, indent=2, sort_keys=True), sep="\n")
+    print(f"groups {', '.join(store.groups()) or 'none yet'}")
 
 
 def describe_group(store: Store, path: str) -> None:
@@ -140,7 +148,11 @@ def split_path(where: str) -> tuple[str, str]:
 
 
 def _stores_below(root: Root, prefix: str, levels: int) -> Iterator[str]:
-    names = root.children(prefix) if root.path is not None or levels < LEVELS or _lists(root) else [METADATA]
+    try:
+        names = root.children(prefix) if root.path is not None or levels < LEVELS or _lists(root) else [METADATA]
+    except PermissionError:  # lost+found, another user's folder
+        print(f"{root.at(prefix)} cannot be read and is left out", file=sys.stderr)
+        return
     if METADATA in names:
         yield prefix
         return
@@ -182,6 +194,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     if args.command == "info":
         store, path = split_group(args.store)
+        if not path:
+            describe_store(store)
         for name in [path] if path else store.groups():
             describe_group(store, name)
         return EXIT_OK

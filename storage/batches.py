@@ -112,8 +112,10 @@ def iterate_batches(
     `batch` is the global batch, of which this rank's equal part is given, as `Gatherer.gather` describes it. Batches
     hold memory of their own. Raises UserError at once for what does not fit, and in the loop what reading raises.
     """
-    if batch < 1 or batch % world_size or not 0 <= rank < world_size:
+    if batch < 1 or not 0 <= rank < world_size or batch % world_size:
         raise UserError(f"a global batch of {batch} is not shared out over {world_size} ranks, of which this is {rank}")
+    if start < 0 or prefetch < 1:
+        raise UserError(f"batches are counted from 0 and at least one is gathered ahead, got {start=} and {prefetch=}")
     gatherer = Gatherer(
         store, groups, arrays=arrays, view=view, decode=decode, checksums=checksums, n_threads=n_threads
     )

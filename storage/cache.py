@@ -57,13 +57,13 @@ class DiskCache:
         """Fill the read's buffers; False when a chunk of it is not there whole. `crcs` uint32 (S·V,), the receipt's."""
         try:
             fd = os.open(self.path(array, read.unit), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+            try:
+                if os.preadv(fd, read.buffers, read.offset) != read.n_bytes:
+                    return False
+            finally:
+                os.close(fd)
+        except OSError:  # not there yet, or a disk that fails: the remote store has it
             return False
-        try:
-            if os.preadv(fd, read.buffers, read.offset) != read.n_bytes:
-                return False
-        finally:
-            os.close(fd)
         return all(crc32c(read.buffers[2 * i]) == int(crcs[slot]) for i, slot in enumerate(read.slots))
 
     def keep(self, array: str, read: Read) -> bool:

@@ -22,8 +22,8 @@ def diff_stores(a: Store, b: Store, groups: list[str] | None = None) -> Iterator
     """One line for everything in which `b` differs from `a`; none when they are equal. `groups` default to all."""
     about = ("source", "index_digest", "shard_rows")
     mine, other = ({k: v for k, v in store.attributes.items() if k not in about} for store in (a, b))
-    for line in differing_fields(other, mine):
-        yield f"store {line.replace('found', str(a.root) + ' has').replace('asked for', str(b.root) + ' has')}"
+    for line in differing_fields(other, mine, (f"{a.root} has", f"{b.root} has")):
+        yield f"store {line}"
     yield from _diff_samples(a, b)
     ours, theirs = (set(groups if groups is not None else store.groups()) for store in (a, b))
     for path in sorted(ours ^ theirs):
@@ -37,8 +37,9 @@ def diff_groups(a: Store, path_a: str, b: Store, path_b: str) -> Iterator[str]:
     """Identity fields, arrays and rows in which group `path_b` of `b` differs from group `path_a` of `a`."""
     (layout_a, attributes_a), (layout_b, attributes_b) = a.group_layout(path_a), b.group_layout(path_b)
     name = path_a if path_a == path_b else f"{path_a} and {path_b}"
-    for line in differing_fields(attributes_b["identity"], attributes_a["identity"]):
-        yield f"{name}: {line.replace('found', 'the first has').replace('asked for', 'the second has')}"
+    verbs = ("the first has", "the second has")
+    for line in differing_fields(attributes_b["identity"], attributes_a["identity"], verbs):
+        yield f"{name}: {line}"
     arrays_a, arrays_b = ({x.name: x for x in layout.arrays} for layout in (layout_a, layout_b))
     for array in sorted(arrays_a.keys() ^ arrays_b.keys()):
         yield f"{name}: array {array} is in the {'first' if array in arrays_a else 'second'} only"

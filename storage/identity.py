@@ -25,15 +25,17 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(dict(identity)).encode()).hexdigest()
 
 
-def differing_fields(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_fields(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], verbs: tuple[str, str] = ("found", "asked for"), prefix: str = ""
+) -> list[str]:
     """One "field: found X, asked for Y" a leaf that differs, in key order; nested mappings are dotted."""
     lines = []
     for key in sorted({*wanted, *found}):
         a, b = wanted.get(key), found.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differing_fields(a, b, f"{prefix}{key}.")
+            lines += differing_fields(a, b, verbs, f"{prefix}{key}.")
         elif canonical_json(a) != canonical_json(b):
-            lines.append(f"{prefix}{key}: found {_short(b)}, asked for {_short(a)}")
+            lines.append(f"{prefix}{key}: {verbs[0]} {_short(b)}, {verbs[1]} {_short(a)}")
     return lines
 
 

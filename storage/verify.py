@@ -1,8 +1,8 @@
 """Checking a whole store: is every byte what was written, and every number finite.
 
 Always checked: metadata and index against their receipts, every unit's receipt, the presence and size of every shard,
-every shard's index against the rows its receipt calls present, files that nothing accounts for. `deep` reads everything
-besides: each chunk against its receipt and against the checksum beside it, which other programs check, and each number
+every shard's index against the rows its receipt calls present, shards and receipts of no unit, receipts of no group.
+`deep` reads everything besides: each chunk against its receipt and against the checksum beside it, which other programs check, and each number
 of a floating-point array for NaN and infinity.
 
 Every fault is one line that names the file and, where there is one, the row. One fault hides no other, except that
@@ -24,7 +24,16 @@ import numpy as np
 from crc32c import crc32c
 
 from storage.errors import StoreError
-from storage.layout import EMPTY, INDEX_FILE, RECEIPTS_DIR, STORE_RECEIPT, ArrayLayout, GroupLayout
+from storage.layout import (
+    EMPTY,
+    GROUP_KINDS,
+    INDEX_FILE,
+    METADATA,
+    RECEIPTS_DIR,
+    STORE_RECEIPT,
+    ArrayLayout,
+    GroupLayout,
+)
 from storage.reader import Store, open_store
 from storage.receipts import Receipt, check_metadata, scan
 from storage.roots import Root, open_root
@@ -55,6 +64,8 @@ def verify(
         return
     yield from _store_faults(store)
     wanted = groups if groups is not None else store.groups()
+    if groups is None:
+        yield from _vanished_groups(store.root, wanted)
     for path in wanted:
         try:
             layout, attributes = store.group_layout(path)
@@ -98,6 +109,8 @@ def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: Unit) -> tupl
             continue  # said by the scan
         except StoreError as error:
             faults.append(str(error))
+        except OSError as error:  # a bad sector: the other shards are still looked at
+            faults.append(f"shard {root.at(key)} cannot be read: {error.strerror}")
     return n_bytes, faults
 
 
@@ -122,6 +135,15 @@ def _store_faults(store: Store) -> Iterator[str]:
     yield from faults
     if not faults and len(store.index) != store.n_rows:
         yield f"{store.root.at(INDEX_FILE)} has {len(store.index)} rows, the store {store.n_rows}"
+
+
+def _vanished_groups(root: Root, there: list[str]) -> Iterator[str]:
+    """Groups that have receipts and no metadata, so that nothing else would speak of them."""
+    for kind in GROUP_KINDS:
+        for name in root.children(f"{RECEIPTS_DIR}/{kind}"):
+            if f"{kind}/{name}" not in there:
+                receipts = root.at(f"{RECEIPTS_DIR}/{kind}/{name}")
+                yield f"{root.at(f'{kind}/{name}/{METADATA}')} is missing; restore it, or remove {receipts} too"
 
 
 def _stray_files(root: Root, layout: GroupLayout) -> Iterator[str]:

@@ -123,12 +123,12 @@ def publish_unit(
 
     `arrays` maps each array's name to (n, V, *row_shape), n = rows of the unit, of the layout's dtype. Rows named in
     `failed` are left empty. Publishing a unit again writes the same bytes. `statistics` and `made` are kept in the
-    receipt. `fsync=False` trusts the kernel to write
-    back: quicker on slow disks, and after a power cut (not a crash of the program) `verify --deep` is advised. Raises
-    StoreError as `write_shard` does.
+    receipt. `fsync=False` trusts the kernel to write back: quicker on slow disks, and after a power cut (not a crash of
+    the program) `verify --deep` is advised. Raises StoreError as `write_shard` does.
     """
     root = open_root(where)
     rows = layout.store.unit_rows(unit)
+    assert all(failure.row in rows for failure in failed), (unit, failed)
     present = np.ones(len(rows), dtype=bool)
     present[[failure.row - rows.start for failure in failed]] = False
     start_s = time.perf_counter()

@@ -107,9 +107,9 @@ def _share_cache(config: TrainConfig, store: Store, paths: list[str]) -> dict[st
 
 def pick_group(store: Store, kind: str, name: str) -> str:
     """The path of the named group, or of the only one there is. Raises UserError naming the choices."""
-    there = [path for path in store.groups() if path.startswith(f"{kind}/")]
     if name:
-        return f"{kind}/{name}"  # opening it says so when it is not there
+        return f"{kind}/{name}"  # opening it says so when it is not there, and a store over http cannot list
+    there = [path for path in store.groups() if path.startswith(f"{kind}/")]
     if len(there) == 1:
         return there[0]
     if not there:

@@ -1,11 +1,12 @@
 """The storage formats that are measured side by side. One file each, with the same three things:
 
 ARRAY-AGNOSTIC  a sample is the arrays of a `Spec` (features and moments, or int8 features, factors and moments)
-write(root, spec, data)         every row in the format's own recommended way for random access
+write(root, spec, n_rows)       every row of `make_rows` in the format's own recommended way for random access
 VARIANTS                        name → how it is read, for every way its documentation recommends
 batches(root, spec, order, batch, variant, workers) → iterator of {name: torch tensor (B, *row_shape)}
 
-A variant that cannot follow a given order (WebDataset) says so in `OWN_ORDER`.
+`WORKERS` are the numbers of worker processes to try. A variant that cannot follow a given order (WebDataset) is named in
+`OWN_ORDER`; who reads another's files instead of writing any names it in `SHARES`.
 """
 
 from __future__ import annotations

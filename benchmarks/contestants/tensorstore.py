@@ -1,7 +1,7 @@
 """TensorStore's zarr3 driver on this project's files (tutorial "Reading": asynchronous reads, batched since 0.1.63).
 
-Measured: one read of an index array a batch; a future a row, all in flight; the same within `ts.Batch`; each with the
-default and with two copying threads, on an opened array without a cache.
+Measured: one read of an index array a batch; a future a row, all in flight, with the default and with two copying
+threads; the same within `ts.Batch`. The array is opened once, without a cache.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from storage.exchange.content import make_content
 from storage.exchange.incoming import ImportOptions, import_store
 from storage.reader import open_store
 
+SHOWN = 20  # rows left out
 EXPORTS = {"hdf5": "to_hdf5", "webdataset": "to_webdataset", "mds": "to_mds", "npy": "to_npy", "parquet": "to_parquet"}
 IMPORTS = {"hdf5": "from_hdf5", "repa-npy": "from_repa_npy", "lightningdit": "from_lightningdit"}
 
@@ -91,4 +92,6 @@ def export_store(
             temporary.unlink(missing_ok=True)
     print(f"{out}: {len(content.rows)} rows of {', '.join(group.path for group in content.groups)}")
     if content.left_out:
-        print(f"left out, since their samples failed: rows {', '.join(map(str, content.left_out))}")
+        shown, more = content.left_out[:SHOWN], len(content.left_out) - SHOWN
+        rows = ", ".join(map(str, shown)) + (f" and {more} more" if more > 0 else "")
+        print(f"left out, since their samples failed: rows {rows}")

@@ -76,7 +76,7 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
         resolution=incoming.resolution,
         shard_rows=options.shard_rows,
     )
-    index = make_index(incoming.keys, incoming.labels, incoming.class_names, incoming.keys, [0] * len(incoming.keys))
+    index = make_index(incoming.keys, incoming.labels, incoming.class_names, incoming.keys, [-1] * len(incoming.keys))
     with Staging(where) as staging:
         create_store(staging.root, store, index, incoming.source, staging.run_id)
         for group in incoming.groups:

@@ -188,13 +188,15 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
 
 
 def _features_path(store: Store, name: str) -> str:
+    if name:
+        return f"features/{name}"
     there = [path.partition("/")[2] for path in store.groups() if path.startswith("features/")]
-    if not name and len(there) != 1:
+    if len(there) != 1:
         which = (
             f"has several features ({', '.join(there)}); choose with --features NAME" if there else "has no features"
         )
         raise UserError(f"store {store.root} {which}")
-    return f"features/{name or there[0]}"
+    return f"features/{there[0]}"
 
 
 def pooled_features(
