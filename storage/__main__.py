@@ -35,7 +35,9 @@ def list_stores(where: str) -> int:
         try:
             list_groups(open_store(f"{where.rstrip('/')}/{name}" if name else where))
         except StoreError as error:
-            print(f"{where}/{name}: {error}")
+            if not name:
+                raise
+            print(error)
     if not n_found:
         open_store(where)  # says what is wrong with it
         raise StoreError(f"{where} holds no store")

@@ -27,6 +27,7 @@ from storage.layout import (
     GROUP_KINDS,
     INDEX_FILE,
     METADATA,
+    RECEIPTS_DIR,
     STORE_RECEIPT,
     ArrayLayout,
     GroupLayout,
@@ -203,8 +204,15 @@ def open_store(where: str | os.PathLike[str] | Root) -> Store:
     except (FileNotFoundError, NotADirectoryError):
         exists = root.path is not None and root.path.exists()
         state = "is not a store (it has no zarr.json)" if exists else "does not exist"
-        raise StoreError(f"{root} {state}; make one with `make precompute DATA=… STORE={root}`") from None
-    changed = check_metadata(root, STORE_RECEIPT, only=METADATA)[1]
+        fix = _store_around(root) or f"make one with `make precompute DATA=… STORE={root}`"
+        raise StoreError(f"{root} {state}; {fix}") from None
+    try:
+        changed = check_metadata(root, STORE_RECEIPT, only=METADATA)[1]
+    except StoreError:
+        if _says_it_is_a_store(root):
+            raise
+        fix = _store_around(root) or f"name the folder that holds {INDEX_FILE} and {RECEIPTS_DIR}"
+        raise StoreError(f"{root} is not a store (its zarr.json is of something else); {fix}") from None
     if changed:
         raise StoreError(f"{changed[0]}; restore it")
     attributes = read_attributes(root, METADATA) or {}
@@ -214,6 +222,19 @@ def open_store(where: str | os.PathLike[str] | Root) -> Store:
             "use the code that wrote it, or precompute again"
         )
     return Store(root, attributes)
+
+
+def _says_it_is_a_store(root: Root) -> bool:
+    try:
+        return "index_digest" in (read_attributes(root, METADATA) or {})
+    except StoreError:  # an array's metadata, say
+        return False
+
+
+def _store_around(root: Root) -> str:
+    """Which store a directory lies in, as advice, or ""."""
+    around = root.path.absolute().parents[:4] if root.path is not None else ()
+    return next((f"the store is {path}" for path in around if (path / STORE_RECEIPT).exists()), "")
 
 
 def open_array(
