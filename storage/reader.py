@@ -111,6 +111,12 @@ class Store:
             if not name.startswith(".") and self._has(f"{kind}/{name}")
         ]
 
+    def _what_there_is(self) -> str:
+        try:
+            return f"it has {', '.join(self.groups()) or 'no group yet'}"
+        except StoreError:  # over http
+            return "which groups there are cannot be asked there"
+
     def _has(self, path: str) -> bool:
         try:
             self.root.size(f"{path}/{METADATA}")
@@ -122,7 +128,7 @@ class Store:
         """The group's geometry and attributes as its Zarr metadata say. Raises StoreError naming what exists."""
         kind, _, name = path.partition("/")
         if kind not in GROUP_KINDS or not name or not self._has(path):
-            raise StoreError(f"store {self.root} has no {path}; it has {', '.join(self.groups()) or 'no group yet'}")
+            raise StoreError(f"store {self.root} has no {path}; {self._what_there_is()}")
         where = self.root.at(path)
         files, changed = check_metadata(self.root, GroupLayout.metadata_receipt_key(path))
         if changed:

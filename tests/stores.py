@@ -10,6 +10,7 @@ import numpy as np
 from storage import ArrayLayout, Failure, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
 from storage.codec import Int8Codec, encode
 from storage.index import make_index
+from storage.receipts import is_done
 
 LATENTS = "latents/tiny-vae"
 FEATURES = "features/tiny-vit"
@@ -71,10 +72,12 @@ def make_store(
     codec: Int8Codec | None = None,
     features: Mapping[str, np.ndarray] | None = None,
     source: Mapping[str, str] | None = None,
+    missing_only: bool = False,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten).
 
-    `features` replaces random arrays of the features group; `source` says where the originals are, if anywhere.
+    `features` replaces random arrays of the features group; `source` says where the originals are, if anywhere;
+    `missing_only` leaves the units alone that are done already, as the pipeline does.
     """
     store = StoreLayout(n_rows=n_rows, views=("original", "hflip")[:n_views], resolution=128, shard_rows=shard_rows)
     layouts, identities = make_layouts(store, width, codec), make_identities(width, codec)
@@ -88,7 +91,9 @@ def make_store(
             data[path] = random_arrays(layout, seed, codec)
             if path == FEATURES and features is not None:
                 data[path].update(features)
-            publish_all(root, layout, identities[path], data[path], keys, failed_rows, staging)
+            publish_all(
+                root, layout, identities[path], data[path], keys, failed_rows, staging, missing_only=missing_only
+            )
     return data
 
 
@@ -100,11 +105,15 @@ def publish_all(
     keys: Sequence[str],
     failed_rows: Sequence[int],
     staging: Staging,
+    *,
+    missing_only: bool = False,
 ) -> None:
-    """Publish every unit of a group."""
+    """Publish every unit of a group, or those that are not done."""
     digest = create_group(root, layout, identity, {}, staging.run_id)
     staging.prepare(layout.path)
     for unit in range(layout.store.n_units):
+        if missing_only and is_done(staging.root, layout, unit, digest):
+            continue
         rows = layout.store.unit_rows(unit)
         failed = [Failure(row=row, key=keys[row], reason="test") for row in failed_rows if row in rows]
         cut = {name: array[rows.start : rows.stop] for name, array in arrays.items()}

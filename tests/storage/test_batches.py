@@ -121,4 +121,9 @@ def test_mistakes_are_named_before_the_first_batch(shared_tiny_store: Path) -> N
         iterate_batches(shared_tiny_store, ["features/clip"], batch=4, seed=0)
     with pytest.raises(UserError, match="not shared out over 3 ranks"):
         iterate_batches(shared_tiny_store, [LATENTS], batch=4, seed=0, world_size=3)
+    with pytest.raises(UserError, match="not shared out over 0 ranks"):
+        iterate_batches(shared_tiny_store, [LATENTS], batch=4, seed=0, world_size=0)
+    for wrong in ({"start": -1}, {"prefetch": 0}):
+        with pytest.raises(UserError, match="counted from 0 and at least one is gathered ahead"):
+            iterate_batches(shared_tiny_store, [LATENTS], batch=4, seed=0, **wrong)  # type: ignore[arg-type]
     assert open_store(shared_tiny_store).n_rows == 40

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from storage.__main__ import main
 from storage.codec import INT8
+from storage.console import EXIT_NOBODY_READS
 from tests.stores import FEATURES, LATENTS, make_store
 
 
@@ -37,6 +40,36 @@ def test_ls_finds_stores_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert re.search(r"latents/tiny-vae .* units 2/3", out)
 
 
+def test_ls_goes_on_after_a_folder_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lost+found").mkdir()
+    make_store(tmp_path / "s")
+    listdir = os.listdir
+
+    def refusing(path: Path) -> list[str]:
+        if Path(path).name == "lost+found":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    assert main(["ls", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert LATENTS in shown.out
+    assert shown.err == f"{tmp_path}/lost+found cannot be read and is left out\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "storage", "info", str(tmp_path / "s")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout is not None
+    command.stdout.close()
+    _, err = command.communicate()
+    assert (command.returncode, err) == (EXIT_NOBODY_READS, b"")
+
+
 def test_info_tells_identity_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path / "s", failed_rows=[3])
     assert main(["info", str(tmp_path / "s" / FEATURES)]) == 0
@@ -45,7 +78,10 @@ def test_info_tells_identity_and_failures(tmp_path: Path, capsys: pytest.Capture
     assert "row 3 class3/00003: test" in out
     assert "units done 3/3" in out
     assert main(["info", str(tmp_path / "s")]) == 0
-    assert capsys.readouterr().out.count("identity digest") == 2
+    out = capsys.readouterr().out
+    assert out.count("identity digest") == 2
+    assert '"n_rows": 40' in out
+    assert f"groups {LATENTS}, {FEATURES}" in out
 
 
 def test_verify_exits_1_and_names_the_fault(tmp_path: Path) -> None:
@@ -100,6 +136,10 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["ls", tmp_path / "empty"], "is not a store"),
         (["info", tmp_path / "s/features/clip"], "has no features/clip; it has latents/tiny-vae, features/tiny-vit"),
         (["verify", tmp_path / "s/latents/x"], "has no latents/x"),
+        (["ls", tmp_path / "s/latents"], f"s/latents is not a store (its zarr.json is of something else); the store is {tmp_path / 's'}"),
+        (["info", tmp_path / "s/latents"], f"the store is {tmp_path / 's'}"),
+        (["diff", tmp_path / "s", tmp_path / "s/latents"], f"the store is {tmp_path / 's'}"),
+        (["verify", tmp_path / "s/latents"], f"the store is {tmp_path / 's'}"),
         (["diff", tmp_path / "s", tmp_path / "s" / LATENTS], "compare two stores or two groups"),
         (["export", tmp_path / "s", "--to", "csv", "--out", "x"], "invalid choice"),
         (["ls", "ftp://x/y"], "a store lies in a directory or at s3://"),

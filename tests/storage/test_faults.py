@@ -6,7 +6,9 @@ tenth of them in `make test`; each prints its seed when it fails.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from storage import StoreError, open_store
+from storage.roots import LocalRoot
 from storage.verify import _finite, verify
 from tests.stores import FEATURES, LATENTS, make_store
 
@@ -175,6 +178,38 @@ def test_a_number_that_is_none_is_named(tmp_path: Path, value: float) -> None:
 @given(arrays(st.sampled_from(["f2", "f4", "f8"]), 5, elements=st.floats(allow_nan=True, width=16)))
 def test_finite_is_numpys_isfinite(values: np.ndarray) -> None:
     assert _finite(values) == bool(np.isfinite(values).all())
+
+
+@pytest.mark.parametrize("what", ["group", "metadata"])
+def test_a_group_that_is_gone_is_named(tmp_path: Path, what: str) -> None:
+    make_store(tmp_path)
+    if what == "group":
+        shutil.rmtree(tmp_path / FEATURES)
+    else:
+        (tmp_path / FEATURES / "zarr.json").unlink()
+    faults = list(verify(tmp_path))
+    assert len(faults) == 1
+    assert f"{FEATURES}/zarr.json is missing; restore it, or remove {tmp_path}/receipts/{FEATURES} too" in faults[0]
+    shutil.rmtree(tmp_path / "receipts" / FEATURES)
+    assert list(verify(tmp_path)) == []
+
+
+def test_a_shard_that_the_disk_does_not_give_is_named_and_the_rest_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path)
+    (tmp_path / FEATURES / "cls/c/2/0/0").write_bytes(b"short")
+    read = LocalRoot.read
+
+    def failing(root: LocalRoot, key: str) -> bytes:
+        if key == f"{LATENTS}/moments/c/1/0/0/0/0":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(root, key)
+
+    monkeypatch.setattr(LocalRoot, "read", failing)
+    faults = list(verify(tmp_path, deep=True, n_workers=1))
+    assert f"shard {tmp_path}/{LATENTS}/moments/c/1/0/0/0/0 cannot be read: Input/output error" in faults
+    assert [fault for fault in faults if "cls/c/2/0/0" in fault]
 
 
 def test_files_that_belong_to_no_unit_are_named(tmp_path: Path) -> None:

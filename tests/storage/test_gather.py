@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import pickle
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,7 +17,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, open_store
+import storage.gather
+from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, gather_into, open_store
+from storage.codec import INT8
+from storage.gather import IRREGULAR
 from storage.index import make_index
 from storage.shard_files import LocalFiles
 from tests.stores import FEATURES, LATENTS, make_store, publish_all
@@ -54,12 +60,14 @@ def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
         index = make_index(keys, [0] * len(keys), ["x"] * len(keys), keys, [1] * len(keys))
         create_store(root, store, index, {}, staging.run_id)
         publish_all(root, layout, {"name": "any"}, {"a": written}, keys, failed, staging)
-    group = open_store(root).group("features/any", checksums="always", n_threads=3)
-    assert group.failed_rows.tolist() == sorted(failed)
     rows, views = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    out = np.full((len(pairs), *shape), 7, dtype=dtype)
-    group["a"].read_into(rows, views, out)
-    np.testing.assert_array_equal(out, written[rows, views])
+    for policy in ("never", "first", "always"):
+        group = open_store(root).group("features/any", checksums=policy, n_threads=3)  # type: ignore[arg-type]
+        assert group.failed_rows.tolist() == sorted(failed)
+        for _ in range(2):  # under `first`, the second time is unchecked
+            out = np.full((len(pairs), *shape), 7, dtype=dtype)
+            group["a"].read_into(rows, views, out)
+            np.testing.assert_array_equal(out, written[rows, views])
     by_zarr = zarr.open_group(root, mode="r")["features/any/a"][:]
     np.testing.assert_array_equal(by_zarr[rows, views], out)
     assert not by_zarr[failed].any()  # an empty row reads as the fill value in any other program
@@ -90,6 +98,35 @@ def test_open_files_stay_bounded(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     np.testing.assert_array_equal(out, data[FEATURES]["patches"][rows, 0])
+
+
+def open_below(root: Path) -> int:
+    """How many files below `root` this process has open."""
+    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return sum(os.readlink(link).startswith(str(root)) for link in links if os.path.exists(link))
+
+
+def test_all_arrays_together_stay_under_half_of_the_limit_and_close_with_their_reader(tmp_path: Path) -> None:
+    data = make_store(tmp_path, n_rows=200, shard_rows=1, codec=INT8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = max(map(int, os.listdir("/proc/self/fd"))) + 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        groups = [open_store(tmp_path).group(path) for path in (LATENTS, FEATURES)]
+        arrays = {(group.path, name): array for group in groups for name, array in group.arrays.items()}
+        assert len(arrays) == 4
+        rows = np.random.default_rng(0).permutation(200)
+        out = {name: np.empty((200, *array.row_shape), array.dtype) for name, array in arrays.items()}
+        for _ in range(2):
+            gather_into([(array, out[name]) for name, array in arrays.items()], rows, 0)
+            assert 4 < open_below(tmp_path) <= allowed // 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for (path, name), values in out.items():
+        np.testing.assert_array_equal(values, data[path][name][rows, 0])
+    del groups, arrays, array
+    gc.collect()
+    assert open_below(tmp_path) == 0
 
 
 def _read_in_child(reader: object, rows: np.ndarray, pipe: object) -> None:
@@ -199,3 +236,62 @@ def test_damage_is_found_and_named(tmp_path: Path, policy: str, damage: str) -> 
     patches.read_into(np.arange(16), 0, out)
     with pytest.raises(StoreError, match=r"patches/c/1/0/0/0, row (21|16), view 0: wrong checksum"):
         patches.read_into(np.arange(16, 32), 0, out)
+
+
+@pytest.mark.parametrize("failed", [[], [18, 40]])  # regular shards, and some with an index of their own
+@pytest.mark.parametrize("array", ["patches", "cls"])
+def test_a_shard_cut_short_after_it_was_opened_names_the_row(tmp_path: Path, array: str, failed: list[int]) -> None:
+    make_store(tmp_path, n_rows=48, shard_rows=16, failed_rows=failed)
+    reader = open_store(tmp_path).group(FEATURES, checksums="never")[array]
+    rows = np.array([1, 17, 21, 29, 45])
+    out = np.empty((len(rows), *reader.row_shape), reader.dtype)
+    reader.read_into(rows, 0, out)
+    before_row_29 = 29 - 16 - (18 in failed)
+    shard = tmp_path / FEATURES / array / reader._layout.shard_key(1)
+    os.truncate(shard, before_row_29 * reader._layout.stored_bytes + 3)
+    with pytest.raises(StoreError, match=r"c/1/.*, row 29, view 0: the file is too short"):
+        reader.read_into(rows, 0, out)
+
+
+@pytest.mark.parametrize("policy", ["never", "first"])
+def test_a_disk_that_fails_is_named_with_shard_and_row(
+    tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path)
+    reader = open_store(tmp_path).group(LATENTS, checksums=policy)["moments"]  # type: ignore[arg-type]
+    out = np.empty((2, *reader.row_shape), reader.dtype)
+    preadv = os.preadv
+
+    def failing(fd: int, buffers: object, offset: int, *flags: int) -> int:
+        if offset == 5 * reader._layout.stored_bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset, *flags)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(StoreError, match=r"moments/c/1/0/0/0/0, row 21, view 0: Input/output error"):
+        reader.read_into([3, 21], 0, out)
+
+
+def test_an_index_that_is_read_again_never_looks_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that looked at the state at that moment would take the shard for a regular one."""
+    monkeypatch.setattr(storage.gather, "INDEXES_KEPT", 1)
+    data = make_store(tmp_path, failed_rows=[0, 17, 33])[LATENTS]["moments"]
+    reader = open_store(tmp_path).group(LATENTS, checksums="never")["moments"]
+    rows = np.array([row for row in range(40) if row not in (0, 17, 33)])
+    tail, states = reader._files.tail, []
+
+    def looked_at(unit: int, n_bytes: int) -> tuple[int, bytes]:
+        states.append(int(reader._state[unit]))
+        return tail(unit, n_bytes)
+
+    def read(seed: int) -> None:
+        for order in np.random.default_rng(seed).permuted(np.tile(rows, (20, 1)), axis=1):
+            out = np.empty((len(order), *reader.row_shape), reader.dtype)
+            reader.read_into(order, 0, out)
+            np.testing.assert_array_equal(out, data[order, 0])
+
+    read(0)
+    monkeypatch.setattr(reader._files, "tail", looked_at)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    assert set(states) == {IRREGULAR}

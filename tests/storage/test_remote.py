@@ -145,6 +145,8 @@ def test_over_http_with_retries(tmp_path: Path) -> None:
         out = np.empty((2, *moments.row_shape), moments.dtype)
         moments.read_into([44, 0], [1, 0], out)
         np.testing.assert_array_equal(out, data[LATENTS]["moments"][[44, 0], [1, 0]])
+        with pytest.raises(StoreError, match=r"has no features/clip; which groups there are cannot be asked there"):
+            store.group("features/clip")
         with pytest.raises(StoreError, match="does not exist"):
             open_store(f"{url}/nowhere")
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+import zarr
 
 import storage.roots
 from storage import Staging, StoreError, StoreLayout, UserError, create_group, create_store, open_store, publish_unit
@@ -67,6 +68,8 @@ def test_identity_differences_are_named() -> None:
         "preprocessing.resize: found 448, asked for 224",
         'weights_sha256: found "bb", asked for "aa"',
     ]
+    verbs = ("a has", "b has")
+    assert differing_fields({"name": "foundation"}, {"name": "found"}, verbs) == ['name: a has "found", b has "foundation"']
     assert identity_digest(wanted) != identity_digest(found)
     assert identity_digest(dict(reversed(wanted.items()))) == identity_digest(wanted)
 
@@ -99,6 +102,15 @@ def test_what_is_not_a_store_is_refused_in_words(tmp_path: Path) -> None:
     make_store(tmp_path / "s")
     with pytest.raises(StoreError, match=r"has no features/clip; it has latents/tiny-vae, features/tiny-vit"):
         open_store(tmp_path / "s").group("features/clip")
+    for inside in ("latents", LATENTS, f"{LATENTS}/moments", "receipts", "nothing"):
+        with pytest.raises(StoreError, match=rf"/s/{inside} (is not a store|does not exist).*; the store is \S*/s$"):
+            open_store(tmp_path / "s" / inside)
+    (tmp_path / "s/receipts/store.json").unlink()  # still a store, and damaged
+    with pytest.raises(StoreError, match=r"receipts/store\.json is missing"):
+        open_store(tmp_path / "s")
+    zarr.create_group(tmp_path / "other")
+    with pytest.raises(StoreError, match=r"other is not a store .*; name the folder that holds index.parquet"):
+        open_store(tmp_path / "other")
 
 
 def test_an_edited_identity_is_found(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.codec import INT8, decode
 from storage.errors import StoreError, UserError
+from tests.storage.servers import http_server
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, publish_all, random_arrays
 from trainer.config import AlignmentTarget, TrainConfig, flatten, from_yaml, override, to_yaml
 from trainer.data import model_config, open_data
@@ -66,6 +67,17 @@ def two_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BOTH = {"data.features": ("tiny-vit", "other-vit"), "model.align_block": (1, 3), "loss.projection_weight": (0.5, 0.25)}
+
+
+def test_a_store_over_http_trains_when_its_groups_are_named(two_features: Path, tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    with http_server(two_features.parent) as (url, _):
+        config = override(micro(two_features, tmp_path / "run", **BOTH), {"store": f"{url}/store", "steps": 2})
+        with pytest.raises(UserError, match="cannot be listed over http; name the groups"):
+            open_data(config)
+        config = override(config, {"data.latents": "tiny-vae"})
+        train(config)
+    assert [row["step"] for row in read_metrics(config.run)] == [1, 2]
 
 
 def test_each_target_has_its_features_block_and_weight(two_features: Path, tmp_path: Path) -> None:
