@@ -1,6 +1,6 @@
 """What int8 features do to a training step: the change of the REPA loss and of its gradient, beside float16's.
 
-    python benchmarks/codec_loss.py [--steps 4] [--batch 4]
+    python -m benchmarks.codec_loss [--steps 4] [--batch 4]
 
 Built-in photographs go through the built-in VAE and a vision encoder; SiT takes `--steps` real steps from the float32
 features, so that its gates have left zero, and then one more step is taken apart. Its alignment loss is taken against
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.report import RESULTS, machine, table
 from pipeline.decode import to_rgb
 from pipeline.encoders import registry, timm_vit
 from pipeline.encoders.catalogue import VISION
@@ -189,17 +190,8 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     return rows
 
 
-def print_table(rows: list[list[str]]) -> None:
-    """A Markdown table, columns aligned."""
-    head = ["features", "compared", "REPA loss", "Δ loss", "projector 1−cos", "‖Δ‖", "transformer 1−cos", "‖Δ‖"]
-    head += ["whole loss 1−cos", "‖Δ‖"]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |")
-
-
 def main() -> None:
-    """Measure every feature set and print one table."""
+    """Measure every feature set; print one table and write it to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="training steps before the one taken apart (default 4)")
     parser.add_argument("--batch", type=int, default=4, help="images a step (default 4)")
@@ -216,8 +208,15 @@ def main() -> None:
         Case(name=f"{kind}, outliers", preset="sit-b-2", resolution=256, encoder=large, outliers=True),
     ]
     rows = [row for case in cases for row in measure(case, args.steps, args.batch)]
-    print(f"\n{args.batch} images, step {args.steps + 1}, float32 arithmetic, torch {torch.__version__} on the CPU\n")
-    print_table(rows)
+    header = ["features", "compared", "REPA loss", "Δ loss", "projector 1−cos", "‖Δ‖", "transformer 1−cos", "‖Δ‖"]
+    text = "\n".join([
+        "## What int8 features change in a training step", "", machine(Path(), ("torch", "numpy")), "",
+        f"{args.batch} images, step {args.steps + 1}, float32 arithmetic on the CPU. Δ relative to the second of the pair.",
+        "", table([*header, "whole loss 1−cos", "‖Δ‖"], rows), "",
+    ])  # fmt: skip
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "codec_loss.md").write_text(text)
 
 
 if __name__ == "__main__":

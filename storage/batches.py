@@ -5,7 +5,7 @@
 
 The order is a function of the seed in constant memory (`order.py`), so the state of the iterator is the number of the
 next batch, and `start` resumes anywhere; any number of ranks cut the same global batches. A thread gathers ahead into a
-bounded queue; leaving the loop, or closing the iterator, ends it.
+bounded queue, while the disk reads the batch after; leaving the loop, or closing the iterator, ends it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class Gatherer:
         self._arrays = set(arrays) or there
         if decode and "patches" in self._arrays:
             self._arrays |= there & {"scale"}
+        self._wanted = [
+            (group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())
+        ]
         self._labels = opened.classes.labels
         failed = np.unique(np.concatenate([group.failed_rows for group in self._groups]))
         self._valid = np.setdiff1d(np.arange(opened.n_rows), failed) if len(failed) else None
@@ -71,18 +74,27 @@ class Gatherer:
 
     def gather(self, positions: np.ndarray, views: np.ndarray | int) -> dict[str, np.ndarray]:
         """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} at int64 positions (B,) and views."""
-        rows = positions if self._valid is None else self._valid[positions]
+        rows = self._rows(positions)
         batch = {"row": rows, "label": self._labels[rows]}
-        wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
-        out = [np.empty((len(rows), *group[name].row_shape), group[name].dtype) for group, name in wanted]
-        gather_into([(group[name], values) for (group, name), values in zip(wanted, out, strict=True)], rows, views)
+        readers = [group[name] for group, name in self._wanted]
+        out = [np.empty((len(rows), *reader.row_shape), reader.dtype) for reader in readers]
+        gather_into(list(zip(readers, out, strict=True)), rows, views)
         for group in self._groups:
-            arrays = {name: values for (of, name), values in zip(wanted, out, strict=True) if of is group}
+            arrays = {name: values for (of, name), values in zip(self._wanted, out, strict=True) if of is group}
             codec = codec_of(group.identity) if self._decode else None
             if codec is not None and "patches" in arrays:
                 arrays["patches"] = decode(arrays["patches"], arrays.pop("scale"), codec, dtype=np.float16)
             batch |= {f"{group.path}/{name}": values for name, values in arrays.items()}
         return batch
+
+    def will_read(self, positions: np.ndarray, views: np.ndarray | int) -> None:
+        """Say that these are gathered soon, so that the disk starts now."""
+        rows = self._rows(positions)
+        for group, name in self._wanted:
+            group[name].will_read(rows, views)
+
+    def _rows(self, positions: np.ndarray) -> np.ndarray:
+        return positions if self._valid is None else self._valid[positions]
 
     def close(self) -> None:
         """Close every file."""
@@ -137,14 +149,20 @@ def _iterate(
             except queue.Full:
                 continue
 
+    def samples(number: int) -> tuple[np.ndarray, np.ndarray]:
+        # Views are drawn for the global batch, so that they do not depend on the number of ranks.
+        views = np.broadcast_to(gatherer.views(batch, np.random.default_rng([seed, number])), batch)
+        return order.global_batch(number, batch)[part], views[part]
+
     def work() -> None:
         number = start
         try:
+            coming = samples(number)
             while not leaving.is_set() and (stop is None or number < stop):
-                # Views are drawn for the global batch, so that they do not depend on the number of ranks.
-                views = np.broadcast_to(gatherer.views(batch, np.random.default_rng([seed, number])), batch)
-                put(gatherer.gather(order.global_batch(number, batch)[part], views[part]))
-                number += 1
+                this, number, coming = coming, number + 1, samples(number + 1)
+                if stop is None or number < stop:
+                    gatherer.will_read(*coming)
+                put(gatherer.gather(*this))
             put(None)
         except BaseException as error:  # raised again in the loop
             put(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,19 @@ def test_a_unit_is_done_only_with_a_matching_receipt_and_its_files(tmp_path: Pat
         store.group(FEATURES)
 
 
-def test_a_full_disk_is_said_so_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "No space left on device; free space"),
+        (errno.EDQUOT, "Disk quota exceeded; raise the quota"),
+        (errno.EACCES, "Permission denied; give this user write permission"),
+        (errno.EROFS, "Read-only file system; mount the file system writable"),
+        (errno.ESTALE, "Stale file handle; the network file system lost the directory"),
+    ],
+)
+def test_a_disk_that_refuses_is_said_so_and_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+) -> None:
     root = tmp_path / "s"
     make_store(root)
     before = array_files(root)
@@ -150,17 +163,31 @@ def test_a_full_disk_is_said_so_and_leaves_no_part(tmp_path: Path, monkeypatch: 
 
     def full(fd: int, buffers: object) -> None:
         os.write(fd, b"half a shard")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(storage.roots, "write_all", full)
     with Staging(root) as staging:
         digest = create_group(root, layout, make_identities()[FEATURES], {}, staging.run_id)
         staging.prepare(FEATURES)
         arrays = {name: array[:16] for name, array in random_arrays(layout, seed=9).items()}
-        with pytest.raises(StoreError, match=r"No space left on device; free space"):
+        with pytest.raises(StoreError, match=says):
             publish_unit(root, layout, digest, 0, arrays, [], staging.run_id, {})
         assert list((root / FEATURES / STAGING_DIR / staging.run_id).iterdir()) == []
     assert array_files(root) == before
+
+
+def test_a_path_that_is_gone_is_said_so(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    layout = make_layouts(STORE)[FEATURES]
+    arrays = {name: array[:16] for name, array in random_arrays(layout, seed=9).items()}
+    with Staging(root) as staging:
+        digest = create_group(root, layout, make_identities()[FEATURES], {}, staging.run_id)
+        staging.prepare(FEATURES)
+        shutil.rmtree(root / FEATURES)
+        with pytest.raises(StoreError, match=r"cls/c/0/0/0: No such file or directory; a directory of the store vanished"):
+            publish_unit(root, layout, digest, 0, arrays, [], staging.run_id, {})
+    assert not (root / FEATURES).exists()
 
 
 def test_a_living_run_is_left_alone_by_another(tmp_path: Path) -> None:
