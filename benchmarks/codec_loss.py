@@ -211,7 +211,7 @@ def main() -> None:
     header = ["features", "compared", "REPA loss", "Δ loss", "projector 1−cos", "‖Δ‖", "transformer 1−cos", "‖Δ‖"]
     text = "\n".join([
         "## What int8 features change in a training step", "", machine(Path(), ("torch", "numpy")), "",
-        f"{args.batch} images, step {args.steps + 1}, float32 arithmetic on the CPU. Δ relative to the second of the pair.",
+        f"{args.batch} images, step {args.steps + 1}, float32 arithmetic on the CPU; Δ relative to the second.",
         "", table([*header, "whole loss 1−cos", "‖Δ‖"], rows), "",
     ])  # fmt: skip
     print(text)

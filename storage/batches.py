@@ -60,9 +60,7 @@ class Gatherer:
         self._arrays = set(arrays) or there
         if decode and "patches" in self._arrays:
             self._arrays |= there & {"scale"}
-        self._wanted = [
-            (group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())
-        ]
+        self._wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
         self._labels = opened.classes.labels
         failed = np.unique(np.concatenate([group.failed_rows for group in self._groups]))
         self._valid = np.setdiff1d(np.arange(opened.n_rows), failed) if len(failed) else None

@@ -1,9 +1,9 @@
 """Reading ranges of an array's shard files: from a directory by `preadv`, from an object store by merged requests.
 
-Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Of an array, a quarter
-of the process's soft limit of open files may be open, and at most 4,096; of all arrays together, half of the limit.
-Opening a file again costs a system call and, on a network file system, a round trip, so a trainer is well advised to
-raise its soft limit (`raise_open_file_limit`).
+Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Of the open files that
+the process is allowed, one array takes a quarter at most (and at most 4,096), all arrays together half. Opening a file
+again costs a system call and, on a network file system, a round trip, so a trainer is well advised to raise its soft
+limit (`raise_open_file_limit`).
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class LocalFiles:
     ) -> None:
         """What `read` does, for chunks that need no check and seldom touch, the usual case, with nothing made for each.
 
-        Sorted by unit; chunk i goes to `targets[order[i]·n_bytes : (order[i] + 1)·n_bytes]`. Raises EOFError or OSError;
-        to know which chunk it was, call `read`.
+        Sorted by unit; chunk i goes to `targets[order[i]·n_bytes : (order[i] + 1)·n_bytes]`. Raises EOFError or OSError
+        without a word; `read` says which chunk it was.
         """
         preadv, fd, open_unit = os.preadv, -1, -1
         try:

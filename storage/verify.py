@@ -2,12 +2,12 @@
 
 Always checked: metadata and index against their receipts, every unit's receipt, the presence and size of every shard,
 every shard's index against the rows its receipt calls present, shards and receipts of no unit, receipts of no group.
-`deep` reads everything besides: each chunk against its receipt and against the checksum beside it, which other programs check, and each number
-of a floating-point array for NaN and infinity.
+`deep` reads everything besides: each chunk against its receipt and against the checksum beside it, which other programs
+check, and each number of a floating-point array for NaN and infinity.
 
 Every fault is one line that names the file and, where there is one, the row. One fault hides no other, except that
 damaged metadata must be restored before what it describes can be looked at. Cost of `deep`: the store read once, on
-all cores, a shard in memory a core.
+all cores, a row in memory a core (of an object store, a shard).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ AHEAD_PER_WORKER = 4
 FAULTS_A_SHARD = 20  # of one kind, then a count
 
 Progress = Callable[[int], object]
+Read = Callable[[int, int], bytes]  # the bytes [start, stop) of a file
 Unit = tuple[int, Receipt | None, str | None]  # as `scan` tells of it
 
 
@@ -97,14 +98,14 @@ def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: Unit) -> tupl
         try:
             size = root.size(key)
             n_bytes += size
-            if deep:
-                data = root.read(key)
-                faults += _shard_faults(array, unit, receipt, data, root.at(key))
-            else:
-                tail = _tail(root, key, size, array.index_bytes)
-                faults += _index_faults(
-                    array, unit, receipt, parse_shard_index(tail, size, array, root.at(key)), root.at(key)
-                )
+            with _opened(root, key, whole=deep) as read:
+                tail = read(max(0, size - array.index_bytes), size)
+                index = parse_shard_index(tail, size, array, root.at(key))
+                faults += _index_faults(array, unit, receipt, index, root.at(key))
+                if deep:
+                    faults += _chunk_faults(array, unit, receipt, index, read, root.at(key))
+                    if size != len(_covered(index)) * array.stored_bytes + array.index_bytes:
+                        faults.append(f"shard {root.at(key)} has bytes that belong to no row")
         except FileNotFoundError:
             continue  # said by the scan
         except StoreError as error:
@@ -164,13 +165,17 @@ def _stray_files(root: Root, layout: GroupLayout) -> Iterator[str]:
                 yield f"{root.at(f'{layout.path}/{array.name}/c/{name}')} is no shard of the store's {len(units)} units"
 
 
-def _tail(root: Root, key: str, size: int, n_bytes: int) -> bytes:
-    start = max(0, size - n_bytes)
-    if root.path is None:
-        return bytes(root.ranges(key, [start], [size])[0]) if size else b""  # type: ignore[attr-defined]
-    with open(root.path / key, "rb") as file:
-        file.seek(start)
-        return file.read()
+@contextlib.contextmanager
+def _opened(root: Root, key: str, *, whole: bool) -> Iterator[Read]:
+    """Reads of a file; one of an object store is fetched at once when it is wanted `whole`."""
+    if root.path is not None:
+        with open(root.path / key, "rb", buffering=0) as file:
+            yield lambda start, stop: os.pread(file.fileno(), stop - start, start)
+    elif whole:
+        data = root.read(key)
+        yield lambda start, stop: data[start:stop]
+    else:
+        yield lambda start, stop: bytes(root.ranges(key, [start], [stop])[0]) if stop else b""  # type: ignore[attr-defined]
 
 
 def _index_faults(array: ArrayLayout, unit: int, receipt: Receipt, index: np.ndarray, where: str) -> list[str]:
@@ -188,19 +193,19 @@ def _index_faults(array: ArrayLayout, unit: int, receipt: Receipt, index: np.nda
     return _shortened(faults, where)
 
 
-def _shard_faults(array: ArrayLayout, unit: int, receipt: Receipt, data: bytes, where: str) -> list[str]:
-    index = parse_shard_index(data[-array.index_bytes :] if data else b"", len(data), array, where)
-    faults = _index_faults(array, unit, receipt, index, where)
+def _chunk_faults(
+    array: ArrayLayout, unit: int, receipt: Receipt, index: np.ndarray, read: Read, where: str
+) -> list[str]:
+    """Rows whose bytes are not those of the receipt or of the checksum beside them, or whose numbers are none."""
     record = receipt.shard(array.name)
     assert record is not None
     crcs = record.crcs()
     rows = array.store.unit_rows(unit)
-    view = memoryview(data)
     damaged, not_finite = [], []
     for slot in np.flatnonzero(index[:, 0] != EMPTY).tolist():
         start = int(index[slot, 0])
-        chunk = view[start : start + array.chunk_bytes]
-        beside = view[start + array.chunk_bytes : start + array.stored_bytes]
+        stored = memoryview(read(start, start + array.stored_bytes))
+        chunk, beside = stored[: array.chunk_bytes], stored[array.chunk_bytes :]
         row, n_view = rows.start + slot // array.store.n_views, slot % array.store.n_views
         found = crc32c(chunk)
         if found != crcs[slot]:
@@ -209,9 +214,7 @@ def _shard_faults(array: ArrayLayout, unit: int, receipt: Receipt, data: bytes, 
             damaged.append(f"shard {where}, row {row}, view {n_view}: the checksum stored beside the bytes is damaged")
         elif not _finite(np.frombuffer(chunk, dtype=array.dtype)):
             not_finite.append(f"shard {where}, row {row}, view {n_view}: NaN or infinity among its numbers")
-    if array.n_shard_chunks and len(data) != len(_covered(index)) * array.stored_bytes + array.index_bytes:
-        faults.append(f"shard {where} has bytes that belong to no row")
-    return faults + _shortened(damaged, where) + _shortened(not_finite, where)
+    return _shortened(damaged, where) + _shortened(not_finite, where)
 
 
 def _covered(index: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@ write(root, spec, n_rows)       every row of `make_rows` in the format's own rec
 VARIANTS                        name → how it is read, for every way its documentation recommends
 batches(root, spec, order, batch, variant, workers) → iterator of {name: torch tensor (B, *row_shape)}
 
-`WORKERS` are the numbers of worker processes to try. A variant that cannot follow a given order (WebDataset) is named in
-`OWN_ORDER`; who reads another's files instead of writing any names it in `SHARES`.
+`WORKERS` are the numbers of worker processes to try. A variant that cannot follow a given order (WebDataset) is named
+in `OWN_ORDER`; who reads another's files instead of writing any names it in `SHARES`.
 """
 
 from __future__ import annotations

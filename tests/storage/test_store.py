@@ -69,8 +69,8 @@ def test_identity_differences_are_named() -> None:
         "preprocessing.resize: found 448, asked for 224",
         'weights_sha256: found "bb", asked for "aa"',
     ]
-    verbs = ("a has", "b has")
-    assert differing_fields({"name": "foundation"}, {"name": "found"}, verbs) == ['name: a has "found", b has "foundation"']
+    lines = differing_fields({"name": "foundation"}, {"name": "found"}, ("a has", "b has"))
+    assert lines == ['name: a has "found", b has "foundation"']
     assert identity_digest(wanted) != identity_digest(found)
     assert identity_digest(dict(reversed(wanted.items()))) == identity_digest(wanted)
 
@@ -185,7 +185,7 @@ def test_a_path_that_is_gone_is_said_so(tmp_path: Path) -> None:
         digest = create_group(root, layout, make_identities()[FEATURES], {}, staging.run_id)
         staging.prepare(FEATURES)
         shutil.rmtree(root / FEATURES)
-        with pytest.raises(StoreError, match=r"cls/c/0/0/0: No such file or directory; a directory of the store vanished"):
+        with pytest.raises(StoreError, match=r"cls/c/0/0/0: No such file.*; a directory of the store vanished"):
             publish_unit(root, layout, digest, 0, arrays, [], staging.run_id, {})
     assert not (root / FEATURES).exists()
 
