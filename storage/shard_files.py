@@ -1,9 +1,9 @@
 """Reading ranges of an array's shard files: from a directory by `preadv`, from an object store by merged requests.
 
-Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Of the open files that
-the process is allowed, one array takes a quarter at most (and at most 4,096), all arrays together half. Opening a file
-again costs a system call and, on a network file system, a round trip, so a trainer is well advised to raise its soft
-limit (`raise_open_file_limit`).
+Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Of the open files
+that the process is allowed, one array takes a quarter at most (and at most 4,096), all arrays together half. Opening a
+file again costs a system call and, on a network file system, a round trip, so a trainer is well advised to raise its
+soft limit (`raise_open_file_limit`).
 """
 
 from __future__ import annotations
