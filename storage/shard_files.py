@@ -84,7 +84,7 @@ def raise_open_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-_LIVING: weakref.WeakSet[LocalFiles] = weakref.WeakSet()  # those that share the process's limit
+_READING: weakref.WeakSet[LocalFiles] = weakref.WeakSet()  # those that share the process's limit
 
 
 def _close_all(opened: dict[int, int]) -> None:
@@ -105,7 +105,6 @@ class LocalFiles:
         self._max_open = 0  # looked at anew with every file that is opened
         self._closed = False
         weakref.finalize(self, _close_all, self._open).atexit = False  # at exit a thread may still read
-        _LIVING.add(self)
 
     def where(self, unit: int) -> str:
         """The shard's path."""
@@ -193,7 +192,7 @@ class LocalFiles:
 
     def close(self) -> None:
         """Close every file; one that is being read is closed after that, since its number may then be another's."""
-        _LIVING.discard(self)
+        _READING.discard(self)
         with self._lock:
             self._max_open, self._closed = 0, True
             for unit in [unit for unit in self._open if unit not in self._pins]:
@@ -222,10 +221,12 @@ class LocalFiles:
         return fd
 
     def _share(self) -> int:
-        """How many files of this array may be open: readers that came or went since change it."""
+        """How many files of this array may be open: readers that came or went since the last time change it."""
+        if self._closed:
+            return 0
+        _READING.add(self)
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        most = min(MAX_OPEN, soft // 4, soft // (2 * max(1, len(_LIVING))))
-        return 0 if self._closed else max(MIN_OPEN, most)
+        return max(MIN_OPEN, min(MAX_OPEN, soft // 4, soft // (2 * len(_READING))))
 
     def _release(self, unit: int) -> None:
         with self._lock:

@@ -192,6 +192,19 @@ def test_mistakes_are_one_line(place: str, monkeypatch: pytest.MonkeyPatch, caps
     assert main(["verify", place]) == 0
 
 
+def test_credentials_come_from_the_usual_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(place)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StoreError, match=r"no credentials; set AWS_ACCESS_KEY_ID"):
+        open_store(place)
+    file.write_text("[default]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
+    assert open_store(place).n_rows == 40
+
+
 def test_a_dead_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
