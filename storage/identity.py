@@ -26,7 +26,10 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def differing_fields(
-    wanted: Mapping[str, Any], found: Mapping[str, Any], verbs: tuple[str, str] = ("found", "asked for"), prefix: str = ""
+    wanted: Mapping[str, Any],
+    found: Mapping[str, Any],
+    verbs: tuple[str, str] = ("found", "asked for"),
+    prefix: str = "",
 ) -> list[str]:
     """One "field: found X, asked for Y" a leaf that differs, in key order; nested mappings are dotted."""
     lines = []
