@@ -24,14 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from crc32c import crc32c
 
 from storage.cache import DiskCache
 from storage.errors import StoreError
-from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout, checked_rows
+from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout, StoreLayout, checked_rows
 from storage.receipts import read_receipt
 from storage.roots import Root
 from storage.shard import HEAL, parse_shard_index
@@ -41,14 +41,14 @@ ChecksumPolicy = Literal["never", "first", "always"]
 EmptyRows = Literal["refuse", "fill"]
 MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
 MAX_MERGED_CHUNKS = 512  # half of what one preadv takes, as each chunk is followed by its checksum
-MIN_PIECE_BYTES = 1 << 19  # less than this is not worth waking another thread for
-PIECES_A_THREAD = 2  # so that a thread that was held up does not hold up the batch
+MIN_SHARE_BYTES = 1 << 19  # less than this is not worth waking another thread for
 INDEXES_KEPT = 4096  # irregular ones, 8 bytes a chunk
 CHECKSUMS_KEPT = 16384  # shards, 4 bytes a chunk
 
 UNKNOWN, REGULAR, IRREGULAR = 0, 1, 2  # what is known of a shard's index
 
 Value = TypeVar("Value")
+Piece = Callable[[], None]
 
 
 def gather_into(
@@ -56,19 +56,53 @@ def gather_into(
 ) -> None:
     """The same rows of several arrays at once, such as moments and patches: `ArrayReader.read_into` for each target.
 
-    Quicker than one after the other, since threads that have finished with one array go on with the next.
+    Quicker than one after the other: threads are woken once, each with its share of every array.
     """
-    readers = [reader for reader, _ in targets]
-    checked = [reader._checked_rows(rows, views) for reader in readers]
-    pieces = [
-        piece for (reader, out), (r, v) in zip(targets, checked, strict=True) for piece in reader._pieces(r, v, out)
-    ]
-    if readers:
-        readers[0]._together(_call, pieces, readers[0]._n_threads)
+    if not targets:
+        return
+    places: dict[StoreLayout, Places] = {}
+    for reader, _ in targets:
+        reader._start_if_forked()
+        if reader._layout.store not in places:
+            places[reader._layout.store] = Places.of(rows, views, reader._layout)
+    first = targets[0][0]
+    n_bytes = sum(out.nbytes for reader, out in targets if reader._files.by_bytes)
+    n_shares = max(1, min(first._n_threads, n_bytes // MIN_SHARE_BYTES))
+    shares: list[list[Piece]] = [[] for _ in range(n_shares)]
+    waiting: list[list[Piece]] = []  # on a network: begun first, and none behind another
+    for reader, out in targets:
+        if reader._files.by_bytes:
+            pieces = reader._pieces(places[reader._layout.store], out, n_shares)
+            for share, piece in zip(shares, pieces, strict=False):
+                share.append(piece)
+        else:
+            waiting += [[piece] for piece in reader._pieces(places[reader._layout.store], out, reader._n_threads)]
+    first._together(_call, [*waiting, *shares], first._n_threads)
 
 
-def _call(piece: Callable[[], None]) -> None:
-    piece()
+def _call(pieces: list[Piece]) -> None:
+    for piece in pieces:
+        piece()
+
+
+class Places(NamedTuple):
+    """Where a batch's samples lie, in the order of the disk: the same for every array of a store."""
+
+    units: np.ndarray  # int64 (B,)
+    slots: np.ndarray  # int64 (B,), chunks of the shard
+    order: np.ndarray  # int64 (B,), positions in the caller's batch
+    merge: bool  # whether most of them are neighbours; a few are not worth looking for
+
+    @classmethod
+    def of(cls, rows: np.ndarray | Sequence[int], views: np.ndarray | int, layout: ArrayLayout) -> Places:
+        """Raises ValueError and IndexError for what are no rows or views of the array."""
+        rows, views = checked_rows(rows, views, layout.shape)
+        units, slots = np.divmod(rows, layout.store.shard_rows)
+        slots = slots * layout.store.n_views + views
+        order = np.argsort(units * layout.n_shard_chunks + slots, kind="stable")
+        units, slots = units[order], slots[order]
+        neighbours = (np.diff(slots) == 1) & (np.diff(units) == 0)
+        return cls(units, slots, order, merge=bool(2 * np.count_nonzero(neighbours) >= len(order)))
 
 
 class ArrayReader:
@@ -109,14 +143,15 @@ class ArrayReader:
         """
         gather_into([(self, out)], rows, views)
 
-    def _pieces(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
-        """The work of a read, cut so that threads can share it."""
-        if out.shape != (len(rows), *self.row_shape) or out.dtype != self.dtype or not out.flags.c_contiguous:
+    def _pieces(self, places: Places, out: np.ndarray, n_pieces: int) -> list[Piece]:
+        """The work of a read in `n_pieces` or fewer, for threads to share. What takes Python's lock is done here."""
+        units, slots, order, merge = places
+        if out.shape != (len(order), *self.row_shape) or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ValueError(
-                f"out must be C-contiguous {self.dtype} {(len(rows), *self.row_shape)}, got {out.dtype} {out.shape}"
+                f"out must be C-contiguous {self.dtype} {(len(order), *self.row_shape)}, got {out.dtype} {out.shape}"
             )
         targets = out.reshape(-1).view(np.uint8).data
-        units, slots, order, offsets = self._locate(rows, views)
+        offsets = self._locate(units, slots)
         if (offsets < 0).any():
             empty = offsets < 0
             if self._empty == "refuse":
@@ -124,13 +159,11 @@ class ArrayReader:
                 raise StoreError(f"{where} is empty: {self._why_empty()}")
             out[order[empty]] = 0
             units, slots, order, offsets = (array[~empty] for array in (units, slots, order, offsets))
-        n_pieces = min(len(order), PIECES_A_THREAD * self._n_threads)
-        if self._files.by_bytes:
-            n_pieces = min(n_pieces, max(1, len(order) * self._layout.chunk_bytes // MIN_PIECE_BYTES))
-        bounds = [len(order) * i // n_pieces for i in range(n_pieces + 1)] if n_pieces else []
         check = None if self._checksums == "never" or self._all_seen(units, slots) else self._check
+        n_pieces = min(len(order), n_pieces)
+        bounds = [len(order) * i // n_pieces for i in range(n_pieces + 1)] if n_pieces else []
         return [
-            partial(self._read_piece, check, targets, (units[i:j], slots[i:j], order[i:j], offsets[i:j]))
+            partial(self._read_piece, merge, check, targets, (units[i:j], slots[i:j], order[i:j], offsets[i:j]))
             for i, j in pairwise(bounds)
         ]
 
@@ -140,12 +173,13 @@ class ArrayReader:
         A hint: the rows must exist, and nothing else is checked. Does nothing for a remote root, whose requests are
         already many at once.
         """
-        rows, views = self._checked_rows(rows, views)
-        if len(rows) == 0 or not self._files.by_bytes:
+        self._start_if_forked()
+        places = Places.of(rows, views, self._layout)
+        if len(places.units) == 0 or not self._files.by_bytes:
             return
-        units, _, _, offsets = self._locate(rows, views)
+        offsets = self._locate(places.units, places.slots)
         there = offsets >= 0
-        self._files.will_read(units[there], offsets[there], self._layout.stored_bytes)
+        self._files.will_read(places.units[there], offsets[there], self._layout.stored_bytes)
 
     def close(self) -> None:
         """Close every file and stop the threads; the reader opens them again if it is used again."""
@@ -175,18 +209,12 @@ class ArrayReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         ArrayReader.__init__(self, *state["arguments"], **state["options"])
 
-    def _checked_rows(self, rows: Any, views: Any) -> tuple[np.ndarray, np.ndarray]:
-        if os.getpid() != self._pid:  # forked: locks, threads and files of the parent are not ours
+    def _start_if_forked(self) -> None:
+        if os.getpid() != self._pid:  # locks, threads and files of the parent are not ours
             self._start()
-        return checked_rows(rows, views, self.shape)
 
-    def _locate(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(units, slots, positions in the caller's batch, byte offsets or −1), sorted by place on disk."""
-        n_views = self.shape[1]
-        units, slots = np.divmod(rows, self._layout.store.shard_rows)
-        slots = slots * n_views + views
-        order = np.argsort(units * self._layout.n_shard_chunks + slots, kind="stable")
-        units, slots = units[order], slots[order]
+    def _locate(self, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Byte offsets in their shards, −1 where a chunk is empty."""
         states = self._state[units]
         if (states == UNKNOWN).any():
             self._together(self._look_up, np.unique(units[states == UNKNOWN]).tolist(), self._n_threads)
@@ -196,21 +224,19 @@ class ArrayReader:
             for unit in np.unique(units[states == IRREGULAR]).tolist():
                 of_unit = units == unit
                 offsets[of_unit] = self._index(unit)[slots[of_unit]]
-        return units, slots, order, offsets
+        return offsets
 
     def _all_seen(self, units: np.ndarray, slots: np.ndarray) -> bool:
         seen = self._seen[units, slots >> 3] >> (slots & 7).astype(np.uint8)
         return self._checksums == "first" and bool((seen & 1).all())
 
-    def _read_piece(self, check: Check | None, targets: memoryview, piece: tuple[np.ndarray, ...]) -> None:
+    def _read_piece(self, merge: bool, check: Check | None, targets: memoryview, piece: tuple[np.ndarray, ...]) -> None:
         units, _, order, offsets = piece
         try:
-            if check is None and isinstance(self._files, LocalFiles):
-                touching = (np.diff(offsets) == self._layout.stored_bytes) & (np.diff(units) == 0)
-                if 2 * np.count_nonzero(touching) < len(order):  # merging a few saves less than looking for them costs
-                    with contextlib.suppress(EOFError, OSError):  # read again below, to know which row it was
-                        self._files.read_rows(units, offsets, order, targets, self._layout.chunk_bytes)
-                        return
+            if not merge and check is None and isinstance(self._files, LocalFiles):
+                with contextlib.suppress(EOFError, OSError):  # read again below, to know which row it was
+                    self._files.read_rows(units, offsets, order, targets, self._layout.chunk_bytes)
+                    return
             self._files.read(self._plan(targets, *piece), check)
         except FileNotFoundError as error:
             raise StoreError(f"shard {error.filename or error} is missing; {HEAL}") from None
