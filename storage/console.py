@@ -24,7 +24,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1  # the work was done and something in it failed (a sample, a check)
 EXIT_USAGE = 2  # the input was wrong; nothing was done
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
-EXIT_NOBODY_READS = 141  # 128 + SIGPIPE, which Python turns into an exception
+EXIT_NOBODY_READS = 141  # 128 + SIGPIPE: the program behind a pipe, such as `head`, has seen enough
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,28 +55,23 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
     except UserError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = EXIT_USAGE
+    except BrokenPipeError:
+        status = EXIT_NOBODY_READS
     except OSError as error:
         if error.errno is None:  # not the operating system's answer, so a fault of ours
             raise
-        if not (isinstance(error, BrokenPipeError) and _nobody_reads()):
-            print(f"{prog}: error: {error.strerror}: {error.filename or ''}", file=sys.stderr)
+        print(f"{prog}: error: {error.strerror}: {error.filename or ''}", file=sys.stderr)
         status = EXIT_USAGE
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         status = EXIT_INTERRUPTED
-    if _nobody_reads():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
-        status = EXIT_NOBODY_READS
-    sys.exit(status)
-
-
-def _nobody_reads() -> bool:
-    """Whether the program behind a pipe, such as `head`, has ended; what was printed is flushed."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        return True
-    return False
+        status = EXIT_NOBODY_READS
+    if status == EXIT_NOBODY_READS:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+    sys.exit(status)
 
 
 _interrupted = threading.Event()  # what is raised inside a callback or a finaliser is lost, the note is not
