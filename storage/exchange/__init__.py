@@ -85,6 +85,10 @@ def export_store(
             content.progress = bar.update
             importlib.import_module(f"storage.exchange.{EXPORTS[to]}").write(content, temporary)
         os.replace(temporary, out)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"cannot write {out}: {os.strerror(error.errno)}; free space or name another --out") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import subprocess
 import sys
 import tarfile
@@ -129,6 +130,21 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="row 16, view 0: wrong checksum"):
             main(["export", str(tmp_path / "s"), "--to", to, "--out", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("to", ["npy", "parquet", "webdataset"])  # HDF5's library crashes after the line was said
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(
+    made: tuple[Path, Data], to: str, tmp_path: Path
+) -> None:
+    def allow_little() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [sys.executable, "-m", "storage", "export", str(made[0]), "--to", to, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=allow_little)
+    assert done.returncode == EXIT_USAGE
+    assert done.stderr.strip().splitlines()[-1].endswith("out: File too large; free space or name another --out")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
