@@ -42,6 +42,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
 from pipeline.plan import Plan, create, make_plan
+from pipeline.resources import cores
 from pipeline.sources import Source, open_source
 from pipeline.sources.photos import crops, write_photos
 from storage import Staging
@@ -52,6 +53,7 @@ SHARD_ROWS = 64
 DECODE_SIZE = (500, 375)  # pixels of a typical ImageNet photograph
 MORE_TO_DECODE = 4  # times as many images where an image takes so much less, that runs are long enough to time
 IMAGENET = 1_281_167
+DECODE_CPUS = max(1, cores() - 1)  # all but the encoder's: one unit is decoded at a time
 WORK = Path(".bench/precompute")
 
 
@@ -88,7 +90,7 @@ class Case:
         return PrecomputeConfig(
             data=str(self.data.absolute()), store=str(store), latents=self.latents, features=self.features,
             latents_weights=self.latents_weights, features_weights=self.features_weights, resolution=self.resolution,
-            shard_rows=SHARD_ROWS, encoders=1, encoder_cpus=1,
+            shard_rows=SHARD_ROWS, encoders=1, encoder_cpus=1, decode_cpus=DECODE_CPUS,
         )  # fmt: skip
 
 
@@ -241,7 +243,7 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = ray.data.from_items([{"unit": unit} for unit in parts], override_num_blocks=len(parts))
-        decoded = rows.map(decode, num_cpus=1)
+        decoded = rows.map(decode, num_cpus=DECODE_CPUS)
         encoded = decoded.map(Encode, concurrency=1, num_cpus=1)
         assert len(encoded.take_all()) == len(parts)  # `count` would not run it
     return published(plan)
@@ -291,7 +293,7 @@ def run_task(name: str, contestant: str, full_size: bool, n_per_class: int) -> N
     print("FOUND", json.dumps(vars(found)))
 
 
-def report(case: Case, name: str, found: dict[str, list[Found]], rounds: int) -> str:
+def report(case: Case, name: str, found: dict[str, list[Found]]) -> str:
     """The table of one case, and what follows from it."""
     rates = {c: [f.images_per_s for f in runs] for c, runs in found.items()}
 
@@ -344,7 +346,7 @@ def main() -> None:
                 answer = next(li for li in done.stdout.splitlines() if li.startswith("FOUND "))
                 runs.append(Found(**json.loads(answer.removeprefix("FOUND "))))
                 print(f"{name}, round {number + 1}: {contestant} {runs[-1].images_per_s:.1f} images/s", file=sys.stderr)
-        texts.append(report(case, name, found, args.rounds))
+        texts.append(report(case, name, found))
     packages = ("ray", "torch", "diffusers", "timm", "pillow")
     text = "\n".join([
         "## Stage one, images a second", "", machine(WORK, packages), "",

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import os
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,20 +29,11 @@ from storage.roots import absolute
 PROG = "python -m pipeline"
 
 
-def nonempty_path(text: str) -> Path:
-    """A path option; an empty one is a variable that was forgotten, not the current directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty (make precompute needs both DATA=… and STORE=…)")
-    return Path(text)
-
-
 def add_options(parser: Parser) -> None:
     """One option a field of PrecomputeConfig, with its help text and default."""
     hints = typing.get_type_hints(PrecomputeConfig)
     for field in dataclasses.fields(PrecomputeConfig):
         kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = typing.get_args(kind)[0]
         flag = f"--{field.name.replace('_', '-')}"
         if kind is bool:
             parser.add_argument(
@@ -55,7 +45,7 @@ def add_options(parser: Parser) -> None:
         parser.add_argument(
             flag,
             help=field.metadata["help"] + shown,
-            type=nonempty_path if kind is Path else kind,
+            type=kind,
             required=required,
             default=None if required else field.default,
             metavar=kind.__name__.upper(),
@@ -103,6 +93,9 @@ def main(argv: Sequence[str]) -> int:
     preview.add_argument("store")
     preview.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     preview.add_argument("--images", type=int, default=8, help="how many images to show (default 8)")
+    preview.add_argument(
+        "--vae", default="", help="diffusers directory or hub id to decode latents with (default: what the store names)"
+    )
     add_features_options(commands.add_parser("features", help="one vector an image, for the trainer's evaluate"))
     tasks = commands.add_parser("tasks", help="run command lines as Ray tasks")
     tasks.add_argument("listed", type=Path, help="JSON file of tasks")
@@ -171,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     if command == "preview":
         from pipeline.preview import write_preview
 
-        for picture in write_preview(args["store"], args["out"], n_images=args["images"]):
+        for picture in write_preview(args["store"], args["out"], n_images=args["images"], vae=args["vae"]):
             print(f"{picture.path}  {picture.caption}")
         return EXIT_OK
     from pipeline.demo import demo_config, run_demo

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import ray
 import pipeline
 import storage
 from pipeline.ray_environment import LOOPBACK
+from pipeline.resources import cores
 from storage.errors import UserError
 
 
@@ -47,14 +47,14 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
         options |= {
             "address": "local",
             "_node_ip_address": LOOPBACK,
-            "num_cpus": max(2, len(os.sched_getaffinity(0))),
+            "num_cpus": max(2, cores()),
         }
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot join the Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}; start one with "
-            "`ray start --head`, or leave RAY_ADDRESS empty to have one started for this run"
+            f"cannot join the Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:400]}; start "
+            "one with `ray start --head`, or leave RAY_ADDRESS empty to have one started for this run"
         ) from error
     try:
         yield

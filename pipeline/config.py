@@ -20,11 +20,7 @@ class PrecomputeConfig:
 
     data: str = field(metadata={"help": "images: a folder, file, pattern or URL; `index` shows what it holds"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
-    source: str = option(
-        "kind of DATA: image-folder, tar-of-tars, class-tars, parquet, webdataset, hdf5, zip or labels-file; auto: "
-        "recognised",
-        "auto",
-    )
+    source: str = option("kind of DATA, as `index` names it (a wrong one lists them all); auto: recognised", "auto")
     latents: str = option(
         "VAEs: names, diffusers directories or hub ids, with commas; none: no latents", "sd-vae-ft-mse"
     )
@@ -81,7 +77,7 @@ class PrecomputeConfig:
             raise UserError(f"--precision must be one of {', '.join(ARITHMETIC)}, got {self.precision!r}")
         if not 0 <= self.max_failures <= 1:
             raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
-        if self.unit_timeout_s <= 0:
+        if not self.unit_timeout_s > 0:  # NaN is no limit either
             raise UserError(f"--unit-timeout-s must be positive, got {self.unit_timeout_s}")
 
     @property

@@ -3,10 +3,13 @@
 Ray restarts an actor's process for ever (`max_restarts=-1`) and never repeats a call (`max_task_retries=0`). An actor
 gets units only when it is up, that is once it has answered `ready`; after an error that may mean the process is gone it
 is asked again until it answers. One that fails to get up too often is left out, and the run ends when none is left.
+One whose GPU has failed it gets a new process: in the old one every later call would fail at once, so that it would be
+idle always, be handed every unit, and use up their attempts.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from storage.errors import UserError
 ASK_AGAIN_S = 0.5
 MAX_LOADS = 3  # models that cannot be loaded will not get better
 MAX_RESTARTS = 30  # in a row without an answer; a lost node costs less than ten
+GPU_FAILED = re.compile("CUDA (driver )?error|cuDNN error")  # the context is lost; memory that lacks reads otherwise
 
 
 @dataclass
@@ -108,6 +112,10 @@ class EncoderPool:
         try:
             return Settled(decoded=decoded, encode_s=ray.get(ref))
         except RayTaskError as error:  # raised inside the actor, which lives
+            if encoder.up and GPU_FAILED.search(str(error)):
+                ray.kill(encoder.actor, no_restart=False)
+                encoder.up = False
+                self._ask_at.append((time.monotonic() + ASK_AGAIN_S, encoder))  # not at once: it may live to answer
             return Settled(decoded=decoded, error=error)
         except RayError as error:
             if encoder.up:
@@ -178,8 +186,9 @@ def _is_dead(error: RayActorError) -> bool:
 
 
 def first_line(error: RayError) -> str:
-    """What happened, on one line: the cause's own words where a task raised, else Ray's."""
+    """What happened, on one line: the cause's own words and its node where a task raised, else Ray's."""
     cause = getattr(error, "cause", None)
     text = f"{type(cause).__name__}: {cause}" if isinstance(cause, BaseException) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    node = re.search(r"\bip=([\w.:]+)", str(error)) if isinstance(error, RayTaskError) else None
+    return (lines[0][:300] if lines else type(error).__name__) + (f" (on {node[1]})" if node else "")

@@ -143,15 +143,17 @@ class _Driver:
             self.resources.decode_cpus,
             "GPU" if self.resources.encoder_gpus else "encoder",
         )
-        said = False
+        up_s, said = start_s, False
         with display.bar:
             while self.ledger.open:
                 if self.stop.signal is not None:
                     raise KeyboardInterrupt
                 now_s = time.perf_counter()
-                if not said and not self.pool.device and now_s - start_s > PATIENCE_S:
+                if self.pool.n_up:
+                    up_s, said = now_s, False
+                elif not said and now_s - up_s > PATIENCE_S:
                     said = True
-                    display.say(f"no encoder is up after {PATIENCE_S:.0f} s: {self._why_waiting()}")
+                    display.say(f"no encoder is up for {PATIENCE_S:.0f} s: {self._why_waiting()}")
                 self._hand_out_decodes()
                 self.decoded = deque(decoded for decoded in self.decoded if not self.pool.offer(decoded))
                 self.meter.step(now_s, self.pool.n_up, self.pool.n_idle)
@@ -176,7 +178,7 @@ class _Driver:
     def _why_waiting(self) -> str:
         free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
         needs = {"CPU": self.resources.encoder_cpus, "GPU": self.resources.encoder_gpus}
-        return f"the cluster has {free or 'nothing'} free and an encoder needs {needs}; waiting"
+        return f"the cluster has {free or 'nothing'} free and an encoder needs {needs}, or loads its weights; waiting"
 
     def _hand_out_decodes(self) -> None:
         while self.ledger.n_out < self.resources.window:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
 from pipeline.sources import Source
@@ -155,9 +157,12 @@ def create(plan: Plan, source: Source, staging: Staging) -> None:
 
 def describe_plan(plan: Plan) -> str:
     """The plan in a few lines, printed before the work starts."""
+    labels = plan.index.labels
+    n_classes = len(np.unique(labels[labels >= 0]))
     lines = [
         f"store      {plan.root}",
-        f"images     {len(plan.index)} at {plan.layout.resolution} px, views {', '.join(plan.layout.views)}",
+        f"images     {len(plan.index)} of {n_classes} classes at {plan.layout.resolution} px, "
+        f"views {', '.join(plan.layout.views)}",
         f"units      {plan.layout.n_units} of {plan.layout.shard_rows} rows, {len(plan.missing)} to do",
     ]
     for group in plan.groups:

@@ -78,9 +78,11 @@ def precompute(config: PrecomputeConfig) -> Summary:
     require_space(plan)
     if config.dry_run:
         return dataclasses.replace(summary, device=DRY)
+    layouts = [group.layout for group in plan.groups]
     with Staging(root) as staging:
         create(plan, source, staging)
         if not plan.missing:
+            write_failures(root, layouts, plan.digests, plan.index, staging.run_id)  # a killed run has not
             return summary
         prepare_ray(config.ray_address)
         from pipeline.job import run  # imports Ray
@@ -88,7 +90,6 @@ def precompute(config: PrecomputeConfig) -> Summary:
         try:
             outcome = run(config, plan, source, staging.run_id)
         finally:
-            layouts = [group.layout for group in plan.groups]
             n_failed = write_failures(root, layouts, plan.digests, plan.index, staging.run_id)
     for unit, history in outcome.given_up.items():
         print(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}", file=sys.stderr)

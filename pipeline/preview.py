@@ -6,6 +6,7 @@ features.png         images (above) and the first three principal components of 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from storage import GroupReader, Store, UserError, open_store
 from storage.codec import codec_of, decode
 
 GAP = 2  # pixels between pictures
+DECODE_BATCH = 8  # images; the decoder of a large VAE would need tens of gigabytes for a long row of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +32,11 @@ class Picture:
     caption: str
 
 
-def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Picture]:
+def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> list[Picture]:
     """Write the pictures that the store's groups allow.
 
     Images are spread evenly over the rows. The originals are read from the source that the store was made of; raises
-    UserError when it has moved.
+    UserError when it has moved. Latents are decoded by `vae`, else by what the group names (`find_decoder`).
     """
     if n_images < 1:
         raise UserError(f"--images must be at least 1, got {n_images}")
@@ -42,6 +44,8 @@ def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Picture]:
     groups = [store.group(path) for path in store.groups()]
     failed = {row for group in groups for row in group.failed_rows.tolist()}
     kept = [row for row in range(store.n_rows) if row not in failed]
+    if not kept:
+        raise UserError(f"{root} holds no image to show: all {store.n_rows} failed to decode")
     rows = np.array([kept[i] for i in np.linspace(0, len(kept) - 1, min(n_images, len(kept))).astype(int)])
     originals = read_originals(store, rows)
     out.mkdir(parents=True, exist_ok=True)
@@ -51,8 +55,10 @@ def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Picture]:
         if kind == "features" and "patches" not in group.arrays:
             continue  # class tokens alone make no picture
         if kind == "latents":
-            below, name = decode_means(group, rows), "reconstruction.png"
-            caption = f"{group.path}: PSNR {np.mean(psnr(originals, below)):.1f} dB over {len(rows)} images"
+            decoder = find_decoder(group, vae)
+            below, name = decode_means(group, rows, decoder), "reconstruction.png"
+            decibels = np.mean(psnr(originals, below))
+            caption = f"{group.path}: PSNR {decibels:.1f} dB over {len(rows)} images, decoded by {decoder}"
         else:
             below, name = principal_components(group, rows, store.resolution), "features.png"
             caption = f"{group.path}: principal components of the patch tokens"
@@ -75,15 +81,32 @@ def read_originals(store: Store, rows: np.ndarray) -> np.ndarray:
         raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
 
 
-def decode_means(group: GroupReader, rows: np.ndarray) -> np.ndarray:
-    """Stored posterior means through the decoder that the group names, uint8 (n, R, R, 3)."""
+def find_decoder(group: GroupReader, vae: str) -> Path:
+    """The directory of `vae`, else of the decoder that the group names, else of the autoencoder that made the latents.
+
+    The last will do for a picture, and is on the machine that encoded without a network. Raises UserError.
+    """
+    from pipeline.encoders.vae import find_directory
+
+    provenance = group.attributes["provenance"]
+    names = [vae] if vae else list(dict.fromkeys([provenance["decoder"], provenance["weights"]]))
+    for name in names:
+        with contextlib.suppress(UserError):
+            return find_directory(name, None)
+    raise UserError(
+        f"{group.path}: no VAE to decode with at {' or '.join(names)}; pass --vae with a diffusers directory"
+    )
+
+
+def decode_means(group: GroupReader, rows: np.ndarray, decoder: Path) -> np.ndarray:
+    """Stored posterior means through the decoder of an autoencoder's directory, uint8 (n, R, R, 3)."""
     import torch
 
-    from pipeline.encoders.vae import VAE, find_directory
+    from pipeline.encoders.vae import VAE
 
-    moments = gather(group["moments"], rows)
-    vae = VAE(find_directory(group.attributes["provenance"]["decoder"], None), torch.device("cpu"))
-    return vae.decode(moments[:, : group.identity["latent_channels"]])
+    means = gather(group["moments"], rows)[:, : group.identity["latent_channels"]]
+    vae = VAE(decoder, torch.device("cpu"))
+    return np.concatenate([vae.decode(means[i : i + DECODE_BATCH]) for i in range(0, len(means), DECODE_BATCH)])
 
 
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:

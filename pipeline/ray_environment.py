@@ -51,7 +51,7 @@ def _probe(address: str) -> None:
         if address != "auto":
             raise UserError(f"RAY_ADDRESS must be auto, host:port or ray://host:port, got {address!r}")
         return
-    if host == LOOPBACK:
+    if host in (LOOPBACK, "localhost"):
         _keep_loopback()
     try:
         with socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S):

@@ -6,9 +6,12 @@ that is left decodes. Options overrule each of these.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.dispatch import window
 from pipeline.encode import CALLS_IN_HAND
@@ -43,6 +46,17 @@ class Resources:
         )
 
 
+def cores(limits: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: its affinity, and no more than its container's quota where there is one."""
+    allowed = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            quota, period = (int(word) for name in names for word in (limits / name).read_text().split())
+            if quota > 0:
+                allowed = min(allowed, math.ceil(quota / period))
+    return allowed
+
+
 def share_out(
     nodes: Sequence[Node],
     *,
@@ -61,6 +75,10 @@ def share_out(
     able = [node for node in nodes if node.gpus or not n_gpus]
     if not able:
         raise UserError("the Ray cluster has no node with CPUs; start one with `ray start --head`")
+    if n_gpus and encoders > n_gpus:
+        raise UserError(
+            f"each encoder takes a GPU, and the Ray cluster has {n_gpus} of them; lower --encoders {encoders}"
+        )
     encoders = min(encoders or n_gpus or len([node for node in able if node.cpus > 1]) or 1, n_units)
     if not encoder_cpus:
         a_node = math.ceil(encoders / len(able))  # encoders that share a node

@@ -100,12 +100,19 @@ def living_runs(root: Root) -> list[str]:
     """The runs that hold a lock of the root now, by name; none on a remote root, which has no locks."""
     if root.path is None:
         return []
-    locks = sorted((root.path / RUNS_DIR).glob("[!.]*"))
-    return [lock.name for lock in locks if lock.exists() and not _owner_is_dead(lock)]
+    living = []
+    for lock in sorted((root.path / RUNS_DIR).glob("[!.]*")):
+        with contextlib.suppress(FileNotFoundError):  # its owner has just ended
+            if not _owner_is_dead(lock):
+                living.append(lock.name)
+    return living
 
 
 def _owner_is_dead(lock: Path) -> bool:
-    fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)  # a network file system locks what may be written only
+    except OSError:  # another user's store, or one mounted to be read
+        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held, or the file system has no flock: either way nothing is proved

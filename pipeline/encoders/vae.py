@@ -54,8 +54,10 @@ def find_directory(model: str, weights: Path | None) -> Path:
                 f"VAE directory {directory} must hold {CONFIG_FILE} and {WEIGHT_FILES[0]} (as save_pretrained writes)"
             )
         return directory
-    organisation, name, *folders = model.split("/")
-    repository, prefix = f"{organisation}/{name}", "".join(f"{folder}/" for folder in folders)
+    if "/" not in model:
+        raise UserError(f"VAE {model!r} is neither a directory nor ORG/NAME on the hub")
+    parts = model.split("/")
+    repository, prefix = "/".join(parts[:2]), "".join(f"{folder}/" for folder in parts[2:])
     try:
         config = hub_file(repository, prefix + CONFIG_FILE)
         hub_file(repository, prefix + WEIGHT_FILES[0])

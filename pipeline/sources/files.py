@@ -13,6 +13,9 @@ import errno
 import os
 import posixpath
 import stat
+import sys
+import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from pipeline.sources.protocol import Unreadable
 from storage.errors import UserError
 
 REQUESTS = 32  # range requests in flight; an answer takes tens of milliseconds, whatever its size
+CONNECTIONS = 4  # the same where a request in flight may be a connection of its own
 OBSTORE_PROTOCOLS = frozenset("s3 s3a gs az abfs http https".split())
 WHOLE = -1
 UNKNOWN_BYTES = -1  # a size that cannot be known without reading the images
@@ -147,31 +151,48 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Files below a URL. The connection is made at the first use, in whichever process that is."""
+    """Files below a URL. The connection is made at the first use, in whichever process and thread that is."""
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._mine = threading.local()  # fsspec's own are not to be shared: FTP's, say, has one conversation at a time
 
     def __getstate__(self) -> dict[str, str]:
         return {"root": self.root}
 
-    @cached_property
+    def __setstate__(self, state: dict[str, str]) -> None:
+        RemoteFiles.__init__(self, state["root"])
+
+    @property
     def file_system(self) -> Any:
-        """fsspec's file system for the root's protocol."""
-        protocol = self.root.split("://")[0]
+        """fsspec's file system for the root. Raises UserError, and OSError when it is out of reach."""
+        return self._connection()[0]
+
+    def _connection(self) -> tuple[Any, str]:
+        """The file system, and what it calls the root."""
+        if self._by_obstore:
+            return self._obstore, self.root.split("://")[1].strip("/")
+        if not hasattr(self._mine, "connection"):
+            self._mine.connection = _connect(self.root)
+        return self._mine.connection
+
+    @property
+    def _by_obstore(self) -> bool:
+        return self.root.split("://")[0] in OBSTORE_PROTOCOLS
+
+    @cached_property
+    def _obstore(self) -> Any:
         try:
-            if protocol in OBSTORE_PROTOCOLS:
-                from obstore.fsspec import FsspecStore
+            from obstore.fsspec import FsspecStore
 
-                from storage.remote import connection_options
+            from storage.remote import connection_options
 
-                make: Any = FsspecStore  # its stubs do not know fsspec's own arguments
-                return make(protocol, skip_instance_cache=True, **connection_options(self.root))
-            import fsspec
-
-            return fsspec.filesystem(protocol)
+            make: Any = FsspecStore  # its stubs do not know fsspec's own arguments
+            return make(self.root.split("://")[0], skip_instance_cache=True, **connection_options(self.root))
+        except UserError:
+            raise
         except (ImportError, ValueError) as error:
-            raise UserError(f"DATA {self.root} cannot be opened: {error}; pip install 'offline-repa[remote]'") from None
+            raise _cannot_be_opened(self.root, error) from None
 
     def entries(self, folder: str) -> tuple[list[str], list[File]]:
         """One listing, a thousand entries a request."""
@@ -197,7 +218,8 @@ class RemoteFiles:
 
     def read_many(self, parts: Sequence[Part]) -> Iterator[bytes | Unreadable]:
         """All parts are asked for at once, and held until they are taken."""
-        with ThreadPoolExecutor(min(REQUESTS, max(1, len(parts)))) as pool:
+        requests = REQUESTS if self._by_obstore else CONNECTIONS
+        with ThreadPoolExecutor(min(requests, max(1, len(parts)))) as pool:
             yield from pool.map(self._read, parts)
 
     def _read(self, part: Part) -> bytes | Unreadable:
@@ -218,19 +240,53 @@ class RemoteFiles:
         return f"{self.root}/{path}" if path else self.root
 
     def _below(self, name: str) -> str:
-        root = self.root.split("://")[1].strip("/")
-        return name.split("://")[-1].strip("/").removeprefix(root).lstrip("/")
+        return name.split("://")[-1].strip("/").removeprefix(self._connection()[1]).lstrip("/")
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:
         """Every file system has errors of its own; here they are all OSError with the URL in it."""
         try:
             yield
-        except (OSError, UserError):
+        except (FileNotFoundError, PermissionError, UserError):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise OSError(errno.EIO, f"cannot be reached ({first_line})", self._at(path)) from error
+
+
+def _connect(root: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, host and user of the URL included, and what it calls the root."""
+    try:
+        import fsspec
+
+        with _quiet_destructors():
+            try:
+                file_system, path = fsspec.url_to_fs(root)
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # which hold what was half made
+                raise
+    except (ImportError, ValueError, TypeError) as error:
+        raise _cannot_be_opened(root, error) from None
+    except Exception as error:  # each protocol has its own
+        first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise OSError(errno.EIO, f"cannot be reached ({first_line})", root) from error
+    return file_system, path.strip("/")
+
+
+def _cannot_be_opened(root: str, error: Exception) -> UserError:
+    return UserError(f"DATA {root} cannot be opened: {error}; pip install 'offline-repa[remote]'")
+
+
+@contextmanager
+def _quiet_destructors() -> Iterator[None]:
+    """A file system that could not connect complains once more from its destructor; the error itself is enough."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _whole(data: bytes, part: Part, root: str) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -77,6 +77,14 @@ class Found:
         if self.folders:
             parts.append(f"{len(self.folders)} folders ({', '.join(self.folders[:SHOWN])})")
         return ", ".join(parts) or "nothing"
+
+
+def refuse_splits(data: str, folders: Sequence[str], paths: Iterable[str]) -> None:
+    """Raise UserError when the folders that would be classes are a data set's splits, with the classes below them."""
+    if all(SPLIT.fullmatch(folder.lower()) for folder in folders) and any(path.count("/") > 1 for path in paths):
+        raise UserError(
+            f"DATA {data} holds splits ({', '.join(folders[:SHOWN])}) and not class folders; name one of them by itself"
+        )
 
 
 def look(data: str) -> Found:

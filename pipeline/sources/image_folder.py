@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pipeline.sources.files import Part
-from pipeline.sources.found import Found, look
+from pipeline.sources.found import Found, look, refuse_splits
 from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
@@ -46,6 +46,7 @@ class ImageFolder:
                 f"(by extension: {' '.join(sorted(EXTENSIONS))}){seen}"
             )
         paths = [file.path for _, file in images]
+        refuse_splits(self.data, found.folders, paths)
         return make_listing(
             keys=paths,
             labels=[label for label, _ in images],

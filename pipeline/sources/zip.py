@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline.sources.files import File, Part
-from pipeline.sources.found import Found, look
+from pipeline.sources.found import Found, look, refuse_splits
 from pipeline.sources.labels_file import JSON_FILE, parse_json
 from pipeline.sources.listing import Label, Listing, is_image, make_listing, number_labels
 from pipeline.sources.protocol import Sample, Unreadable
@@ -66,6 +66,8 @@ class Zip:
             left_out += [name for name, _ in images if not class_of[name]]
             images = sorted((row for row in images if class_of[row[0]]), key=lambda row: (class_of[row[0]], row[0]))
             class_names = dict(enumerate(sorted({class_of[name] for name, _ in images})))
+            if images:
+                refuse_splits(self.data, [*class_names.values()], [name for name, _ in images])
             numbers = {name: label for label, name in class_names.items()}
             labels = [numbers[class_of[name]] for name, _ in images]
         else:

@@ -34,7 +34,7 @@ from storage.roots import open_root
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts
 
 RESOLUTION = 128
-ENCODE_MARKS = ("encode-crash", "encode-raise", "encode-hang")
+ENCODE_MARKS = ("encode-crash", "encode-raise", "encode-hang", "encode-poison")
 MARK = 250  # a picture whose first pixel is (MARK, i, once) is marked ENCODE_MARKS[i] for the encoder
 HANG_S = 600.0
 
@@ -87,7 +87,12 @@ class Pictures:
 
 
 class NumpyEncoder(UnitEncoder):
-    """Values straight from the pixels. The environment says how long a unit takes and where flags lie."""
+    """Values straight from the pixels. The environment says how long a unit takes and where flags lie.
+
+    A unit marked "encode-poison" leaves a process in which every later call fails, as a lost CUDA context does.
+    """
+
+    poisoned = False
 
     def load(self) -> str:
         if os.environ.get("FAKE_LOAD") == "raise":
@@ -99,7 +104,12 @@ class NumpyEncoder(UnitEncoder):
             first = images[i, 0, 0].tolist()
             if first[0] == MARK:
                 mark = ENCODE_MARKS[first[1]] + ("-once" if first[2] else "")
+                if mark == "encode-poison":
+                    self.poisoned = True
+                    break
                 act(mark, Path(os.environ["FAKE_FLAGS"]), f"{mark}-{images[i].sum()}")
+        if self.poisoned:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with more checks")
         time.sleep(float(os.environ.get("FAKE_ENCODE_S", "0")))
         x = images.astype(np.float32) / 255
         if path == LATENTS:

@@ -106,21 +106,23 @@ def test_a_unit_that_always_fails_is_given_up_and_the_others_are_done(
         SHARD_ROWS + 5: "decode-raise",
         3 * SHARD_ROWS: "encode-crash",
         5 * SHARD_ROWS + 1: "encode-raise",
+        7 * SHARD_ROWS: "encode-poison",
     }
     store = tmp_path / "store"
     done = run(command(store, n=N, shard_rows=SHARD_ROWS, address=joined, marks=marks), environment(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     given_up = {int(unit): history for unit, history in outcome_of(done.stdout)["given_up"].items()}
-    assert sorted(given_up) == [0, 1, 3, 5]
+    assert sorted(given_up) == [0, 1, 3, 5, 7]
     assert all(len(history) == 3 for history in given_up.values()), given_up
     assert all(what.startswith("decode: ") for unit in (0, 1) for what in given_up[unit])
-    assert all(what.startswith("encode: ") for unit in (3, 5) for what in given_up[unit])
-    assert "decode-raise of 000013" in given_up[1][0]
-    assert n_receipts(store) == N_UNITS - 4
+    assert all(what.startswith("encode: ") for unit in (3, 5, 7) for what in given_up[unit])
+    assert given_up[1][0] == "decode: OSError: [Errno 5] decode-raise of 000013 (on 127.0.0.1)"
+    assert "CUDA error: an illegal memory access was encountered (on " in given_up[7][-1]
+    assert n_receipts(store) == N_UNITS - 5
     again = run(command(store, n=N, shard_rows=SHARD_ROWS, address=joined), environment(tmp_path))
     assert again.returncode == 0, again.stderr
-    assert outcome_of(again.stdout)["n_images"] == 4 * SHARD_ROWS
+    assert outcome_of(again.stdout)["n_images"] == 5 * SHARD_ROWS
     same(store, whole)
 
 
@@ -146,7 +148,8 @@ def test_an_encoder_that_cannot_be_loaded_ends_the_run(tmp_path: Path) -> None:
     done = run(command(tmp_path / "store", n=N, shard_rows=SHARD_ROWS), environment(tmp_path, FAKE_LOAD="raise"))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        "fakes: error: an encoder cannot be started on a worker: OSError: no weights here; no other is left"
+        "fakes: error: an encoder cannot be started on a worker: OSError: no weights here (on 127.0.0.1); "
+        "no other is left"
     )
     assert "Traceback" not in done.stderr
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from pipeline.resources import Node, Resources, share_out
+from pipeline.resources import Node, Resources, cores, share_out
 from storage.errors import UserError
 
 UNIT_BYTES = 512 * 256 * 256 * 3  # 100.7 MB
@@ -47,8 +49,8 @@ def test_defaults(
 def test_options_overrule_and_units_limit() -> None:
     node = [Node(cpus=96, gpus=8)]
     assert shared(node, 600, n_units=3).encoders == 3
-    found = shared(node, 600, encoders=16, encoder_cpus=2, decode_cpus=4)
-    assert (found.encoders, found.decoders) == (16, 16)
+    found = shared(node, 600, encoders=4, encoder_cpus=2, decode_cpus=4)
+    assert (found.encoders, found.decoders) == (4, 22)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +60,30 @@ def test_options_overrule_and_units_limit() -> None:
         ([Node(cpus=1, gpus=1)], {}, "leave 0 of the cluster's 1 CPUs"),
         ([Node(cpus=8, gpus=0)] * 4, {"encoder_cpus": 9}, "no node of the Ray cluster has the 9 CPUs"),
         ([Node(cpus=4, gpus=0)], {"decode_cpus": 3}, "a decoder needs 3"),
+        ([Node(cpus=96, gpus=8)], {"encoders": 16}, "each encoder takes a GPU, and the Ray cluster has 8 of them"),
     ],
 )
 def test_a_cluster_that_is_too_small_is_named(nodes: list[Node], options: dict[str, int], says: str) -> None:
     with pytest.raises(UserError, match=says):
         shared(nodes, 10, **options)
+
+
+@pytest.mark.parametrize(
+    ("files", "n"),
+    [
+        ({}, 64),
+        ({"cpu.max": "max 100000\n"}, 64),
+        ({"cpu.max": "350000 100000\n"}, 4),
+        ({"cpu.max": "25600000 100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_a_containers_quota_counts(
+    files: dict[str, str], n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cores(tmp_path) == n

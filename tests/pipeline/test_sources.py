@@ -7,9 +7,13 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 from unittest import mock
 
 import fsspec
@@ -18,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +44,7 @@ from tests.pipeline.containers import (
     write_tar_of_tars,
     write_webdataset,
 )
-from tests.storage.servers import http_server, s3_server
+from tests.storage.servers import free_port, http_server, s3_server
 
 RESOLUTION = 32
 SAMPLES = photographs(4, 15)
@@ -229,17 +234,59 @@ def test_the_same_in_memory_through_fsspec(containers: dict[str, str], name: str
     np.testing.assert_array_equal(decode_all(source, source.listing()), decode_all(local, local.listing()))
 
 
+class OneConversation(MemoryFileSystem):
+    """A server that is named in the URL, and whose connections serve the thread that made them, as FTP's do."""
+
+    protocol = "conversation"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    hosts: ClassVar[set[str]] = set()
+
+    def __init__(self, host: str, **options: object) -> None:
+        super().__init__(**options)
+        self.hosts.add(host)
+        self.thread = threading.get_ident()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        path = path.removeprefix("conversation://")
+        return super()._strip_protocol("/" + path.partition("/")[2] if path.startswith("host") else path)
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        return {"host": path.removeprefix("conversation://").partition("/")[0]}
+
+    def cat_file(self, *args: Any, **kwargs: Any) -> bytes:
+        assert self.thread == threading.get_ident()
+        return super().cat_file(*args, **kwargs)
+
+    def ls(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.thread == threading.get_ident()
+        return super().ls(*args, **kwargs)
+
+
+def test_a_host_in_the_url_and_a_connection_a_thread(containers: dict[str, str]) -> None:
+    fsspec.register_implementation("conversation", OneConversation, clobber=True)
+    data = copy_to(OneConversation("host"), containers["image-folder"], "conversation://host/sets/folder")
+    listing = check(data, SAMPLES)
+    assert listing.index == open_source(containers["image-folder"]).listing().index
+    assert OneConversation.hosts == {"host"}
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    data = f"ftp://127.0.0.1:{free_port()}/images"
+    line = [sys.executable, "-m", "pipeline", "index", data]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"python -m pipeline: error: cannot be reached ([Errno 111] Connection refused): {data}"
+    ]
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    with s3_server("images") as endpoint, pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": endpoint,
-        }.items():
-            patch.setenv(name, value)
-        yield "s3://images"
+    with s3_server("images") as url:
+        yield url
 
 
 def test_s3(containers: dict[str, str], bucket: str) -> None:
@@ -430,6 +477,21 @@ def test_splits_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"several splits \(train, validation\); name one by a pattern"):
         open_source(str(tmp_path)).listing()
     check(f"{tmp_path}/train-*.parquet", SAMPLES)
+
+
+def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        write_image_folder(tmp_path / "tree" / name, SAMPLES)
+    with pytest.raises(UserError, match=r"holds splits \(train, val\) and not class folders; name one of them"):
+        open_source(str(tmp_path / "tree")).listing()
+    check(str(tmp_path / "tree/train"), SAMPLES)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        for name in ("train/cat/1.png", "val/cat/1.png"):
+            archive.writestr(name, b"")
+    with pytest.raises(UserError, match=r"holds splits \(train, val\)"):
+        open_source(str(tmp_path / "z.zip")).listing()
+    vehicles = sorted(Labelled(name, f"{name}.png", name.encode()) for name in ("train", "test"))
+    check(write_image_folder(tmp_path / "vehicles", vehicles), vehicles)  # classes by that name
 
 
 def test_a_zip_of_one_class_keeps_its_class(tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,9 +18,10 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.encode import Block
+from pipeline.encoders.tiny import TINY_VAE
 from pipeline.failures import FAILURES_FILE, allowed_failures, write_failures
 from pipeline.plan import create
-from pipeline.preview import psnr, write_preview
+from pipeline.preview import find_decoder, psnr, write_preview
 from pipeline.status import rate
 from pipeline.status import status as status_lines
 from storage import Staging, UserError, open_store
@@ -24,6 +30,7 @@ from storage.receipts import Failure
 from storage.staging import living_runs
 from storage.verify import verify
 from tests.pipeline.fakes import NumpyEncoder, Pictures, plan_of
+from tests.pipeline.hub import empty_cache
 from tests.stores import FEATURES, LATENTS
 
 ENCODERS = "--latents tiny-vae --features tiny-vit --resolution 128 --shard-rows 4".split()
@@ -60,7 +67,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
     arguments = ["precompute", "--data", str(tmp_path / "data"), "--store", str(store), *ENCODERS, "--dry-run"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "images     10 at 128 px, views original" in shown
+    assert "images     10 of 1 classes at 128 px, views original" in shown
     assert "units      3 of 4 rows, 3 to do" in shown
     assert re.search(r"latents/tiny-vae  moments 8×16×16 float16  \d+ bytes an image  3 units to encode, 0.0 MB", shown)
     assert re.search(r"to write   \d+\.\d MB, \d+\.\d\d GB free", shown)
@@ -107,6 +114,20 @@ def test_status_of_a_store_that_is_being_made(tmp_path: Path) -> None:
             assert line.endswith("hours for the rest")
         assert lines[3] == "  failed: row 9 000009: test"
     assert list(status_lines(str(tmp_path)))[1] == "no run is at work on this store"
+
+
+def test_status_of_a_store_that_one_may_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partly(tmp_path, range(1))
+    may_write = os.open
+
+    def open_to_read(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return may_write(path, flags, *rest)
+
+    with Staging(tmp_path) as staging:
+        monkeypatch.setattr(os, "open", open_to_read)
+        assert list(status_lines(str(tmp_path)))[1] == f"at work now: {staging.run_id}"
 
 
 def test_the_rate_leaves_out_what_came_before_the_first_unit() -> None:
@@ -175,6 +196,33 @@ def test_several_groups_have_a_picture_each(tmp_path: Path, capsys: pytest.Captu
         assert len(set(names)) == len(plan.groups)
         assert names[0] == "reconstruction.png"
         assert all(Image.open(picture.path).size == (3 * 130 - 2, 2 * 130 - 2) for picture in pictures)
-        decibels = re.fullmatch(r"latents/tiny-vae: PSNR (\d+\.\d) dB over 3 images", pictures[0].caption)
+        decibels = re.fullmatch(
+            rf"latents/tiny-vae: PSNR (\d+\.\d) dB over 3 images, decoded by {TINY_VAE}", pictures[0].caption
+        )
         assert decibels is not None
         assert float(decibels[1]) > 15
+
+
+def test_latents_are_decoded_by_the_first_decoder_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_cache(tmp_path / "hub", monkeypatch)
+    other = tmp_path / "other"
+    shutil.copytree(TINY_VAE, other)
+
+    def group(**provenance: str) -> Any:
+        return SimpleNamespace(path="latents/x", attributes={"provenance": provenance})
+
+    absent, gone = "stabilityai/sd-vae-ft-ema", str(tmp_path / "gone")
+    assert find_decoder(group(decoder=str(TINY_VAE), weights=str(other)), "") == TINY_VAE
+    assert find_decoder(group(decoder=absent, weights=str(other)), "") == other
+    assert find_decoder(group(decoder=absent, weights=gone), str(other)) == other
+    for asked, named in (("", f"{absent} or {gone}"), ("nowhere", "nowhere")):
+        with pytest.raises(UserError, match=rf"latents/x: no VAE to decode with at {named}; pass --vae"):
+            find_decoder(group(decoder=absent, weights=gone), asked)
+
+
+def test_a_store_without_a_single_image_has_no_picture(tmp_path: Path) -> None:
+    partly(tmp_path, range(5), dict.fromkeys(range(40), "broken"))
+    with pytest.raises(UserError, match="holds no image to show: all 40 failed to decode"):
+        write_preview(str(tmp_path), tmp_path / "pictures")

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -23,7 +25,7 @@ def free_port() -> int:
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[str]:
-    """The endpoint of a fresh S3 server with one bucket."""
+    """The URL of the one bucket of a fresh S3 server, to which the environment leads meanwhile."""
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -41,7 +43,11 @@ def s3_server(bucket: str) -> Iterator[str]:
                 time.sleep(0.1)
         else:
             raise AssertionError("the S3 server did not answer within 30 s")
-        yield endpoint
+        credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**credentials, "AWS_ENDPOINT_URL": endpoint}.items():
+                patch.setenv(name, value)
+            yield f"s3://{bucket}"
     finally:
         server.terminate()
         server.wait()

@@ -24,15 +24,8 @@ pytest.importorskip("obstore")
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    with s3_server("bucket") as endpoint, pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": endpoint,
-        }.items():
-            patch.setenv(name, value)
-        yield "s3://bucket"
+    with s3_server("bucket") as url:
+        yield url
 
 
 @pytest.fixture
