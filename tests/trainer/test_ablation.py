@@ -120,10 +120,10 @@ def test_features_that_are_lacking_are_asked_of_the_pipeline(shared_tiny_store: 
     store = open_store(shared_tiny_store)
     with pytest.raises(UserError, match="does not say what it was made of"):
         precompute_command(store, ablation, ["tiny-vit-layer2"], "")
-    store.attributes["source"] = {"path": "/photos"}
+    store.attributes["source"] = {"path": "/photos", "kind": "image-folder"}
     command = precompute_command(store, ablation, ["tiny-vit-layer2"], "")
-    assert {"--data=/photos", "--latents=none", "--features=tiny-vit:layer=2", "--batch=4"} <= set(command)
-    assert {"--resolution=128", "--shard-rows=16"} <= set(command)
+    assert {"--data=/photos", "--source=image-folder", "--latents=none"} <= set(command)
+    assert {"--features=tiny-vit:layer=2", "--batch=4", "--resolution=128", "--shard-rows=16"} <= set(command)
 
 
 def ablate(file: Path, store: Path, out: Path) -> subprocess.Popen[str]:

@@ -81,7 +81,7 @@ def write_diffusers(run: OpenRun, weights: Mapping[str, Tensor], step: int, out:
     scheduler.save_pretrained(out / "scheduler")
     decoder = run.data.latents.attributes["provenance"].get("decoder", "")
     vae: list[str | None] = [None, None]
-    if Path(decoder).is_dir():
+    if decoder and Path(decoder).is_dir():
         model: Any = load_decoder(decoder, torch.device("cpu"))
         model.save_pretrained(out / "vae")
         vae, decoder = ["diffusers", type(model).__name__], "vae"
@@ -168,6 +168,7 @@ def model_card(run: OpenRun, step: int, decoder: str) -> str:
         vae = f', vae=AutoencoderKL.from_pretrained("{decoder}")' if decoder else ", vae=…"
     imports = "AutoencoderKL, DiffusionPipeline" if "AutoencoderKL" in vae else "DiffusionPipeline"
     ours = "ddpm" if config.model.kind == "dit" else "ode"
+    alignment = "representation alignment (REPA, arXiv 2410.06940)"
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -175,7 +176,8 @@ pipeline_tag: unconditional-image-generation
 
 # {run.path.absolute().name}
 
-A class-conditional {config.model.kind.upper()} trained with representation alignment (REPA, arXiv 2410.06940).
+A class-conditional {"SiT" if config.model.kind == "sit" else "DiT"} trained {"with" if config.aligns else "without"}
+{alignment}.
 
 ```python
 from diffusers import {imports}

@@ -7,7 +7,8 @@
 Image i is a function of the settings and of i: its noise and its label are keyed by (seed, i), and it is computed in
 the block of images that holds it, [kB, (k+1)B), never in another batch, since a matrix product may round otherwise in a
 batch of another size. Ranks take the blocks in turn. On a CPU a process computes with one thread, for the same reason;
-more processes (GPUS=2, which on a machine without GPUs counts processes) use more cores.
+more processes (GPUS=2, which on a machine without GPUs counts processes) use more cores. Classes are the model's: those
+of a public checkpoint may be more than its store's.
 
 Images that are there and whole are not drawn again, so a run that was killed goes on, and a larger N only adds to it.
 """
@@ -37,11 +38,19 @@ from trainer.distributed import World, world_of_ranks
 from trainer.evaluation.decode import decode_latents, load_decoder, write_grid
 from trainer.evaluation.draw import draw_latents
 from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, load_model, open_run, step_of
-from trainer.evaluation.image_files import image_path, is_whole, n_written, pack_npz, read_image, write_image
+from trainer.evaluation.image_files import (
+    SETTINGS_FILE,
+    image_path,
+    is_whole,
+    n_written,
+    pack_npz,
+    read_image,
+    write_image,
+)
 from trainer.resume import only_writer
 
 VERSION = 1
-SETTINGS_FILE, LABELS_FILE = "settings.json", "labels.txt"
+LABELS_FILE = "labels.txt"
 GRID_IMAGES = 64
 Labels = Literal["balanced", "uniform"]
 
@@ -85,7 +94,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             raise UserError(
                 f"{run.data.latents.path} does not say what decodes it; pass --vae with a diffusers directory"
             )
-        settings = _settings(config, recipe, checkpoint, decoder, len(run.data.class_names), world.device)
+        settings = _settings(config, recipe, checkpoint, decoder, run.geometry.n_classes, world.device)
         folder = config.out or config.run / _name(recipe, config, step_of(checkpoint))
         _refuse_other_settings(folder, settings)
         with only_writer(folder, world, "generating"):
@@ -123,8 +132,13 @@ class _Source:
     @torch.inference_mode()
     def pictures(self, images: Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, 3) of their numbers int64 (B,)."""
-        labels = labels_of(images, len(self.run.data.class_names), self.config.labels, self.config.seed)
+        labels = labels_of(images, self.run.geometry.n_classes, self.config.labels, self.config.seed)
         latents = draw_latents(self.model, images, labels, self.run.geometry, self.recipe, self.config.seed)
+        if not latents.isfinite().all():
+            raise UserError(
+                f"the model of {self.run.path} gives NaN or infinity for images {images[0]} to {images[-1]}; generate "
+                "from an earlier --checkpoint, or with another --precision"
+            )
         return decode_latents(latents / self.run.scale.scale + self.run.scale.shift, self.decoder)
 
 

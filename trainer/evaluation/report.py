@@ -151,7 +151,8 @@ def _measure_column(measure: str, title: str) -> Column:
         if best is None:
             return Cell(text=NOTHING)
         late = "" if best["step"] == run.checkpoint_step else f", step {best['step']:,}"
-        note = f"block {best['block']}, t = {best['t']:g}{late}"
+        features = f" with {run.compared_with}" if measure == "cknna" and run.compared_with else ""
+        note = f"block {best['block']}, t = {best['t']:g}{features}{late}"
         return _number(best[measure], ".1%" if measure == "probe" else ".3f", note=note)
 
     return Column(title=title, cell=cell)
