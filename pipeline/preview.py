@@ -67,8 +67,8 @@ def write_preview(root: str, out: Path, *, n_images: int = 8) -> list[Picture]:
 def open_originals(store: Store) -> Callable[[np.ndarray], np.ndarray]:
     """Rows (n,) → centre crops of their images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
     recorded = store.attributes["source"]
-    if recorded["kind"] not in KINDS:
-        raise UserError(f"store {store.root} was imported ({recorded['kind']}) and does not know its images")
+    if recorded.get("kind") not in KINDS:
+        raise UserError(f"store {store.root} was not made of images, but imported; name their folder instead")
     source = open_source(recorded["path"], recorded["kind"])
     locations = store.index.locations
 

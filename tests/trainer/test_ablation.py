@@ -100,6 +100,7 @@ def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> Non
         ("axes: [a]", "axes must be a mapping"),
         ("seeds: 3", "seeds must be a list"),
         ("gpus: none", "gpus must be a number"),
+        ("axes: {data.features: ['a:b', 'a-b']}", "two runs would be named features-a-b_seed-0"),
         ("- a", "must be a mapping with preset"),
         ("a: [", "is not YAML"),
     ],

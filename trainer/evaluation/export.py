@@ -24,7 +24,7 @@ from storage.errors import UserError
 from storage.files import make_directories, partial_name, publish
 from trainer.checkpoint import load_ema_weights
 from trainer.config import flatten, spelled
-from trainer.evaluation.decode import load_decoder
+from trainer.evaluation.decode import load_decoder, location
 from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, open_run, step_of
 from trainer.models.blocks import sincos_position_embedding
 from trainer.models.transformer import Geometry
@@ -165,8 +165,10 @@ def model_card(run: OpenRun, step: int, decoder: str) -> str:
     targets = ", ".join(f"{t.features} after block {t.block}, λ = {t.weight:g}" for t in config.targets) or "none"
     vae = ""
     if decoder != "vae":
-        vae = f', vae=AutoencoderKL.from_pretrained("{decoder}")' if decoder else ", vae=…"
-    imports = "AutoencoderKL, DiffusionPipeline" if "AutoencoderKL" in vae else "DiffusionPipeline"
+        repository, folder = location(decoder)
+        where = f'"{repository}"' + (f', subfolder="{folder}"' if folder else "")
+        vae = f", vae=AutoModel.from_pretrained({where})" if decoder else ", vae=…"
+    imports = "AutoModel, DiffusionPipeline" if "AutoModel" in vae else "DiffusionPipeline"
     ours = "ddpm" if config.model.kind == "dit" else "ode"
     alignment = "representation alignment (REPA, arXiv 2410.06940)"
     return f"""---
