@@ -9,6 +9,7 @@ others go on.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -150,7 +151,9 @@ def _on_ray(runs: Sequence[Run], ablation: Ablation, folder: Path, ray_address: 
 
 def _attend(command: Sequence[str], stop: Stop, stdout: Any = None) -> int:
     """Run a command to its end and return its status; a signal to stop is handed on, and raised when it has ended."""
-    process = subprocess.Popen(command, stdout=stdout, start_new_session=True)  # a Ctrl-C reaches it once, from here
+    # The command names its cluster, or none; a Ctrl-C reaches it once, from here.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, stdout=stdout, env=environment, start_new_session=True)
     told = False
     try:
         while process.poll() is None:

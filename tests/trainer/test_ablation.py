@@ -127,6 +127,18 @@ def test_features_that_are_lacking_are_asked_of_the_pipeline(shared_tiny_store: 
     assert {"--features=tiny-vit:layer=2", "--batch=4", "--resolution=128", "--shard-rows=16"} <= set(command)
 
 
+def test_a_run_that_is_stopped_from_outside_is_not_complete(
+    shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told to stop, training saves and ends with status 0, which says nothing of the steps it has left."""
+    monkeypatch.setattr("trainer.ablate._attend", lambda *args, **kwargs: 0)
+    file = write(tmp_path, BASE + "axes: {loss.projection_weight: [0.5]}")
+    assert go_on(file, str(shared_tiny_store), tmp_path / "runs", "") == 1
+    said = capsys.readouterr()
+    assert "0 of 1 runs are complete" in said.out
+    assert "failed: projection-weight-0.5_seed-0, see" in said.err
+
+
 def ablate(file: Path, store: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "trainer", "ablate", str(file), "--store", str(store), "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
