@@ -210,6 +210,16 @@ def test_one_file_of_weights(run: Path, tmp_path: Path) -> None:
         export(run, "safetensors", out, "latest")
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"half"), Path.unlink], ids=["damaged", "missing"])
+def test_weights_that_are_not_whole_are_one_clear_line(micro_run: Path, tmp_path: Path, damage: Any) -> None:
+    shutil.copytree(micro_run, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "step-0000003" / "ema.safetensors")
+    for to in ("safetensors", "diffusers"):
+        with pytest.raises(UserError, match=r"ema.safetensors is damaged or missing .*another --checkpoint"):
+            export(tmp_path / "run", to, tmp_path / "out", "latest")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_diffusers_cannot_be_is_refused(opened: OpenRun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no query and key norm"):
         exporting.transformer_settings(dataclasses.replace(opened.geometry, qk_norm=True))
