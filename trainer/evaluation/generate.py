@@ -227,11 +227,16 @@ def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
 
 
 def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError when the folder holds images of other settings, or no images of ours."""
+    """Raises UserError when the folder holds images of other settings, or files of something else.
+
+    Settings under which nothing was drawn bind nobody: a mistyped --vae would keep its folder for good.
+    """
     path = folder / SETTINGS_FILE
     if not path.exists():
         if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder} holds files that are not of this command; name another --out")
+        return
+    if not n_written(folder):
         return
     before = json.loads(path.read_text())
     names = sorted({*before, *settings})

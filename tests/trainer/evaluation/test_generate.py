@@ -166,6 +166,15 @@ def test_a_model_that_diverged_is_told_and_not_drawn(micro_run: Path, tmp_path: 
     assert n_written(tmp_path / "out") == 0
 
 
+def test_a_vae_that_is_not_there_may_be_mended_in_the_same_folder(micro_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        generate(settings(micro_run, tmp_path / "out", n=1, vae=str(tmp_path)))
+    folder, _ = generate(settings(micro_run, tmp_path / "out", n=1))
+    assert n_written(folder) == 1
+    with pytest.raises(UserError, match="decoder: were"):
+        generate(settings(micro_run, tmp_path / "out", n=1, vae=str(tmp_path)))
+
+
 def test_a_folder_of_something_else_is_left_alone(micro_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.png").write_bytes(b"mine")
     with pytest.raises(UserError, match="not of this command"):
