@@ -91,8 +91,10 @@ def named_shortly(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def _title(records: Sequence[RunRecord]) -> str:
-    folders = {record.path.absolute().parent.name for record in records}
-    return f"Runs in {folders.pop()}" if len(folders) == 1 and len(records) > 1 else records[0].name
+    if len(records) == 1:
+        return records[0].name
+    folders = sorted({record.path.absolute().parent.name for record in records})
+    return f"Runs in {', '.join(folders)}"
 
 
 # ---- the table of runs ------------------------------------------------------------------------------------------

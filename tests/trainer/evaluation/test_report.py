@@ -174,8 +174,10 @@ def test_runs_are_found_where_an_ablation_puts_them(shared_tiny_store: Path, tmp
     """`make report RUNS="runs/*"` beside `make ablate`, whose runs are runs/ablations/STUDY/NAME."""
     for folder, seed in (("one", 1), ("ablations/study", 1), ("ablations/study", 2)):
         make_run(tmp_path / folder, shared_tiny_store, seed, 0.5, measured=False)
-    names = [record.name for record in read_runs([tmp_path / "one" / "run-1", tmp_path / "ablations"])]
-    assert names == ["one/run-1", "study/run-1", "run-2"]
+    records = read_runs([tmp_path / "one" / "run-1", tmp_path / "ablations"])
+    assert [record.name for record in records] == ["one/run-1", "study/run-1", "run-2"]
+    (out,) = write_report([tmp_path / "one", tmp_path / "ablations"], tmp_path / "page.html", "")
+    assert "<h1>Runs in one, study</h1>" in out.read_text()
 
 
 def test_charts() -> None:
