@@ -77,7 +77,7 @@ report: $(STAMP)  ## one HTML page about runs: RUNS="runs/a runs/b" [ARGS="--out
 	$(PY) -m trainer report $(RUNS) $(ARGS)
 
 export: $(STAMP)  ## a run for other programs: RUN=folder [ARGS="--to safetensors"]
-	$(PY) -m trainer export '$(RUN)' $(or $(ARGS),--to diffusers)
+	$(PY) -m trainer export '$(RUN)' $(ARGS)
 
 test: $(STAMP)  ## the tests, a few minutes
 	$(PY) -m pytest $(ARGS)

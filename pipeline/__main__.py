@@ -60,7 +60,7 @@ def config_help(name: str) -> str:
 def add_features_options(parser: Parser) -> None:
     """The options of `features`."""
     parser.add_argument(
-        "where", metavar="IMAGES", type=Path, help="folder of images, an .npz with arr_0 (ADM's layout), or a store"
+        "where", metavar="IMAGES", help="folder of images, an .npz with arr_0 (ADM's layout), or a store or its URL"
     )
     parser.add_argument("--encoder", default="inception", help="inception, or a vision encoder (default inception)")
     parser.add_argument("--out", type=Path, required=True, help="feature file to write, .npz")
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     tasks.add_argument("--ray-address", default="", help="cluster to join; empty: start one here and stop it")
     demo = commands.add_parser("demo", help="both stages on the built-in photographs")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
-    demo.add_argument("--steps", type=int, default=None, help="training steps (default: the preset's)")
+    demo.add_argument("--steps", type=int, default=None, help="training steps (default 500)")
     demo.add_argument("--only-precompute", action="store_true", help="stop after stage one")
     launched = commands.add_parser("launch", help="train on a Ray cluster")
     launched.add_argument("--workers", type=int, default=1, help="ranks, a GPU each where there are any (default 1)")

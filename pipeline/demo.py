@@ -23,7 +23,7 @@ from storage.console import EXIT_FAILED, EXIT_OK
 RESOLUTION, SHARD_ROWS = 128, 128
 FEATURES = "tiny-vit"
 PRESET, STEPS = "sit-tiny-2", 500
-RUNS = {"repa": [], "vanilla": ["--loss.projection-weight", "0"]}
+RUNS = {"repa": ["--data.features", FEATURES], "vanilla": ["--loss.projection-weight", "0"]}
 IMAGES, MEASURED = 32, 512
 PAGE = "report.html"
 

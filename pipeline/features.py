@@ -26,7 +26,7 @@ Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def write_features(
-    where: Path,
+    where: Path | str,
     out: Path,
     *,
     encoder: str,
@@ -99,6 +99,6 @@ def resolve(
 def _device(name: str) -> Any:
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for and torch sees no GPU; pass --device cpu or mend the driver")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -24,6 +24,7 @@ from pipeline.transforms import DecodeError, center_crop, decode_rgb
 from storage import Store, UserError, open_store
 from storage.feature_file import npz_names
 from storage.layout import METADATA
+from storage.roots import absolute, is_url
 
 IMAGES_ARRAY = "arr_0"
 
@@ -37,14 +38,17 @@ class Images:
     read: Callable[[int], Iterator[np.ndarray]]
 
 
-def open_images(where: Path, *, resolution: int = 0, limit: int = 0) -> Images:
-    """The images at a path, at most `limit` of them, evenly spread; 0: all.
+def open_images(where: Path | str, *, resolution: int = 0, limit: int = 0) -> Images:
+    """The images at a path, or of the store at a URL, at most `limit` of them, evenly spread; 0: all.
 
     `resolution` is the side that they are to have: a folder's images are brought to it by the ADM centre crop, others
     must have it. 0: they are taken as they are. Raises UserError.
     """
     if limit < 0 or resolution < 0:
         raise UserError(f"--n and --resolution must not be negative, got {limit} and {resolution}")
+    if is_url(str(where)):
+        return _of_store(open_store(where), resolution, limit)
+    where = Path(where)
     if where.is_dir() and (where / METADATA).is_file():
         return _of_store(open_store(where), resolution, limit)
     if where.is_dir():
@@ -135,25 +139,27 @@ def _header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype[An
 
 
 def _of_store(store: Store, resolution: int, limit: int) -> Images:
-    from pipeline.preview import read_originals
+    from pipeline.preview import open_originals
 
-    _require_size(Path(str(store.root)), (store.resolution, store.resolution), resolution)
+    _require_size(str(store.root), (store.resolution, store.resolution), resolution)
     kept = np.arange(store.n_rows)
     for path in store.groups():
         group = store.group(path)
         kept = np.setdiff1d(kept, group.failed_rows)
         group.close()
     rows = kept[spread(len(kept), limit)]
+    originals = open_originals(store)
     digest = hashlib.sha256(store.index.digest().encode() + rows.tobytes())
 
     def read(batch: int) -> Iterator[np.ndarray]:
         for start in range(0, len(rows), batch):
-            yield read_originals(store, rows[start : start + batch])
+            yield originals(rows[start : start + batch])
 
-    return Images(n=len(rows), record=_record("store", Path(str(store.root)), len(rows), digest), read=read)
+    record = _record("store", str(store.root), len(rows), digest, resolution=store.resolution)
+    return Images(n=len(rows), record=record, read=read)
 
 
-def _require_size(where: Path, size: tuple[int, ...], resolution: int) -> None:
+def _require_size(where: Path | str, size: tuple[int, ...], resolution: int) -> None:
     if resolution and size != (resolution, resolution):
         raise UserError(
             f"{where} holds images of {size[1]}×{size[0]}, and --resolution {resolution} crops a folder's only"
@@ -166,5 +172,5 @@ def spread(total: int, limit: int) -> np.ndarray:
     return np.linspace(0, total - 1, n).round().astype(np.int64)
 
 
-def _record(kind: str, path: Path, n: int, digest: Any, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, "path": str(path.absolute()), "n": n, "digest": digest.hexdigest(), **more}
+def _record(kind: str, where: Path | str, n: int, digest: Any, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "path": absolute(where), "n": n, "digest": digest.hexdigest(), **more}

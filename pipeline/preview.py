@@ -7,6 +7,7 @@ features.png         images (above) and the first three principal components of 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.decode import to_rgb
-from pipeline.sources import open_source
+from pipeline.sources import KINDS, open_source
 from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
 from storage.codec import codec_of, decode
@@ -47,7 +48,7 @@ def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> 
     if not kept:
         raise UserError(f"{root} holds no image to show: all {store.n_rows} failed to decode")
     rows = np.array([kept[i] for i in np.linspace(0, len(kept) - 1, min(n_images, len(kept))).astype(int)])
-    originals = read_originals(store, rows)
+    originals = open_originals(store)(rows)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for group in groups:
@@ -69,16 +70,22 @@ def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> 
     return written
 
 
-def read_originals(store: Store, rows: np.ndarray) -> np.ndarray:
-    """The centre crops of the rows' images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
+def open_originals(store: Store) -> Callable[[np.ndarray], np.ndarray]:
+    """Rows (n,) → centre crops of their images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
     recorded = store.attributes["source"]
+    if recorded.get("kind") not in KINDS:
+        raise UserError(f"store {store.root} was not made of images, but imported; name their folder instead")
     source = open_source(recorded["path"], recorded["kind"])
     locations = store.index.locations
-    samples = source.read_many([locations[row] for row in rows])
-    try:
-        return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
-    except DecodeError as error:
-        raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        samples = source.read_many([locations[row] for row in rows])
+        try:
+            return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
+        except DecodeError as error:
+            raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
+
+    return read
 
 
 def find_decoder(group: GroupReader, vae: str) -> Path:

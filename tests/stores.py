@@ -72,17 +72,20 @@ def make_store(
     codec: Int8Codec | None = None,
     features: Mapping[str, np.ndarray] | None = None,
     source: Mapping[str, str] | None = None,
+    label: int | None = None,
+    suffix: str = "",
     missing_only: bool = False,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Write a complete store at `root`; returns the arrays by group and name (failed rows hold numbers, unwritten).
 
-    `features` replaces random arrays of the features group; `source` says where the originals are, if anywhere;
-    `missing_only` leaves the units alone that are done already, as the pipeline does.
+    `features` replaces random arrays of the features group; `source` says where the originals are, if anywhere; `label`
+    is every row's (−1: none), and not the classes in turn; `suffix` ends every key; `missing_only` leaves the units
+    alone that are done already, as the pipeline does.
     """
     store = StoreLayout(n_rows=n_rows, views=("original", "hflip")[:n_views], resolution=128, shard_rows=shard_rows)
     layouts, identities = make_layouts(store, width, codec), make_identities(width, codec)
-    keys = [f"class{row % n_classes}/{row:05d}" for row in range(n_rows)]
-    labels = [row % n_classes for row in range(n_rows)]
+    keys = [f"class{row % n_classes}/{row:05d}{suffix}" for row in range(n_rows)]
+    labels = [row % n_classes if label is None else label for row in range(n_rows)]
     index = make_index(keys, labels, [f"class{label}" for label in labels], keys, [1000] * n_rows)
     data: dict[str, dict[str, np.ndarray]] = {}
     with Staging(root) as staging:

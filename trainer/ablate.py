@@ -9,6 +9,7 @@ others go on.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -66,12 +67,13 @@ def describe(ablation: Ablation, folder: Path, lacking: Sequence[str]) -> str:
 
 
 def precompute_command(store: Store, ablation: Ablation, lacking: Sequence[str], ray_address: str) -> list[str]:
-    """The command line that adds features to the store, made as its others were."""
-    source = store.attributes.get("source", {}).get("path")
-    if source is None:
+    """The command line that adds features to the store, of its images, resolution, views and shards."""
+    source = store.attributes.get("source", {})
+    if "path" not in source:
         raise UserError(f"store {store.root} does not say what it was made of; precompute {', '.join(lacking)} first")
     options = {
-        "data": source,
+        "data": source["path"],
+        "source": source["kind"],
         "store": str(store.root),
         "latents": "none",
         "features": ",".join(ablation.encoders.get(name, name) for name in lacking),
@@ -120,8 +122,9 @@ def _in_turn(runs: Sequence[Run], ablation: Ablation, stop: Stop) -> list[str]:
         print(f"run {number} of {len(runs)}: {run.name}", flush=True)
         run.config.run.mkdir(parents=True, exist_ok=True)
         with open(run.config.run / "train.log", "a", encoding="utf-8") as log:
-            if _attend(train_command(run, ablation.gpus), stop, stdout=log):
-                failed.append(run.name)
+            _attend(train_command(run, ablation.gpus), stop, stdout=log)
+        if not run.is_complete:  # whatever its status: a run that is told to stop saves, and ends with 0
+            failed.append(run.name)
     return failed
 
 
@@ -148,7 +151,9 @@ def _on_ray(runs: Sequence[Run], ablation: Ablation, folder: Path, ray_address: 
 
 def _attend(command: Sequence[str], stop: Stop, stdout: Any = None) -> int:
     """Run a command to its end and return its status; a signal to stop is handed on, and raised when it has ended."""
-    process = subprocess.Popen(command, stdout=stdout, start_new_session=True)  # a Ctrl-C reaches it once, from here
+    # The command names its cluster, or none; a Ctrl-C reaches it once, from here.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, stdout=stdout, env=environment, start_new_session=True)
     told = False
     try:
         while process.poll() is None:

@@ -87,7 +87,8 @@ def read_ablation(path: Path, store: str, out: Path) -> Ablation:
         for values in itertools.product(*axes.values(), seeds):
             *chosen, seed = values
             run = _run(base, dict(zip(axes, chosen, strict=True)), seed, store, out)
-            runs.setdefault(run.name, run)
+            if runs.setdefault(run.name, run).config != run.config:
+                raise UserError(f"two runs would be named {run.name} (other signs become -); spell a value otherwise")
         encoders, precompute = (
             {str(key): str(value) for key, value in _mapping(tree, name).items()} for name in ("encoders", "precompute")
         )

@@ -163,5 +163,10 @@ def restore(checkpoint: Path, model: nn.Module, ema: EMA[Any], optimizer: torch.
 
 
 def load_ema_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged weights, for sampling."""
-    return load_file(checkpoint / EMA_WEIGHTS)
+    """The averaged weights, for sampling. Raises UserError."""
+    try:
+        return load_file(checkpoint / EMA_WEIGHTS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(
+            f"{checkpoint / EMA_WEIGHTS} is damaged or missing ({error}); choose another --checkpoint"
+        ) from error

@@ -73,13 +73,18 @@ class World:
         return torch.cat(parts)
 
 
+def device_named(device: str) -> torch.device:
+    """What auto, cpu or cuda means on this machine. Raises UserError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for and torch sees no GPU; pass --device cpu or mend the driver")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def world_of_ranks(device: str) -> Iterator[World]:
     """The world that the environment describes; `device` is auto, cpu or cuda. Raises UserError."""
     rank, size, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for and torch sees no GPU; pass --device cpu or mend the driver")
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    use_cuda = device_named(device).type == "cuda"
     if use_cuda:
         if local >= torch.cuda.device_count():
             raise UserError(

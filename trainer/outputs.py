@@ -25,7 +25,10 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     export = commands.add_parser("export", help="a run's averaged weights for other programs")
     export.add_argument("run", type=named_path, help="folder of the run")
     export.add_argument(
-        "--to", choices=["diffusers", "safetensors"], required=True, help="a pipeline folder, or one file of weights"
+        "--to",
+        choices=["diffusers", "safetensors"],
+        default="diffusers",
+        help="a pipeline folder, or one file of weights (default diffusers)",
     )
     export.add_argument("--out", type=Path, default=None, help="folder to write (default RUN/export-FORMAT)")
     export.add_argument("--checkpoint", default="latest", help="latest, or a step (default latest)")
@@ -55,7 +58,7 @@ def _add_generate(parser: Parser) -> None:
         "--labels",
         choices=["balanced", "uniform"],
         default="balanced",
-        help="classes in turn, or drawn uniformly (default balanced)",
+        help="the model's classes in turn, or drawn uniformly (default balanced)",
     )
     parser.add_argument(
         "--format", choices=["png", "npz"], default="png", help="npz: one file in ADM's layout as well (default png)"

@@ -122,7 +122,9 @@ def test_what_is_described_already_is_kept_and_what_changed_is_not(tmp_path: Pat
     assert found.images["n"] == 2
 
 
-def test_what_cannot_be_described_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_what_cannot_be_described_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.savez(tmp_path / "wide.npz", np.zeros((2, 128, 130, 3), dtype=np.uint8))
     with pytest.raises(UserError, match="square images, these are 130×128"):
         features_of(tmp_path / "f.npz", tmp_path / "wide.npz")
@@ -130,3 +132,7 @@ def test_what_cannot_be_described_is_refused_before_anything_is_loaded(tmp_path:
         features_of(tmp_path / "f.npz", tmp_path / "wide.npz", encoder="vgg")
     with pytest.raises(UserError, match="--batch must be at least 1"):
         features_of(tmp_path / "f.npz", tmp_path / "wide.npz", batch=0)
+    np.savez(tmp_path / "square.npz", np.zeros((2, 128, 128, 3), dtype=np.uint8))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        features_of(tmp_path / "f.npz", tmp_path / "square.npz", device="cuda")

@@ -105,6 +105,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, shared_tiny_store: Path) -
         open_images(tmp_path / "small.npz", resolution=8)
     with pytest.raises(UserError, match="128×128, and --resolution 8"):
         open_images(shared_tiny_store, resolution=8)
+    with pytest.raises(UserError, match="was not made of images"):
+        open_images(shared_tiny_store)
     with pytest.raises(UserError, match="must not be negative"):
         open_images(tmp_path, limit=-1)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.precompute import precompute
-from pipeline.preview import read_originals
+from pipeline.preview import open_originals
 from pipeline.sources import open_source
 from pipeline.transforms import DecodeError, center_crop, decode_rgb
 from storage import open_store
@@ -116,7 +116,7 @@ def test_a_store_of_the_whole_zoo_and_the_same_from_parquet(tmp_path: Path, capf
     moments.read_into(good, 0, out)
     assert np.isfinite(out).all()
     np.testing.assert_array_equal(
-        read_originals(parquet, np.array(good[::9])),  # preview reopens what the store was made of
+        open_originals(parquet)(np.array(good[::9])),  # preview reopens what the store was made of
         [center_crop(decode_rgb(animal_of(folder.index.keys[row]).data), RESOLUTION) for row in good[::9]],
     )
     assert [f.reason for f in parquet.group("latents/tiny-vae").failures] == [f.reason for f in group.failures]

@@ -100,6 +100,7 @@ def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> Non
         ("axes: [a]", "axes must be a mapping"),
         ("seeds: 3", "seeds must be a list"),
         ("gpus: none", "gpus must be a number"),
+        ("axes: {data.features: ['a:b', 'a-b']}", "two runs would be named features-a-b_seed-0"),
         ("- a", "must be a mapping with preset"),
         ("a: [", "is not YAML"),
     ],
@@ -120,10 +121,22 @@ def test_features_that_are_lacking_are_asked_of_the_pipeline(shared_tiny_store: 
     store = open_store(shared_tiny_store)
     with pytest.raises(UserError, match="does not say what it was made of"):
         precompute_command(store, ablation, ["tiny-vit-layer2"], "")
-    store.attributes["source"] = {"path": "/photos"}
+    store.attributes["source"] = {"path": "/photos", "kind": "image-folder"}
     command = precompute_command(store, ablation, ["tiny-vit-layer2"], "")
-    assert {"--data=/photos", "--latents=none", "--features=tiny-vit:layer=2", "--batch=4"} <= set(command)
-    assert {"--resolution=128", "--shard-rows=16"} <= set(command)
+    assert {"--data=/photos", "--source=image-folder", "--latents=none"} <= set(command)
+    assert {"--features=tiny-vit:layer=2", "--batch=4", "--resolution=128", "--shard-rows=16"} <= set(command)
+
+
+def test_a_run_that_is_stopped_from_outside_is_not_complete(
+    shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told to stop, training saves and ends with status 0, which says nothing of the steps it has left."""
+    monkeypatch.setattr("trainer.ablate._attend", lambda *args, **kwargs: 0)
+    file = write(tmp_path, BASE + "axes: {loss.projection_weight: [0.5]}")
+    assert go_on(file, str(shared_tiny_store), tmp_path / "runs", "") == 1
+    said = capsys.readouterr()
+    assert "0 of 1 runs are complete" in said.out
+    assert "failed: projection-weight-0.5_seed-0, see" in said.err
 
 
 def ablate(file: Path, store: Path, out: Path) -> subprocess.Popen[str]:

@@ -184,8 +184,9 @@ def test_images_are_drawn_from_it(shared_tiny_store: Path, tmp_path: Path) -> No
         import_checkpoint(
             save(tmp_path / kind, "safetensors", {}, averaged), "dit" if kind == "dit" else "repa", config
         )
-        folder, _ = generate(GenerateConfig(run=run, n=4, batch=4, vae=str(TINY_VAE), device="cpu"))
-        assert len(list(folder.glob("*.png"))) == 4
+        folder, _ = generate(GenerateConfig(run=run, n=6, batch=6, vae=str(TINY_VAE), device="cpu"))
+        assert len(list(folder.glob("*.png"))) == 6
+        assert (folder / "labels.txt").read_text().split() == list("012345"), "the store has 5 classes, the model 20"
 
 
 def test_a_vanilla_run_leaves_projectors_out(shared_tiny_store: Path, tmp_path: Path) -> None:

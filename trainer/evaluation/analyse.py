@@ -20,6 +20,7 @@ from storage.errors import UserError
 from trainer.evaluation.evaluate import read_record
 from trainer.evaluation.hidden_states import checkpoints_of, open_run
 from trainer.evaluation.plots import Panel, Series, Style, write_figure
+from trainer.evaluation.run_record import names_of
 from trainer.evaluation.sweep import Measure, SweepConfig, open_samples, sweep
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
@@ -45,7 +46,8 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))
     config = _one_target(runs, config)
-    found = [_measure_run(run, config, middle) for run in runs]
+    names = names_of(runs)
+    found = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
     paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
     records = [read_record(run) for run in runs]
     return paths + write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.console import EXIT_OK, Parser
+from storage.roots import is_url
 
 COMMANDS = ("evaluate", "probe", "cknna", "analyse")
 ANALYSE_TIMES = (0.25, 0.5, 0.75)
@@ -19,15 +20,20 @@ def named_path(text: str) -> Path:
     return Path(text)
 
 
+def named_place(text: str) -> Path | str:
+    """A path, or a URL, which is none."""
+    return text if is_url(text) else named_path(text)
+
+
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the four parsers."""
     evaluate = commands.add_parser("evaluate", help="FID, sFID, Inception Score, precision and recall of images")
     evaluate.add_argument("images", type=named_path, help="folder of images, an .npz with arr_0, or a feature file")
     evaluate.add_argument(
         "--reference",
-        type=named_path,
+        type=named_place,
         required=True,
-        help="ADM reference .npz, folder of images, store, or feature file",
+        help="ADM reference .npz, folder of images, store (or its URL), or feature file",
     )
     evaluate.add_argument("--encoder", default="inception", help="inception, or a vision encoder (default inception)")
     evaluate.add_argument("--weights", "--inception-weights", type=Path, help="the encoder's weight file")
@@ -43,7 +49,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     evaluate.add_argument("--out", type=Path, help="folder of the result (default IMAGES-evaluation)")
     evaluate.add_argument("--run", type=Path, help="record the result in this run, for analyse and the report")
-    evaluate.add_argument("--step", type=int, help="step of the run that the images are of (default: its newest)")
+    evaluate.add_argument("--step", type=int, help="step that the images are of (default: what generate noted)")
     evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
     for name, help_text in (
         ("probe", "linear probing of hidden states over blocks, times and checkpoints"),

@@ -22,7 +22,7 @@ def load_decoder(vae: str, device: torch.device, *, fetch: bool = True) -> nn.Mo
     """
     import diffusers
 
-    repository, folder = _location(vae)
+    repository, folder = location(vae)
     where = {"subfolder": folder, "local_files_only": not fetch}
     try:
         settings = diffusers.AutoencoderKL.load_config(repository, **where)
@@ -35,7 +35,7 @@ def load_decoder(vae: str, device: torch.device, *, fetch: bool = True) -> nn.Mo
     return model.to(device).eval()
 
 
-def _location(vae: str) -> tuple[str, str]:
+def location(vae: str) -> tuple[str, str]:
     """What diffusers calls the repository (a directory will do), and the folder in it."""
     if Path(vae).is_dir():
         return vae, "" if (Path(vae) / "config.json").is_file() else PIPELINE_FOLDER

@@ -20,8 +20,11 @@ import torch
 from storage.errors import UserError
 from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_feature_file
 from storage.files import write_atomic
+from storage.roots import absolute
 from trainer.checkpoint import latest_checkpoint, read_state
+from trainer.distributed import device_named
 from trainer.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
+from trainer.evaluation.image_files import step_drawn_at
 from trainer.evaluation.inception_score import SPLIT, inception_score
 from trainer.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from trainer.evaluation.reference import contents, read_statistics
@@ -46,7 +49,7 @@ class Description:
         """As `FeatureFile.label`."""
         return f"{self.encoder}-mean" if self.token == "mean" and self.encoder != INCEPTION else self.encoder
 
-    def describe(self, images: Path, out: Path, limit: int = 0) -> FeatureFile:
+    def describe(self, images: Path | str, out: Path, limit: int = 0) -> FeatureFile:
         """Run the command; ends with its status when it fails, having said why itself."""
         command = [sys.executable, "-m", "pipeline", "features", str(images), "--out", str(out)]
         command += ["--encoder", self.encoder, "--token", self.token, "--device", self.device]
@@ -71,7 +74,7 @@ class Reference:
 
 def evaluate(
     images: Path,
-    reference: Path,
+    reference: Path | str,
     description: Description,
     *,
     out: Path | None = None,
@@ -79,10 +82,15 @@ def evaluate(
     run: Path | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Measure, write OUT/ENCODER.json (and a line of the run's record), and return what is in it. Raises UserError."""
-    step = _step(run, step)
+    """Measure, write OUT/ENCODER.json (and a line of the run's record), and return what is in it. Raises UserError.
+
+    A reference that is no path is the URL of a store.
+    """
+    device = device_named(description.device)
     there = contents(images)  # both are looked at before anything is described
     contents(reference)
+    described = Path(open_feature_file(images).images["path"]) if there.features else images
+    step = _step(run, step, described)
     name = images.name if images.is_dir() else images.stem
     folder = out or images.absolute().with_name(f"{name}-evaluation")
     if there.features:
@@ -96,8 +104,8 @@ def evaluate(
         "name": generated.label,
         "encoder": generated.identity,
         "generated": generated.images,
-        "reference": against.features.images if against.features else {"path": str(reference.absolute())},
-        "metrics": measure(generated, against, torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "reference": against.features.images if against.features else {"path": absolute(reference)},
+        "metrics": measure(generated, against, device),
         "warnings": _warnings(generated, against),
     }
     write_atomic(folder / f"{generated.label}.json", json.dumps(result, indent=1).encode(), "evaluate")
@@ -161,11 +169,16 @@ def read_record(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _step(run: Path | None, step: int | None) -> int | None:
+def _step(run: Path | None, step: int | None, images: Path) -> int | None:
+    """The step of the run that the images are of: as said, else as `generate` noted it, else the newest."""
     if run is None:
         if step is not None:
             raise UserError("--step says which step of --run the images are of; pass --run RUN as well")
         return None
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run} is not a run (it has no config.yaml); name a folder that `make train` wrote")
+    if step is None:
+        step = step_drawn_at(images)
     if step is not None:
         return step
     checkpoint = latest_checkpoint(run)
@@ -175,19 +188,19 @@ def _step(run: Path | None, step: int | None) -> int | None:
 
 
 def _open_reference(
-    path: Path, generated: FeatureFile, description: Description, folder: Path, limit: int
+    where: Path | str, generated: FeatureFile, description: Description, folder: Path, limit: int
 ) -> Reference:
-    there = contents(path)
+    there = contents(where)
     features: FeatureFile | None = None
     if there.features:
-        features = open_feature_file(path)
+        features = open_feature_file(Path(where))
     elif there.images:
         if generated.label != description.label:
             raise UserError(
                 f"{generated.path} is of {generated.label}, the reference would be of {description.label}; pass "
                 f"--encoder {generated.identity['name']} --token {generated.identity['vector']}"
             )
-        features = description.describe(path, folder / f"reference-{description.label}.npz", limit)
+        features = description.describe(where, folder / f"reference-{description.label}.npz", limit)
     if features is not None and features.identity != generated.identity:
         differing = sorted(
             key
@@ -197,11 +210,11 @@ def _open_reference(
         shown = "; ".join(f"{key}: {generated.identity.get(key)} and {features.identity.get(key)}" for key in differing)
         raise UserError(f"generated images and reference are described differently ({shown}); describe both alike")
     if there.statistics and generated.label == INCEPTION:
-        pooled, spatial = read_statistics(path)
+        pooled, spatial = read_statistics(Path(where))
         return Reference(pooled=pooled, spatial=spatial, features=features, statistics_given=True)
     if features is None:
         raise UserError(
-            f"{path} holds Inception's statistics and no images; {generated.label} needs them, or a feature file"
+            f"{where} holds Inception's statistics and no images; {generated.label} needs them, or a feature file"
         )
     return Reference(
         pooled=gaussian_of(features.read(FEATURES)),

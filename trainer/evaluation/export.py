@@ -24,7 +24,7 @@ from storage.errors import UserError
 from storage.files import make_directories, partial_name, publish
 from trainer.checkpoint import load_ema_weights
 from trainer.config import flatten, spelled
-from trainer.evaluation.decode import load_decoder
+from trainer.evaluation.decode import load_decoder, location
 from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, open_run, step_of
 from trainer.models.blocks import sincos_position_embedding
 from trainer.models.transformer import Geometry
@@ -81,7 +81,7 @@ def write_diffusers(run: OpenRun, weights: Mapping[str, Tensor], step: int, out:
     scheduler.save_pretrained(out / "scheduler")
     decoder = run.data.latents.attributes["provenance"].get("decoder", "")
     vae: list[str | None] = [None, None]
-    if Path(decoder).is_dir():
+    if decoder and Path(decoder).is_dir():
         model: Any = load_decoder(decoder, torch.device("cpu"))
         model.save_pretrained(out / "vae")
         vae, decoder = ["diffusers", type(model).__name__], "vae"
@@ -165,9 +165,12 @@ def model_card(run: OpenRun, step: int, decoder: str) -> str:
     targets = ", ".join(f"{t.features} after block {t.block}, λ = {t.weight:g}" for t in config.targets) or "none"
     vae = ""
     if decoder != "vae":
-        vae = f', vae=AutoencoderKL.from_pretrained("{decoder}")' if decoder else ", vae=…"
-    imports = "AutoencoderKL, DiffusionPipeline" if "AutoencoderKL" in vae else "DiffusionPipeline"
+        repository, folder = location(decoder)
+        where = f'"{repository}"' + (f', subfolder="{folder}"' if folder else "")
+        vae = f", vae=AutoModel.from_pretrained({where})" if decoder else ", vae=…"
+    imports = "AutoModel, DiffusionPipeline" if "AutoModel" in vae else "DiffusionPipeline"
     ours = "ddpm" if config.model.kind == "dit" else "ode"
+    alignment = "representation alignment (REPA, arXiv 2410.06940)"
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -175,7 +178,8 @@ pipeline_tag: unconditional-image-generation
 
 # {run.path.absolute().name}
 
-A class-conditional {config.model.kind.upper()} trained with representation alignment (REPA, arXiv 2410.06940).
+A class-conditional {"SiT" if config.model.kind == "sit" else "DiT"} trained {"with" if config.aligns else "without"}
+{alignment}.
 
 ```python
 from diffusers import {imports}

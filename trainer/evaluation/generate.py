@@ -7,7 +7,8 @@
 Image i is a function of the settings and of i: its noise and its label are keyed by (seed, i), and it is computed in
 the block of images that holds it, [kB, (k+1)B), never in another batch, since a matrix product may round otherwise in a
 batch of another size. Ranks take the blocks in turn. On a CPU a process computes with one thread, for the same reason;
-more processes (GPUS=2, which on a machine without GPUs counts processes) use more cores.
+more processes (GPUS=2, which on a machine without GPUs counts processes) use more cores. Classes are the model's: those
+of a public checkpoint may be more than its store's.
 
 Images that are there and whole are not drawn again, so a run that was killed goes on, and a larger N only adds to it.
 """
@@ -37,11 +38,19 @@ from trainer.distributed import World, world_of_ranks
 from trainer.evaluation.decode import decode_latents, load_decoder, write_grid
 from trainer.evaluation.draw import draw_latents
 from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, load_model, open_run, step_of
-from trainer.evaluation.image_files import image_path, is_whole, n_written, pack_npz, read_image, write_image
+from trainer.evaluation.image_files import (
+    SETTINGS_FILE,
+    image_path,
+    is_whole,
+    n_written,
+    pack_npz,
+    read_image,
+    write_image,
+)
 from trainer.resume import only_writer
 
 VERSION = 1
-SETTINGS_FILE, LABELS_FILE = "settings.json", "labels.txt"
+LABELS_FILE = "labels.txt"
 GRID_IMAGES = 64
 Labels = Literal["balanced", "uniform"]
 
@@ -85,7 +94,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             raise UserError(
                 f"{run.data.latents.path} does not say what decodes it; pass --vae with a diffusers directory"
             )
-        settings = _settings(config, recipe, checkpoint, decoder, len(run.data.class_names), world.device)
+        settings = _settings(config, recipe, checkpoint, decoder, run.geometry.n_classes, world.device)
         folder = config.out or config.run / _name(recipe, config, step_of(checkpoint))
         _refuse_other_settings(folder, settings)
         with only_writer(folder, world, "generating"):
@@ -123,8 +132,13 @@ class _Source:
     @torch.inference_mode()
     def pictures(self, images: Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, 3) of their numbers int64 (B,)."""
-        labels = labels_of(images, len(self.run.data.class_names), self.config.labels, self.config.seed)
+        labels = labels_of(images, self.run.geometry.n_classes, self.config.labels, self.config.seed)
         latents = draw_latents(self.model, images, labels, self.run.geometry, self.recipe, self.config.seed)
+        if not latents.isfinite().all():
+            raise UserError(
+                f"the model of {self.run.path} gives NaN or infinity for images {images[0]} to {images[-1]}; generate "
+                "from an earlier --checkpoint, or with another --precision"
+            )
         return decode_latents(latents / self.run.scale.scale + self.run.scale.shift, self.decoder)
 
 
@@ -213,11 +227,16 @@ def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
 
 
 def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError when the folder holds images of other settings, or no images of ours."""
+    """Raises UserError when the folder holds images of other settings, or files of something else.
+
+    Settings under which nothing was drawn bind nobody: a mistyped --vae would keep its folder for good.
+    """
     path = folder / SETTINGS_FILE
     if not path.exists():
         if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder} holds files that are not of this command; name another --out")
+        return
+    if not n_written(folder):
         return
     before = json.loads(path.read_text())
     names = sorted({*before, *settings})

@@ -1,7 +1,8 @@
 """Generated images on disk: numbered PNGs, each whole or absent, and one `.npz` in the layout of ADM's evaluation.
 
-    000000.png …     image i, six digits or more
-    NAME.npz         arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,), the classes; uncompressed
+    NAME/000000.png …    image i, six digits or more
+    NAME/settings.json   what determines the images, the step of the run among it
+    NAME.npz             arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,), the classes; uncompressed
 
 Both are the same bytes whenever they are written of the same images by the same libraries. The `.npz` is packed from
 the PNGs one at a time: 50,000 images of 256 px are 10 GB, of which one is in memory.
@@ -10,6 +11,7 @@ the PNGs one at a time: 50,000 images of 256 px are 10 GB, of which one is in me
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ import numpy as np
 
 from storage.files import partial_name, publish, write_atomic
 
+SETTINGS_FILE = "settings.json"
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 NAME_DIGITS = 6
 
@@ -26,6 +29,12 @@ NAME_DIGITS = 6
 def image_path(folder: Path, i: int) -> Path:
     """Where image i lies."""
     return folder / f"{i:0{NAME_DIGITS}d}.png"
+
+
+def step_drawn_at(images: Path) -> int | None:
+    """The step of the run that generated images, a folder or its `.npz`, are of; None where nothing says so."""
+    settings = (images if images.is_dir() else images.with_name(images.stem)) / SETTINGS_FILE
+    return json.loads(settings.read_text(encoding="utf-8")).get("step") if settings.is_file() else None
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:

@@ -71,7 +71,8 @@ def write_figure(panels: list[Panel], path: Path, record: dict[str, Any]) -> lis
         if panel.note:
             axes.text(0.5, 0.5, panel.note, transform=axes.transAxes, ha="center", va="center", color="0.4", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture, data = path.with_suffix(".png"), path.with_suffix(".json")
+    stem = path.name.removesuffix(".png").removesuffix(".json")  # the name may have other points: probe-t0.5
+    picture, data = path.with_name(f"{stem}.png"), path.with_name(f"{stem}.json")
     figure.savefig(picture, dpi=DOTS_PER_INCH)
     drawn = {**record, "panels": [dataclasses.asdict(panel) for panel in panels]}
     write_atomic(data, json.dumps(drawn, indent=1).encode(), "figure")

@@ -17,6 +17,7 @@ import numpy as np
 
 from storage.errors import UserError
 from storage.feature_file import FEATURES, npz_names
+from storage.roots import is_url
 from trainer.evaluation.frechet import Gaussian
 
 MEAN, COVARIANCE, SPATIAL_MEAN, SPATIAL_COVARIANCE, IMAGES = "mu", "sigma", "mu_s", "sigma_s", "arr_0"
@@ -31,9 +32,10 @@ class Contents:
     images: bool = False
 
 
-def contents(path: Path) -> Contents:
-    """Look at a path. Raises UserError when there is nothing that can be compared."""
-    if path.is_dir():
+def contents(where: Path | str) -> Contents:
+    """Look at a path, or at a store's URL. Raises UserError when there is nothing that can be compared."""
+    path = Path(where)
+    if is_url(str(where)) or path.is_dir():
         return Contents(images=True)
     if path.suffix != ".npz":
         raise UserError(

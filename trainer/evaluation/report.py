@@ -91,8 +91,10 @@ def named_shortly(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def _title(records: Sequence[RunRecord]) -> str:
-    folders = {record.path.absolute().parent.name for record in records}
-    return f"Runs in {folders.pop()}" if len(folders) == 1 and len(records) > 1 else records[0].name
+    if len(records) == 1:
+        return records[0].name
+    folders = sorted({record.path.absolute().parent.name for record in records})
+    return f"Runs in {', '.join(folders)}"
 
 
 # ---- the table of runs ------------------------------------------------------------------------------------------
@@ -151,7 +153,8 @@ def _measure_column(measure: str, title: str) -> Column:
         if best is None:
             return Cell(text=NOTHING)
         late = "" if best["step"] == run.checkpoint_step else f", step {best['step']:,}"
-        note = f"block {best['block']}, t = {best['t']:g}{late}"
+        features = f" with {run.compared_with}" if measure == "cknna" and run.compared_with else ""
+        note = f"block {best['block']}, t = {best['t']:g}{features}{late}"
         return _number(best[measure], ".1%" if measure == "probe" else ".3f", note=note)
 
     return Column(title=title, cell=cell)

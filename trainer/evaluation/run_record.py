@@ -18,12 +18,16 @@ from trainer.evaluation.evaluate import read_record
 from trainer.metrics import read_metrics
 
 ALWAYS_COMPARED = ("preset", "steps", "store")  # free to change on resume, and part of what a run is
+BELOW = ("*/config.yaml", "*/*/config.yaml")  # runs/NAME, and runs/ablations/STUDY/NAME of `runs/*`
 MEASURES = ("probe", "cknna")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run. `points` holds what `probe` and `cknna` measured, `evaluations` the lines of `evaluate --run`."""
+    """One run. `points` holds what `probe` and `cknna` measured, `evaluations` the lines of `evaluate --run`.
+
+    `compared_with` is the path of the features that CKNNA compares with; empty where it was not measured.
+    """
 
     name: str
     path: Path
@@ -33,6 +37,7 @@ class RunRecord:
     checkpoint_step: int
     identities: dict[str, str]
     points: dict[str, list[dict[str, Any]]]
+    compared_with: str
     evaluations: list[dict[str, Any]]
     picture: Path | None
 
@@ -72,10 +77,10 @@ class RunRecord:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The runs among the paths and directly below them, each once. Raises UserError where there is none."""
+    """The runs among the paths and up to two levels below them, each once. Raises UserError where there is none."""
     found: list[Path] = []
     for path in paths:
-        below = sorted(child.parent for child in path.glob("*/config.yaml"))
+        below = sorted(child.parent for pattern in BELOW for child in path.glob(pattern))
         runs = [path] if (path / "config.yaml").is_file() else below
         if not runs:
             raise UserError(f"{path} is not a run and holds none (no config.yaml); name what `make train RUN=…` wrote")
@@ -84,11 +89,16 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read every run; names are those of their folders, with the parent's where two are alike."""
+    """Read every run."""
     runs = find_runs(paths)
+    return [_read(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """The names of their folders, with the parent's where two are alike."""
     names = [run.absolute().name for run in runs]
     return [
-        _read(run, name if names.count(name) == 1 else f"{run.absolute().parent.name}/{name}")
+        name if names.count(name) == 1 else f"{run.absolute().parent.name}/{name}"
         for run, name in zip(runs, names, strict=True)
     ]
 
@@ -96,6 +106,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 def _read(run: Path, name: str) -> RunRecord:
     checkpoint = latest_checkpoint(run)
     state = read_state(checkpoint) if checkpoint is not None else None
+    measured = {measure: _json(run / "analysis" / f"{measure}.json") for measure in MEASURES}
     return RunRecord(
         name=name,
         path=run,
@@ -104,7 +115,8 @@ def _read(run: Path, name: str) -> RunRecord:
         device=str(_json(run / "summary.json").get("device", "")),
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
-        points={measure: _json(run / "analysis" / f"{measure}.json").get("points", []) for measure in MEASURES},
+        points={measure: found.get("points", []) for measure, found in measured.items()},
+        compared_with=measured["cknna"].get("features", {}).get("path", "").removeprefix("features/"),
         evaluations=read_record(run),
         picture=_picture(run),
     )

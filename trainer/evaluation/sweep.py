@@ -25,6 +25,7 @@ from storage.console import progress_bar
 from storage.errors import UserError
 from trainer.data import pick_group
 from trainer.dequantise import dequantise
+from trainer.distributed import device_named
 from trainer.evaluation import cknna
 from trainer.evaluation.hidden_states import (
     OpenRun,
@@ -82,7 +83,7 @@ class Samples:
     latents: GroupReader
     features: GroupReader
     rows: np.ndarray  # int64, sorted
-    labels: Tensor  # int64
+    labels: Tensor  # int64, −1 where the store has none
 
     def close(self) -> None:
         """Close every file."""
@@ -104,7 +105,9 @@ def sweep(path: Path, config: SweepConfig, measures: Collection[Measure]) -> dic
 
 
 def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collection[Measure]) -> dict[str, Any]:
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_named(config.device)
+    if "probe" in measures and (samples.labels < 0).any():
+        raise UserError(f"{samples.store.root} has samples without a label; a probe needs one for each")
     blocks = parse_blocks(config.blocks, run.geometry.depth)
     checkpoints = checkpoints_of(run.path, config.checkpoints)
     labels = samples.labels.to(device)
@@ -177,13 +180,16 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
     if not name and run.data.features:
         name = run.data.features[0].path.partition("/")[2]
     features = store.group(_features_path(store, name))
+    if "patches" not in features.arrays:
+        raise UserError(
+            f"{features.path} of {store.root} holds {', '.join(features.arrays)} and no patch tokens, whose mean is "
+            "compared; choose other --features"
+        )
     failed = np.union1d(latents.failed_rows, features.failed_rows)
     valid = np.setdiff1d(np.arange(store.n_rows), failed)
     chosen = np.random.default_rng(config.seed).permutation(valid)[: config.n]
     rows = np.sort(chosen).astype(np.int64)
-    labels = torch.from_numpy(store.index.labels[rows].copy())
-    if (labels < 0).any():
-        raise UserError(f"{store.root} has samples without a label; a probe needs one for each")
+    labels = torch.from_numpy(store.classes.labels[rows].copy())
     return Samples(store=store, latents=latents, features=features, rows=rows, labels=labels)
 
 

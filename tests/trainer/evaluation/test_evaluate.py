@@ -13,9 +13,11 @@ from PIL import Image
 from storage.errors import UserError
 from storage.feature_file import open_feature_file, write_feature_file
 from tests.inception import write_random_inception
+from tests.stores import make_store
 from trainer.__main__ import main
 from trainer.evaluation.evaluate import RUN_RECORD, Description, evaluate, read_record, table
 from trainer.evaluation.frechet import frechet_distance, gaussian_of
+from trainer.evaluation.image_files import SETTINGS_FILE, step_drawn_at
 from trainer.evaluation.inception_score import inception_score
 from trainer.evaluation.precision_recall import precision_recall
 
@@ -115,12 +117,37 @@ def test_a_result_is_recorded_in_the_run_it_is_of(files: tuple[Path, Path], tmp_
     assert record[0]["metrics"]["fd"]["n_generated"] == 60
     with pytest.raises(UserError, match="pass --run RUN as well"):
         evaluate(*files, Description(encoder="vit"), out=tmp_path, step=2)
+    with pytest.raises(UserError, match="is not a run"):
+        evaluate(*files, Description(encoder="vit"), out=tmp_path, run=tmp_path, step=2)
+    (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="has no checkpoint, so the step of these images is unknown"):
         evaluate(*files, Description(encoder="vit"), out=tmp_path, run=tmp_path)
     assert not (tmp_path / RUN_RECORD).exists()
 
 
-def test_what_cannot_be_compared_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_images_are_of_the_step_that_generate_noted(micro_run: Path, tmp_path: Path) -> None:
+    """Not of the run's newest, which may be a day older than what was drawn from it; in whatever form they come."""
+    drawn = tmp_path / "samples-2-guidance1.5"
+    drawn.mkdir()
+    (drawn / SETTINGS_FILE).write_text(json.dumps({"step": 2}))
+    np.savez(drawn.with_name(f"{drawn.name}.npz"), np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    described = feature_file(tmp_path / "described.npz", VIT, features=numbers(0, 9, 3))
+    for images in (drawn, drawn.with_name(f"{drawn.name}.npz")):
+        assert step_drawn_at(images) == 2
+    assert step_drawn_at(described) is None
+    write_feature_file(tmp_path / "f.npz", {"features": numbers(0, 9, 3)}, VIT, {"path": str(drawn), "n": 9})
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "latest", "checkpoints"):
+        (run / name).symlink_to(micro_run / name)
+    evaluate(tmp_path / "f.npz", described, Description(encoder="vit"), out=tmp_path, run=run)
+    evaluate(tmp_path / "f.npz", described, Description(encoder="vit"), out=tmp_path, run=run, step=1)
+    assert [line["step"] for line in read_record(run)] == [2, 1]
+
+
+def test_what_cannot_be_compared_is_refused(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generated, reference = files
     description = Description(encoder="vit")
     other = feature_file(tmp_path / "other.npz", {**VIT, "weights_sha256": "9"}, features=numbers(0, 9, 5))
@@ -135,6 +162,9 @@ def test_what_cannot_be_compared_is_refused(files: tuple[Path, Path], tmp_path: 
         (tmp_path / "nowhere", reference, "does not exist and is no folder and no .npz"),
         (tmp_path / "nowhere.npz", reference, r"nowhere\.npz does not exist"),
     ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        evaluate(generated, reference, Description(encoder="vit", device="cuda"), out=tmp_path)
     for images, against, message in cases:
         with pytest.raises(UserError, match=message):
             evaluate(images, against, description, out=tmp_path)
@@ -145,16 +175,20 @@ def test_what_cannot_be_compared_is_refused(files: tuple[Path, Path], tmp_path: 
 def test_one_command_from_pictures_to_numbers_without_a_network(tmp_path: Path) -> None:
     """A folder of PNGs against an archive of the same pictures, by the built-in encoder in a process of its own."""
     pictures = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
-    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / "class0").mkdir(parents=True)
     for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(tmp_path / "png" / f"{i}.png")
+        Image.fromarray(picture).save(tmp_path / "png" / "class0" / f"{i:05d}.png")
     np.savez(tmp_path / "same.npz", pictures)
-    options = ["--reference", str(tmp_path / "same.npz"), "--encoder", "tiny-vit", "--device", "cpu"]
-    assert main(["evaluate", str(tmp_path / "png"), *options]) == 0
-    result = json.loads((tmp_path / "png-evaluation" / "tiny-vit.json").read_text())
-    assert result["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-6)
-    assert (result["metrics"]["precision"]["value"], result["metrics"]["recall"]["value"]) == (1, 1)
-    assert result["generated"]["n"] == result["reference"]["n"] == 8
+    keys = {"kind": "image-folder", "path": str(tmp_path / "png")}
+    make_store(tmp_path / "store", n_rows=8, n_classes=1, source=keys, suffix=".png")
+    for reference in (str(tmp_path / "same.npz"), f"file://{tmp_path / 'store'}"):
+        options = ["--reference", reference, "--encoder", "tiny-vit", "--device", "cpu"]
+        assert main(["evaluate", str(tmp_path / "png"), *options]) == 0
+        result = json.loads((tmp_path / "png-evaluation" / "tiny-vit.json").read_text())
+        assert result["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-6)
+        assert (result["metrics"]["precision"]["value"], result["metrics"]["recall"]["value"]) == (1, 1)
+        assert result["generated"]["n"] == result["reference"]["n"] == 8
+    assert result["reference"]["path"] == str(tmp_path / "store")
 
 
 def test_missing_weights_are_one_line_that_says_what_to_fetch(

@@ -163,11 +163,24 @@ def test_the_folder_says_what_it_is(folder: Path, opened: OpenRun) -> None:
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert f"| preset | {opened.config.preset} |" in card
+    assert f"A class-conditional {opened.config.preset[:3].title().replace('t', 'T')} trained with" in card
+    vanilla = override(opened.config, {"data.features": (), "loss.projection_weight": (0.0,)})
+    assert "trained without" in exporting.model_card(dataclasses.replace(opened, config=vanilla), 3, "vae")
     assert DiTPipeline.__name__ not in card
 
 
-def test_a_vae_on_the_hub_is_named_and_not_copied(opened: OpenRun, tmp_path: Path) -> None:
-    attributes = {**opened.data.latents.attributes, "provenance": {"decoder": "stabilityai/sd-vae-ft-ema"}}
+@pytest.mark.parametrize(
+    ("decoder", "loaded"),
+    [
+        ("stabilityai/sd-vae-ft-ema", 'vae=AutoModel.from_pretrained("stabilityai/sd-vae-ft-ema"))'),
+        ("org/pipeline/vae", 'vae=AutoModel.from_pretrained("org/pipeline", subfolder="vae"))'),
+        ("", "vae=…)"),  # as of latents that were imported
+    ],
+)
+def test_a_vae_that_is_not_here_is_named_and_not_copied(
+    opened: OpenRun, tmp_path: Path, decoder: str, loaded: str
+) -> None:
+    attributes = {**opened.data.latents.attributes, "provenance": {"decoder": decoder} if decoder else {}}
     data = dataclasses.replace(opened.data)
     latents = object.__new__(type(opened.data.latents))
     latents.__dict__.update(opened.data.latents.__dict__)
@@ -179,7 +192,8 @@ def test_a_vae_on_the_hub_is_named_and_not_copied(opened: OpenRun, tmp_path: Pat
         dataclasses.replace(opened, data=data), load_file(checkpoint / "ema.safetensors"), 3, tmp_path
     )
     assert not (tmp_path / "vae").exists()
-    assert 'AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-ema")' in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == [None, None]
+    assert loaded in (tmp_path / "README.md").read_text()
 
 
 def test_one_file_of_weights(run: Path, tmp_path: Path) -> None:
@@ -194,6 +208,16 @@ def test_one_file_of_weights(run: Path, tmp_path: Path) -> None:
         assert file.metadata()["model.depth"] == "3"
     with pytest.raises(UserError, match="is there already"):
         export(run, "safetensors", out, "latest")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"half"), Path.unlink], ids=["damaged", "missing"])
+def test_weights_that_are_not_whole_are_one_clear_line(micro_run: Path, tmp_path: Path, damage: Any) -> None:
+    shutil.copytree(micro_run, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "step-0000003" / "ema.safetensors")
+    for to in ("safetensors", "diffusers"):
+        with pytest.raises(UserError, match=r"ema.safetensors is damaged or missing .*another --checkpoint"):
+            export(tmp_path / "run", to, tmp_path / "out", "latest")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_diffusers_cannot_be_is_refused(opened: OpenRun, tmp_path: Path) -> None:

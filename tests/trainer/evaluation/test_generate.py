@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.encoders.tiny import TINY_VAE
 from storage.errors import UserError
@@ -151,6 +153,26 @@ def test_what_cannot_be_drawn_is_refused(
     with pytest.raises(UserError) as caught:
         generate(settings(micro_run, whole, **changes))
     assert message in str(caught.value)
+
+
+def test_a_model_that_diverged_is_told_and_not_drawn(micro_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    file = run / "checkpoints" / "step-0000003" / "ema.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"final_layer.linear.bias": weights["final_layer.linear.bias"] * torch.nan}, file)
+    with pytest.raises(UserError, match=r"gives NaN or infinity for images 0 to 3; .*earlier --checkpoint"):
+        generate(settings(run, tmp_path / "out", n=2))
+    assert n_written(tmp_path / "out") == 0
+
+
+def test_a_vae_that_is_not_there_may_be_mended_in_the_same_folder(micro_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        generate(settings(micro_run, tmp_path / "out", n=1, vae=str(tmp_path)))
+    folder, _ = generate(settings(micro_run, tmp_path / "out", n=1))
+    assert n_written(folder) == 1
+    with pytest.raises(UserError, match="decoder: were"):
+        generate(settings(micro_run, tmp_path / "out", n=1, vae=str(tmp_path)))
 
 
 def test_a_folder_of_something_else_is_left_alone(micro_run: Path, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def make_run(folder: Path, store: Path, seed: int, weight: float, *, measured: b
         (run / "analysis").mkdir()
         for measure in ("probe", "cknna"):
             points = [{"step": STEPS, "t": 0.5, "block": b, measure: 0.1 * b + 0.01 * seed} for b in (1, 2, 3, 4)]
-            (run / "analysis" / f"{measure}.json").write_text(json.dumps({"points": points}))
+            record = {"points": points, "features": {"path": FEATURES}}
+            (run / "analysis" / f"{measure}.json").write_text(json.dumps(record))
         metrics = {"fid": {"value": 30.0 - seed, "n_generated": 512, "n_reference": 1152}}
         line = {"step": STEPS, "name": "inception", "metrics": metrics}
         (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
@@ -142,8 +143,11 @@ def test_numbers(runs: Path, shared_tiny_store: Path) -> None:
     assert best is not None
     assert (best["block"], round(best["cknna"], 2)) == (4, 0.41)
     assert records["run-4"].best("cknna") is None
+    shown = page(list(records.values()), "numbers")
+    assert "<small>block 4, t = 0.5 with tiny-vit</small>" in shown
+    assert "<small>block 4, t = 0.5</small>" in shown, "a probe compares with no features"
     digest = open_store(shared_tiny_store).group(FEATURES).identity_digest
-    assert f">{digest[:12]}<" in page(list(records.values()), "numbers")
+    assert f">{digest[:12]}<" in shown
 
 
 def test_long_names_give_way_to_what_tells_runs_apart(runs: Path) -> None:
@@ -164,6 +168,16 @@ def test_what_is_no_run_is_refused(tmp_path: Path, runs: Path) -> None:
     with pytest.raises(UserError, match="is not a run and holds none"):
         write_report([tmp_path], tmp_path / "report.html", "")
     assert len(read_runs([runs, runs / "run-1"])) == 10
+
+
+def test_runs_are_found_where_an_ablation_puts_them(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """`make report RUNS="runs/*"` beside `make ablate`, whose runs are runs/ablations/STUDY/NAME."""
+    for folder, seed in (("one", 1), ("ablations/study", 1), ("ablations/study", 2)):
+        make_run(tmp_path / folder, shared_tiny_store, seed, 0.5, measured=False)
+    records = read_runs([tmp_path / "one" / "run-1", tmp_path / "ablations"])
+    assert [record.name for record in records] == ["one/run-1", "study/run-1", "run-2"]
+    (out,) = write_report([tmp_path / "one", tmp_path / "ablations"], tmp_path / "page.html", "")
+    assert "<h1>Runs in one, study</h1>" in out.read_text()
 
 
 def test_charts() -> None:

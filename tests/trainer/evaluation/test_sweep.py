@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -103,6 +104,26 @@ def test_another_store_must_have_the_same_vaes_latents(
         sweep(micro_run, SweepConfig(store=str(tmp_path / "other")), ["cknna"])
 
 
+def test_what_other_stores_lack_is_said(micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = tests.stores.make_layouts
+
+    def without_patches(*args: object) -> dict[str, object]:
+        layouts = make(*args)  # type: ignore[arg-type]
+        cls, _ = layouts[FEATURES].arrays
+        return layouts | {FEATURES: dataclasses.replace(layouts[FEATURES], arrays=(cls,))}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tests.stores, "make_layouts", without_patches)
+        make_store(tmp_path / "cls")
+    with pytest.raises(UserError, match="holds cls and no patch tokens"):
+        sweep(micro_run, SweepConfig(store=str(tmp_path / "cls"), device="cpu"), ["cknna"])
+    make_store(tmp_path / "unlabelled", label=-1)
+    unlabelled = SweepConfig(store=str(tmp_path / "unlabelled"), device="cpu", k=5, blocks="1")
+    assert sweep(micro_run, unlabelled, ["cknna"])["points"]
+    with pytest.raises(UserError, match="without a label; a probe needs one"):
+        sweep(micro_run, unlabelled, ["probe"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -114,9 +135,13 @@ def test_another_store_must_have_the_same_vaes_latents(
         (["--n", "4"], "CKNNA needs k of at least 2 and more than k samples"),
         (["--checkpoints", "7"], "has no checkpoint of step '7'; it has 1, 2, 3"),
         (["--batch", "0"], "--batch must be at least 1"),
+        (["--device", "cuda"], "torch sees no GPU"),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(micro_run: Path, options: list[str], message: str) -> None:
+def test_what_does_not_fit_is_one_clear_line(
+    micro_run: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=message) as refused:
         main(["cknna", str(micro_run), "--device", "cpu", *options])
     assert "\n" not in str(refused.value)
@@ -129,18 +154,18 @@ def test_blocks_are_named_in_any_order() -> None:
 
 def test_the_commands_write_json_and_a_picture(micro_run: Path, tmp_path: Path) -> None:
     for measure in ("probe", "cknna"):
-        out = tmp_path / measure
+        out = tmp_path / f"{measure}-0.5"
         assert (
             main([measure, str(micro_run), "--k", "5", "--checkpoints", "all", "--out", str(out), "--device", "cpu"])
             == 0
         )
-        record = json.loads(out.with_suffix(".json").read_text())
+        record = json.loads((tmp_path / f"{out.name}.json").read_text())
         assert len(record["points"]) == 9
         assert all(0 <= point["probe"] <= 1 for point in record["points"] if measure == "probe")
         assert [series["label"] for series in record["panels"][0]["series"]] == [
             f"step {n}, t = 0.5" for n in (1, 2, 3)
         ]
-        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{out.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> None:
