@@ -24,7 +24,7 @@ RESOLUTION, SHARD_ROWS = 128, 128
 FEATURES = "tiny-vit"
 PRESET, STEPS = "sit-tiny-2", 500
 RUNS = {"repa": ["--data.features", FEATURES], "vanilla": ["--loss.projection-weight", "0"]}
-IMAGES, MEASURED = 32, 512
+IMAGES, MEASURED = 64, 512
 PAGE = "report.html"
 
 
@@ -57,7 +57,7 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
         run = str(out / name)
         train = ["train", "--store", stage_one.store, "--preset", PRESET, "--run", run]
         _trainer([*train, "--steps", str(STEPS if steps is None else steps), *options])
-        _trainer(["generate", run, "--n", str(IMAGES), "--batch", str(IMAGES)])
+        _trainer(["generate", run, "--n", str(IMAGES)])
         _trainer(["cknna", run, "--features", FEATURES, "--n", str(MEASURED)])
     page = out / PAGE
     title = "REPA and vanilla on the built-in photographs"
