@@ -74,9 +74,9 @@ class UnitEncoder:
 
     def ready(self) -> str:
         """Load every model; returns the device's name."""
-        with self._encoding:
-            if not self._device:
-                self._device = self.load()
+        if not self._device:
+            with self._encoding:
+                self._device = self._device or self.load()
         return self._device
 
     def load(self) -> str:
