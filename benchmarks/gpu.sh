@@ -51,8 +51,9 @@ for name in "${@:-tests train_step encoders}"; do
   for each in $name; do
     case $each in
       tests)
-        step tests 150 "$PYTHON" -m pytest -k "cuda or gpu" --durations=5 tests/trainer/test_cuda.py \
-          tests/trainer/test_dequantise.py tests/trainer/test_random_keys.py tests/pipeline/test_quantise.py ;;
+        step tests 150 "$PYTHON" -m pytest -k "cuda or gpu or two_threads" --durations=5 tests/trainer/test_cuda.py \
+          tests/trainer/test_dequantise.py tests/trainer/test_random_keys.py tests/pipeline/test_quantise.py \
+          tests/pipeline/test_encode.py ;;
       train_step)
         step train_step $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --presets sit-xl-2,sit-b-2,sit-l-2 \
           --seconds 1.5 --minutes $((MINUTES - 1)) "${COMMON[@]}" ${ARGS:-} ;;

@@ -175,8 +175,9 @@ def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found
     encoder.ready()
     done = []
     for images, block in blocks:
+        pixels = encoder.upload(images)
         for path in block.paths:
-            encoder.encode(path, images, np.arange(len(images)), case.config(Path()).batch)
+            encoder.encode(path, pixels, np.arange(len(images)), case.config(Path()).batch)
         done.append((time.perf_counter(), len(images)))
     return Found(images_per_s=rate(done), stages_s={})
 

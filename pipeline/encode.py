@@ -2,7 +2,9 @@
 
 Models are loaded on the first call, on the machine where they run, and stay. Encoding is one at a time; publishing
 (statistics, CRC, writing, fsync) runs on threads beside it, so the next group, or the next of the two units in hand, is
-encoded meanwhile. Memory: the arrays of CALLS_IN_HAND units.
+encoded meanwhile. So do copies: a unit goes to the GPU before its turn, and what was made of it leaves afterwards, on a
+stream of their own, and the thread that waits for a copy is not the one that encodes. Memory: images and arrays of
+CALLS_IN_HAND units, on the host and on the GPU.
 
 Batches are cut from the rows that decoded, in row order, so that a unit is always encoded in the same batches and comes
 out the same bytes. When a GPU runs out of memory the batch is halved for good and the unit begun again, so one unit
@@ -18,19 +20,24 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
-from pipeline.transforms import hflip
 from storage import Failure, publish_unit
 from storage.codec import codec_of, refusal, unquantisable
 from storage.receipts import is_done
 from storage.roots import Root, open_root
 from storage.statistics import unit_sums
 
+if TYPE_CHECKING:
+    import torch
+
 CALLS_IN_HAND = 2  # one encoding, one publishing
+WIDTH = 2  # axis of images (B, H, W, 3)
+Array: TypeAlias = "np.ndarray | torch.Tensor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +68,15 @@ class UnitEncoder:
         self._batch = dict.fromkeys(self._groups, batch)
         self._encoders: dict[str, registry.Encoder] = {}
         self._device = ""
+        self._copying: torch.cuda.Stream | None = None  # on a GPU
         self._encoding = threading.Lock()
         self._publishers = ThreadPoolExecutor(CALLS_IN_HAND, thread_name_prefix="publish")
 
     def ready(self) -> str:
         """Load every model; returns the device's name."""
-        with self._encoding:
-            if not self._device:
-                self._device = self.load()
+        if not self._device:
+            with self._encoding:
+                self._device = self._device or self.load()
         return self._device
 
     def load(self) -> str:
@@ -82,6 +90,8 @@ class UnitEncoder:
                 self._encoders[path] = registry.load(
                     group.spec, resolution=group.layout.store.resolution, device=device
                 )
+        if device.type == "cuda":
+            self._copying = torch.cuda.Stream(device)
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
     def encode_and_publish(self, images: np.ndarray, block: Block, sent_unix_s: float) -> float:
@@ -94,12 +104,14 @@ class UnitEncoder:
         device = self.ready()
         published: list[Future[None]] = []
         encoding_s = 0.0
+        uploaded = self._upload_if_it_fits(images)
         with self._encoding:
+            pixels = self.upload(images) if uploaded is None else uploaded
             for path in block.paths:
                 if is_done(self._root, self._groups[path].layout, block.unit, self._digests[path]):
                     continue
                 start_s = time.perf_counter()
-                arrays, present = self._encode_unit(path, images, block)
+                arrays, present = self._encode_unit(path, pixels, block)
                 encode_s = time.perf_counter() - start_s
                 encoding_s += encode_s
                 timings_s = {**block.timings_s, "hand_over": hand_over_s, "encode": encode_s}
@@ -109,16 +121,50 @@ class UnitEncoder:
             future.result()
         return encoding_s
 
+    def upload(self, images: np.ndarray) -> Array:
+        """The images where they are encoded. On a GPU they are all there when this returns."""
+        if self._copying is None:
+            return images
+        import torch
+
+        encoding = torch.cuda.default_stream(self._copying.device)
+        with torch.cuda.stream(self._copying):
+            pixels = torch.tensor(images, device=self._copying.device)
+        self._copying.synchronize()
+        pixels.record_stream(encoding)  # its memory is not for the next upload before that stream has read it
+        return pixels
+
+    def _upload_if_it_fits(self, images: np.ndarray) -> Array | None:
+        """None when the unit that is being encoded leaves no room: then it is this one's turn first."""
+        try:
+            return self.upload(images)
+        except RuntimeError as error:
+            if not _out_of_gpu_memory(error):
+                raise
+        return None
+
+    def _download(self, arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+        """The arrays on the host. What made them is done, so the stream of the copies need not wait for it."""
+        if self._copying is None:
+            return registry.to_host(arrays)
+        import torch
+
+        with torch.cuda.stream(self._copying):
+            return registry.to_host(arrays)
+
     def _publish(
         self,
         path: str,
         block: Block,
-        arrays: Mapping[str, np.ndarray],
+        encoded: Mapping[str, Array],
         present: np.ndarray,
         timings_s: Mapping[str, float],
         made: Mapping[str, object],
     ) -> None:
         group = self._groups[path]
+        arrays = self._download(encoded)
+        if "scale" in arrays:
+            _refuse_unquantisable(path, arrays["scale"], group.layout.store.unit_rows(block.unit).start)
         start_s = time.perf_counter()
         sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
         timings_s = {**timings_s, "statistics": time.perf_counter() - start_s}
@@ -135,7 +181,7 @@ class UnitEncoder:
             made=made,
         )
 
-    def _encode_unit(self, path: str, images: np.ndarray, block: Block) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _encode_unit(self, path: str, images: Array, block: Block) -> tuple[Mapping[str, Array], np.ndarray]:
         """(arrays (n, V, *row_shape) by name, positions of the rows that decoded), in batches that the memory holds."""
         first_row = self._groups[path].layout.store.unit_rows(block.unit).start
         failed = {failure.row - first_row for failure in block.failures}
@@ -149,23 +195,32 @@ class UnitEncoder:
                     raise
                 self._batch[path] //= 2
             _release_gpu_memory()  # outside the handler, whose traceback holds the batch
-        if "scale" in arrays:
-            _refuse_unquantisable(path, arrays["scale"], first_row)
         return arrays, present
 
-    def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:
-        """Arrays (n, V, *row_shape) by name; rows that are not in `present` stay zero and are not stored."""
+    def encode(self, path: str, images: Array, present: np.ndarray, batch: int) -> Mapping[str, Array]:
+        """Arrays (n, V, *row_shape) by name, where `images` are; rows that are not in `present` stay zero, not stored.
+
+        They are complete when this returns.
+        """
+        import torch
+
         layout = self._groups[path].layout
-        arrays = {a.name: np.zeros((len(images), *a.shape[1:]), dtype=a.dtype) for a in layout.arrays}
+        device = torch.device("cpu") if isinstance(images, np.ndarray) else images.device
+        dtypes = {a.name: torch.from_numpy(np.empty(0, dtype=a.dtype)).dtype for a in layout.arrays}
+        arrays = {
+            a.name: torch.zeros((len(images), *a.shape[1:]), dtype=dtypes[a.name], device=device) for a in layout.arrays
+        }
         for view, name in enumerate(layout.store.views):
             for start in range(0, len(present), batch):
-                rows = present[start : start + batch]
-                pixels = hflip(images[rows]) if name == "hflip" else images[rows]
-                encoded = self._encoders[path].encode(pixels)
+                rows = torch.from_numpy(present[start : start + batch])
+                pixels = torch.from_numpy(images[rows.numpy()]) if isinstance(images, np.ndarray) else images[rows]
+                encoded = self._encoders[path].encode(pixels.flip(WIDTH) if name == "hflip" else pixels)
                 # Assigning would cast, float16 tokens to int8 say, without a word.
-                assert {a.name: np.dtype(a.dtype) for a in layout.arrays} == {k: v.dtype for k, v in encoded.items()}
+                assert dtypes == {array: values.dtype for array, values in encoded.items()}, encoded
                 for array, values in encoded.items():
                     arrays[array][rows, view] = values
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         return arrays
 
 

@@ -9,11 +9,13 @@ Memory: what is described stays in memory until it is written; of Inception 20 k
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.encoders import registry
 from pipeline.images import open_images
 from storage.console import progress_bar
 from storage.errors import UserError
@@ -68,9 +70,9 @@ def resolve(
     if name == INCEPTION:
         from pipeline.encoders import inception
 
-        return inception.describe(weights), lambda device: inception.Inception(weights, _device(device)).encode
-    from pipeline.encoders import registry
-
+        return inception.describe(weights), lambda device: partial(
+            registry.encode_images, inception.Inception(weights, _device(device))
+        )
     try:
         spec = registry.resolve_features(name, weights)
     except UserError as error:
@@ -81,10 +83,10 @@ def resolve(
     identity = {key: value for key, value in described.items() if key not in OF_A_STORE}
 
     def load(device: str) -> Encode:
-        encoder = registry.load(spec, resolution=size[0], device=_device(device))
+        loaded = registry.load(spec, resolution=size[0], device=_device(device))
 
         def encode(images: np.ndarray) -> dict[str, np.ndarray]:
-            arrays = encoder.encode(images)
+            arrays = registry.encode_images(loaded, images)
             if token == "mean" and "patches" in arrays:
                 return {FEATURES: arrays["patches"].astype(np.float32).mean(axis=1)}
             if token not in arrays:

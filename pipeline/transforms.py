@@ -1,4 +1,4 @@
-"""From the encoded bytes of an image to the uint8 square that every encoder is given: decode, ADM centre crop, flip.
+"""From the encoded bytes of an image to the uint8 square that every encoder is given: decode, ADM centre crop.
 
 Decoding follows the public preprocessing, which is Pillow's `.convert("RGB")`, where that is well defined:
 
@@ -68,11 +68,6 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(image)[top : top + size, left : left + size]
-
-
-def hflip(images: np.ndarray) -> np.ndarray:
-    """Mirror images (..., H, W, 3) left to right, contiguously."""
-    return np.ascontiguousarray(images[..., ::-1, :])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,14 +61,14 @@ class Inception:
         self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     @torch.inference_mode()
-    def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
         """`features`, `spatial` and `logits`, float32 (B, …), of images uint8 (B, H, W, 3)."""
         self._spatial.clear()
-        pooled, logits = self._network(torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2))
+        pooled, logits = self._network(images.to(self._device).permute(0, 3, 1, 2))
         # TensorFlow's maps have their channels last, and so are the reference statistics ordered.
         spatial = self._spatial[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         arrays = {FEATURES: pooled, SPATIAL: spatial, LOGITS: logits}
-        return {name: array.float().cpu().numpy() for name, array in arrays.items()}
+        return {name: array.float() for name, array in arrays.items()}
 
     def _keep(self, module: nn.Module, arguments: object, output: Tensor) -> None:
         self._spatial.append(output)

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from pipeline.encoders.catalogue import VAES, VISION, VisionModel
 from pipeline.encoders.precision import ARITHMETIC
 from storage.codec import INT8, Int8Codec, codec_of
 from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TIMM = "timm:"
 OPTION = r":(?=[a-z]+=)"  # what parts a name from its options
@@ -40,8 +43,8 @@ TOKENS = ("patch", "cls", "both")
 class Encoder(Protocol):
     """A loaded encoder."""
 
-    def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays (B, *row_shape) by name, of `array_dtypes`, from images uint8 (B, H, W, 3)."""
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Arrays (B, *row_shape) by name, of `array_dtypes`, on its device, of images uint8 (B, H, W, 3) on any."""
         ...
 
 
@@ -261,3 +264,15 @@ def array_shapes(identity: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def array_dtypes(identity: Mapping[str, Any]) -> dict[str, str]:
     """Array name → dtype. Quantised features differ in their patches only: factors and class tokens are float16."""
     return {name: identity["dtype"] if name == "patches" else "float16" for name in array_shapes(identity)}
+
+
+def encode_images(encoder: Encoder, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the encoder makes of images uint8 (B, H, W, 3), all in the host's memory."""
+    import torch
+
+    return to_host(encoder.encode(torch.from_numpy(images)))
+
+
+def to_host(arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays in the host's memory; what lies there is not copied."""
+    return {name: array if isinstance(array, np.ndarray) else array.cpu().numpy() for name, array in arrays.items()}

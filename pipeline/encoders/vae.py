@@ -168,16 +168,16 @@ class VAE:
             self.model.encoder.compile()
 
     @torch.inference_mode()
-    def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
         """`moments` float16 (B, 2C, h, w), or (B, C, h, w) without a posterior, of images uint8 (B, H, W, 3).
 
         Raises UserError when a value is beyond float16.
         """
-        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with arithmetic(self.precision, self.device):
             encoded = self.model.encode(x.contiguous(memory_format=self.memory_format))
         moments = torch.cat(latents_of(encoded), dim=1)
-        return {"moments": to_float16(moments.contiguous(), "latents").cpu().numpy()}
+        return {"moments": to_float16(moments.contiguous(), "latents")}
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,15 +41,15 @@ class VisionTransformerEncoder:
                 block.compile()
 
     @torch.inference_mode()
-    def encode_tokens(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Patch tokens (B, T, D) and first prefix token (B, D), float32, of images uint8 (B, H, W, 3)."""
-        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
+        x = images.to(self.device).permute(0, 3, 1, 2).float() / 255
         x = self.preprocess(x)
         with arithmetic(self.precision, self.device):
             tokens = self.model.forward_features(x).float()
         return tokens[:, self.model.num_prefix_tokens :], tokens[:, 0]
 
-    def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
         """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G).
 
         Raises UserError when a value is beyond float16; quantised tokens say so in their factors.
@@ -75,7 +74,7 @@ def normalize(x: Tensor, by: Normalisation = IMAGENET) -> Tensor:
     return (x - x.new_tensor(by.mean)[:, None, None]) / x.new_tensor(by.std)[:, None, None]
 
 
-def to_arrays(patches: Tensor | None, cls: Tensor | None, codec: Int8Codec | None) -> dict[str, np.ndarray]:
+def to_arrays(patches: Tensor | None, cls: Tensor | None, codec: Int8Codec | None) -> dict[str, Tensor]:
     """What is stored of patch tokens (B, T, D) and class token (B, D), of those that are given."""
     arrays = {}
     if patches is not None:
@@ -85,7 +84,7 @@ def to_arrays(patches: Tensor | None, cls: Tensor | None, codec: Int8Codec | Non
             arrays["patches"], arrays["scale"] = quantise(patches, codec)
     if cls is not None:
         arrays["cls"] = to_float16(cls, "class tokens")
-    return {name: array.cpu().numpy() for name, array in arrays.items()}
+    return arrays
 
 
 def to_float16(x: Tensor, what: str) -> Tensor:

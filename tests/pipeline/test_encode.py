@@ -1,17 +1,26 @@
-"""The encoding actor by itself: what overlaps, what runs out of memory, what another run has done meanwhile."""
+"""The encoding actor by itself: what overlaps, what runs out of memory, what another run has done meanwhile.
+
+Without a GPU the copies to and from it are no copies; the same test then holds the rest.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import pipeline.encode
-from pipeline.encode import Block, UnitEncoder
+from pipeline.encode import CALLS_IN_HAND, Array, Block, UnitEncoder
+from pipeline.encoders import registry
 from pipeline.plan import create
 from storage import Staging, open_store
 from storage.layout import GroupLayout
@@ -76,6 +85,75 @@ def test_out_of_gpu_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
     assert {path: receipt.made["batch"] for path, receipt in receipts.items() if receipt} == {LATENTS: 8, FEATURES: 2}
     stages = {"decode", "hand_over", "encode", "statistics", "publish"}
     assert all(receipt is not None and set(receipt.timings_s) == stages for receipt in receipts.values())
+
+
+class Slow:
+    """Tokens that take a device a while: the averages of patches, rolled and unrolled."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """`patches` (B, 64, 24) and `cls` (B, 24)."""
+        x = images.to(self.device).permute(0, 3, 1, 2).float() / 255
+        for _ in range(50 if self.device.type == "cuda" else 1):
+            x = x.roll(1, 2).roll(-1, 2)
+        patches = F.avg_pool2d(x, RESOLUTION // 8).flatten(2).transpose(1, 2).repeat(1, 1, 8).half()
+        return {"patches": patches, "cls": patches[:, 0].clone()}
+
+
+def test_units_of_two_threads_come_out_as_they_do_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "load", lambda *_, device, **__: Slow(device))
+    n_units, rows = 24, 32
+    source = Pictures(n_units * rows, {}, "")
+    index = source.listing().index
+    images = np.stack(list(source.read_many(index.locations)))
+    images.flags.writeable = False  # as they come from the object store
+    with Staging(tmp_path) as staging:
+        plan = plan_of(str(tmp_path), index, shard_rows=rows)
+        create(plan, source, staging)
+        encoder = UnitEncoder(plan.root, plan.groups, plan.digests, 8, 1, staging.run_id)
+        blocks = [Block(unit=unit, failures=[], timings_s={}, paths=(FEATURES,)) for unit in range(n_units)]
+        with ThreadPoolExecutor(CALLS_IN_HAND) as calls:
+            parts = np.split(images, n_units)
+            list(calls.map(encoder.encode_and_publish, parts, blocks, [0.0] * n_units))
+    group = open_store(tmp_path).group(FEATURES)
+    alone = Slow(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for start in range(0, len(images), 8):
+        expected = registry.encode_images(alone, images[start : start + 8].copy())
+        for name, values in expected.items():
+            out = np.empty((8, *group[name].row_shape), group[name].dtype)
+            group[name].read_into(range(start, start + 8), 0, out)
+            np.testing.assert_array_equal(out, values)
+    group.close()
+
+
+def test_a_unit_that_finds_no_room_beside_another_waits_for_its_turn(tmp_path: Path) -> None:
+    busy, uploads = threading.Lock(), []
+
+    class Tight(NumpyEncoder):
+        def upload(self, images: np.ndarray) -> Array:
+            uploads.append(busy.locked())
+            if busy.locked():
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return images
+
+        def encode(self, *arguments: Any) -> Mapping[str, Array]:
+            with busy:
+                time.sleep(0.3)
+                return super().encode(*arguments)
+
+    with Staging(tmp_path) as staging:
+        encoder, images, layouts = make(Tight, tmp_path, staging)
+        blocks = [Block(unit=0, failures=[], timings_s={}, paths=(path,)) for path in layouts]
+        with ThreadPoolExecutor(CALLS_IN_HAND) as calls:
+            first = calls.submit(encoder.encode_and_publish, images, blocks[0], 0.0)
+            while not busy.locked():
+                time.sleep(0.01)
+            calls.submit(encoder.encode_and_publish, images, blocks[1], 0.0).result()
+            first.result()
+    assert uploads == [False, True, False]
+    assert all(read_receipt(open_store(tmp_path).root, layout, 0) for layout in layouts.values())
 
 
 def test_one_image_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_timm_model_is_found_in_the_hubs_cache_by_its_name(
     assert identity["layer"] == "block 8 of 12, no norm"
     assert identity["weights_sha256"] == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     images = pictures(2, 224)
-    found = registry.load(spec, resolution=224, device=CPU).encode(images)
+    found = registry.encode_images(registry.load(spec, resolution=224, device=CPU), images)
     model = timm.create_model(SMALL, pretrained=False).eval()
     model.load_state_dict(timm_state)
     with torch.inference_mode():
@@ -146,7 +146,7 @@ def test_a_timm_model_is_found_in_the_hubs_cache_by_its_name(
 def test_a_timm_model_runs_at_512(timm_state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(timm_state, tmp_path / "weights.safetensors")
     spec = registry.resolve_features(f"timm:{SMALL}", weights=tmp_path / "weights.safetensors")
-    patches = registry.load(spec, resolution=512, device=CPU).encode(pictures(1, 512))["patches"]
+    patches = registry.encode_images(registry.load(spec, resolution=512, device=CPU), pictures(1, 512))["patches"]
     assert patches.shape == (1, 32 * 32, 192)
 
 
@@ -188,7 +188,7 @@ def test_several_encoders_of_one_pass_encode_the_same_pixels(tmp_path: Path) -> 
     store = open_store(tmp_path / "store")
     for group in groups:
         encoder = registry.load(group.spec, resolution=128, device=CPU)
-        parts = [encoder.encode(part) for part in (images[:3], images[3:])]
+        parts = [registry.encode_images(encoder, part) for part in (images[:3], images[3:])]
         reader = store.group(group.layout.path)
         assert {array.name for array in group.layout.arrays} == set(parts[0])
         for name in parts[0]:
@@ -338,6 +338,6 @@ def test_an_image_comes_out_the_same_whatever_it_is_batched_with() -> None:
     for spec in (registry.resolve_latents("tiny-vae"), registry.resolve_features("tiny-vit")):
         encoder = registry.load(spec, resolution=128, device=CPU)
         images = pictures(4, 128)
-        together, alone = encoder.encode(images), encoder.encode(images[2:3])
+        together, alone = (registry.encode_images(encoder, part) for part in (images, images[2:3]))
         for name in together:
             np.testing.assert_allclose(together[name][2:3], alone[name], atol=4e-3, rtol=4e-3)

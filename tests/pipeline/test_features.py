@@ -47,7 +47,7 @@ def test_inception_agrees_with_the_library(inception_weights: Path) -> None:
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     pooled, logits = network(x)
     encoder = Inception(inception_weights, CPU)
-    found = encoder.encode(pictures)
+    found = registry.encode_images(encoder, pictures)
     assert {name: array.shape for name, array in found.items()} == {
         "features": (3, 2048),
         "spatial": (3, 2023),
@@ -58,7 +58,7 @@ def test_inception_agrees_with_the_library(inception_weights: Path) -> None:
     expected = spatial_by_hand(network, x)
     assert expected.shape == (3, 17, 17, 7)
     np.testing.assert_allclose(found["spatial"].reshape(3, 17, 17, 7), expected, rtol=1e-4, atol=1e-5)
-    one = encoder.encode(pictures[1:2])
+    one = registry.encode_images(encoder, pictures[1:2])
     np.testing.assert_allclose(one["spatial"][0], found["spatial"][1], rtol=1e-3, atol=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_a_vision_encoders_vectors_are_its_class_token_or_the_mean_of_its_patche
     pictures = np.random.default_rng(0).integers(0, 256, (6, 128, 128, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", pictures)
     spec = registry.resolve_features("tiny-vit")
-    arrays = registry.load(spec, resolution=128, device=CPU).encode(pictures)
+    arrays = registry.encode_images(registry.load(spec, resolution=128, device=CPU), pictures)
     said, found = features_of(tmp_path / "cls.npz", tmp_path / "a.npz")
     np.testing.assert_allclose(found.read("features"), arrays["cls"].astype(np.float32), atol=2e-3)
     assert (found.label, found.images["n"]) == ("tiny-vit", 6)

@@ -36,8 +36,8 @@ def encoded(name: str, images: np.ndarray, device: torch.device = CPU, **options
     resolve = registry.resolve_latents if "vae" in name else registry.resolve_features
     encoder: Any = registry.load(resolve(name, **options), resolution=128, device=device)
     if "vae" in name:
-        return encoder.encode(images)["moments"].astype(np.float32)
-    return encoder.encode_tokens(images)[0].cpu().numpy()
+        return registry.encode_images(encoder, images)["moments"].astype(np.float32)
+    return encoder.encode_tokens(torch.from_numpy(images))[0].cpu().numpy()
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:

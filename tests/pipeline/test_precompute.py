@@ -105,7 +105,8 @@ def test_stored_rows_equal_the_encoders_on_the_same_pixels(whole: Path, tree: Pa
         ("features/tiny-vit", registry.resolve_features("tiny-vit")),
     ):
         group = store.group(path)
-        direct = registry.load(spec, resolution=128, device=torch.device("cpu")).encode(images)
+        encoder = registry.load(spec, resolution=128, device=torch.device("cpu"))
+        direct = registry.encode_images(encoder, images)
         for name, expected in direct.items():
             out = np.empty(expected.shape, expected.dtype)
             group[name].read_into(rows, 0, out)

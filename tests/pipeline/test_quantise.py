@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from torch import Tensor
 
 from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
@@ -136,7 +137,7 @@ def test_the_store_holds_the_encoders_float32_numbers_quantised(tmp_path: Path, 
     encoder = registry.load(spec, resolution=RESOLUTION, device=CPU)
     for view in range(len(settings.views)):
         seen = images if view == 0 else images[:, :, ::-1].copy()
-        parts = [encoder.encode_tokens(part)[0].numpy() for part in (seen[:3], seen[3:])]  # type: ignore[attr-defined]
+        parts = [encoder.encode_tokens(torch.from_numpy(part))[0].numpy() for part in (seen[:3], seen[3:])]  # type: ignore[attr-defined]
         tokens = np.concatenate(parts)
         stored = {name: read_all(group, name, 4, view) for name in ("patches", "scale")}
         for ours, expected in zip(stored.values(), encode(tokens), strict=True):
@@ -154,11 +155,11 @@ def test_a_token_that_cannot_be_quantised_ends_the_unit_and_is_named(
     (plan,) = plan_groups(config(tmp_path, features_dtype="int8"), layout, "digest")
 
     class Broken:
-        def encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        def encode(self, images: Tensor) -> dict[str, Tensor]:
             tokens = torch.ones(len(images), 64, 128)
             tokens[1, 7, 3] = torch.nan
             q, scale = quantise(tokens)
-            return {"patches": q.numpy(), "scale": scale.numpy(), "cls": np.zeros((len(images), 128), np.float16)}
+            return {"patches": q, "scale": scale, "cls": torch.zeros(len(images), 128, dtype=torch.float16)}
 
     monkeypatch.setattr(registry, "load", lambda *_, **__: Broken())
     with pytest.raises(UserError, match=r"features/tiny-vit, row 1, view 0: token 7 holds NaN"):

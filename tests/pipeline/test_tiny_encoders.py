@@ -41,7 +41,7 @@ def latents_and_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Held-out crops, of parts of the photographs that training never saw; their moments; their reconstructions."""
     images, _ = split_images("heldout", 4)
     vae = registry.load(registry.resolve_latents("tiny-vae"), resolution=RESOLUTION, device=CPU)
-    moments = vae.encode(images)["moments"].astype(np.float32)
+    moments = registry.encode_images(vae, images)["moments"].astype(np.float32)
     return images, moments, vae.decode(moments[:, :4])  # type: ignore[attr-defined]
 
 
@@ -74,7 +74,7 @@ def test_a_linear_probe_reads_the_photograph_from_tiny_vit() -> None:
     sets = []
     for n_per_class, seed in ((24, 0), (8, 1)):
         images, labels = split_images("train", n_per_class, seed)
-        patches = np.concatenate([vit.encode(part)["patches"] for part in np.array_split(images, 4)])
+        patches = np.concatenate([registry.encode_images(vit, part)["patches"] for part in np.array_split(images, 4)])
         sets.append((patches.astype(np.float32).mean(axis=1), labels))
     assert probe_accuracy(*sets[0], *sets[1]) >= 0.9
 
@@ -83,7 +83,7 @@ def test_tiny_vit_tokens_say_where_and_not_only_what() -> None:
     """Tokens of one image differ among themselves about as much as images do; a class constant would not."""
     images, _ = split_images("train", 2, 1)
     vit = registry.load(registry.resolve_features("tiny-vit"), resolution=RESOLUTION, device=CPU)
-    patches = vit.encode(images)["patches"].astype(np.float32)
+    patches = registry.encode_images(vit, images)["patches"].astype(np.float32)
     within = patches.var(axis=1).mean()
     between = patches.mean(axis=1).var(axis=0).mean()
     assert within > 0.2 * between

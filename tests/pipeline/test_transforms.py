@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.transforms import DecodeError, center_crop, decode_rgb, hflip
+from pipeline.transforms import DecodeError, center_crop, decode_rgb
 
 DATA = Path(__file__).parent.parent / "data"
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -55,15 +55,6 @@ def test_an_image_of_the_right_size_is_left_alone() -> None:
 def test_a_strip_that_would_fill_the_memory_is_refused() -> None:
     with pytest.raises(DecodeError, match="too elongated: 1×20000"):
         center_crop(Image.new("RGB", (1, 20_000)), 256)
-
-
-@given(side=st.integers(1, 9), seed=st.integers(0, 99))
-def test_a_flip_mirrors_columns_and_undoes_itself(side: int, seed: int) -> None:
-    images = np.random.default_rng(seed).integers(0, 256, (2, 3, side, 3), dtype=np.uint8)
-    flipped = hflip(images)
-    assert flipped.flags.c_contiguous
-    np.testing.assert_array_equal(flipped[:, :, 0], images[:, :, -1])
-    np.testing.assert_array_equal(hflip(flipped), images)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM"])

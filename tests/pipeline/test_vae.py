@@ -74,7 +74,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def encode(name: str, resolution: int, n: int = 3) -> tuple[dict[str, Any], np.ndarray]:
     spec = registry.resolve_latents(name)
     identity = registry.describe(spec, resolution=resolution)
-    moments = registry.load(spec, resolution=resolution, device=CPU).encode(pictures(n, resolution))["moments"]
+    encoder = registry.load(spec, resolution=resolution, device=CPU)
+    moments = registry.encode_images(encoder, pictures(n, resolution))["moments"]
     assert moments.dtype == np.float16
     assert {"moments": moments.shape[1:]} == registry.array_shapes(identity)
     assert json.loads(json.dumps(identity)) == identity
@@ -253,7 +254,7 @@ def test_what_float16_cannot_hold_is_an_error_and_not_stored(directories: dict[s
     save(model, tmp_path / "loud")
     loud = registry.load(registry.resolve_latents(str(tmp_path / "loud")), resolution=64, device=CPU)
     with pytest.raises(UserError, match=r"latents of image 0 of a batch are NaN or beyond float16"):
-        loud.encode(pictures(2, 64))
+        registry.encode_images(loud, pictures(2, 64))
 
 
 def test_sdxls_vae_is_refused_in_float16() -> None:

@@ -214,13 +214,13 @@ def test_features_of_a_released_file_equal_the_familys_forward(tmp_path: Path, n
     images = pictures(2, resolution)
     encoder: Any = registry.load(spec, resolution=resolution, device=CPU)
     patches, cls = family.tokens(family.state, family.sees(images))
-    found_patches, found_cls = encoder.encode_tokens(images)
+    found_patches, found_cls = encoder.encode_tokens(torch.from_numpy(images))
     assert patches.shape == (2, (resolution // 16) ** 2, WIDTH)
     scale = patches.abs().max().item()
     torch.testing.assert_close(found_patches, patches, atol=1e-5 * scale, rtol=1e-4)
     identity = registry.describe(spec, resolution=resolution)
     assert identity["token_grid"] == [resolution // 16] * 2
-    stored = encoder.encode(images)
+    stored = registry.encode_images(encoder, images)
     assert {key: value.shape[1:] for key, value in stored.items()} == registry.array_shapes(identity)
     np.testing.assert_allclose(stored["patches"], patches, atol=2e-3 * scale, rtol=2e-3)
     if spec.vision and spec.vision.has_cls:
@@ -245,7 +245,7 @@ def test_the_comparison_tells_preprocessings_apart(tmp_path: Path, slip: str) ->
     encoder: Any = registry.load(small_spec(name, tmp_path / family.filename), resolution=64, device=CPU)
     images = pictures(2, 64)
     patches, _ = family.tokens(family.state, wrong(images))
-    difference = (encoder.encode_tokens(images)[0] - patches).abs().max() / patches.abs().max()
+    difference = (encoder.encode_tokens(torch.from_numpy(images))[0] - patches).abs().max() / patches.abs().max()
     assert difference > 3e-3  # 25 times what the test above allows
 
 
@@ -257,7 +257,7 @@ def test_layers_and_tokens_are_the_ones_named(tmp_path: Path) -> None:
     for options in ("", ":layer=2", ":layer=2:tokens=cls", ":layer=3:tokens=patch", ":tokens=patch"):
         spec = small_spec(f"dinov2-vitb14{options}", tmp_path / "dinov2.pth")
         identity = registry.describe(spec, resolution=64)
-        arrays = registry.load(spec, resolution=64, device=CPU).encode(images)
+        arrays = registry.encode_images(registry.load(spec, resolution=64, device=CPU), images)
         assert {key: value.shape[1:] for key, value in arrays.items()} == registry.array_shapes(identity)
         found[spec.store_name] = arrays
     assert {name: sorted(arrays) for name, arrays in found.items()} == {
@@ -287,7 +287,7 @@ def test_clip_and_mae_can_be_asked_for_after_the_norm(tmp_path: Path) -> None:
         {n: v.half().float() for n, v in family.state.items()}, clip_sees(images), HEADS, norm=True
     )
     encoder: Any = registry.load(spec, resolution=64, device=CPU)
-    torch.testing.assert_close(encoder.encode_tokens(images)[0], patches, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(encoder.encode_tokens(torch.from_numpy(images))[0], patches, atol=1e-4, rtol=1e-4)
 
 
 def test_timms_own_layout_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_timms_own_layout_is_taken_as_it_is(tmp_path: Path) -> None:
         timm_vit.load_state(model, read_weights(original), original)
         save_file(model.state_dict(), timms)
         found = [
-            registry.load(small_spec(name, path), resolution=64, device=CPU).encode(pictures(1, 64))
+            registry.encode_images(registry.load(small_spec(name, path), resolution=64, device=CPU), pictures(1, 64))
             for path in (original, timms)
         ]
         np.testing.assert_array_equal(found[0]["patches"], found[1]["patches"])
@@ -369,7 +369,8 @@ def test_a_whole_large_model_at_256_and_512(tmp_path: Path, name: str) -> None:
     family.write(random_state(full_shapes(name), size=0.02), path)
     spec = registry.resolve_features(name, weights=path)
     for resolution, n_tokens in ((256, 256), (512, 1024)):
-        arrays = registry.load(spec, resolution=resolution, device=CPU).encode(pictures(1, resolution))
+        encoder = registry.load(spec, resolution=resolution, device=CPU)
+        arrays = registry.encode_images(encoder, pictures(1, resolution))
         assert arrays["patches"].shape == (1, n_tokens, 1024)
         assert arrays["patches"].astype(np.float32).std() > 0
 
@@ -408,10 +409,10 @@ def test_dinov2_equals_the_public_implementation(tmp_path: Path, suffix: str, la
     spec, resolution = reference_spec(path)
     encoder: Any = registry.load(spec, resolution=resolution, device=CPU)
     images, wanted = vectors["images_uint8_nhwc"], vectors["x_norm_patchtokens"]
-    patches, cls = encoder.encode_tokens(images)
+    patches, cls = encoder.encode_tokens(torch.from_numpy(images))
     np.testing.assert_allclose(patches, wanted, atol=1e-4, rtol=0)
     np.testing.assert_allclose(cls, vectors["x_norm_clstoken"], atol=1e-4, rtol=0)
-    np.testing.assert_allclose(encoder.encode(images)["patches"], wanted, atol=5e-3, rtol=0)
+    np.testing.assert_allclose(registry.encode_images(encoder, images)["patches"], wanted, atol=5e-3, rtol=0)
     antialiased = F.interpolate(as_it_is(images), (224, 224), mode="bicubic", antialias=True)
     encoder.preprocess = lambda x: antialiased
-    assert np.abs(encoder.encode_tokens(images)[0].numpy() - wanted).max() > 1e-2
+    assert np.abs(encoder.encode_tokens(torch.from_numpy(images))[0].numpy() - wanted).max() > 1e-2

@@ -223,8 +223,8 @@ def measure_vit(n_per_class: int = 32) -> float:
     pooled = []
     for split, seed in (("train", SEED), ("train", SEED + 1), ("heldout", SEED)):
         images, labels = split_images(split, n_per_class, seed)
-        patches = np.concatenate([encoder.encode(part)["patches"] for part in np.array_split(images, 8)])
-        pooled.append((patches.astype(np.float32).mean(axis=1), labels))
+        patches = torch.cat([encoder.encode(part)["patches"] for part in torch.from_numpy(images).tensor_split(8)])
+        pooled.append((patches.numpy().astype(np.float32).mean(axis=1), labels))
     accuracy = probe_accuracy(*pooled[0], *pooled[1])
     print(f"tiny-vit: linear probe on crops outside the training set {accuracy:.1%}, ", end="")
     print(f"on the part of the photographs never seen {probe_accuracy(*pooled[0], *pooled[2]):.1%}")
