@@ -38,7 +38,7 @@ from pipeline.sources.photos import write_photos
 from pipeline.transforms import center_crop
 from storage.console import progress_bar
 from storage.order import Order
-from trainer.config import override
+from trainer.config_tree import override
 from trainer.dequantise import dequantise
 from trainer.distributed import World
 from trainer.loader import Batch

@@ -34,7 +34,7 @@ def measure(root: str, prefetch: int, threads: int, batch: int, seconds: float, 
     """One run, in this process."""
     import torch
 
-    from trainer.config import override
+    from trainer.config_tree import override
     from trainer.data import open_data
     from trainer.loader import Loader
     from trainer.presets import preset

@@ -29,7 +29,7 @@ from benchmarks.online import Encoders, encode_moments, encode_tokens, random_im
 from benchmarks.public_repa import PublicStep
 from storage.errors import UserError
 from trainer.arithmetic import set_arithmetic
-from trainer.config import override
+from trainer.config_tree import override
 from trainer.data import model_config, open_data
 from trainer.distributed import world_of_ranks
 from trainer.loader import Batch, Loader

@@ -45,7 +45,7 @@ from benchmarks.step_worker import N_CLASSES, RESULT, Request, Task
 from storage.console import EXIT_OK, run_command
 from storage.errors import UserError
 from trainer.arithmetic import peak_flops
-from trainer.config import close_matches
+from trainer.config_tree import close_matches
 from trainer.distributed import world_of_ranks
 from trainer.models.transformer import Geometry, forward_flops_per_image
 from trainer.presets import PRESETS, preset

@@ -29,7 +29,8 @@ import yaml
 from storage.errors import UserError
 from trainer.checkpoint import latest_checkpoint, read_state
 from trainer.cli import parse_option
-from trainer.config import TrainConfig, close_matches, field_type, flatten, free_fields, from_yaml, leaves, override
+from trainer.config import TrainConfig
+from trainer.config_tree import close_matches, field_type, flatten, free_fields, from_yaml, leaves, override
 from trainer.presets import DEFAULT_PRESET, preset
 
 OF_THE_ALIGNMENT = ("data.features", "model.align_block", "model.projector_width")

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from storage.console import Parser
 from storage.errors import UserError
 from storage.roots import absolute
-from trainer.config import TrainConfig, checked, close_matches, field_type, from_yaml, leaves, override, spelled
+from trainer.config import TrainConfig, spelled
+from trainer.config_tree import checked, close_matches, field_type, from_yaml, leaves, override
 from trainer.presets import DEFAULT_PRESET, PRESET_NAMES, PRESETS, preset
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from storage.errors import UserError
 from storage.files import write_atomic
-from trainer.config import TrainConfig, flatten
+from trainer.config import TrainConfig
+from trainer.config_tree import flatten
 
 METRICS_FILE = "metrics.jsonl"
 

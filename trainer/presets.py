@@ -39,8 +39,8 @@ from trainer.config import (
     OptimConfig,
     SampleConfig,
     TrainConfig,
-    close_matches,
 )
+from trainer.config_tree import close_matches
 
 # size: (depth, width, heads, block aligned)
 SIZES = {"s": (12, 384, 6, 4), "b": (12, 768, 12, 4), "l": (24, 1024, 16, 8), "xl": (28, 1152, 16, 8)}

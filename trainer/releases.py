@@ -28,7 +28,8 @@ from torch import Tensor
 from storage.errors import UserError
 from storage.files import write_atomic
 from trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
-from trainer.config import TrainConfig, flatten, override, to_yaml
+from trainer.config import TrainConfig
+from trainer.config_tree import flatten, override, to_yaml
 from trainer.data import model_config, open_data
 from trainer.distributed import world_of_ranks
 from trainer.interval import Interval

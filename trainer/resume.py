@@ -10,7 +10,8 @@ from typing import Any
 
 from storage.errors import UserError
 from trainer.checkpoint import RunState, latest_checkpoint, read_state, restore
-from trainer.config import TrainConfig, checked, field_type, flatten, free_fields, override
+from trainer.config import TrainConfig
+from trainer.config_tree import checked, field_type, flatten, free_fields, override
 from trainer.data import TrainingData
 from trainer.distributed import World
 from trainer.update import Parts

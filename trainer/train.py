@@ -25,7 +25,8 @@ from storage.errors import UserError
 from storage.files import write_atomic
 from trainer.arithmetic import set_arithmetic
 from trainer.checkpoint import RunState, save_checkpoint
-from trainer.config import TrainConfig, flatten, to_yaml
+from trainer.config import TrainConfig
+from trainer.config_tree import flatten, to_yaml
 from trainer.data import TrainingData, model_config, open_data
 from trainer.distributed import world_of_ranks
 from trainer.evaluation.preview import write_preview

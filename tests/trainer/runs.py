@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from storage.errors import UserError
-from trainer.config import TrainConfig, override, spelled
+from trainer.config import TrainConfig, spelled
+from trainer.config_tree import override
 from trainer.guard import NonFiniteError
 from trainer.metrics import read_metrics
 from trainer.presets import preset

@@ -17,7 +17,8 @@ from torch import Tensor
 from storage.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import RunState, latest_checkpoint, load_ema_weights, read_state, restore, save_checkpoint
-from trainer.config import OptimConfig, override
+from trainer.config import OptimConfig
+from trainer.config_tree import override
 from trainer.ema import EMA
 from trainer.metrics import MetricsLog, read_metrics
 from trainer.models.transformer import DiffusionTransformer, Geometry

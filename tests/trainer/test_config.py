@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from storage.console import Parser
 from storage.errors import UserError
 from trainer.cli import add_train_options, train_config
-from trainer.config import TrainConfig, flatten, free_fields, from_yaml, leaves, override, to_yaml
+from trainer.config import TrainConfig
+from trainer.config_tree import flatten, free_fields, from_yaml, leaves, override, to_yaml
 from trainer.presets import PRESETS, SIZES, preset
 
 

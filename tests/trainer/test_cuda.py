@@ -17,7 +17,7 @@ from storage.codec import INT8, decode
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.runs import assert_same_run, command
 from tests.trainer.test_update import GEOMETRY, SCALE, batch, config, tensors
-from trainer.config import override
+from trainer.config_tree import override
 from trainer.data import open_data
 from trainer.distributed import World
 from trainer.ema import EMA

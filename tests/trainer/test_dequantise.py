@@ -13,7 +13,8 @@ from storage.codec import INT8, Int8Codec, decode, encode
 from storage.errors import StoreError
 from tests.features import gaussian
 from tests.stores import FEATURES, make_store
-from trainer.config import TrainConfig, override
+from trainer.config import TrainConfig
+from trainer.config_tree import override
 from trainer.data import open_data
 from trainer.dequantise import dequantise
 from trainer.loader import Loader

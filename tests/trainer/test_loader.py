@@ -15,7 +15,7 @@ from storage import gather_into
 from storage.errors import StoreError, UserError
 from storage.order import Order
 from tests.stores import FEATURES, LATENTS, make_store
-from trainer.config import override
+from trainer.config_tree import override
 from trainer.data import TrainingData, model_config, open_data, pick_group
 from trainer.loader import Loader
 from trainer.presets import preset

@@ -23,7 +23,8 @@ from tests.trainer.test_config import run_cli
 from tests.trainer.test_transformer import SMALL, inputs, randomised
 from trainer.__main__ import main
 from trainer.checkpoint import latest_checkpoint, load_ema_weights
-from trainer.config import Kind, TrainConfig, from_yaml, override
+from trainer.config import Kind, TrainConfig
+from trainer.config_tree import from_yaml, override
 from trainer.evaluation.generate import GenerateConfig, generate
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.presets import preset

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.trainer import plain
 from tests.trainer.test_transformer import KINDS, SMALL, randomised
 from trainer import random_keys
-from trainer.config import Kind, TrainConfig, override
+from trainer.config import Kind, TrainConfig
+from trainer.config_tree import override
 from trainer.loader import Batch
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.presets import preset

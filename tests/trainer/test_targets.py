@@ -14,7 +14,8 @@ from storage.codec import INT8, decode
 from storage.errors import StoreError, UserError
 from tests.storage.servers import http_server
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, publish_all, random_arrays
-from trainer.config import AlignmentTarget, TrainConfig, flatten, from_yaml, override, to_yaml
+from trainer.config import AlignmentTarget, TrainConfig
+from trainer.config_tree import flatten, from_yaml, override, to_yaml
 from trainer.data import model_config, open_data
 from trainer.loader import Loader
 from trainer.metrics import read_metrics

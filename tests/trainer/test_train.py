@@ -18,7 +18,7 @@ from storage.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
 from trainer.__main__ import main
-from trainer.config import from_yaml, override
+from trainer.config_tree import from_yaml, override
 from trainer.guard import NonFiniteError
 from trainer.loader import Batch
 from trainer.metrics import read_metrics

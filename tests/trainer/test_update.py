@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import arithmetic
-from trainer.config import TrainConfig, override
+from trainer.config import TrainConfig
+from trainer.config_tree import override
 from trainer.distributed import World
 from trainer.guard import Guard, NonFiniteError
 from trainer.loader import Batch

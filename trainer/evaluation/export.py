@@ -23,7 +23,8 @@ from torch import Tensor
 from storage.errors import UserError
 from storage.files import make_directories, partial_name, publish
 from trainer.checkpoint import load_ema_weights
-from trainer.config import flatten, spelled
+from trainer.config import spelled
+from trainer.config_tree import flatten
 from trainer.evaluation.decode import load_decoder, location
 from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, open_run, step_of
 from trainer.models.blocks import sincos_position_embedding

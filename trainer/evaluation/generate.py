@@ -33,7 +33,8 @@ from storage.files import write_atomic
 from trainer import random_keys
 from trainer.arithmetic import set_arithmetic
 from trainer.checkpoint import EMA_WEIGHTS
-from trainer.config import TrainConfig, flatten, override
+from trainer.config import TrainConfig
+from trainer.config_tree import flatten, override
 from trainer.distributed import World, world_of_ranks
 from trainer.evaluation.decode import decode_latents, load_decoder, write_grid
 from trainer.evaluation.draw import draw_latents

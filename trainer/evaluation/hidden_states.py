@@ -27,7 +27,8 @@ from storage.errors import UserError
 from trainer import random_keys
 from trainer.arithmetic import autocast_dtype
 from trainer.checkpoint import EMA_WEIGHTS, STATE, WEIGHTS, latest_checkpoint, read_state
-from trainer.config import TrainConfig, from_yaml
+from trainer.config import TrainConfig
+from trainer.config_tree import from_yaml
 from trainer.data import TrainingData, model_config, open_data
 from trainer.loader import Batch
 from trainer.models.transformer import DiffusionTransformer, Geometry

@@ -13,7 +13,8 @@ from typing import Any
 
 from storage.errors import UserError
 from trainer.checkpoint import latest_checkpoint, read_state
-from trainer.config import TrainConfig, flatten, free_fields, from_yaml
+from trainer.config import TrainConfig
+from trainer.config_tree import flatten, free_fields, from_yaml
 from trainer.evaluation.evaluate import read_record
 from trainer.metrics import read_metrics
 

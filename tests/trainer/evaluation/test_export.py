@@ -21,7 +21,8 @@ from tests.trainer.evaluation.conftest import MICRO
 from trainer import random_keys
 from trainer.checkpoint import latest_checkpoint
 from trainer.cli import train_config
-from trainer.config import TrainConfig, override
+from trainer.config import TrainConfig
+from trainer.config_tree import override
 from trainer.evaluation import export as exporting
 from trainer.evaluation.decode import decode_latents, load_decoder
 from trainer.evaluation.draw import draw_latents

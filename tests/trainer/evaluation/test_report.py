@@ -18,7 +18,7 @@ from tests.chromium import BINARY, Browser
 from tests.stores import FEATURES, LATENTS
 from trainer.checkpoint import VERSION
 from trainer.cli import train_config
-from trainer.config import to_yaml
+from trainer.config_tree import to_yaml
 from trainer.evaluation.charts import MOST_POINTS, Line, short, thinned, ticks
 from trainer.evaluation.decode import write_grid
 from trainer.evaluation.report import differing, named_shortly, page, write_report
