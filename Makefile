@@ -96,7 +96,7 @@ bench: bench-env  ## storage beside its peers: half an hour, 10 GB of disk; tabl
 	$(VENV_BENCH)/bin/python -m benchmarks.storage_read $(ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.storage_read --dtype int8 $(ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.storage_read --cache cold $(ARGS)
-	$(VENV_BENCH)/bin/python -m benchmarks.bookkeeping --shards 1000 10000
+	$(VENV_BENCH)/bin/python -m benchmarks.bookkeeping --stores 1000x512 10000x512
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .

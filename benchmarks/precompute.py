@@ -16,7 +16,9 @@ SD-VAE and DINOv2-B, real architectures with seeded random weights at 256 px, on
 
 Each run is a process of its own; a rate counts what was published after the first unit, over the time since it, so that
 starting Ray and loading models are left out. Rounds go through all contestants in turn; medians, and ratios within a
-round. The stages' seconds are those in the receipts of `ours`: wall time of one core in the process that does it.
+round. What a stage costs in CPU time is measured apart, one stage after the other in one process, so that nothing
+waits: user and system time of all of its threads. Handing over is `ray.put` and `ray.get` of a unit; publishing is
+statistics, checksums, writing and syncing, in every group.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,13 @@ import numpy as np
 
 from benchmarks.report import RESULTS, machine, table
 from pipeline.config import PrecomputeConfig
-from pipeline.decode import decode_unit
+from pipeline.decode import decode_unit, to_rgb
 from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
 from pipeline.plan import Plan, create, make_plan
 from pipeline.resources import cores
 from pipeline.sources import Source, open_source
 from pipeline.sources.photos import crops, write_photos
+from pipeline.transforms import center_crop
 from storage import Staging
 from storage.receipts import scan
 from storage.roots import open_root
@@ -143,7 +146,7 @@ class Found:
     """What one run of one contestant gave."""
 
     images_per_s: float
-    stages_s: dict[str, float]  # seconds an image
+    cpu_s: dict[str, float] = field(default_factory=dict)  # of a stage, an image
     peak_store_bytes: int = 0
     store_bytes: int = 0
     encoder_busy: float = 0.0
@@ -166,7 +169,7 @@ def rate(done: list[tuple[float, int]]) -> float:
 
 def decoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     done = [(time.perf_counter(), len(images)) for images, _ in blocks_of(plan, source, case.resolution)]
-    return Found(images_per_s=rate(done), stages_s={})
+    return Found(images_per_s=rate(done))
 
 
 def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
@@ -179,7 +182,7 @@ def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found
         for path in block.paths:
             encoder.encode(path, pixels, np.arange(len(images)), case.config(Path()).batch)
         done.append((time.perf_counter(), len(images)))
-    return Found(images_per_s=rate(done), stages_s={})
+    return Found(images_per_s=rate(done))
 
 
 def one_process(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
@@ -250,6 +253,52 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     return published(plan)
 
 
+def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+    """No contestant: CPU time by stage, without the first unit."""
+    from pipeline.cluster import ray_cluster
+    from pipeline.ray_environment import prepare_ray
+
+    encoder = make_encoder(case, plan, run_id)
+    encoder.ready()
+    cpu_s: dict[str, float] = {}
+    at_s = 0.0
+
+    def took(stage: str) -> None:
+        nonlocal at_s
+        cpu_s[stage] = cpu_s.get(stage, 0.0) + time.process_time() - at_s
+        at_s = time.process_time()
+
+    prepare_ray("")
+    start_s = time.perf_counter()
+    with ray_cluster("", verbose=False):
+        import ray
+
+        for unit, paths in plan.missing.items():
+            if unit == 1:
+                cpu_s, start_s = {}, time.perf_counter()
+            samples = plan.index.slice(plan.layout.unit_rows(unit))
+            images = np.zeros((len(samples), case.resolution, case.resolution, 3), dtype=np.uint8)
+            at_s = time.process_time()
+            for i, sample in enumerate(source.read_many(samples.locations)):
+                took("read")
+                image = to_rgb(sample)
+                took("decode")
+                images[i] = center_crop(image, case.resolution)
+                took("crop")
+            handed_over = ray.get(ray.put(images))
+            took("hand over")
+            block = Block(unit=unit, failures=[], timings_s={}, paths=paths)
+            pixels, present = encoder.upload(handed_over), np.arange(len(images))
+            for path in paths:
+                arrays = encoder.encode(path, pixels, present, case.config(Path()).batch)
+                took("encode")
+                encoder._publish(path, block, arrays, present, {}, {})
+                took("publish")
+    n = len(plan.index) - len(plan.layout.unit_rows(0))
+    seconds = time.perf_counter() - start_s
+    return Found(images_per_s=n / seconds, cpu_s={stage: total_s / n for stage, total_s in cpu_s.items()})
+
+
 CONTESTANTS: dict[str, Callable[[Case, Plan, Source, str], Found]] = {
     "decoders alone": decoders_alone, "encoders alone": encoders_alone, "one process": one_process, "ours": ours,
     "Ray Data": ray_data,
@@ -263,20 +312,14 @@ def make_encoder(case: Case, plan: Plan, run_id: str) -> UnitEncoder:
 
 
 def published(plan: Plan, peak: int = 0, store: int = 0, busy: float = 0.0) -> Found:
-    """The rate, and each stage's seconds an image, from the receipts."""
+    """The rate, from the receipts."""
     done: dict[int, float] = {}
-    stages_s: dict[str, float] = {}
     for group in plan.groups:
         for unit, receipt, reason in scan(plan.root, group.layout, plan.digests[group.layout.path]):
             assert receipt is not None, reason
             done[unit] = max(done.get(unit, 0.0), receipt.made["finished_unix_s"])
-            for stage, seconds in receipt.timings_s.items():
-                shared = stage in ("read", "decode", "crop", "hand_over")  # once a unit, told in every group's receipt
-                stages_s[stage] = stages_s.get(stage, 0.0) + seconds / (len(plan.groups) if shared else 1)
-    n = len(plan.index)
     return Found(
         images_per_s=rate([(at_s, len(plan.layout.unit_rows(unit))) for unit, at_s in done.items()]),
-        stages_s={stage: seconds / n for stage, seconds in stages_s.items()},
         peak_store_bytes=peak, store_bytes=store, encoder_busy=busy,
     )  # fmt: skip
 
@@ -290,12 +333,14 @@ def run_task(name: str, contestant: str, full_size: bool, n_per_class: int) -> N
         plan = make_plan(case.config(Path(str(root))), source, source.listing().index, root)
         with Staging(root) as staging:
             create(plan, source, staging)
-            found = CONTESTANTS[contestant](case, plan, source, staging.run_id)
+            found = {**CONTESTANTS, "stages": stages}[contestant](case, plan, source, staging.run_id)
     print("FOUND", json.dumps(vars(found)))
 
 
 def report(case: Case, name: str, found: dict[str, list[Found]]) -> str:
     """The table of one case, and what follows from it."""
+    costs = [run.cpu_s for run in found.pop("stages")]
+    cpu_s = {stage: statistics.median(cost[stage] for cost in costs) for stage in costs[0]}
     rates = {c: [f.images_per_s for f in runs] for c, runs in found.items()}
 
     def ratio(a: str, b: str) -> float:
@@ -304,9 +349,8 @@ def report(case: Case, name: str, found: dict[str, list[Found]]) -> str:
     rows = [[c, f"{statistics.median(r):,.1f}", f"{ratio('ours', c):.3f}"] for c, r in rates.items()]
     bound = min(("decoders alone", "encoders alone"), key=lambda c: statistics.median(rates[c]))
     last = found["ours"][-1]
-    stages = ", ".join(f"{stage} {seconds * 1e6:,.0f}" for stage, seconds in last.stages_s.items())
     rate_now = statistics.median(rates["ours"])
-    cpu_s = sum(last.stages_s.get(stage, 0.0) for stage in ("read", "decode", "crop"))
+    decoding_s = sum(cpu_s[stage] for stage in ("read", "decode", "crop"))
     hours = IMAGENET / rate_now / 3600
     lines = [
         f"### {name}: {case.title}", "", table(["", "images/s", "ours / this"], rows), "",
@@ -314,12 +358,12 @@ def report(case: Case, name: str, found: dict[str, list[Found]]) -> str:
         f"ours / one process: {ratio('ours', 'one process'):.3f}",
         f"- encoder busy {last.encoder_busy:.0%}; object store at most {last.peak_store_bytes / 1e6:.0f} MB of "
         f"{last.store_bytes / 1e6:.0f} MB",
-        f"- µs an image, by stage: {stages}",
+        "- CPU µs an image: " + ", ".join(f"{stage} {seconds * 1e6:,.0f}" for stage, seconds in cpu_s.items()),
     ]  # fmt: skip
     if name == "full-size":
         lines.append(
             f"- ImageNet: {hours:.1f} hours with one such encoder, {hours / 8:.1f} with eight; decoding then takes "
-            f"{rate_now * cpu_s:.1f} and {8 * rate_now * cpu_s:.0f} CPU cores"
+            f"{rate_now * decoding_s:.1f} and {8 * rate_now * decoding_s:.0f} CPU cores"
         )
     return "\n".join([*lines, ""])
 
@@ -338,7 +382,7 @@ def main() -> None:
     cases = make_cases(args.full_size, args.per_class)
     texts = []
     for name, case in cases.items():
-        found: dict[str, list[Found]] = {contestant: [] for contestant in CONTESTANTS}
+        found: dict[str, list[Found]] = {contestant: [] for contestant in [*CONTESTANTS, "stages"]}
         for number in range(args.rounds):
             for contestant, runs in found.items():
                 line = [sys.executable, "-m", "benchmarks.precompute", "--per-class", str(args.per_class), "--task",

@@ -21,7 +21,7 @@ import numpy as np
 from storage.codec import codec_of, decode
 from storage.errors import UserError
 from storage.gather import ChecksumPolicy, gather_into
-from storage.order import Order, rank_slice
+from storage.order import Order, ValidRows, rank_slice
 from storage.reader import GroupReader, open_store
 
 View = int | Literal["random"]
@@ -62,9 +62,8 @@ class Gatherer:
             self._arrays |= there & {"scale"}
         self._wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
         self._labels = opened.classes.labels
-        failed = np.unique(np.concatenate([group.failed_rows for group in self._groups]))
-        self._valid = np.setdiff1d(np.arange(opened.n_rows), failed) if len(failed) else None
-        self.n_samples = opened.n_rows if self._valid is None else len(self._valid)
+        self._valid = ValidRows(opened.n_rows, np.concatenate([group.failed_rows for group in self._groups]))
+        self.n_samples = len(self._valid)
 
     def views(self, n: int, rng: np.random.Generator) -> np.ndarray | int:
         """Views of n samples: the one that was asked for, or int64 (n,) drawn by `rng`."""
@@ -72,8 +71,8 @@ class Gatherer:
 
     def gather(self, positions: np.ndarray, views: np.ndarray | int) -> dict[str, np.ndarray]:
         """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} at int64 positions (B,) and views."""
-        rows = self._rows(positions)
-        batch = {"row": rows, "label": self._labels[rows]}
+        rows = self._valid.rows(positions)
+        batch = {"row": rows, "label": self._labels[rows].astype(np.int64)}
         readers = [group[name] for group, name in self._wanted]
         out = [np.empty((len(rows), *reader.row_shape), reader.dtype) for reader in readers]
         gather_into(list(zip(readers, out, strict=True)), rows, views)
@@ -87,12 +86,9 @@ class Gatherer:
 
     def will_read(self, positions: np.ndarray, views: np.ndarray | int) -> None:
         """Say that these are gathered soon, so that the disk starts now."""
-        rows = self._rows(positions)
+        rows = self._valid.rows(positions)
         for group, name in self._wanted:
             group[name].will_read(rows, views)
-
-    def _rows(self, positions: np.ndarray) -> np.ndarray:
-        return positions if self._valid is None else self._valid[positions]
 
     def close(self) -> None:
         """Close every file."""

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from crc32c import crc32c
@@ -42,12 +42,11 @@ EmptyRows = Literal["refuse", "fill"]
 MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
 MAX_MERGED_CHUNKS = 512  # half of what one preadv takes, as each chunk is followed by its checksum
 MIN_SHARE_BYTES = 1 << 19  # less than this is not worth waking another thread for
-INDEXES_KEPT = 4096  # irregular ones, 8 bytes a chunk
-CHECKSUMS_KEPT = 16384  # shards, 4 bytes a chunk
+INDEX_BYTES_KEPT = 16 << 20  # irregular ones, 8 bytes a chunk
+CHECKSUM_BYTES_KEPT = 32 << 20  # 4 bytes a chunk
 
 UNKNOWN, REGULAR, IRREGULAR = 0, 1, 2  # what is known of a shard's index
 
-Value = TypeVar("Value")
 Piece = Callable[[], None]
 
 
@@ -293,7 +292,7 @@ class ArrayReader:
         if np.array_equal(index[:n_chunks], regular):
             self._state[unit] = REGULAR
             return
-        self._keep(self._indexes, unit, index, INDEXES_KEPT)
+        self._keep(self._indexes, unit, index, INDEX_BYTES_KEPT)
         self._state[unit] = IRREGULAR
 
     def _index(self, unit: int) -> np.ndarray:
@@ -301,7 +300,7 @@ class ArrayReader:
         index = self._indexes.get(unit)
         if index is None:
             index = self._read_index(unit)
-            self._keep(self._indexes, unit, index, INDEXES_KEPT)
+            self._keep(self._indexes, unit, index, INDEX_BYTES_KEPT)
         return index
 
     def _read_index(self, unit: int) -> np.ndarray:
@@ -325,13 +324,13 @@ class ArrayReader:
             if record is None:
                 raise StoreError(f"shard {self._files.where(unit)} has no receipt to check it against; {HEAL}")
             crcs = record.crcs()
-            self._keep(self._crcs, unit, crcs, CHECKSUMS_KEPT)
+            self._keep(self._crcs, unit, crcs, CHECKSUM_BYTES_KEPT)
         return crcs
 
-    def _keep(self, cache: OrderedDict[int, Value], unit: int, value: Value, most: int) -> None:
+    def _keep(self, cache: OrderedDict[int, np.ndarray], unit: int, value: np.ndarray, most_bytes: int) -> None:
         with self._lock:
             cache[unit] = value
-            while len(cache) > most:
+            while len(cache) > max(1, most_bytes // value.nbytes):  # those of an array are of one size
                 cache.popitem(last=False)
 
     def _together(self, work: Callable[[Any], None], pieces: Sequence[Any], n_threads: int) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,15 @@ SCHEMA = pa.schema(
     ]
 )
 INDEX_COLUMNS = tuple(SCHEMA.names)
+ROW_GROUP = 131072  # rows; what is decoded at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """What training needs of the index: 4 bytes a row."""
+
+    labels: np.ndarray  # int32 (N,), −1 where the source has none
+    class_names: list[str]  # position = label; a label nobody has is the empty string
 
 
 @dataclass(frozen=True)
@@ -61,13 +71,7 @@ class Index:
     @property
     def class_names(self) -> list[str]:
         """Class names; position = label. A label nobody has is the empty string."""
-        pairs = self.table.select(["label", "class_name"]).group_by(["label", "class_name"]).aggregate([])
-        labels, names = pairs["label"].to_pylist(), pairs["class_name"].to_pylist()
-        by_label = ["" for _ in range(max(labels, default=-1) + 1)]
-        for label, name in zip(labels, names, strict=True):
-            if label >= 0:
-                by_label[label] = name
-        return by_label
+        return _by_label(_label_names(self.table))
 
     def slice(self, rows: range) -> Index:
         """The samples of consecutive rows, without copying."""
@@ -106,17 +110,44 @@ def make_index(
 def index_bytes(index: Index) -> bytes:
     """The index as a Parquet file; equal indexes give equal bytes under one pyarrow version."""
     buffer = io.BytesIO()
-    pq.write_table(index.table, buffer, compression="zstd", row_group_size=131072)
+    pq.write_table(index.table, buffer, compression="zstd", row_group_size=ROW_GROUP)
     return buffer.getvalue()
 
 
-def read_index(root: Root, columns: Sequence[str] = INDEX_COLUMNS) -> Index:
-    """Read `index.parquet`, or some of its columns; raises StoreError when it is absent or not an index."""
+def read_index(root: Root) -> Index:
+    """Read `index.parquet`; raises StoreError when it is absent or not an index."""
+    with _index_file(root) as file:
+        return Index(file.read(columns=list(INDEX_COLUMNS)).select(INDEX_COLUMNS).cast(SCHEMA))
+
+
+def read_classes(root: Root) -> Classes:
+    """Labels and class names of `index.parquet`, a row group at a time; raises StoreError as `read_index` does."""
+    with _index_file(root) as file:
+        labels = np.empty(file.metadata.num_rows, dtype=np.int32)
+        names: dict[int, str] = {}
+        start = 0
+        for batch in file.iter_batches(batch_size=ROW_GROUP, columns=["label", "class_name"]):
+            labels[start : start + len(batch)] = batch["label"].cast(pa.int32())
+            start += len(batch)
+            names |= _label_names(pa.Table.from_batches([batch]))
+    return Classes(labels=labels, class_names=_by_label(names))
+
+
+def _label_names(table: pa.Table) -> dict[int, str]:
+    pairs = table.select(["label", "class_name"]).group_by(["label", "class_name"]).aggregate([])
+    return dict(zip(pairs["label"].to_pylist(), pairs["class_name"].to_pylist(), strict=True))
+
+
+def _by_label(names: Mapping[int, str]) -> list[str]:
+    return [names.get(label, "") for label in range(max(names, default=-1) + 1)]
+
+
+@contextmanager
+def _index_file(root: Root) -> Iterator[pq.ParquetFile]:
     where = root.at(INDEX_FILE)
     try:
-        raw = pa.BufferReader(root.read(INDEX_FILE))
-        table = pq.read_table(raw, columns=list(columns), read_dictionary=["class_name"])
-        return Index(table.select(columns).cast(pa.schema([SCHEMA.field(name) for name in columns])))
+        with root.open(INDEX_FILE) as raw, pq.ParquetFile(raw, read_dictionary=["class_name"]) as file:
+            yield file
     except FileNotFoundError:
         raise StoreError(f"{root} has no {INDEX_FILE}, so it is not a store; make one with `make precompute`") from None
     except (pa.ArrowException, KeyError, OSError) as error:

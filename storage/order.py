@@ -52,6 +52,24 @@ class Order:
         return rows
 
 
+class ValidRows:
+    """The rows of [0, n) that did not fail, by position, in memory that grows with those that did."""
+
+    def __init__(self, n: int, failed: np.ndarray) -> None:
+        """`failed` int64 (F,) in [0, n), in any order, repeats allowed."""
+        failed = np.unique(failed)
+        assert len(failed) == 0 or (failed[0] >= 0 and failed[-1] < n), (n, failed)
+        self._n = n - len(failed)
+        self._skips = failed - np.arange(len(failed))  # the positions from which one more row is skipped
+
+    def __len__(self) -> int:
+        return self._n
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """Rows int64 at positions int64 in [0, len(self))."""
+        return positions + np.searchsorted(self._skips, positions, side="right")
+
+
 def rank_slice(batch: int, rank: int, world: int) -> slice:
     """The part of a global batch that a rank trains on: equal consecutive parts."""
     assert batch % world == 0, (batch, world)

@@ -9,7 +9,7 @@ any Zarr array of samples, whoever wrote it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from storage.errors import StoreError
 from storage.foreign import ZarrArrayReader
 from storage.gather import ArrayReader, ChecksumPolicy, EmptyRows
 from storage.identity import identity_digest, require_same
-from storage.index import INDEX_COLUMNS, Index, read_index
+from storage.index import Classes, Index, read_classes, read_index
 from storage.layout import (
     FORMAT_VERSION,
     GROUP_KINDS,
@@ -89,18 +89,19 @@ class Store:
     @cached_property
     def index(self) -> Index:
         """The table of samples. Raises StoreError when it is missing or was changed since the store was made."""
-        return self._read_index(INDEX_COLUMNS)
+        self._check_index()
+        return read_index(self.root)
 
     @cached_property
-    def classes(self) -> Index:
-        """`index` without keys and locations, half of its memory: what training needs of it. Raises as `index`."""
-        return self._read_index(("label", "class_name"))
+    def classes(self) -> Classes:
+        """What training needs of the index, in a small part of its memory. Raises as `index`."""
+        self._check_index()
+        return read_classes(self.root)
 
-    def _read_index(self, columns: Sequence[str]) -> Index:
+    def _check_index(self) -> None:
         changed = check_metadata(self.root, STORE_RECEIPT, only=INDEX_FILE)[1]
         if changed:
             raise StoreError(f"{changed[0]}; restore the store's own index")
-        return read_index(self.root, columns)
 
     def groups(self) -> list[str]:
         """Paths of the groups there are, latents first: "latents/<name>", "features/<name>"."""

@@ -164,7 +164,9 @@ def check_metadata(root: Root, key: str, *, only: str = "") -> tuple[list[str], 
         if only not in ("", name):
             continue
         try:
-            if sha256(root.read(name)) != digest:
+            with root.open(name) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != digest:
                 faults.append(f"{root.at(name)} was edited since it was written: its SHA-256 is not its receipt's")
         except FileNotFoundError:
             faults.append(f"{root.at(name)} is missing")

@@ -13,12 +13,13 @@ Limit: the connection does not survive a fork, and says so; start worker process
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -75,6 +76,10 @@ class ObjectRoot:
         """The whole object."""
         with self._errors(key):
             return bytes(obstore.get(self.store, key).bytes())
+
+    def open(self, key: str) -> BinaryIO:
+        """The whole object, in memory."""
+        return io.BytesIO(self.read(key))
 
     def size(self, key: str) -> int:
         """Bytes of the object."""

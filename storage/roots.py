@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -53,6 +53,9 @@ class Root(Protocol):
 
     def read(self, key: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
+
+    def open(self, key: str) -> BinaryIO:
+        """The file, to be read from any place in it, for those too large to hold. Raises FileNotFoundError."""
 
     def size(self, key: str) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
@@ -119,6 +122,10 @@ class LocalRoot:
         """The whole file."""
         with open(self.at(key), "rb", buffering=0) as file:
             return file.read()
+
+    def open(self, key: str) -> BinaryIO:
+        """The file."""
+        return open(self.at(key), "rb")
 
     def size(self, key: str) -> int:
         """Bytes of the file."""

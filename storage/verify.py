@@ -134,8 +134,8 @@ def _each_unit(
 def _store_faults(store: Store) -> Iterator[str]:
     _, faults = check_metadata(store.root, STORE_RECEIPT)
     yield from faults
-    if not faults and len(store.index) != store.n_rows:
-        yield f"{store.root.at(INDEX_FILE)} has {len(store.index)} rows, the store {store.n_rows}"
+    if not faults and (n := len(store.classes.labels)) != store.n_rows:
+        yield f"{store.root.at(INDEX_FILE)} has {n} rows, the store {store.n_rows}"
 
 
 def _vanished_groups(root: Root, there: list[str]) -> Iterator[str]:

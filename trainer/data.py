@@ -9,6 +9,7 @@ import numpy as np
 
 from storage import CacheConfig, GroupReader, Store, UserError, open_store
 from storage.codec import Int8Codec, codec_of
+from storage.order import ValidRows
 from storage.shard_files import raise_open_file_limit
 from trainer.config import TrainConfig
 from trainer.models.transformer import Geometry
@@ -16,20 +17,20 @@ from trainer.models.transformer import Geometry
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """Open readers and what they fit. `valid_rows` is None when no sample failed, so that memory stays constant."""
+    """Open readers and what they fit."""
 
     store: Store
     latents: GroupReader
     features: tuple[GroupReader, ...]  # one an alignment target; two targets may share one
-    labels: np.ndarray  # int64 (N,)
+    labels: np.ndarray  # int32 (N,)
     class_names: list[str]
-    valid_rows: np.ndarray | None  # int64, sorted
+    valid_rows: ValidRows  # those that failed in no group
     codecs: dict[str, Int8Codec]  # by path, of the features that are quantised; others are plain float16
 
     @property
     def n_samples(self) -> int:
         """Samples that can be trained on."""
-        return self.store.n_rows if self.valid_rows is None else len(self.valid_rows)
+        return len(self.valid_rows)
 
     @property
     def groups(self) -> tuple[GroupReader, ...]:
@@ -78,7 +79,6 @@ def open_data(config: TrainConfig) -> TrainingData:
             f"{len(failed)} samples of {store.root} could not be decoded (first row {failed[0]}); mend and precompute "
             "them, or pass --data.failed-rows leave-out"
         )
-    valid = np.setdiff1d(np.arange(store.n_rows), failed) if len(failed) else None
     labels = store.classes.labels
     if labels.min() < 0:
         raise UserError(f"{store.root} has samples without a label; class-conditional training needs one for each")
@@ -88,7 +88,7 @@ def open_data(config: TrainConfig) -> TrainingData:
         features=tuple(groups[path] for path in features),
         labels=labels,
         class_names=store.classes.class_names,
-        valid_rows=valid,
+        valid_rows=ValidRows(store.n_rows, failed),
         codecs={path: codec for path in features if (codec := codec_of(groups[path].identity)) is not None},
     )
 

@@ -205,7 +205,8 @@ class Loader:
             self._ready.put(error)
 
     def _index(self, rows: np.ndarray) -> dict[str, Tensor]:
-        index = {"rows": torch.from_numpy(rows), "labels": torch.from_numpy(self._data.labels[rows])}
+        labels = self._data.labels[rows].astype(np.int64)
+        index = {"rows": torch.from_numpy(rows), "labels": torch.from_numpy(labels)}
         return index if self._copies is None else {name: tensor.pin_memory() for name, tensor in index.items()}
 
     def _take_free(self) -> dict[str, Tensor] | None:
@@ -218,9 +219,7 @@ class Loader:
 
     def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray | int]:
         """Rows int64 (B,) and views of this rank's part of a global batch."""
-        rows = self._order.global_batch(step, self._batch)[self._slice]
-        if self._data.valid_rows is not None:
-            rows = self._data.valid_rows[rows]
+        rows = self._data.valid_rows.rows(self._order.global_batch(step, self._batch)[self._slice])
         return rows, self._views(step, rows)
 
     def _views(self, step: int, rows: np.ndarray) -> np.ndarray | int:

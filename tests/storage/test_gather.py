@@ -274,7 +274,7 @@ def test_a_disk_that_fails_is_named_with_shard_and_row(
 
 def test_an_index_that_is_read_again_never_looks_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread that looked at the state at that moment would take the shard for a regular one."""
-    monkeypatch.setattr(storage.gather, "INDEXES_KEPT", 1)
+    monkeypatch.setattr(storage.gather, "INDEX_BYTES_KEPT", 1)
     data = make_store(tmp_path, failed_rows=[0, 17, 33])[LATENTS]["moments"]
     reader = open_store(tmp_path).group(LATENTS, checksums="never")["moments"]
     rows = np.array([row for row in range(40) if row not in (0, 17, 33)])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.order import Order, rank_slice
+from storage.order import Order, ValidRows, rank_slice
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 10_000)
@@ -151,6 +151,26 @@ def test_a_billion_rows_need_the_memory_of_a_batch() -> None:
 def test_an_order_of_no_rows_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match="rows"):
         Order(n, 0)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 60), data=st.data())
+def test_valid_rows_are_those_that_did_not_fail_in_their_order(n: int, data: st.DataObject) -> None:
+    failed = data.draw(st.lists(st.integers(0, n - 1)))
+    valid = ValidRows(n, np.array(failed, dtype=np.int64))
+    expected = [row for row in range(n) if row not in failed]
+    assert len(valid) == len(expected)
+    assert valid.rows(np.arange(len(expected))).tolist() == expected
+
+
+def test_valid_rows_of_a_billion_need_the_memory_of_the_failed_ones() -> None:
+    tracemalloc.start()
+    valid = ValidRows(10**9, np.array([7, 10**9 - 2]))
+    rows = valid.rows(np.array([6, 7, len(valid) - 1]))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows.tolist() == [6, 8, 10**9 - 1]
+    assert peak_bytes < 100_000
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:

@@ -6,15 +6,21 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import storage.roots
 from storage import Staging, StoreError, StoreLayout, UserError, create_group, create_store, open_store, publish_unit
 from storage.identity import differing_fields, identity_digest
-from storage.index import make_index, read_index
+from storage.index import index_bytes, make_index, read_classes, read_index
+from storage.layout import INDEX_FILE
 from storage.receipts import read_receipt
 from storage.roots import open_root
 from storage.staging import STAGING_DIR
@@ -55,6 +61,30 @@ def test_index_survives_the_disk_and_its_digest_ignores_locations(tmp_path: Path
         ["other", *index.keys[1:]], index.labels, [f"class{n}" for n in index.labels], ["else"] * 40, [1] * 40
     )
     assert renamed.digest() != index.digest()
+
+
+@settings(deadline=None)
+@given(labels=st.lists(st.integers(-1, 6), min_size=1, max_size=40), row_group=st.integers(1, 50))
+def test_classes_are_the_indexs_however_it_is_cut_into_row_groups(labels: list[int], row_group: int) -> None:
+    keys = [str(row) for row in range(len(labels))]
+    names = [f"class{label}" if label >= 0 else "" for label in labels]
+    index = make_index(keys, labels, names, keys, [1] * len(labels))
+    with tempfile.TemporaryDirectory() as folder:
+        root = open_root(folder)
+        with patch("storage.index.ROW_GROUP", row_group):
+            root.write(INDEX_FILE, [index_bytes(index)], "run")
+            classes = read_classes(root)
+        assert read_index(root).table.equals(index.table)
+    assert classes.labels.dtype == np.int32
+    assert classes.labels.tolist() == index.labels.tolist() == labels
+    assert classes.class_names == index.class_names
+
+
+def test_a_label_that_no_model_can_embed_is_refused(tmp_path: Path) -> None:
+    root = open_root(tmp_path)
+    root.write(INDEX_FILE, [index_bytes(make_index(["a"], [2**31], ["far"], ["a"], [1]))], "run")
+    with pytest.raises(StoreError, match=r"index.parquet is not an index \(.*2147483648"):
+        read_classes(root)
 
 
 def test_duplicate_keys_are_refused_by_name() -> None:

@@ -99,9 +99,8 @@ def test_failed_rows_are_left_out_and_every_other_row_is_visited(tmp_path: Path)
         opened(tmp_path / "s", **{"data.failed_rows": "refuse"})
 
 
-def test_a_store_without_failures_needs_no_list_of_rows(shared_tiny_store: Path) -> None:
+def test_a_store_without_failures_is_visited_in_the_order_itself(shared_tiny_store: Path) -> None:
     data = opened(shared_tiny_store)
-    assert data.valid_rows is None
     first = rows_by_step(data, stop=1)[0]
     data.close()
     assert first == Order(40, 3).global_batch(0, 12).tolist()

@@ -23,6 +23,7 @@ from storage import GroupReader, Store, open_store
 from storage.codec import codec_of
 from storage.console import progress_bar
 from storage.errors import UserError
+from storage.order import ValidRows
 from trainer.data import pick_group
 from trainer.dequantise import dequantise
 from trainer.distributed import device_named
@@ -185,11 +186,10 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
             f"{features.path} of {store.root} holds {', '.join(features.arrays)} and no patch tokens, whose mean is "
             "compared; choose other --features"
         )
-    failed = np.union1d(latents.failed_rows, features.failed_rows)
-    valid = np.setdiff1d(np.arange(store.n_rows), failed)
-    chosen = np.random.default_rng(config.seed).permutation(valid)[: config.n]
-    rows = np.sort(chosen).astype(np.int64)
-    labels = torch.from_numpy(store.classes.labels[rows].copy())
+    valid = ValidRows(store.n_rows, np.concatenate([latents.failed_rows, features.failed_rows]))
+    chosen = np.random.default_rng(config.seed).permutation(len(valid))[: config.n]
+    rows = np.sort(valid.rows(chosen))
+    labels = torch.from_numpy(store.classes.labels[rows].astype(np.int64))
     return Samples(store=store, latents=latents, features=features, rows=rows, labels=labels)
 
 
