@@ -151,7 +151,7 @@ class ArrayReader:
             )
         targets = out.reshape(-1).view(np.uint8).data
         offsets = self._locate(units, slots)
-        if (offsets < 0).any():
+        if not self._all_regular and (offsets < 0).any():
             empty = offsets < 0
             if self._empty == "refuse":
                 where = self._where(int(units[empty][0]), int(slots[empty][0]))
@@ -197,10 +197,12 @@ class ArrayReader:
             self._files = RemoteFiles(self._root, self._path, self._layout, self._cache, self._receipt_crcs)
         n_units = self._layout.store.n_units
         self._state = np.zeros(n_units, dtype=np.uint8)
+        self._all_regular = False
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()  # int64 (S·V,) offsets, −1 where empty
         self._crcs: OrderedDict[int, np.ndarray] = OrderedDict()  # uint32 (S·V,)
         # One bit a chunk, all shards; the kernel gives memory to the pages that are touched.
         self._seen = np.zeros((n_units, (self._layout.n_shard_chunks + 7) // 8), dtype=np.uint8)
+        self._n_unseen = self.shape[0] * self.shape[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"arguments": self._arguments, "options": self._options}
@@ -214,10 +216,13 @@ class ArrayReader:
 
     def _locate(self, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """Byte offsets in their shards, −1 where a chunk is empty."""
+        if self._all_regular:
+            return slots * self._layout.stored_bytes
         states = self._state[units]
         if (states == UNKNOWN).any():
             self._together(self._look_up, np.unique(units[states == UNKNOWN]).tolist(), self._n_threads)
             states = self._state[units]
+            self._all_regular = bool((self._state == REGULAR).all())
         offsets = slots * self._layout.stored_bytes
         if (states == IRREGULAR).any():
             for unit in np.unique(units[states == IRREGULAR]).tolist():
@@ -226,8 +231,12 @@ class ArrayReader:
         return offsets
 
     def _all_seen(self, units: np.ndarray, slots: np.ndarray) -> bool:
+        if self._checksums == "always":
+            return False
+        if self._n_unseen == 0:
+            return True
         seen = self._seen[units, slots >> 3] >> (slots & 7).astype(np.uint8)
-        return self._checksums == "first" and bool((seen & 1).all())
+        return bool((seen & 1).all())
 
     def _read_piece(self, merge: bool, check: Check | None, targets: memoryview, piece: tuple[np.ndarray, ...]) -> None:
         units, _, order, offsets = piece
@@ -279,8 +288,9 @@ class ArrayReader:
             if crc32c(read.buffers[2 * i]) != wanted:
                 raise StoreError(f"{self._where(read.unit, slot)}: wrong checksum, the bytes are damaged; {HEAL}")
             if once:
-                # Two threads may lose each other's bit of one byte: that chunk is then checked again.
-                seen[slot >> 3] |= 1 << (slot & 7)
+                with self._lock:
+                    self._n_unseen -= not seen[slot >> 3] >> (slot & 7) & 1
+                    seen[slot >> 3] |= 1 << (slot & 7)
 
     def _look_up(self, unit: int) -> None:
         """Find out whether a shard's chunks lie one after the other, as our writer leaves them."""
