@@ -20,7 +20,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -42,6 +42,7 @@ EmptyRows = Literal["refuse", "fill"]
 MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
 MAX_MERGED_CHUNKS = 512  # half of what one preadv takes, as each chunk is followed by its checksum
 MIN_SHARE_BYTES = 1 << 19  # less than this is not worth waking another thread for
+CALL_BYTES = 1 << 14  # what one thread copies while it calls the kernel once
 INDEX_BYTES_KEPT = 16 << 20  # irregular ones, 8 bytes a chunk
 CHECKSUM_BYTES_KEPT = 32 << 20  # 4 bytes a chunk
 
@@ -55,7 +56,7 @@ def gather_into(
 ) -> None:
     """The same rows of several arrays at once, such as moments and patches: `ArrayReader.read_into` for each target.
 
-    Quicker than one after the other: threads are woken once, each with its share of every array.
+    Quicker than one after the other: threads are woken once, each with its share of the whole.
     """
     if not targets:
         return
@@ -65,18 +66,41 @@ def gather_into(
         if reader._layout.store not in places:
             places[reader._layout.store] = Places.of(rows, views, reader._layout)
     first = targets[0][0]
-    n_bytes = sum(out.nbytes for reader, out in targets if reader._files.by_bytes)
-    n_shares = max(1, min(first._n_threads, n_bytes // MIN_SHARE_BYTES))
-    shares: list[list[Piece]] = [[] for _ in range(n_shares)]
     waiting: list[list[Piece]] = []  # on a network: begun first, and none behind another
     for reader, out in targets:
-        if reader._files.by_bytes:
-            pieces = reader._pieces(places[reader._layout.store], out, n_shares)
-            for share, piece in zip(shares, pieces, strict=False):
-                share.append(piece)
-        else:
-            waiting += [[piece] for piece in reader._pieces(places[reader._layout.store], out, reader._n_threads)]
+        if not reader._files.by_bytes:
+            where = places[reader._layout.store]
+            n_pieces = max(1, min(len(where.order), reader._n_threads))
+            cuts = [i / n_pieces for i in range(n_pieces + 1)]
+            waiting += [[piece] for piece in reader._pieces(where, out, cuts)]
+    shares = _shares([target for target in targets if target[0]._files.by_bytes], places)
     first._together(_call, [*waiting, *shares], first._n_threads)
+
+
+def _shares(
+    targets: Sequence[tuple[ArrayReader, np.ndarray]], places: Mapping[StoreLayout, Places]
+) -> list[list[Piece]]:
+    """Lists of pieces that cost alike, one a thread.
+
+    All rows of the array of the shortest rows come first, then the next array's, and the whole is cut. So while one
+    thread reads short rows, for which it takes Python's lock again and again, the others read long ones and seldom want
+    it.
+    """
+    if not targets:
+        return []
+    n_bytes = sum(out.nbytes for _, out in targets)
+    n_shares = max(1, min(targets[0][0]._n_threads, n_bytes // MIN_SHARE_BYTES))
+    shares: list[list[Piece]] = [[] for _ in range(n_shares)]
+    targets = sorted(targets, key=lambda target: target[0]._layout.chunk_bytes)
+    costs = [out.nbytes + CALL_BYTES * len(places[reader._layout.store].order) for reader, out in targets]
+    total, before = sum(costs), 0
+    for (reader, out), cost in zip(targets, costs, strict=True):
+        cuts = [min(1.0, max(0.0, (total * i / n_shares - before) / max(1, cost))) for i in range(n_shares + 1)]
+        pieces = reader._pieces(places[reader._layout.store], out, cuts)
+        for share, piece in zip(shares, pieces, strict=True):
+            share.append(piece)
+        before += cost
+    return shares
 
 
 def _call(pieces: list[Piece]) -> None:
@@ -142,8 +166,8 @@ class ArrayReader:
         """
         gather_into([(self, out)], rows, views)
 
-    def _pieces(self, places: Places, out: np.ndarray, n_pieces: int) -> list[Piece]:
-        """The work of a read in `n_pieces` or fewer, for threads to share. What takes Python's lock is done here."""
+    def _pieces(self, places: Places, out: np.ndarray, cuts: Sequence[float]) -> list[Piece]:
+        """The work of a read, cut for threads to share at fractions of it. What takes Python's lock is done here."""
         units, slots, order, merge = places
         if out.shape != (len(order), *self.row_shape) or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ValueError(
@@ -159,8 +183,7 @@ class ArrayReader:
             out[order[empty]] = 0
             units, slots, order, offsets = (array[~empty] for array in (units, slots, order, offsets))
         check = None if self._checksums == "never" or self._all_seen(units, slots) else self._check
-        n_pieces = min(len(order), n_pieces)
-        bounds = [len(order) * i // n_pieces for i in range(n_pieces + 1)] if n_pieces else []
+        bounds = [round(len(order) * cut) for cut in cuts]
         return [
             partial(self._read_piece, merge, check, targets, (units[i:j], slots[i:j], order[i:j], offsets[i:j]))
             for i, j in pairwise(bounds)

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class ObjectRoot:
         with self._errors(key):
             return bytes(obstore.get(self.store, key).bytes())
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str) -> BufferedIOBase:
         """The whole object, in memory."""
         return io.BytesIO(self.read(key))
 

@@ -14,8 +14,9 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Root(Protocol):
     def read(self, key: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str) -> BufferedIOBase:
         """The file, to be read from any place in it, for those too large to hold. Raises FileNotFoundError."""
 
     def size(self, key: str) -> int:
@@ -123,7 +124,7 @@ class LocalRoot:
         with open(self.at(key), "rb", buffering=0) as file:
             return file.read()
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str) -> BufferedIOBase:
         """The file."""
         return open(self.at(key), "rb")
 
