@@ -1,8 +1,9 @@
-"""torch's standard DataLoader over a function that reads one row, and a hand-written loop over the same function.
+"""torch's standard DataLoader over a function that reads one row or one batch, and hand-written loops over the same.
 
 The DataLoader is what every format's documentation shows. The loop copies rows into buffers that are used again, which
 none of them shows: it spares the memory allocator and the collation, and is measured to tell how much of the difference
-is the format's and how much the loader's.
+is the format's and how much the loader's. Libraries that read whole batches by themselves (TensorStore, zarr-python,
+ArrayRecord) are looped over without worker processes, and read within a DataLoader's `__getitems__` with them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.contestants import Spec
 
 Row = Callable[[int], dict[str, np.ndarray]]
+Fill = Callable[[np.ndarray, dict[str, np.ndarray]], None]  # rows (B,) into arrays (B, *shape)
 
 
 class Rows(Dataset):
@@ -57,3 +59,39 @@ def loop_or_loader(
 def buffers(spec: Spec, batch: int) -> dict[str, torch.Tensor]:
     """Tensors (B, *shape) whose pages are there already."""
     return {array.name: torch.zeros((batch, *array.shape), dtype=getattr(torch, array.dtype)) for array in spec}
+
+
+class Batches(Dataset):
+    """Map-style with `__getitems__`: a batch at once. `open_fill` is called in the process that reads."""
+
+    def __init__(self, open_fill: Callable[[], Fill], spec: Spec, n: int) -> None:
+        self._open, self._fill, self._spec, self._n = open_fill, None, spec, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        if self._fill is None:
+            self._fill = self._open()
+        out = {a.name: torch.empty((len(rows), *a.shape), dtype=getattr(torch, a.dtype)) for a in self._spec}
+        for tensor in out.values():
+            tensor.share_memory_()  # where the batch goes to the main process in any case; filled there, not copied
+        self._fill(np.array(rows), {name: tensor.numpy() for name, tensor in out.items()})
+        return out
+
+
+def loop_or_batch_loader(
+    open_fill: Callable[[], Fill], spec: Spec, order: np.ndarray, batch: int, workers: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches in `order`, into buffers that are used again where no worker process reads them."""
+    if workers:
+        data = Batches(open_fill, spec, int(order.max()) + 1)
+        yield from DataLoader(
+            data, batch_size=batch, sampler=order.tolist(), num_workers=workers, collate_fn=lambda whole: whole
+        )
+        return
+    fill, out = open_fill(), buffers(spec, batch)
+    arrays = {name: tensor.numpy() for name, tensor in out.items()}
+    for start in range(0, len(order), batch):
+        fill(order[start : start + batch], arrays)
+        yield out
