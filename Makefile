@@ -91,7 +91,7 @@ $(VENV_BENCH)/.installed: benchmarks/peers.txt
 	$(VENV_BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
 	@touch $@
 
-bench: bench-env  ## storage beside its peers: half an hour, 10 GB of disk; tables and plots in benchmarks/results
+bench: bench-env  ## storage beside its peers: an hour, 10 GB of disk; tables and plots in benchmarks/results
 	$(VENV_BENCH)/bin/python -m benchmarks.storage_write
 	$(VENV_BENCH)/bin/python -m benchmarks.storage_read $(ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.storage_read --dtype int8 $(ARGS)
