@@ -127,7 +127,6 @@ def look(root: Path) -> dict[str, float]:
     assert len(store.classes.labels) == store.n_rows
     found["classes_s"] = time.perf_counter() - start_s
     found["classes_mb"] = rss_mb() - before_mb
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - found["import"]
     return found
 
 
@@ -171,11 +170,11 @@ def main() -> None:
             f"{n_shards:,}", f"{n_shards * shard_rows:,}", f"{found['open_store_ms']:.0f}", f"{found['group_s']:.2f}",
             f"{found['group_s'] / n_shards * 1e6:.0f}", f"{found['group_mb']:.0f}", f"{found['first_ms']:.1f}",
             f"{found['later_ms']:.1f}", f"{found['reading_mb']:.0f}", f"{found['files']:.0f}",
-            f"{found['classes_s']:.2f}", f"{found['classes_mb']:.0f}", f"{found['peak_mb']:.0f}",
+            f"{found['classes_s']:.2f}", f"{found['classes_mb']:.0f}",
         ])  # fmt: skip
         print(lines[-1], file=sys.stderr)
     header = ["shards", "rows", "open store, ms", "open group, s", "µs a shard", "MB", "first batches, ms each",
-              "later, ms", "MB more", "open files", "labels, s", "labels, MB", "peak MB"]  # fmt: skip
+              "later, ms", "MB more", "open files", "labels, s", "labels, MB"]  # fmt: skip
     text = "\n".join([
         "## Bookkeeping of large stores", "", machine(Path(".bench"), ("numpy", "pyarrow", "zarr")), "",
         "Batches of 64 random rows of 393 kB (holes in sparse files), 2 threads, 1,024 open files allowed.", "",

@@ -17,8 +17,8 @@ SD-VAE and DINOv2-B, real architectures with seeded random weights at 256 px, on
 Each run is a process of its own; a rate counts what was published after the first unit, over the time since it, so that
 starting Ray and loading models are left out. Rounds go through all contestants in turn; medians, and ratios within a
 round. What a stage costs in CPU time is measured apart, one stage after the other in one process, so that nothing
-waits: user and system time of all of its threads. Handing over is `ray.put` and `ray.get` of a unit; publishing is
-statistics, checksums, writing and syncing, in every group.
+waits: user and system time of all of its threads, Ray's among them. Handing over is `ray.put` and `ray.get` of a unit;
+publishing is statistics, checksums, writing and syncing, in every group.
 """
 
 from __future__ import annotations
@@ -294,8 +294,8 @@ def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
                 took("encode")
                 encoder._publish(path, block, arrays, present, {}, {})
                 took("publish")
+        seconds = time.perf_counter() - start_s
     n = len(plan.index) - len(plan.layout.unit_rows(0))
-    seconds = time.perf_counter() - start_s
     return Found(images_per_s=n / seconds, cpu_s={stage: total_s / n for stage, total_s in cpu_s.items()})
 
 

@@ -10,7 +10,8 @@ format can be read by index, a loop written by hand around it, which no document
 A run is a process of its own: it opens the data, reads for a second without being timed, then for --seconds. Rounds go
 through all contestants in turn, so that a slow minute of the machine is shared; ratios are taken within a round, and
 medians over rounds. Rows are compared with what was written in a separate run. `warm`: everything lies in the page
-cache. `cold`: each file's pages are dropped (`posix_fadvise`) before each run, and there is no second of warming up.
+cache. `cold`: each file's pages are dropped (`posix_fadvise`) before each run, and there is no second of warming up, so
+that starting worker processes counts.
 
 CPU is of the process and its workers, user and system. RSS is the largest sum over them seen, in which shared pages
 count more than once.

@@ -17,6 +17,7 @@ place is found too. An array without receipts (another program's) is compared wi
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -89,7 +90,8 @@ def _shares(
     if not targets:
         return []
     n_bytes = sum(out.nbytes for _, out in targets)
-    n_shares = max(1, min(targets[0][0]._n_threads, n_bytes // MIN_SHARE_BYTES))
+    n_rows = sum(len(places[reader._layout.store].order) for reader, _ in targets)
+    n_shares = max(1, min(targets[0][0]._n_threads, n_bytes // MIN_SHARE_BYTES, n_rows))
     shares: list[list[Piece]] = [[] for _ in range(n_shares)]
     targets = sorted(targets, key=lambda target: target[0]._layout.chunk_bytes)
     costs = [out.nbytes + CALL_BYTES * len(places[reader._layout.store].order) for reader, out in targets]
@@ -245,7 +247,8 @@ class ArrayReader:
         if (states == UNKNOWN).any():
             self._together(self._look_up, np.unique(units[states == UNKNOWN]).tolist(), self._n_threads)
             states = self._state[units]
-            self._all_regular = bool((self._state == REGULAR).all())
+            if (self._state == REGULAR).all():
+                self._all_regular = True
         offsets = slots * self._layout.stored_bytes
         if (states == IRREGULAR).any():
             for unit in np.unique(units[states == IRREGULAR]).tolist():
@@ -274,6 +277,13 @@ class ArrayReader:
         except ReadError as error:
             read, why = error.args
             raise StoreError(f"{self._where(read.unit, read.slots[0])}: {why}") from error
+        except OSError as error:
+            fix = (
+                "raise `ulimit -n`"
+                if error.errno in (errno.EMFILE, errno.ENFILE)
+                else "look after the disk or its mount"
+            )
+            raise StoreError(f"shard {error.filename} cannot be opened: {error.strerror}; {fix}") from error
 
     def _plan(
         self, targets: memoryview, units: np.ndarray, slots: np.ndarray, order: np.ndarray, offsets: np.ndarray
@@ -301,7 +311,8 @@ class ArrayReader:
                 start = end
 
     def _check(self, read: Read) -> None:
-        seen = self._seen[read.unit]
+        whole = self._seen
+        seen = whole[read.unit]
         once = self._checksums == "first"
         crcs = None if self._group is None else self._receipt_crcs(read.unit)
         for i, slot in enumerate(read.slots):
@@ -312,7 +323,8 @@ class ArrayReader:
                 raise StoreError(f"{self._where(read.unit, slot)}: wrong checksum, the bytes are damaged; {HEAL}")
             if once:
                 with self._lock:
-                    self._n_unseen -= not seen[slot >> 3] >> (slot & 7) & 1
+                    if whole is self._seen:  # or the reader was closed meanwhile, and begins anew
+                        self._n_unseen -= not seen[slot >> 3] >> (slot & 7) & 1
                     seen[slot >> 3] |= 1 << (slot & 7)
 
     def _look_up(self, unit: int) -> None:

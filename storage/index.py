@@ -32,7 +32,6 @@ SCHEMA = pa.schema(
         ("nbytes", pa.int64()),
     ]
 )
-INDEX_COLUMNS = tuple(SCHEMA.names)
 ROW_GROUP = 131072  # rows; what is decoded at once
 
 
@@ -95,7 +94,12 @@ def make_index(
     locations: Sequence[str],
     nbytes: Sequence[int],
 ) -> Index:
-    """An index from columns of equal length, rows in the order given; raises UserError when a key occurs twice."""
+    """An index from columns of equal length, rows in the order given.
+
+    Raises UserError when a key occurs twice, or a label is not below 2^31.
+    """
+    if max(labels, default=0) >= 2**31:
+        raise UserError(f"labels must be below 2^31, got {max(labels)}; number the classes from 0")
     columns = [keys, labels, class_names, locations, nbytes]
     table = pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
@@ -117,11 +121,14 @@ def index_bytes(index: Index) -> bytes:
 def read_index(root: Root) -> Index:
     """Read `index.parquet`; raises StoreError when it is absent or not an index."""
     with _index_file(root) as file:
-        return Index(file.read(columns=list(INDEX_COLUMNS)).select(INDEX_COLUMNS).cast(SCHEMA))
+        return Index(file.read(columns=SCHEMA.names).select(SCHEMA.names).cast(SCHEMA))
 
 
 def read_classes(root: Root) -> Classes:
-    """Labels and class names of `index.parquet`, a row group at a time; raises StoreError as `read_index` does."""
+    """Labels and class names of `index.parquet`, decoded a row group at a time; raises StoreError as `read_index` does.
+
+    From a directory it is read so, too; from an object store the file is fetched whole and held meanwhile.
+    """
     with _index_file(root) as file:
         labels = np.empty(file.metadata.num_rows, dtype=np.int32)
         names: dict[int, str] = {}
@@ -147,6 +154,9 @@ def _index_file(root: Root) -> Iterator[pq.ParquetFile]:
     where = root.at(INDEX_FILE)
     try:
         with root.open(INDEX_FILE) as raw, pq.ParquetFile(raw, read_dictionary=["class_name"]) as file:
+            absent = set(SCHEMA.names) - set(file.schema_arrow.names)
+            if absent:
+                raise KeyError(f"no column {', '.join(sorted(absent))}")
             yield file
     except FileNotFoundError:
         raise StoreError(f"{root} has no {INDEX_FILE}, so it is not a store; make one with `make precompute`") from None

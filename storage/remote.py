@@ -13,13 +13,12 @@ Limit: the connection does not survive a fork, and says so; start worker process
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from io import BufferedIOBase
+from io import BufferedIOBase, BytesIO
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ class ObjectRoot:
 
     def open(self, key: str) -> BufferedIOBase:
         """The whole object, in memory."""
-        return io.BytesIO(self.read(key))
+        return BytesIO(self.read(key))
 
     def size(self, key: str) -> int:
         """Bytes of the object."""

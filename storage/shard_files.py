@@ -27,7 +27,8 @@ from storage.roots import Root
 from storage.shard import HEAL
 
 MIN_OPEN, MAX_OPEN = 8, 4096  # files of an array
-ROWS_AT_ONCE = 32  # so many of their files a thread needs open at once
+ROWS_AT_ONCE = 32  # so many files a thread needs open at once, fewer where few may be
+ROWS_OF_OPEN = 16  # their part of the files that the array may have open
 PROBES = 8  # chunks of a batch that are looked for in the page cache before reading ahead
 READ_AHEAD_BYTES = 128 << 10  # the kernel cuts a longer request for read-ahead short on a default block device
 
@@ -150,9 +151,10 @@ class LocalFiles:
         Calls follow each other within `map`, with next to nothing of Python between them: a thread that wants Python's
         lock meanwhile and finds it taken sleeps, and waking it takes longer than a short row.
         """
+        most = max(1, min(ROWS_AT_ONCE, self._max_open // ROWS_OF_OPEN))
         starts = (order * n_bytes).tolist()
         rows = zip(units.tolist(), [(targets[at : at + n_bytes],) for at in starts], offsets.tolist(), strict=True)
-        while run := list(islice(rows, ROWS_AT_ONCE)):
+        while run := list(islice(rows, most)):
             fds: dict[int, int] = {}
             run_units, buffers, run_offsets = zip(*run, strict=True)
             try:
@@ -160,7 +162,9 @@ class LocalFiles:
                     fds[unit] = self._acquire(unit)
                 got = list(map(os.preadv, map(fds.__getitem__, run_units), buffers, run_offsets))
                 if got.count(n_bytes) != len(got):
-                    raise EOFError
+                    for n, (unit, buffer, offset) in zip(got, run, strict=True):
+                        if n != n_bytes and _read_slowly(fds[unit], [*buffer], offset) != n_bytes:
+                            raise EOFError
             finally:
                 for unit in fds:
                     self._release(unit)

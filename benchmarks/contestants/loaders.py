@@ -73,9 +73,11 @@ class Batches(Dataset):
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         if self._fill is None:
             self._fill = self._open()
-        out = {a.name: torch.empty((len(rows), *a.shape), dtype=getattr(torch, a.dtype)) for a in self._spec}
-        for tensor in out.values():
-            tensor.share_memory_()  # where the batch goes to the main process in any case; filled there, not copied
+        out = {}
+        for array in self._spec:  # in the memory that takes them to the main process, as torch's own collation does
+            memory = torch.UntypedStorage._new_shared(len(rows) * array.n_bytes, device="cpu")
+            out[array.name] = torch.tensor([], dtype=getattr(torch, array.dtype)).set_(memory)
+            out[array.name] = out[array.name].view(len(rows), *array.shape)
         self._fill(np.array(rows), {name: tensor.numpy() for name, tensor in out.items()})
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -10,6 +11,8 @@ import resource
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -44,22 +47,30 @@ def gathers(draw: st.DrawFn) -> tuple[StoreLayout, str, tuple[int, ...], list[in
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=gathers())
+@given(case=gathers(), share_bytes=st.sampled_from([1, 1 << 19]))
 def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
     case: tuple[StoreLayout, str, tuple[int, ...], list[int], list[tuple[int, int]]],
+    share_bytes: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    """Alone, and beside an array of longer rows, which threads share with it at whatever place that falls."""
     store, dtype, shape, failed, pairs = case
     root = tmp_path_factory.mktemp("gather") / "store"
     layout = GroupLayout(
-        path="features/any", arrays=(ArrayLayout(name="a", dtype=dtype, row_shape=shape, store=store),)
+        path="features/any",
+        arrays=(
+            ArrayLayout(name="a", dtype=dtype, row_shape=shape, store=store),
+            ArrayLayout(name="b", dtype=dtype, row_shape=(3, *shape), store=store),
+        ),
     )
     keys = [str(row) for row in range(store.n_rows)]
-    written = (np.random.default_rng(1).standard_normal(layout.arrays[0].shape) * 50).astype(dtype)
+    rng = np.random.default_rng(1)
+    data = {array.name: (rng.standard_normal(array.shape) * 50).astype(dtype) for array in layout.arrays}
+    written = data["a"]
     with Staging(root) as staging:
         index = make_index(keys, [0] * len(keys), ["x"] * len(keys), keys, [1] * len(keys))
         create_store(root, store, index, {}, staging.run_id)
-        publish_all(root, layout, {"name": "any"}, {"a": written}, keys, failed, staging)
+        publish_all(root, layout, {"name": "any"}, data, keys, failed, staging)
     rows, views = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     for policy in ("never", "first", "always"):
         group = open_store(root).group("features/any", checksums=policy, n_threads=3)  # type: ignore[arg-type]
@@ -68,6 +79,11 @@ def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
             out = np.full((len(pairs), *shape), 7, dtype=dtype)
             group["a"].read_into(rows, views, out)
             np.testing.assert_array_equal(out, written[rows, views])
+            beside = {name: np.full((len(pairs), *array.row_shape), 7, dtype) for name, array in group.arrays.items()}
+            with patch("storage.gather.MIN_SHARE_BYTES", share_bytes):
+                gather_into([(group[name], values) for name, values in beside.items()], rows, views)
+            for name, values in beside.items():
+                np.testing.assert_array_equal(values, data[name][rows, views])
     by_zarr = zarr.open_group(root, mode="r")["features/any/a"][:]
     np.testing.assert_array_equal(by_zarr[rows, views], out)
     assert not by_zarr[failed].any()  # an empty row reads as the fill value in any other program
@@ -77,24 +93,29 @@ def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
     group.close()
 
 
-def test_open_files_stay_bounded(tmp_path: Path) -> None:
+def test_open_files_stay_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while eight threads read, each with files that it needs open."""
     root = tmp_path / "store"
+    preadv, peak = os.preadv, [0]
+
+    def counting(*arguments: Any) -> int:
+        peak[0] = max(peak[0], open_below(root))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(storage.gather, "MIN_SHARE_BYTES", 1)
+    monkeypatch.setattr(os, "preadv", counting)
     data = make_store(root, n_rows=300, shard_rows=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = max(map(int, os.listdir("/proc/self/fd"))) + 100  # other tests of this process hold some
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     try:
-        patches = open_store(root).group(FEATURES)["patches"]
+        patches = open_store(root).group(FEATURES, n_threads=8)["patches"]
         rows = np.random.default_rng(0).permutation(300)
         out = np.empty((300, *patches.row_shape), patches.dtype)
         for _ in range(2):
             patches.read_into(rows, 0, out)
-            files = [
-                os.readlink(f"/proc/self/fd/{fd}")
-                for fd in os.listdir("/proc/self/fd")
-                if os.path.exists(f"/proc/self/fd/{fd}")
-            ]
-            assert len([name for name in files if name.startswith(str(root))]) <= allowed // 4 < 300
+            assert open_below(root) <= allowed // 4 < 300
+        assert peak[0] <= allowed // 4 + 8  # each thread opens one before it knows that it is too many
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     np.testing.assert_array_equal(out, data[FEATURES]["patches"][rows, 0])
@@ -103,7 +124,11 @@ def test_open_files_stay_bounded(tmp_path: Path) -> None:
 def open_below(root: Path) -> int:
     """How many files below `root` this process has open."""
     links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
-    return sum(os.readlink(link).startswith(str(root)) for link in links if os.path.exists(link))
+    n = 0
+    for link in links:
+        with contextlib.suppress(FileNotFoundError):  # another thread closed it meanwhile
+            n += os.readlink(link).startswith(str(root))
+    return n
 
 
 def test_all_arrays_together_stay_under_half_of_the_limit_and_close_with_their_reader(tmp_path: Path) -> None:
@@ -270,6 +295,64 @@ def test_a_disk_that_fails_is_named_with_shard_and_row(
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(StoreError, match=r"moments/c/1/0/0/0/0, row 21, view 0: Input/output error"):
         reader.read_into([3, 21], 0, out)
+
+
+def test_a_short_read_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_store(tmp_path)[LATENTS]["moments"]
+    reader = open_store(tmp_path).group(LATENTS, checksums="never")["moments"]
+    preadv, n_short = os.preadv, [0]
+
+    def short(fd: int, buffers: Any, offset: int) -> int:
+        whole = memoryview(buffers[0]).cast("B")
+        n_short[0] += len(whole) > 100
+        return preadv(fd, [whole[:100]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    rows = np.random.default_rng(0).permutation(40)
+    out = np.empty((40, *reader.row_shape), reader.dtype)
+    reader.read_into(rows, 0, out)
+    np.testing.assert_array_equal(out, data[rows, 0])
+    assert n_short[0] >= 40
+
+
+def test_the_last_chunk_is_checked_as_the_first_was_and_then_none(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    reader = open_store(tmp_path).group(LATENTS, n_threads=3)["moments"]
+    last, n_bytes = 21, reader._layout.stored_bytes
+    out = np.empty((1, *reader.row_shape), reader.dtype)
+    for seed in range(3):
+        for row in np.random.default_rng(seed).permutation(40):
+            if row != last:
+                reader.read_into([row, row], 0, np.repeat(out, 2, axis=0))
+    assert reader._n_unseen == 1
+    with open(tmp_path / LATENTS / "moments/c/1/0/0/0/0", "r+b") as file:
+        file.seek((last - 16) * n_bytes + 5)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="row 21, view 0: wrong checksum"):
+            reader.read_into([last], 0, out)
+    with open(tmp_path / LATENTS / "moments/c/1/0/0/0/0", "r+b") as file:
+        file.seek((last - 16) * n_bytes + 5)
+        file.write(bytes([byte]))
+    reader.read_into([last], 0, out)
+    assert reader._n_unseen == 0
+    reader.close()
+    assert reader._n_unseen == 40
+
+
+def test_too_many_open_files_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path)
+    reader = open_store(tmp_path).group(LATENTS, checksums="never")["moments"]
+    reader.read_into([0], 0, np.empty((1, *reader.row_shape), reader.dtype))  # its index is known
+
+    def full(unit: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "c/0")
+
+    monkeypatch.setattr(reader._files, "_acquire", full)
+    with pytest.raises(StoreError, match=r"shard c/0 cannot be opened: Too many open files; raise `ulimit -n`"):
+        reader.read_into([0], 0, np.empty((1, *reader.row_shape), reader.dtype))
 
 
 def test_an_index_that_is_read_again_never_looks_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import storage.roots
 from storage import Staging, StoreError, StoreLayout, UserError, create_group, create_store, open_store, publish_unit
 from storage.identity import differing_fields, identity_digest
-from storage.index import index_bytes, make_index, read_classes, read_index
+from storage.index import Index, index_bytes, make_index, read_classes, read_index
 from storage.layout import INDEX_FILE
 from storage.receipts import read_receipt
 from storage.roots import open_root
@@ -80,11 +80,18 @@ def test_classes_are_the_indexs_however_it_is_cut_into_row_groups(labels: list[i
     assert classes.class_names == index.class_names
 
 
-def test_a_label_that_no_model_can_embed_is_refused(tmp_path: Path) -> None:
+def test_a_label_that_no_model_can_embed_is_refused() -> None:
+    with pytest.raises(UserError, match=r"labels must be below 2\^31, got 2147483648; number the classes from 0"):
+        make_index(["a"], [2**31], ["far"], ["a"], [1])
+
+
+def test_an_index_without_a_column_is_named(tmp_path: Path) -> None:
     root = open_root(tmp_path)
-    root.write(INDEX_FILE, [index_bytes(make_index(["a"], [2**31], ["far"], ["a"], [1]))], "run")
-    with pytest.raises(StoreError, match=r"index.parquet is not an index \(.*2147483648"):
-        read_classes(root)
+    table = make_index(["a"], [0], ["near"], ["a"], [1]).table.drop_columns(["key"])
+    root.write(INDEX_FILE, [index_bytes(Index(table))], "run")
+    for read in (read_index, read_classes):
+        with pytest.raises(StoreError, match=r"index.parquet is not an index \(.*no column key.*\); restore it"):
+            read(root)
 
 
 def test_duplicate_keys_are_refused_by_name() -> None:
