@@ -28,7 +28,7 @@ from storage.shard import HEAL
 
 MIN_OPEN, MAX_OPEN = 8, 4096  # files of an array
 ROWS_AT_ONCE = 32  # so many files a thread needs open at once, fewer where few may be
-ROWS_OF_OPEN = 16  # their part of the files that the array may have open
+ROWS_OF_OPEN = 16  # no more than one in so many of the files that the array may have open
 PROBES = 8  # chunks of a batch that are looked for in the page cache before reading ahead
 READ_AHEAD_BYTES = 128 << 10  # the kernel cuts a longer request for read-ahead short on a default block device
 
