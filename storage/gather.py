@@ -17,7 +17,6 @@ place is found too. An array without receipts (another program's) is compared wi
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 from collections import OrderedDict
@@ -277,13 +276,6 @@ class ArrayReader:
         except ReadError as error:
             read, why = error.args
             raise StoreError(f"{self._where(read.unit, read.slots[0])}: {why}") from error
-        except OSError as error:
-            fix = (
-                "raise `ulimit -n`"
-                if error.errno in (errno.EMFILE, errno.ENFILE)
-                else "look after the disk or its mount"
-            )
-            raise StoreError(f"shard {error.filename} cannot be opened: {error.strerror}; {fix}") from error
 
     def _plan(
         self, targets: memoryview, units: np.ndarray, slots: np.ndarray, order: np.ndarray, offsets: np.ndarray

@@ -1,13 +1,15 @@
 """Reading ranges of an array's shard files: from a directory by `preadv`, from an object store by merged requests.
 
 Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Of the open files
-that the process is allowed, one array takes a quarter at most (and at most 4,096), all arrays together half. Opening a
-file again costs a system call and, on a network file system, a round trip, so a trainer is well advised to raise its
-soft limit (`raise_open_file_limit`).
+that the process is allowed, one array takes a quarter at most (and at most 4,096), all arrays together half; in a
+process that ran out of them all the same, since others hold many, an array takes eight. Opening a file again costs a
+system call and, on a network file system, a round trip, so a trainer is well advised to raise its soft limit
+(`raise_open_file_limit`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import threading
@@ -22,11 +24,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from storage.cache import DiskCache
+from storage.errors import StoreError
 from storage.layout import ArrayLayout
 from storage.roots import Root
 from storage.shard import HEAL
 
-MIN_OPEN, MAX_OPEN = 8, 4096  # files of an array
+MIN_OPEN, MAX_OPEN = 8, 4096  # files of an array; a process that ran out of them goes on with the least
 ROWS_AT_ONCE = 32  # so many files a thread needs open at once, fewer where few may be
 ROWS_OF_OPEN = 16  # no more than one in so many of the files that the array may have open
 PROBES = 8  # chunks of a batch that are looked for in the page cache before reading ahead
@@ -86,10 +89,26 @@ def raise_open_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-_READING: weakref.WeakSet[LocalFiles] = weakref.WeakSet()  # those that share the process's limit
+_READING: dict[int, weakref.ref[LocalFiles]] = {}  # those that share the process's limit, by id
+_ran_out = False
 
 
-def _close_all(opened: dict[int, int]) -> None:
+def _share() -> int:
+    """How many files each of them may have open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MIN_OPEN if _ran_out else max(MIN_OPEN, min(MAX_OPEN, soft // 4, soft // (2 * max(1, len(_READING)))))
+
+
+def _make_room() -> None:
+    """Close what is above each one's share, but for what a thread reads."""
+    for reference in list(_READING.values()):
+        files = reference()
+        if files is not None:
+            files._close_idle(_share())
+
+
+def _close_all(key: int, opened: dict[int, int]) -> None:
+    _READING.pop(key, None)
     for fd in opened.values():
         os.close(fd)
 
@@ -106,7 +125,8 @@ class LocalFiles:
         self._pins: dict[int, int] = {}
         self._max_open = 0  # looked at anew with every file that is opened
         self._closed = False
-        weakref.finalize(self, _close_all, self._open).atexit = False  # at exit a thread may still read
+        self._pid = os.getpid()
+        weakref.finalize(self, _close_all, id(self), self._open).atexit = False  # at exit a thread may still read
 
     def where(self, unit: int) -> str:
         """The shard's path."""
@@ -199,10 +219,21 @@ class LocalFiles:
 
     def close(self) -> None:
         """Close every file; one that is being read is closed after that, since its number may then be another's."""
-        _READING.discard(self)
+        _READING.pop(id(self), None)
         with self._lock:
             self._max_open, self._closed = 0, True
-            for unit in [unit for unit in self._open if unit not in self._pins]:
+        self._close_idle(0)
+
+    def _close_idle(self, most: int) -> None:
+        if self._pid != os.getpid():  # the lock may have been held when the process forked
+            return
+        with self._lock:
+            self._close_oldest(most)
+
+    def _close_oldest(self, most: int) -> None:
+        if len(self._open) > most:
+            idle = (unit for unit in self._open if unit not in self._pins)
+            for unit in list(islice(idle, len(self._open) - most)):
                 os.close(self._open.pop(unit))
 
     def _acquire(self, unit: int) -> int:
@@ -213,27 +244,39 @@ class LocalFiles:
                 self._open.move_to_end(unit)
                 self._pins[unit] = self._pins.get(unit, 0) + 1
                 return fd
-        fd = os.open(self.where(unit), os.O_RDONLY | os.O_CLOEXEC)  # not under the lock: it may be a round trip
+        fd = self._open_file(unit)  # not under the lock: it may be a round trip
         with self._lock:
             if unit in self._open:  # another thread was first
                 os.close(fd)
                 fd = self._open[unit]
             self._open[unit] = fd
             self._pins[unit] = self._pins.get(unit, 0) + 1
-            self._max_open = self._share()
-            if len(self._open) > self._max_open:  # the oldest go out, or this one when it is released
-                idle = (old for old in self._open if old not in self._pins)
-                for old in list(islice(idle, len(self._open) - self._max_open)):
-                    os.close(self._open.pop(old))
+            self._max_open = 0 if self._closed else _share()
+            self._close_oldest(self._max_open)  # or this one goes out when it is released
         return fd
 
-    def _share(self) -> int:
-        """How many files of this array may be open: readers that came or went since the last time change it."""
-        if self._closed:
-            return 0
-        _READING.add(self)
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return max(MIN_OPEN, min(MAX_OPEN, soft // 4, soft // (2 * len(_READING))))
+    def _open_file(self, unit: int) -> int:
+        """Raises FileNotFoundError and, for whatever else is wrong, StoreError."""
+        global _ran_out
+        path, flags = self.where(unit), os.O_RDONLY | os.O_CLOEXEC
+        if not self._closed and id(self) not in _READING:
+            _READING[id(self)] = weakref.ref(self)
+            _make_room()
+        try:
+            try:
+                return os.open(path, flags)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                _ran_out = True
+                _make_room()
+                return os.open(path, flags)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            few = error.errno in (errno.EMFILE, errno.ENFILE)
+            fix = "raise `ulimit -n`" if few else "look after the disk or its mount"
+            raise StoreError(f"shard {path} cannot be opened: {error.strerror}; {fix}") from error
 
     def _release(self, unit: int) -> None:
         with self._lock:
