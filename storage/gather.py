@@ -7,11 +7,8 @@ reader) and pickles (a worker process opens its own files).
 
 Costs: a row is one range of one `preadv` straight into the caller's memory, which releases the GIL; rows that touch in
 the file are read by one call. What is kept does not grow with the epochs: a byte a shard that was seen, a bit a chunk
-that was checked, and three bounded caches (open files, irregular shard indexes, checksums from receipts).
-
-Checksums: `never` trusts the disk, `always` checks every read, `first` (default) checks each chunk once a process. The
-CRC is compared with the unit's receipt, not with the copy beside the chunk, so a whole and valid shard in the wrong
-place is found too. An array without receipts (another program's) is compared with the copy beside the chunk.
+that was checked, and three bounded caches (open files, irregular shard indexes, checksums from receipts). What is
+checked, and when, is in `checks.py`.
 """
 
 from __future__ import annotations
@@ -27,24 +24,21 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from crc32c import crc32c
 
 from storage.cache import DiskCache
+from storage.checks import ChecksumPolicy, ChunkChecks, sample_at
 from storage.errors import StoreError
 from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout, StoreLayout, checked_rows
-from storage.receipts import read_receipt
 from storage.roots import Root
 from storage.shard import HEAL, parse_shard_index
 from storage.shard_files import Check, LocalFiles, Read, ReadError, RemoteFiles, ShardFiles
 
-ChecksumPolicy = Literal["never", "first", "always"]
 EmptyRows = Literal["refuse", "fill"]
 MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
 MAX_MERGED_CHUNKS = 512  # half of what one preadv takes, as each chunk is followed by its checksum
 MIN_SHARE_BYTES = 1 << 19  # less than this is not worth waking another thread for
 CALL_BYTES = 1 << 14  # what one thread copies while it calls the kernel once
 INDEX_BYTES_KEPT = 16 << 20  # irregular ones, 8 bytes a chunk
-CHECKSUM_BYTES_KEPT = 32 << 20  # 4 bytes a chunk
 
 UNKNOWN, REGULAR, IRREGULAR = 0, 1, 2  # what is known of a shard's index
 
@@ -145,7 +139,6 @@ class ArrayReader:
         empty: EmptyRows = "refuse",
     ) -> None:
         """`group` is None for an array without receipts; `path` is the array's, below the root."""
-        assert checksums in ("never", "first", "always"), checksums
         self._arguments = (root, group, layout)
         self._options: dict[str, Any] = {
             "path": path, "checksums": checksums, "n_threads": n_threads, "cache": cache, "empty": empty
@@ -183,7 +176,7 @@ class ArrayReader:
                 raise StoreError(f"{where} is empty: {self._why_empty()}")
             out[order[empty]] = 0
             units, slots, order, offsets = (array[~empty] for array in (units, slots, order, offsets))
-        check = None if self._checksums == "never" or self._all_seen(units, slots) else self._check
+        check = self._checks.needed(units, slots)
         bounds = [round(len(order) * cut) for cut in cuts]
         return [
             partial(self._read_piece, merge, check, targets, (units[i:j], slots[i:j], order[i:j], offsets[i:j]))
@@ -212,21 +205,17 @@ class ArrayReader:
 
     def _start(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self._n_threads, thread_name_prefix=f"gather-{self._layout.name}")
+        self._checks = ChunkChecks(self._checksums, self._root, self._group, self._layout, self._path)
         self._files: ShardFiles
         if self._root.path is not None:
             self._files = LocalFiles(self._root.path, self._path, self._layout)
         else:
-            self._files = RemoteFiles(self._root, self._path, self._layout, self._cache, self._receipt_crcs)
-        n_units = self._layout.store.n_units
-        self._state = np.zeros(n_units, dtype=np.uint8)
+            self._files = RemoteFiles(self._root, self._path, self._layout, self._cache, self._checks.crcs)
+        self._state = np.zeros(self._layout.store.n_units, dtype=np.uint8)
         self._all_regular = False
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()  # int64 (S·V,) offsets, −1 where empty
-        self._crcs: OrderedDict[int, np.ndarray] = OrderedDict()  # uint32 (S·V,)
-        # One bit a chunk, all shards; the kernel gives memory to the pages that are touched.
-        self._seen = np.zeros((n_units, (self._layout.n_shard_chunks + 7) // 8), dtype=np.uint8)
-        self._n_unseen = self.shape[0] * self.shape[1]
+        self._lock = threading.Lock()  # of the indexes
 
     def __getstate__(self) -> dict[str, Any]:
         return {"arguments": self._arguments, "options": self._options}
@@ -255,14 +244,6 @@ class ArrayReader:
                 offsets[of_unit] = self._index(unit)[slots[of_unit]]
         return offsets
 
-    def _all_seen(self, units: np.ndarray, slots: np.ndarray) -> bool:
-        if self._checksums == "always":
-            return False
-        if self._n_unseen == 0:
-            return True
-        seen = self._seen[units, slots >> 3] >> (slots & 7).astype(np.uint8)
-        return bool((seen & 1).all())
-
     def _read_piece(self, merge: bool, check: Check | None, targets: memoryview, piece: tuple[np.ndarray, ...]) -> None:
         units, _, order, offsets = piece
         try:
@@ -285,7 +266,7 @@ class ArrayReader:
         most = min(MAX_MERGED_CHUNKS, max(1, MAX_MERGED_BYTES // stored))
         touching = (np.diff(offsets) == stored) & (np.diff(units) == 0)
         places, positions, unit_list, slot_list = offsets.tolist(), order.tolist(), units.tolist(), slots.tolist()
-        beside = self._checksums != "never" and self._group is None  # what is stored beside a chunk is checked against
+        beside = self._checks.beside
         scratch = bytearray(CRC_BYTES)
         start = 0
         for stop in [*(np.flatnonzero(~touching) + 1).tolist(), len(places)]:
@@ -302,23 +283,6 @@ class ArrayReader:
                 yield Read(unit_list[start], places[start], length, slot_list[start:end], buffers)
                 start = end
 
-    def _check(self, read: Read) -> None:
-        whole = self._seen
-        seen = whole[read.unit]
-        once = self._checksums == "first"
-        crcs = None if self._group is None else self._receipt_crcs(read.unit)
-        for i, slot in enumerate(read.slots):
-            if once and seen[slot >> 3] >> (slot & 7) & 1:
-                continue
-            wanted = int.from_bytes(read.buffers[2 * i + 1], "little") if crcs is None else int(crcs[slot])
-            if crc32c(read.buffers[2 * i]) != wanted:
-                raise StoreError(f"{self._where(read.unit, slot)}: wrong checksum, the bytes are damaged; {HEAL}")
-            if once:
-                with self._lock:
-                    if whole is self._seen:  # or the reader was closed meanwhile, and begins anew
-                        self._n_unseen -= not seen[slot >> 3] >> (slot & 7) & 1
-                    seen[slot >> 3] |= 1 << (slot & 7)
-
     def _look_up(self, unit: int) -> None:
         """Find out whether a shard's chunks lie one after the other, as our writer leaves them."""
         if self._state[unit] != UNKNOWN:
@@ -329,7 +293,7 @@ class ArrayReader:
         if np.array_equal(index[:n_chunks], regular):
             self._state[unit] = REGULAR
             return
-        self._keep(self._indexes, unit, index, INDEX_BYTES_KEPT)
+        self._keep(unit, index)
         self._state[unit] = IRREGULAR
 
     def _index(self, unit: int) -> np.ndarray:
@@ -337,7 +301,7 @@ class ArrayReader:
         index = self._indexes.get(unit)
         if index is None:
             index = self._read_index(unit)
-            self._keep(self._indexes, unit, index, INDEX_BYTES_KEPT)
+            self._keep(unit, index)
         return index
 
     def _read_index(self, unit: int) -> np.ndarray:
@@ -352,23 +316,11 @@ class ArrayReader:
         table = parse_shard_index(tail, size, self._layout, self._files.where(unit))
         return np.where(table[:, 0] == EMPTY, -1, table[:, 0].astype(np.int64))
 
-    def _receipt_crcs(self, unit: int) -> np.ndarray:
-        crcs = self._crcs.get(unit)
-        if crcs is None:
-            assert self._group is not None
-            receipt = read_receipt(self._root, self._group, unit)
-            record = receipt.shard(self._layout.name) if receipt else None
-            if record is None:
-                raise StoreError(f"shard {self._files.where(unit)} has no receipt to check it against; {HEAL}")
-            crcs = record.crcs()
-            self._keep(self._crcs, unit, crcs, CHECKSUM_BYTES_KEPT)
-        return crcs
-
-    def _keep(self, cache: OrderedDict[int, np.ndarray], unit: int, value: np.ndarray, most_bytes: int) -> None:
+    def _keep(self, unit: int, index: np.ndarray) -> None:
         with self._lock:
-            cache[unit] = value
-            while len(cache) > max(1, most_bytes // value.nbytes):  # those of an array are of one size
-                cache.popitem(last=False)
+            self._indexes[unit] = index
+            while len(self._indexes) > max(1, INDEX_BYTES_KEPT // index.nbytes):  # those of an array are of one size
+                self._indexes.popitem(last=False)
 
     def _together(self, work: Callable[[Any], None], pieces: Sequence[Any], n_threads: int) -> None:
         """Do the pieces, here and on the pool, each thread taking the next one that is left.
@@ -398,5 +350,4 @@ class ArrayReader:
         return 'its writer left it out; open the array with empty="fill" if that means zeros'
 
     def _where(self, unit: int, slot: int) -> str:
-        row, view = divmod(slot, self.shape[1])
-        return f"shard {self._files.where(unit)}, row {unit * self._layout.store.shard_rows + row}, view {view}"
+        return sample_at(self._root, self._path, self._layout, unit, slot)

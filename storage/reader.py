@@ -17,9 +17,10 @@ import numpy as np
 import zarr
 
 from storage.cache import CacheConfig, group_cache
+from storage.checks import ChecksumPolicy
 from storage.errors import StoreError
 from storage.foreign import ZarrArrayReader
-from storage.gather import ArrayReader, ChecksumPolicy, EmptyRows
+from storage.gather import ArrayReader, EmptyRows
 from storage.identity import identity_digest, require_same
 from storage.index import Classes, Index, read_classes, read_index
 from storage.layout import (

@@ -293,9 +293,14 @@ class RemoteFiles:
     by_bytes = False
 
     def __init__(
-        self, root: Root, path: str, layout: ArrayLayout, cache: DiskCache | None, crcs: Callable[[int], np.ndarray]
+        self,
+        root: Root,
+        path: str,
+        layout: ArrayLayout,
+        cache: DiskCache | None,
+        crcs: Callable[[int], np.ndarray] | None,
     ) -> None:
-        """`crcs` gives a unit's checksums from its receipt; asked for cached units only."""
+        """`crcs` gives a unit's checksums from its receipt (None: nothing is cached); asked for cached units only."""
         self._root: Any = root
         self._path, self._layout, self._crcs = path, layout, crcs
         self._cache, self._cache_writable = cache, True
@@ -320,7 +325,7 @@ class RemoteFiles:
             cache = self._cache if self._cache is not None and unit < self._cache.n_units else None
             wanted = []
             for read in of_unit:
-                if cache is None or not cache.fill(self._path, read, self._crcs(unit)):
+                if cache is None or self._crcs is None or not cache.fill(self._path, read, self._crcs(unit)):
                     wanted.append(read)
             if not wanted:
                 continue

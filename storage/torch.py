@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from storage.batches import Gatherer, View
-from storage.gather import ChecksumPolicy
+from storage.checks import ChecksumPolicy
 
 Batch = dict[str, Tensor]
 

@@ -325,7 +325,7 @@ def test_the_last_chunk_is_checked_as_the_first_was_and_then_none(tmp_path: Path
         for row in np.random.default_rng(seed).permutation(40):
             if row != last:
                 reader.read_into([row, row], 0, np.repeat(out, 2, axis=0))
-    assert reader._n_unseen == 1
+    assert reader._checks.n_unseen == 1
     with open(tmp_path / LATENTS / "moments/c/1/0/0/0/0", "r+b") as file:
         file.seek((last - 16) * n_bytes + 5)
         (byte,) = file.read(1)
@@ -338,9 +338,9 @@ def test_the_last_chunk_is_checked_as_the_first_was_and_then_none(tmp_path: Path
         file.seek((last - 16) * n_bytes + 5)
         file.write(bytes([byte]))
     reader.read_into([last], 0, out)
-    assert reader._n_unseen == 0
+    assert reader._checks.n_unseen == 0
     reader.close()
-    assert reader._n_unseen == 40
+    assert reader._checks.n_unseen == 40
 
 
 def test_where_others_hold_nearly_all_files_an_array_takes_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
