@@ -210,9 +210,10 @@ class UnitEncoder:
         arrays = {
             a.name: torch.zeros((len(images), *a.shape[1:]), dtype=dtypes[a.name], device=device) for a in layout.arrays
         }
+        rows_present = torch.from_numpy(present).to(device)  # once: the GPU would run dry at a copy every batch
         for view, name in enumerate(layout.store.views):
             for start in range(0, len(present), batch):
-                rows = torch.from_numpy(present[start : start + batch])
+                rows = rows_present[start : start + batch]
                 pixels = torch.from_numpy(images[rows.numpy()]) if isinstance(images, np.ndarray) else images[rows]
                 encoded = self._encoders[path].encode(pixels.flip(WIDTH) if name == "hflip" else pixels)
                 # Assigning would cast, float16 tokens to int8 say, without a word.
