@@ -29,25 +29,40 @@ STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 
 def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | None) -> list[Path]:
     """`probe` and `cknna`: RUN/analysis/MEASURE.{json,png}; returns the paths. Raises UserError."""
-    found = sweep(run, config, [measure])
+    return _write_measure(run, sweep(run, config, [measure]), measure, config.times, out)
+
+
+def _write_measure(
+    run: Path, found: dict[str, Any], measure: Measure, times: Sequence[float], out: Path | None = None
+) -> list[Path]:
+    found = {**found, "points": [point for point in found["points"] if measure in point]}
     series = []
     steps = sorted({point["step"] for point in found["points"]})
     for group, step in enumerate(steps):
-        for i, t in enumerate(config.times):
+        for i, t in enumerate(times):
             label = f"step {step:,}, t = {t:g}"
             series.append(_line(found, measure, label, step, t, group=group, style=STYLES[i % len(STYLES)]))
-    panel = _over_depth(measure, found["name"], series, [found])
+    panel = _over_depth(measure, found["name"], [line for line in series if line.x], [found])
     return write_figure([panel], out or run / "analysis" / measure, found)
 
 
 def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list[Path]:
-    """Measure every run and write OUT/motivation.{json,png} and OUT/key-idea.{json,png}. Raises UserError."""
+    """Measure every run and write OUT/motivation.{json,png} and OUT/key-idea.{json,png}; returns the paths.
+
+    What was measured of a run is written beside it too, as `write_measure` does, where the report finds it. Raises
+    UserError.
+    """
     if len(set(runs)) < len(runs):
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))
     config = _one_target(runs, config)
     names = names_of(runs)
-    found = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
+    found = []
+    for run, name in zip(runs, names, strict=True):
+        measured = _measure_run(run, config, middle)
+        for measure in MEASURES:
+            _write_measure(run, measured, measure, config.times)
+        found.append({**measured, "name": name})
     paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
     records = [read_record(run) for run in runs]
     return paths + write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})

@@ -29,6 +29,7 @@ from trainer.evaluation.hidden_states import (
     pooled_hidden_states,
 )
 from trainer.evaluation.probe import probe
+from trainer.evaluation.run_record import read_runs
 from trainer.evaluation.sweep import SweepConfig, open_samples, parse_blocks, pooled_features, sweep
 from trainer.train import train
 
@@ -168,15 +169,20 @@ def test_the_commands_write_json_and_a_picture(micro_run: Path, tmp_path: Path) 
         assert (tmp_path / f"{out.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "recorded"
-    run.mkdir()
+def linked(run: Path, to: Path) -> Path:
+    """The same run in a folder that may be written to."""
+    to.mkdir()
     for name in ("config.yaml", "latest", "checkpoints"):
-        (run / name).symlink_to(micro_run / name)
+        (to / name).symlink_to(run / name)
+    return to
+
+
+def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> None:
+    run, plain = linked(micro_run, tmp_path / "recorded"), linked(micro_run, tmp_path / "micro")
     lines = [{"name": "vit", "step": step, "metrics": {"fd": {"value": 10.0 - step}}} for step in (2, 3, 99)]
     (run / RUN_RECORD).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
     config = SweepConfig(times=(0.3, 0.6), k=5, device="cpu")
-    write_analysis([micro_run, run], config, tmp_path / "figures")
+    write_analysis([plain, run], config, tmp_path / "figures")
     motivation, key_idea = (
         json.loads((tmp_path / "figures" / f"{name}.json").read_text()) for name in ("motivation", "key-idea")
     )
@@ -190,6 +196,10 @@ def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> 
     (against,) = key_idea["panels"][2]["series"]  # only steps that have a checkpoint, only the run with a record
     assert against["y"] == [8.0, 7.0]
     assert against["x"] == over_training["y"][1:]
+    for record in read_runs([plain, run]):  # and the report finds it
+        assert record.points["probe"] == [point for point in measured if "probe" in point]
+        assert record.points["cknna"] == measured
+        assert record.compared_with == "tiny-vit"
     with pytest.raises(UserError, match="named twice"):
         write_analysis([run, run], config, tmp_path / "figures")
 
@@ -197,6 +207,7 @@ def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> 
 def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
     micro_run: Path, shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    micro_run = linked(micro_run, tmp_path / "micro")
     make_other_store(tmp_path / "store", FEATURES, monkeypatch, index_digest="another")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -209,6 +220,7 @@ def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
     with pytest.raises(UserError, match="is not a run"):
         write_analysis([micro_run, tmp_path / "none"], SweepConfig(device="cpu"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert not (micro_run / "analysis").exists()
     same = SweepConfig(device="cpu", store=str(shared_tiny_store), times=(0.5,), blocks="1")
     write_analysis([micro_run, elsewhere], same, tmp_path / "out")
     assert (tmp_path / "out" / "motivation.png").is_file()
