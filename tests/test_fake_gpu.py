@@ -37,6 +37,7 @@ from trainer.presets import preset
 from trainer.sampling import sample
 from trainer.step import LatentScale
 
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda", 0)
 B = 16  # samples
 FEATURES_WIDTH = 768
