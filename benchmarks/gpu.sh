@@ -46,6 +46,7 @@ PUBLIC_OPTION=()
 [ -z "${PUBLIC:-}" ] || PUBLIC_OPTION=(--public "$(cd "$PUBLIC" && pwd)")
 COMMON=(--device cuda --directory "${TMPDIR:-/tmp}" --out "$OUT" "${PUBLIC_OPTION[@]}")
 
+"$PYTHON" -c 'import torch; torch.zeros(1, device="cuda")' || { echo "benchmarks/gpu.sh: torch sees no GPU" >&2; exit 2; }
 { nvidia-smi || true; "$PYTHON" -m pip list 2>/dev/null; } >"$OUT/machine.log"
 for name in "${@:-tests train_step encoders}"; do
   for each in $name; do
@@ -53,7 +54,7 @@ for name in "${@:-tests train_step encoders}"; do
       tests)
         step tests 150 "$PYTHON" -m pytest -k "cuda or gpu or two_threads" --durations=5 tests/trainer/test_cuda.py \
           tests/trainer/test_dequantise.py tests/trainer/test_random_keys.py tests/pipeline/test_quantise.py \
-          tests/pipeline/test_encode.py ;;
+          tests/pipeline/test_encode.py tests/pipeline/test_precision.py ;;
       train_step)
         step train_step $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --presets sit-xl-2,sit-b-2,sit-l-2 \
           --seconds 1.5 --minutes $((MINUTES - 1)) "${COMMON[@]}" ${ARGS:-} ;;

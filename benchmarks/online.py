@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.encoders.vision import per_channel
+
 PIXELS, DINOV2_PIXELS = 256, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # timm's name and width
@@ -65,7 +67,7 @@ def make_vae() -> Any:
 def preprocess(images: Tensor) -> Tensor:
     """float32 (B, 3, 224, 224) of images uint8 (B, 3, 256, 256)."""
     x = images.float() / 255
-    x = (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+    x = (x - per_channel(MEAN, x)) / per_channel(STD, x)
     return F.interpolate(x, (DINOV2_PIXELS, DINOV2_PIXELS), mode="bicubic", antialias=False)
 
 

@@ -7,7 +7,8 @@ stream of their own, and the thread that waits for a copy is not the one that en
 CALLS_IN_HAND units, on the host and on the GPU.
 
 Batches are cut from the rows that decoded, in row order, so that a unit is always encoded in the same batches and comes
-out the same bytes. When a GPU runs out of memory the batch is halved for good and the unit begun again, so one unit
+out the same bytes; a compiled encoder is always given whole ones, filled up with the last image, and so is compiled for
+one shape. When a GPU runs out of memory the batch is halved for good and the unit begun again, so one unit
 is of one batch size; sums in float arithmetic may differ in the last bit from those of another, which is why the
 receipt names it.
 """
@@ -28,6 +29,7 @@ from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
 from storage import Failure, publish_unit
 from storage.codec import codec_of, refusal, unquantisable
+from storage.errors import UserError
 from storage.receipts import is_done
 from storage.roots import Root, open_root
 from storage.statistics import unit_sums
@@ -61,7 +63,11 @@ class UnitEncoder:
         batch: int,
         n_threads: int,
         run_id: str,
+        *,
+        needs_gpu: bool = False,
     ) -> None:
+        """`needs_gpu`: one was set aside for it, so that having to do without is an error."""
+        self._needs_gpu = needs_gpu
         self._root, self._digests = open_root(root), digests
         self._groups = {group.layout.path: group for group in groups}
         self._n_threads, self._run_id = n_threads, run_id
@@ -80,11 +86,16 @@ class UnitEncoder:
         return self._device
 
     def load(self) -> str:
-        """Load every model onto the device; returns its name."""
+        """Load every model onto the device; returns its name. Raises UserError when a GPU that was promised is none."""
         import torch
 
         torch.set_num_threads(self._n_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._needs_gpu and device.type == "cpu":
+            raise UserError(
+                f"a GPU was set aside for this encoder and torch {torch.__version__} sees none; mend the driver, "
+                "install the torch that fits it, or start Ray with --num-gpus 0"
+            )
         for path, group in self._groups.items():
             if path not in self._encoders:
                 self._encoders[path] = registry.load(
@@ -130,7 +141,7 @@ class UnitEncoder:
         encoding = torch.cuda.default_stream(self._copying.device)
         with torch.cuda.stream(self._copying):
             pixels = torch.tensor(images, device=self._copying.device)
-        self._copying.synchronize()
+        _wait_for(self._copying)
         pixels.record_stream(encoding)  # its memory is not for the next upload before that stream has read it
         return pixels
 
@@ -166,7 +177,10 @@ class UnitEncoder:
         if "scale" in arrays:
             _refuse_unquantisable(path, arrays["scale"], group.layout.store.unit_rows(block.unit).start)
         start_s = time.perf_counter()
-        sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
+        with np.errstate(invalid="ignore"):
+            sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
+        if not all(np.isfinite(of.squares).all() for of in sums.values()):  # they have seen every number
+            registry.refuse_infinite(arrays, f"{path}: row", group.layout.store.unit_rows(block.unit).start)
         timings_s = {**timings_s, "statistics": time.perf_counter() - start_s}
         publish_unit(
             self._root,
@@ -204,7 +218,8 @@ class UnitEncoder:
         """
         import torch
 
-        layout = self._groups[path].layout
+        group = self._groups[path]
+        layout = group.layout
         device = torch.device("cpu") if isinstance(images, np.ndarray) else images.device
         dtypes = {a.name: torch.from_numpy(np.empty(0, dtype=a.dtype)).dtype for a in layout.arrays}
         arrays = {
@@ -214,15 +229,27 @@ class UnitEncoder:
         for view, name in enumerate(layout.store.views):
             for start in range(0, len(present), batch):
                 rows = rows_present[start : start + batch]
+                n = len(rows)
+                if group.spec.compiled:
+                    rows = torch.cat([rows, rows[-1:].expand(batch - n)])
                 pixels = torch.from_numpy(images[rows.numpy()]) if isinstance(images, np.ndarray) else images[rows]
                 encoded = self._encoders[path].encode(pixels.flip(WIDTH) if name == "hflip" else pixels)
                 # Assigning would cast, float16 tokens to int8 say, without a word.
                 assert dtypes == {array: values.dtype for array, values in encoded.items()}, encoded
                 for array, values in encoded.items():
-                    arrays[array][rows, view] = values
+                    arrays[array][rows[:n], view] = values[:n]
         if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+            _wait_for(torch.cuda.current_stream(device))
         return arrays
+
+
+def _wait_for(stream: torch.cuda.Stream) -> None:
+    """Asleep, where `synchronize` would keep the actor's core busy looking, which publishing needs."""
+    import torch
+
+    done = torch.cuda.Event(blocking=True)
+    done.record(stream)
+    done.synchronize()
 
 
 def _out_of_gpu_memory(error: RuntimeError) -> bool:

@@ -107,7 +107,13 @@ def _encoders(
 
     def make() -> Any:
         return actor_class.remote(
-            plan.root, plan.groups, dict(plan.digests), config.batch, resources.encoder_cpus, run_id
+            plan.root,
+            plan.groups,
+            dict(plan.digests),
+            config.batch,
+            resources.encoder_cpus,
+            run_id,
+            needs_gpu=resources.encoder_gpus > 0,
         )
 
     pool = EncoderPool(make, resources.encoders, config.unit_timeout_s)

@@ -20,6 +20,7 @@ from storage.console import EXIT_OK
 from storage.errors import UserError
 
 TRAINER = "trainer"
+TIMEOUT_S = 3600  # that ranks wait for each other, as torchrun's do
 
 
 def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, restarts: int, scratch: Path) -> int:
@@ -39,7 +40,7 @@ def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, r
 
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipeline.cluster import ray_cluster
 
@@ -55,6 +56,7 @@ def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, r
         trainer = TorchTrainer(
             work,
             train_loop_config={"arguments": list(arguments), "directory": str(Path.cwd())},
+            torch_config=TorchConfig(timeout_s=TIMEOUT_S),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus}),
             run_config=RunConfig(
                 storage_path=str(scratch.absolute()), failure_config=FailureConfig(max_failures=restarts)

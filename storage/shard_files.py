@@ -2,9 +2,9 @@
 
 Both take runs of neighbouring chunks (`Read`) and fill their buffers, whatever the caller's order. Of the open files
 that the process is allowed, one array takes a quarter at most (and at most 4,096), all arrays together half; in a
-process that ran out of them all the same, since others hold many, an array takes eight. Opening a file again costs a
-system call and, on a network file system, a round trip, so a trainer is well advised to raise its soft limit
-(`raise_open_file_limit`).
+process that ran out of them all the same, since others hold many, an array takes eight until the limit is raised.
+Opening a file again costs a system call and, on a network file system, a round trip, so a trainer is well advised to
+raise its soft limit (`raise_open_file_limit`).
 """
 
 from __future__ import annotations
@@ -90,21 +90,23 @@ def raise_open_file_limit() -> None:
 
 
 _READING: dict[int, weakref.ref[LocalFiles]] = {}  # those that share the process's limit, by id
-_ran_out = False
+_ran_out_at = 0  # the limit under which the process had no file left, though ours were few enough
 
 
 def _share() -> int:
     """How many files each of them may have open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MIN_OPEN if _ran_out else max(MIN_OPEN, min(MAX_OPEN, soft // 4, soft // (2 * max(1, len(_READING)))))
+    if soft <= _ran_out_at:
+        return MIN_OPEN
+    return max(MIN_OPEN, min(MAX_OPEN, soft // 4, soft // (2 * max(1, len(_READING)))))
 
 
-def _make_room() -> None:
-    """Close what is above each one's share, but for what a thread reads."""
+def _make_room(most: int) -> None:
+    """Leave each of them so many open files, and those that a thread reads."""
     for reference in list(_READING.values()):
         files = reference()
         if files is not None:
-            files._close_idle(_share())
+            files._close_idle(most)
 
 
 def _close_all(key: int, opened: dict[int, int]) -> None:
@@ -219,16 +221,17 @@ class LocalFiles:
 
     def close(self) -> None:
         """Close every file; one that is being read is closed after that, since its number may then be another's."""
-        _READING.pop(id(self), None)
-        with self._lock:
-            self._max_open, self._closed = 0, True
-        self._close_idle(0)
-
-    def _close_idle(self, most: int) -> None:
         if self._pid != os.getpid():  # the lock may have been held when the process forked
             return
         with self._lock:
-            self._close_oldest(most)
+            self._max_open, self._closed = 0, True
+            self._close_oldest(0)
+        _READING.pop(id(self), None)
+
+    def _close_idle(self, most: int) -> None:
+        if self._pid == os.getpid():  # as above
+            with self._lock:
+                self._close_oldest(most)
 
     def _close_oldest(self, most: int) -> None:
         if len(self._open) > most:
@@ -257,19 +260,19 @@ class LocalFiles:
 
     def _open_file(self, unit: int) -> int:
         """Raises FileNotFoundError and, for whatever else is wrong, StoreError."""
-        global _ran_out
+        global _ran_out_at
         path, flags = self.where(unit), os.O_RDONLY | os.O_CLOEXEC
         if not self._closed and id(self) not in _READING:
             _READING[id(self)] = weakref.ref(self)
-            _make_room()
+            _make_room(_share())
         try:
             try:
                 return os.open(path, flags)
             except OSError as error:
                 if error.errno != errno.EMFILE:
                     raise
-                _ran_out = True
-                _make_room()
+                _ran_out_at = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                _make_room(0)
                 return os.open(path, flags)
         except FileNotFoundError:
             raise
@@ -300,7 +303,7 @@ class RemoteFiles:
         cache: DiskCache | None,
         crcs: Callable[[int], np.ndarray] | None,
     ) -> None:
-        """`crcs` gives a unit's checksums from its receipt (None: nothing is cached); asked for cached units only."""
+        """`crcs` gives a unit's checksums from its receipt (None where there are none); asked for cached units only."""
         self._root: Any = root
         self._path, self._layout, self._crcs = path, layout, crcs
         self._cache, self._cache_writable = cache, True

@@ -66,7 +66,8 @@ def unit_sums(
 ) -> dict[str, Sums]:
     """Sums of a unit's arrays (n, V, *row_shape), over the rows in `present` (positions).
 
-    Channels are a latent's first axis and a token's last; token arrays have their norms besides.
+    Channels are a latent's first axis and a token's last; token arrays have their norms besides. A number that is not
+    finite leaves its channel's sum so.
     """
     latents = layout.path.startswith("latents/")
     sums: dict[str, Sums] = {}

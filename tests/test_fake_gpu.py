@@ -1,16 +1,15 @@
 """What a GPU would be asked to do, on tensors that only say that they are on one (PyTorch's fake tensors).
 
 They have shapes, dtypes and a device, and no numbers. So an operation on tensors of two devices fails as it would on a
-GPU, a wait for a number (`.item()`, `if tensor:`) fails too, and models of full size cost nothing. What they cannot
-show is left to `trainer/test_cuda.py`: numbers, streams, autocast, and the backward pass, for which gradients of the
-parameters' shapes stand here.
+GPU, a wait for a number (`.item()`, `if tensor:`) fails too, and models of full size cost nothing; copies between
+devices, for which a host waits as well, are counted. What they cannot show is left to `trainer/test_cuda.py`: numbers,
+streams, autocast, and the backward pass, for which gradients of the parameters' shapes stand here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pipeline.encode
 from pipeline.config import PrecomputeConfig
 from pipeline.encode import UnitEncoder
-from pipeline.encoders import registry, vae, vision
+from pipeline.encoders import registry
 from pipeline.encoders.tiny import RESOLUTION
 from pipeline.plan import plan_groups
 from pipeline.quantise import quantise
@@ -40,12 +41,32 @@ from trainer.step import LatentScale
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda", 0)
 B = 16  # samples
+OLD = torch.__version__.split("+")[0].split(".")[:2] < ["2", "14"]
 FEATURES_WIDTH = 768
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies between devices for which the host waits."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), more: Any = None) -> Any:
+        out = function(*arguments, **(more or {}))
+        name, waits = str(function), not (more or {}).get("non_blocking", False)
+        if name.startswith("aten._to_copy") and waits:
+            self.n += out.device != arguments[0].device
+        if name.startswith("aten.copy_") and (len(arguments) < 3 or not arguments[2]):
+            self.n += arguments[0].device != arguments[1].device
+        if name.startswith(("aten.index.", "aten.index_put")):  # copied within
+            self.n += sum(at is not None and at.device != arguments[0].device for at in arguments[1])
+        return out
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor that is made meanwhile is a fake one."""
+    if OLD:
+        pytest.skip(f"fake tensors of torch {torch.__version__} end the process in a convolution")
 
     def convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """`Module._apply` by replacement; PyTorch's swaps tensors, which fakes refuse."""
@@ -109,7 +130,10 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
 
     monkeypatch.setattr(Tensor, "backward", backward)
     for step in range(2):  # the second finds the optimiser's state there
-        numbers, losses = update.train_step(parts, a_batch(step))
+        batch = a_batch(step)
+        with Copies() as copies:
+            numbers, losses = update.train_step(parts, batch)
+        assert copies.n == 0 or (name == "dit-xl-2" and step == 0)  # DiT's schedule goes there once
         assert {numbers.packed().device, losses.denoising.device, losses.alignments.device} == {GPU}
     assert losses.denoising.shape == (B,)
     averaged, moments = parts.ema.model.parameters(), parts.optimizer.state.values()
@@ -134,9 +158,13 @@ def test_a_tensor_of_the_host_and_a_wait_are_noticed(fakes: None, monkeypatch: p
     monkeypatch.setattr(update, "losses", lambda *arguments: losses(*arguments).denoising.mean().item())
     with pytest.raises(DataDependentOutputException):
         update.train_step(parts, batch)
+    with Copies() as copies:
+        batch.moments.new_tensor([0.5])
+        batch.moments[torch.arange(2)]
+    assert copies.n == 2
 
 
-@pytest.mark.parametrize("sampler", ["ode", "sde"])
+@pytest.mark.parametrize("sampler", ["ode", "sde"])  # ddpm asks its schedule for all times before the first step
 def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
     fakes: None, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:
@@ -160,9 +188,8 @@ def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
 def test_units_are_encoded_where_their_images_are(
     fakes: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str
 ) -> None:
-    for module in (vae, vision):  # whether all numbers are finite is asked of the numbers
-        monkeypatch.setattr(module, "to_float16", lambda x, what: x.half())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(pipeline.encode, "_wait_for", lambda stream: None)
     layout = StoreLayout(n_rows=B, views=("original", "hflip"), resolution=RESOLUTION, shard_rows=B)
     asked = PrecomputeConfig(
         data=str(tmp_path), store=str(tmp_path), latents="tiny-vae", features="tiny-vit", features_dtype=dtype,
@@ -179,7 +206,9 @@ def test_units_are_encoded_where_their_images_are(
     images = torch.zeros(B, RESOLUTION, RESOLUTION, 3, dtype=torch.uint8, device=GPU)
     present = np.delete(np.arange(B), 3)
     for group in groups:
-        arrays: Any = encoder.encode(group.layout.path, images, present, 5)
+        with Copies() as copies:
+            arrays: Any = encoder.encode(group.layout.path, images, present, 5)
+        assert copies.n == 1  # the rows', whatever the number of batches
         assert {name: (values.device, tuple(values.shape)) for name, values in arrays.items()} == {
             array.name: (GPU, array.shape) for array in group.layout.arrays
         }

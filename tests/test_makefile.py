@@ -17,9 +17,9 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     venv = Path(sys.prefix)
     line = ["make", "-o", f"{venv}/.installed", f"VENV={venv}", *arguments]
     # `make test` is itself a make: its variables would make this one a sub-make, which announces itself.
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")
-    }
+    # Those of its command line (`ARGS=-x`) would be this one's too.
+    inherited = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 

@@ -10,6 +10,8 @@ for bit on a GPU as well: attention is left to the flash and the plain kernels.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -52,6 +54,21 @@ def set_arithmetic(config: TrainConfig) -> None:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(config.deterministic)
+
+
+@contextmanager
+def model_arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Within it a model computes as `precision` says, as in training; what is made of its output stays float32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    half, tf32 = autocast_dtype(precision), precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -75,11 +75,12 @@ def _ancestral(
 ) -> Tensor:
     dtype, state = x.dtype, x.double()
     visited = schedule(config.steps, x.device)
+    times = unit_times(visited.timesteps).tolist()
     for i, place in enumerate(reversed(range(config.steps))):
         index = torch.full((len(x),), place, device=x.device)
         t = visited.timesteps[index]
-        scale = _scale_at(unit_times(t[0]).item(), config)
-        step = reverse(_guided(predict, state, t, y, null_label, scale, config, dtype), state, index, visited)
+        output = _guided(predict, state, t, y, null_label, _scale_at(times[place], config), config, dtype)
+        step = reverse(output, state, index, visited)
         state = step.mean
         if place > 0:
             state = state + (0.5 * step.log_variance).exp() * noise(i).double()

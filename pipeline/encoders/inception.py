@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.weights import file_sha256, read_weights
 from storage.errors import UserError
 from storage.feature_file import FEATURES, LOGITS, SPATIAL
@@ -64,7 +65,8 @@ class Inception:
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """`features`, `spatial` and `logits`, float32 (B, …), of images uint8 (B, H, W, 3)."""
         self._spatial.clear()
-        pooled, logits = self._network(images.to(self._device).permute(0, 3, 1, 2))
+        with arithmetic("fp32", self._device):
+            pooled, logits = self._network(images.to(self._device).permute(0, 3, 1, 2))
         # TensorFlow's maps have their channels last, and so are the reference statistics ordered.
         spatial = self._spatial[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         arrays = {FEATURES: pooled, SPATIAL: spatial, LOGITS: logits}

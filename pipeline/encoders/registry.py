@@ -44,7 +44,10 @@ class Encoder(Protocol):
     """A loaded encoder."""
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Arrays (B, *row_shape) by name, of `array_dtypes`, on its device, of images uint8 (B, H, W, 3) on any."""
+        """Arrays (B, *row_shape) by name, of `array_dtypes`, on its device, of images uint8 (B, H, W, 3) on any.
+
+        Numbers that are not finite are found by whoever takes the arrays to the host; to look here would be to wait.
+        """
         ...
 
 
@@ -267,10 +270,26 @@ def array_dtypes(identity: Mapping[str, Any]) -> dict[str, str]:
 
 
 def encode_images(encoder: Encoder, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the encoder makes of images uint8 (B, H, W, 3), all in the host's memory."""
+    """What the encoder makes of images uint8 (B, H, W, 3), all in the host's memory.
+
+    Raises UserError for NaN, infinity, and what float16 cannot hold.
+    """
     import torch
 
-    return to_host(encoder.encode(torch.from_numpy(images)))
+    arrays = to_host(encoder.encode(torch.from_numpy(images)))
+    refuse_infinite(arrays, "image", 0)
+    return arrays
+
+
+def refuse_infinite(arrays: Mapping[str, np.ndarray], what: str, first: int) -> None:
+    """Raise UserError when an array (n, …) has numbers that are not finite, naming `what` and its number."""
+    for name, values in arrays.items():
+        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        if not finite.all():
+            raise UserError(
+                f"{name} of {what} {first + int(finite.argmin())} are NaN or beyond float16 (65,504); "
+                "pass --precision fp32, or bf16, when it is the arithmetic that overflows"
+            )
 
 
 def to_host(arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
-from pipeline.encoders.vision import to_float16
 from pipeline.encoders.weights import file_sha256, hub_file
 from storage.errors import UserError
 
@@ -165,19 +164,16 @@ class VAE:
         self.model = model.to(device, memory_format=self.memory_format).eval().requires_grad_(False)
         self.device, self.precision = device, precision
         if compiled:
-            self.model.encoder.compile()
+            self.model.encoder.compile(dynamic=False)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """`moments` float16 (B, 2C, h, w), or (B, C, h, w) without a posterior, of images uint8 (B, H, W, 3).
-
-        Raises UserError when a value is beyond float16.
-        """
+        """`moments` float16 (B, 2C, h, w), or (B, C, h, w) without a posterior, of images uint8 (B, H, W, 3)."""
         x = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with arithmetic(self.precision, self.device):
             encoded = self.model.encode(x.contiguous(memory_format=self.memory_format))
         moments = torch.cat(latents_of(encoded), dim=1)
-        return {"moments": to_float16(moments.contiguous(), "latents")}
+        return {"moments": moments.contiguous().half()}
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from pipeline.encoders.catalogue import IMAGENET, Normalisation, Preprocessing
 from pipeline.encoders.precision import arithmetic
 from pipeline.quantise import quantise
 from storage.codec import Int8Codec
-from storage.errors import UserError
 
 
 class VisionTransformerEncoder:
@@ -38,7 +37,7 @@ class VisionTransformerEncoder:
         self.tokens, self.codec = tokens, codec
         if compiled:
             for block in self.model.blocks:  # one by one: they share their code, which is then compiled once
-                block.compile()
+                block.compile(dynamic=False)
 
     @torch.inference_mode()
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,10 +49,7 @@ class VisionTransformerEncoder:
         return tokens[:, self.model.num_prefix_tokens :], tokens[:, 0]
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G).
-
-        Raises UserError when a value is beyond float16; quantised tokens say so in their factors.
-        """
+        """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G)."""
         patches, cls = self.encode_tokens(images)
         return to_arrays(patches if self.tokens != "cls" else None, cls if self.tokens != "patch" else None, self.codec)
 
@@ -71,7 +67,15 @@ def preprocess(x: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def normalize(x: Tensor, by: Normalisation = IMAGENET) -> Tensor:
     """(x − mean) / std per channel, x (B, 3, H, W) in [0, 1]."""
-    return (x - x.new_tensor(by.mean)[:, None, None]) / x.new_tensor(by.std)[:, None, None]
+    return (x - per_channel(by.mean, x)) / per_channel(by.std, x)
+
+
+def per_channel(values: Sequence[float], x: Tensor) -> Tensor:
+    """The values as (C, 1, 1), of x's dtype and device.
+
+    Made there: a tensor of Python's numbers would be copied to a GPU, and the host would wait for that at every batch.
+    """
+    return torch.cat([x.new_full((1,), value) for value in values])[:, None, None]
 
 
 def to_arrays(patches: Tensor | None, cls: Tensor | None, codec: Int8Codec | None) -> dict[str, Tensor]:
@@ -79,21 +83,9 @@ def to_arrays(patches: Tensor | None, cls: Tensor | None, codec: Int8Codec | Non
     arrays = {}
     if patches is not None:
         if codec is None:
-            arrays["patches"] = to_float16(patches, "patch tokens")
+            arrays["patches"] = patches.half()
         else:
             arrays["patches"], arrays["scale"] = quantise(patches, codec)
     if cls is not None:
-        arrays["cls"] = to_float16(cls, "class tokens")
+        arrays["cls"] = cls.half()
     return arrays
-
-
-def to_float16(x: Tensor, what: str) -> Tensor:
-    """x as float16. Raises UserError for NaN, infinity and what float16 cannot hold, naming the image of the batch."""
-    half = x.half()
-    finite = half.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise UserError(
-            f"{what} of image {int(finite.int().argmin())} of a batch are NaN or beyond float16 (65,504); "
-            "pass --precision fp32, or bf16, when it is the arithmetic that overflows"
-        )
-    return half

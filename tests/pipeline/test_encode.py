@@ -5,6 +5,7 @@ Without a GPU the copies to and from it are no copies; the same test then holds 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ import pipeline.encode
 from pipeline.encode import CALLS_IN_HAND, Array, Block, UnitEncoder
 from pipeline.encoders import registry
 from pipeline.plan import create
-from storage import Staging, open_store
+from storage import Failure, Staging, UserError, open_store
 from storage.layout import GroupLayout
 from storage.receipts import read_receipt
 from tests.pipeline.fakes import RESOLUTION, NumpyEncoder, Pictures, plan_of
@@ -126,6 +127,66 @@ def test_units_of_two_threads_come_out_as_they_do_alone(tmp_path: Path, monkeypa
             group[name].read_into(range(start, start + 8), 0, out)
             np.testing.assert_array_equal(out, values)
     group.close()
+
+
+class Means:
+    """`patches` (B, 64, 24) and `cls` (B, 24) of the pictures' averages, and how many it was given at a time."""
+
+    def __init__(self, spoil: int | None = None) -> None:
+        self.calls: list[int] = []
+        self.spoil = spoil  # this one of all
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        cls = images.float().mean((1, 2)).repeat(1, 8).half()
+        if self.spoil is not None and 0 <= self.spoil - sum(self.calls) < len(images):
+            cls[self.spoil - sum(self.calls), 3] = torch.inf
+        self.calls.append(len(images))
+        return {"patches": cls[:, None].expand(-1, 64, -1).clone(), "cls": cls}
+
+
+def encode_features(root: Path, encoder: Means, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """One unit of N pictures, in batches of 5; row 2 failed."""
+    monkeypatch.setattr(registry, "load", lambda *_, **__: encoder)
+    source = Pictures(N, {}, "")
+    index = source.listing().index
+    with Staging(root) as staging:
+        plan = plan_of(str(root), index, shard_rows=N)
+        create(plan, source, staging)
+        groups = [dataclasses.replace(g, spec=dataclasses.replace(g.spec, **changes)) for g in plan.groups]
+        ours = UnitEncoder(plan.root, groups, plan.digests, 5, 1, staging.run_id)
+        failures = [Failure(row=2, key="2", reason="broken")]
+        block = Block(unit=0, failures=failures, timings_s={}, paths=(FEATURES,))
+        ours.encode_and_publish(np.stack(list(source.read_many(index.locations))), block, 0.0)
+
+
+def test_a_compiled_encoder_is_given_whole_batches_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shape would compile another graph, and what it is given later would be computed otherwise."""
+    encoders, found = {True: Means(), False: Means()}, {}
+    for compiled, encoder in encoders.items():
+        root = tmp_path / str(compiled)
+        encode_features(root, encoder, monkeypatch, compiled=compiled)
+        group = open_store(root).group(FEATURES)
+        rows = [row for row in range(N) if row != 2]
+        found[compiled] = np.empty((len(rows), *group["cls"].row_shape), np.float16)
+        group["cls"].read_into(rows, 0, found[compiled])
+    assert encoders[True].calls == [5, 5, 5]
+    assert encoders[False].calls == [5, 5, 1]
+    np.testing.assert_array_equal(found[True], found[False])
+
+
+def test_a_number_beyond_float16_ends_the_unit_and_its_row_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seventh of those that decoded is row 7."""
+    with pytest.raises(UserError, match=rf"cls of {FEATURES}: row 7 are NaN or beyond float16"):
+        encode_features(tmp_path, Means(spoil=6), monkeypatch)
+    assert not list(tmp_path.glob("receipts/*/*/0*.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to see")
+def test_a_gpu_that_was_set_aside_and_cannot_be_seen_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a GPU was set aside .* torch .* sees none; mend the driver"):
+        UnitEncoder(tmp_path, [], {}, 8, 1, "", needs_gpu=True).ready()
 
 
 def test_a_unit_that_finds_no_room_beside_another_waits_for_its_turn(tmp_path: Path) -> None:

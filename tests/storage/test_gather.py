@@ -177,6 +177,26 @@ def test_a_reader_works_in_a_child_process(shared_tiny_store: Path, method: str)
     assert child.exitcode == 0
 
 
+def _close_in_child(reader: Any, pipe: Any) -> None:
+    reader.close()
+    pipe.send("closed")
+
+
+def test_a_reader_that_was_in_use_when_the_process_forked_is_closed_in_the_child(shared_tiny_store: Path) -> None:
+    reader = open_store(shared_tiny_store).group(LATENTS)["moments"]
+    files = reader._files
+    assert isinstance(files, LocalFiles)
+    ours, theirs = get_context("fork").Pipe()
+    with files._lock:
+        child = get_context("fork").Process(target=_close_in_child, args=(reader, theirs))
+        child.start()
+    try:
+        assert ours.poll(30), "closing waits for a lock that nobody will release"
+    finally:
+        child.kill()
+        child.join()
+
+
 def test_a_pickled_reader_holds_no_file(shared_tiny_store: Path) -> None:
     reader = open_store(shared_tiny_store).group(LATENTS)["moments"]
     again = pickle.loads(pickle.dumps(reader))
@@ -344,7 +364,7 @@ def test_the_last_chunk_is_checked_as_the_first_was_and_then_none(tmp_path: Path
 
 
 def test_where_others_hold_nearly_all_files_an_array_takes_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.shard_files, "_ran_out", False)
+    monkeypatch.setattr(storage.shard_files, "_ran_out_at", 0)
     data = make_store(tmp_path, n_rows=120, shard_rows=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = 4 * (len(os.listdir("/proc/self/fd")) + 20)
@@ -373,6 +393,33 @@ def test_where_others_hold_nearly_all_files_an_array_takes_few(tmp_path: Path, m
     np.testing.assert_array_equal(out[patches], data[FEATURES]["patches"][rows, 0])
 
 
+def test_the_last_idle_files_make_room_and_a_raised_limit_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.shard_files, "_ran_out_at", 0)
+    make_store(tmp_path, n_rows=60, shard_rows=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    moments = open_store(tmp_path).group(LATENTS, checksums="never")["moments"]
+    patches = open_store(tmp_path).group(FEATURES, checksums="never", n_threads=1)["patches"]
+    out = {reader: np.empty((60, *reader.row_shape), reader.dtype) for reader in (moments, patches)}
+    moments.read_into(range(3), 0, out[moments][:3])
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4 * (len(os.listdir("/proc/self/fd")) + 20), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        patches.read_into(range(60), 0, out[patches])  # in the places of the three
+        os.close(held.pop())  # to look
+        assert open_below(tmp_path) <= 3
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    patches.read_into(range(60), 0, out[patches])
+    assert open_below(tmp_path) >= 60
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_too_many_open_files_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     make_store(tmp_path)
@@ -382,7 +429,7 @@ def test_too_many_open_files_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         reader.read_into([0], 0, out)
         reader._files._close_idle(0)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(storage.shard_files, "_ran_out", False)
+    monkeypatch.setattr(storage.shard_files, "_ran_out_at", 0)
 
     def full(path: str, flags: int) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)

@@ -17,6 +17,7 @@ from storage.codec import INT8, decode
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.runs import assert_same_run, command
 from tests.trainer.test_update import GEOMETRY, SCALE, batch, config, tensors
+from trainer.arithmetic import set_arithmetic
 from trainer.config_tree import override
 from trainer.data import open_data
 from trainer.distributed import World
@@ -34,7 +35,16 @@ GPU = torch.device("cuda", 0)
 BUSY_CYCLES = 20_000_000  # some 10 ms of a GPU's clock
 
 
+@pytest.fixture(autouse=True)
+def _arithmetic_as_before() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def parts(device: torch.device = GPU, **changes: Any) -> Parts:
+    set_arithmetic(config(**changes))
     return build(config(**changes), GEOMETRY, SCALE, World(rank=0, size=1, device=device))
 
 

@@ -20,16 +20,17 @@ from storage.errors import UserError
 from trainer.evaluation.evaluate import read_record
 from trainer.evaluation.hidden_states import checkpoints_of, open_run
 from trainer.evaluation.plots import Panel, Series, Style, write_figure
-from trainer.evaluation.run_record import names_of
+from trainer.evaluation.run_record import names_of, read_json
 from trainer.evaluation.sweep import Measure, SweepConfig, open_samples, sweep
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
+ANALYSE = "analyse"
 STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 
 
 def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | None) -> list[Path]:
     """`probe` and `cknna`: RUN/analysis/MEASURE.{json,png}; returns the paths. Raises UserError."""
-    return _write_measure(run, sweep(run, config, [measure]), measure, config.times, out)
+    return _write_measure(run, {**sweep(run, config, [measure]), "by": measure}, measure, config.times, out)
 
 
 def _write_measure(
@@ -49,23 +50,24 @@ def _write_measure(
 def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list[Path]:
     """Measure every run and write OUT/motivation.{json,png} and OUT/key-idea.{json,png}; returns the paths.
 
-    What was measured of a run is written beside it too, as `write_measure` does, where the report finds it. Raises
-    UserError.
+    What was measured of a run is written beside it too, as `write_measure` does, where the report finds it; but what
+    `probe` or `cknna` wrote there stays. Raises UserError.
     """
     if len(set(runs)) < len(runs):
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))
     config = _one_target(runs, config)
     names = names_of(runs)
-    found = []
-    for run, name in zip(runs, names, strict=True):
-        measured = _measure_run(run, config, middle)
-        for measure in MEASURES:
-            _write_measure(run, measured, measure, config.times)
-        found.append({**measured, "name": name})
+    found = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
     paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
     records = [read_record(run) for run in runs]
-    return paths + write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})
+    paths += write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})
+    for run, measured in zip(runs, found, strict=True):
+        for measure in MEASURES:
+            there = read_json(run / "analysis" / f"{measure}.json")
+            if not there or there.get("by") == ANALYSE:
+                paths += _write_measure(run, {**measured, "by": ANALYSE}, measure, config.times)
+    return paths
 
 
 def _one_target(runs: Sequence[Path], config: SweepConfig) -> SweepConfig:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from storage import GroupReader
 from storage.errors import UserError
 from trainer import random_keys
-from trainer.arithmetic import autocast_dtype
+from trainer.arithmetic import model_arithmetic
 from trainer.checkpoint import EMA_WEIGHTS, STATE, WEIGHTS, latest_checkpoint, read_state
 from trainer.config import TrainConfig
 from trainer.config_tree import from_yaml
@@ -120,7 +120,6 @@ def pooled_hidden_states(
     """Block (counted from 1) → float32 (len(rows), D) on `device`, of `latents`' rows at time t."""
     states = {block: torch.empty(len(rows), run.geometry.width, device=device) for block in blocks}
     moments = latents["moments"]
-    half = autocast_dtype(run.config.precision)
     now = slice(0, 0)
 
     def keep(block: int) -> Callable[[nn.Module, object, Tensor], None]:
@@ -138,7 +137,7 @@ def pooled_hidden_states(
             moments.read_into(rows[now], 0, stored)
             x_t, times = noisy_latents(torch.from_numpy(stored).to(device), rows[now], t, run, seed)
             null = torch.full((len(x_t),), run.geometry.n_classes, dtype=torch.int64, device=device)
-            with torch.autocast(device.type, dtype=half, enabled=half is not None):
+            with model_arithmetic(run.config.precision, device):
                 model(x_t, times, null, with_projections=False)
             progress(len(x_t))
     finally:

@@ -107,13 +107,13 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 def _read(run: Path, name: str) -> RunRecord:
     checkpoint = latest_checkpoint(run)
     state = read_state(checkpoint) if checkpoint is not None else None
-    measured = {measure: _json(run / "analysis" / f"{measure}.json") for measure in MEASURES}
+    measured = {measure: read_json(run / "analysis" / f"{measure}.json") for measure in MEASURES}
     return RunRecord(
         name=name,
         path=run,
         config=from_yaml(run / "config.yaml"),
         lines=[line for line in read_metrics(run) if line.get("images_per_s")],
-        device=str(_json(run / "summary.json").get("device", "")),
+        device=str(read_json(run / "summary.json").get("device", "")),
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
         points={measure: found.get("points", []) for measure, found in measured.items()},
@@ -123,7 +123,7 @@ def _read(run: Path, name: str) -> RunRecord:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """What a file holds; nothing when it is not there. Raises UserError when it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

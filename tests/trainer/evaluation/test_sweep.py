@@ -200,6 +200,11 @@ def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> 
         assert record.points["probe"] == [point for point in measured if "probe" in point]
         assert record.points["cknna"] == measured
         assert record.compared_with == "tiny-vit"
+    (run / "analysis/probe.json").write_text('{"by": "probe", "points": []}')  # with other options, and hours of work
+    (plain / "analysis/cknna.json").write_text('{"by": "analyse", "points": []}')
+    write_analysis([plain, run], config, tmp_path / "figures")
+    assert read_runs([run])[0].points["probe"] == []
+    assert read_runs([plain])[0].points["cknna"] == measured
     with pytest.raises(UserError, match="named twice"):
         write_analysis([run, run], config, tmp_path / "figures")
 
