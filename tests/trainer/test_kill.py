@@ -29,7 +29,11 @@ def test_thirty_kills_leave_no_trace(shared_tiny_store: Path, tmp_path: Path) ->
     """Every third kill comes early, while the run imports, opens and restores; the others after a few more steps."""
     rng = random.Random(0)
     changes = {"steps": STEPS, "checkpoint.every": 7, "log.every": 3}
+    start_s = time.monotonic()
     whole = start(command(shared_tiny_store, tmp_path / "whole", **changes))
+    while not steps_done(tmp_path / "whole") and whole.poll() is None:
+        time.sleep(0.01)
+    early_s = time.monotonic() - start_s
     assert whole.wait(timeout=600) == 0
     run = tmp_path / "killed"
     argv = command(shared_tiny_store, run, **changes)
@@ -38,13 +42,13 @@ def test_thirty_kills_leave_no_trace(shared_tiny_store: Path, tmp_path: Path) ->
         before = steps_done(run) if run.exists() else 0
         process = start(argv)
         if number % 3 == 0:
-            time.sleep(rng.uniform(1, 6))
+            time.sleep(rng.uniform(0.1, 1) * early_s)
         else:
-            target = before + rng.randint(1, 18)
+            target = before + rng.randint(1, 12)
             deadline = time.monotonic() + 120
             while steps_done(run) < min(target, STEPS) and time.monotonic() < deadline and process.poll() is None:
                 time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.1))
+            time.sleep(rng.uniform(0, 0.05))
         which = rng.choice([signal.SIGKILL, signal.SIGTERM])
         if process.poll() is not None:
             assert process.returncode == 0, ended(process)
