@@ -41,7 +41,7 @@ from trainer.step import LatentScale
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda", 0)
 B = 16  # samples
-OLD = torch.__version__.split("+")[0].split(".")[:2] < ["2", "14"]
+OLD = [int(part) for part in torch.__version__.split("+")[0].split(".")[:2]] < [2, 14]
 FEATURES_WIDTH = 768
 
 
