@@ -115,12 +115,12 @@ class Places(NamedTuple):
     def of(cls, rows: np.ndarray | Sequence[int], views: np.ndarray | int, layout: ArrayLayout) -> Places:
         """Raises ValueError and IndexError for what are no rows or views of the array."""
         rows, views = checked_rows(rows, views, layout.shape)
-        units, slots = np.divmod(rows, layout.store.shard_rows)
-        slots = slots * layout.store.n_views + views
-        order = np.argsort(units * layout.n_shard_chunks + slots, kind="stable")
-        units, slots = units[order], slots[order]
-        neighbours = (np.diff(slots) == 1) & (np.diff(units) == 0)
-        return cls(units, slots, order, merge=bool(2 * np.count_nonzero(neighbours) >= len(order)))
+        chunks = rows * layout.store.n_views + views  # counted through all shards
+        order = np.argsort(chunks, kind="stable")
+        chunks = chunks[order]
+        units, slots = np.divmod(chunks, layout.n_shard_chunks)
+        n_neighbours = int(np.count_nonzero(chunks[1:] - chunks[:-1] == 1))
+        return cls(units, slots, order, merge=2 * n_neighbours >= len(order))
 
 
 class ArrayReader:
