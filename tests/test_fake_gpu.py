@@ -53,7 +53,7 @@ class Copies(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), more: Any = None) -> Any:
         out = function(*arguments, **(more or {}))
         name, waits = str(function), not (more or {}).get("non_blocking", False)
-        if name.startswith("aten._to_copy") and waits:
+        if name.startswith(("aten._to_copy", "aten.to.")) and waits:  # the latter within inference mode
             self.n += out.device != arguments[0].device
         if name.startswith("aten.copy_") and (len(arguments) < 3 or not arguments[2]):
             self.n += arguments[0].device != arguments[1].device
