@@ -153,7 +153,7 @@ def test_all_arrays_together_stay_under_half_of_the_limit_and_close_with_their_r
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     for (path, name), values in out.items():
         np.testing.assert_array_equal(values, data[path][name][rows, 0])
-    del groups, arrays
+    del groups, arrays, array
     gc.collect()
     assert open_below(tmp_path) == 0
 
