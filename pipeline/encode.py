@@ -180,7 +180,8 @@ class UnitEncoder:
         with np.errstate(invalid="ignore"):
             sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
         if not all(np.isfinite(of.squares).all() for of in sums.values()):  # they have seen every number
-            registry.refuse_infinite(arrays, f"{path}: row", group.layout.store.unit_rows(block.unit).start)
+            first_row = group.layout.store.unit_rows(block.unit).start
+            registry.refuse_infinite(arrays, lambda i: f"{path}, row {first_row + i},")
         timings_s = {**timings_s, "statistics": time.perf_counter() - start_s}
         publish_unit(
             self._root,

@@ -19,7 +19,7 @@ from storage.layout import ArrayLayout, GroupLayout
 from storage.receipts import read_receipt
 from storage.roots import Root
 from storage.shard import HEAL
-from storage.shard_files import Check, Read
+from storage.shard_files import Check, Read, cannot_open
 
 ChecksumPolicy = Literal["never", "first", "always"]
 CHECKSUM_BYTES_KEPT = 32 << 20  # of receipts, 4 bytes a chunk
@@ -84,10 +84,13 @@ def sample_at(root: Root, path: str, layout: ArrayLayout, unit: int, slot: int) 
 
 
 def receipt_crcs(root: Root, group: GroupLayout, layout: ArrayLayout, unit: int) -> np.ndarray:
-    """Checksums of a shard's chunks, uint32 (S·V,). Raises StoreError when no receipt has them."""
-    receipt = read_receipt(root, group, unit)
+    """Checksums of a shard's chunks, uint32 (S·V,). Raises StoreError when no receipt can be read that has them."""
+    shard = root.at(f"{group.path}/{layout.name}/{layout.shard_key(unit)}")
+    try:
+        receipt = read_receipt(root, group, unit)
+    except OSError as error:
+        raise cannot_open(f"the receipt of shard {shard}", error) from error
     record = receipt.shard(layout.name) if receipt else None
     if record is None:
-        shard = root.at(f"{group.path}/{layout.name}/{layout.shard_key(unit)}")
         raise StoreError(f"shard {shard} has no receipt to check it against; {HEAL}")
     return record.crcs()

@@ -199,6 +199,9 @@ class ArrayReader:
 
     def close(self) -> None:
         """Close every file and stop the threads; the reader opens them again if it is used again."""
+        if os.getpid() != self._pid:  # locks of the parent may be held for ever
+            self._start()
+            return
         self._pool.shutdown(wait=True)
         self._files.close()
         self._start()

@@ -90,7 +90,7 @@ def raise_open_file_limit() -> None:
 
 
 _READING: dict[int, weakref.ref[LocalFiles]] = {}  # those that share the process's limit, by id
-_ran_out_at = 0  # the limit under which the process had no file left, though ours were few enough
+_ran_out_at = 0  # the limit under which the process had no file left
 
 
 def _share() -> int:
@@ -113,6 +113,13 @@ def _close_all(key: int, opened: dict[int, int]) -> None:
     _READING.pop(key, None)
     for fd in opened.values():
         os.close(fd)
+
+
+def cannot_open(what: str, error: OSError) -> StoreError:
+    """The error in one line, and what to do."""
+    few = error.errno in (errno.EMFILE, errno.ENFILE)
+    fix = "raise `ulimit -n`" if few else "look after the disk or its mount"
+    return StoreError(f"{what} cannot be opened: {error.strerror}; {fix}")
 
 
 class LocalFiles:
@@ -277,9 +284,7 @@ class LocalFiles:
         except FileNotFoundError:
             raise
         except OSError as error:
-            few = error.errno in (errno.EMFILE, errno.ENFILE)
-            fix = "raise `ulimit -n`" if few else "look after the disk or its mount"
-            raise StoreError(f"shard {path} cannot be opened: {error.strerror}; {fix}") from error
+            raise cannot_open(f"shard {path}", error) from error
 
     def _release(self, unit: int) -> None:
         with self._lock:

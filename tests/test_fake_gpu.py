@@ -66,7 +66,7 @@ class Copies(TorchDispatchMode):
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor that is made meanwhile is a fake one."""
     if OLD:
-        pytest.skip(f"fake tensors of torch {torch.__version__} end the process in a convolution")
+        pytest.skip(f"fake tensors of torch {torch.__version__} may end the process: those of 2.8 do in a convolution")
 
     def convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """`Module._apply` by replacement; PyTorch's swaps tensors, which fakes refuse."""

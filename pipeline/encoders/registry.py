@@ -277,19 +277,22 @@ def encode_images(encoder: Encoder, images: np.ndarray) -> dict[str, np.ndarray]
     import torch
 
     arrays = to_host(encoder.encode(torch.from_numpy(images)))
-    refuse_infinite(arrays, "image", 0)
+    refuse_infinite(arrays, lambda i: f"image {i} of a batch")
     return arrays
 
 
-def refuse_infinite(arrays: Mapping[str, np.ndarray], what: str, first: int) -> None:
-    """Raise UserError when an array (n, …) has numbers that are not finite, naming `what` and its number."""
+def refuse_infinite(arrays: Mapping[str, np.ndarray], named: Callable[[int], str]) -> None:
+    """Raise UserError when an array (n, …) has numbers that are not finite; `named` says whose the i-th are."""
     for name, values in arrays.items():
         finite = np.isfinite(values).reshape(len(values), -1).all(1)
         if not finite.all():
-            raise UserError(
-                f"{name} of {what} {first + int(finite.argmin())} are NaN or beyond float16 (65,504); "
-                "pass --precision fp32, or bf16, when it is the arithmetic that overflows"
-            )
+            beyond, fix = "infinite", "look at the image and the encoder's weights"
+            if values.dtype == np.float16:
+                beyond, fix = (
+                    "beyond float16 (65,504)",
+                    "encode in fp32, or bf16, if the arithmetic overflows",
+                )
+            raise UserError(f"{name} of {named(int(finite.argmin()))} are NaN or {beyond}; {fix}")
 
 
 def to_host(arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.encode import UnitEncoder
@@ -97,6 +98,8 @@ class NumpyEncoder(UnitEncoder):
     def load(self) -> str:
         if os.environ.get("FAKE_LOAD") == "raise":
             raise OSError("no weights here")
+        if ray.is_initialized():
+            assert self._needs_gpu == bool(ray.get_gpu_ids()), "it was told otherwise"
         return "numpy"
 
     def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:

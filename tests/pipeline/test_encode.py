@@ -178,7 +178,7 @@ def test_a_number_beyond_float16_ends_the_unit_and_its_row_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The seventh of those that decoded is the unit's row 7."""
-    with pytest.raises(UserError, match=rf"cls of {FEATURES}: row {N + 7} are NaN or beyond float16"):
+    with pytest.raises(UserError, match=rf"cls of {FEATURES}, row {N + 7}, are NaN or beyond float16"):
         encode_features(tmp_path, Means(spoil=6), monkeypatch)
     assert not list(tmp_path.glob("receipts/*/*/0*.json"))
 

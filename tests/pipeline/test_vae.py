@@ -253,7 +253,7 @@ def test_what_float16_cannot_hold_is_an_error_and_not_stored(directories: dict[s
         model.quant_conv.weight[:4] *= 1e7
     save(model, tmp_path / "loud")
     loud = registry.load(registry.resolve_latents(str(tmp_path / "loud")), resolution=64, device=CPU)
-    with pytest.raises(UserError, match=r"moments of image 0 are NaN or beyond float16"):
+    with pytest.raises(UserError, match=r"moments of image 0 of a batch are NaN or beyond float16"):
         registry.encode_images(loud, pictures(2, 64))
 
 

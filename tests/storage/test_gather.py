@@ -20,6 +20,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import storage.checks
 import storage.gather
 import storage.shard_files
 from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, gather_into, open_store
@@ -190,7 +191,7 @@ def test_a_reader_that_was_in_use_when_the_process_forked_is_closed_in_the_child
     files = reader._files
     assert isinstance(files, LocalFiles)
     ours, theirs = get_context("fork").Pipe()
-    with files._lock:
+    with files._lock, reader._pool._shutdown_lock:  # type: ignore[attr-defined]
         child = get_context("fork").Process(target=_close_in_child, args=(reader, theirs))
         child.start()
     try:
@@ -434,11 +435,19 @@ def test_too_many_open_files_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(storage.shard_files, "_ran_out_at", 0)
 
+    def no_receipt(*arguments: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "receipts")
+
     def full(path: str, flags: int) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
 
     monkeypatch.setattr(os, "open", full)
     with pytest.raises(StoreError, match=r"shard \S*c/0\S* cannot be opened: Too many open files; raise `ulimit -n`"):
+        reader.read_into([0], 0, out)
+    monkeypatch.undo()
+    monkeypatch.setattr(storage.checks, "read_receipt", no_receipt)
+    reader = open_store(tmp_path).group(LATENTS, checksums="first")["moments"]
+    with pytest.raises(StoreError, match=r"the receipt of shard \S*c/0\S* cannot be opened: Too many open files"):
         reader.read_into([0], 0, out)
 
 

@@ -208,6 +208,16 @@ def test_switches_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_model_s_arithmetic_ends_with_it(precision: str) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with arithmetic.model_arithmetic(precision, torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [

@@ -58,14 +58,14 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     middle = min(config.times, key=lambda t: abs(t - 0.5))
     config = _one_target(runs, config)
     names = names_of(runs)
+    beside = {(run, measure): read_json(run / "analysis" / f"{measure}.json") for run in runs for measure in MEASURES}
     found = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
     paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
     records = [read_record(run) for run in runs]
     paths += write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})
     for run, measured in zip(runs, found, strict=True):
         for measure in MEASURES:
-            there = read_json(run / "analysis" / f"{measure}.json")
-            if not there or there.get("by") == ANALYSE:
+            if not beside[run, measure] or beside[run, measure].get("by") == ANALYSE:
                 paths += _write_measure(run, {**measured, "by": ANALYSE}, measure, config.times)
     return paths
 

@@ -106,7 +106,7 @@ def runs_table(records: Sequence[RunRecord]) -> str:
         *(_setting_column(name) for name in differing(records)),
         Column(title="Steps", cell=lambda run: _number(run.steps, ",", note=_unfinished(run))),
         *(_loss_column(name, title) for name, title in LOSSES.items()),
-        *(_measure_column(measure, title) for measure, title in ANALYSES.items()),
+        *(_measure_column(records, measure, title) for measure, title in ANALYSES.items()),
         *(_metric_column(encoder, metric) for encoder, metric in _measured(records)),
         Column(title="Images/s", cell=lambda run: _number(run.images_per_s, ".1f")),
         Column(title="GPU-hours", cell=_hours),
@@ -147,14 +147,24 @@ def _loss_column(name: str, title: str) -> Column:
     return Column(title=title, cell=cell)
 
 
-def _measure_column(measure: str, title: str) -> Column:
+def common_times(records: Sequence[RunRecord], measure: str) -> set[float]:
+    """The times t at which every run that was measured was, so that like is compared with like; maybe none."""
+    of_runs = [{point["t"] for point in run.newest(measure)} for run in records]
+    return set.intersection(*(times for times in of_runs if times)) if any(of_runs) else set()
+
+
+def _measure_column(records: Sequence[RunRecord], measure: str, title: str) -> Column:
+    times = common_times(records, measure)
+    differ = len({run.n_samples.get(measure) for run in records if run.points.get(measure)}) > 1
+
     def cell(run: RunRecord) -> Cell:
-        best = run.best(measure)
+        best = run.best(measure, times)
         if best is None:
             return Cell(text=NOTHING)
         late = "" if best["step"] == run.checkpoint_step else f", step {best['step']:,}"
         features = f" with {run.compared_with}" if measure == "cknna" and run.compared_with else ""
-        note = f"block {best['block']}, t = {best['t']:g}{features}{late}"
+        on = f" on {run.n_samples[measure]:,} samples" if differ and measure in run.n_samples else ""
+        note = f"block {best['block']}, t = {best['t']:g}{features}{on}{late}"
         return _number(best[measure], ".1%" if measure == "probe" else ".3f", note=note)
 
     return Column(title=title, cell=cell)
@@ -269,8 +279,9 @@ def charts(records: Sequence[RunRecord]) -> list[Chart]:
         found.append(Chart(title=title, x_label="step", lines=lines))
     for measure, title in ANALYSES.items():
         lines = []
+        times = common_times(records, measure)
         for i, run in enumerate(records):
-            best = run.best(measure)
+            best = run.best(measure, times)
             if best is not None:
                 same = [p for p in run.points[measure] if (p["step"], p["t"]) == (best["step"], best["t"])]
                 same.sort(key=lambda point: point["block"])

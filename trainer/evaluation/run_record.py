@@ -6,7 +6,7 @@ Hours are those of the log: each line's share of the steps over its images a sec
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ MEASURES = ("probe", "cknna")
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run. `points` holds what `probe` and `cknna` measured, `evaluations` the lines of `evaluate --run`.
+    """One run. `points` holds what `probe` and `cknna` measured, and `n_samples` on how many samples; `evaluations` the
+    lines of `evaluate --run`.
 
     `compared_with` is the path of the features that CKNNA compares with; empty where it was not measured.
     """
@@ -38,6 +39,7 @@ class RunRecord:
     checkpoint_step: int
     identities: dict[str, str]
     points: dict[str, list[dict[str, Any]]]
+    n_samples: dict[str, int]
     compared_with: str
     evaluations: list[dict[str, Any]]
     picture: Path | None
@@ -70,11 +72,16 @@ class RunRecord:
         rates = sorted(line["images_per_s"] for line in self.lines)
         return rates[len(rates) // 2] if rates else None
 
-    def best(self, measure: str) -> dict[str, Any] | None:
-        """The point of the newest step at which the measure is largest."""
+    def newest(self, measure: str) -> list[dict[str, Any]]:
+        """The points of the newest step."""
         points = self.points.get(measure, [])
         newest = max((point["step"] for point in points), default=0)
-        return max((p for p in points if p["step"] == newest), key=lambda p: p[measure], default=None)
+        return [point for point in points if point["step"] == newest]
+
+    def best(self, measure: str, times: Collection[float] = ()) -> dict[str, Any] | None:
+        """The point of the newest step at which the measure is largest, at one of the times if any are given."""
+        points = [point for point in self.newest(measure) if not times or point["t"] in times]
+        return max(points, key=lambda point: point[measure], default=None)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -117,6 +124,7 @@ def _read(run: Path, name: str) -> RunRecord:
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
         points={measure: found.get("points", []) for measure, found in measured.items()},
+        n_samples={measure: found["n"] for measure, found in measured.items() if "n" in found},
         compared_with=measured["cknna"].get("features", {}).get("path", "").removeprefix("features/"),
         evaluations=read_record(run),
         picture=_picture(run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trainer.cli import train_config
 from trainer.config_tree import to_yaml
 from trainer.evaluation.charts import MOST_POINTS, Line, short, thinned, ticks
 from trainer.evaluation.decode import write_grid
-from trainer.evaluation.report import differing, named_shortly, page, write_report
+from trainer.evaluation.report import common_times, differing, named_shortly, page, write_report
 from trainer.evaluation.run_record import read_runs
 
 STEPS, EVERY, BATCH, RATE = 300, 10, 8, 100.0
@@ -132,6 +133,23 @@ def test_only_differences_of_settings_are_columns(runs: Path, report: Path) -> N
         assert f'<button type="button">{name}</button>' in text
     assert "sFID" not in text
     assert "<dt>optim.lr</dt><dd>0.002</dd>" in text
+
+
+def test_runs_are_compared_at_the_times_of_all_and_differing_numbers_of_samples_are_told(
+    runs: Path, tmp_path: Path
+) -> None:
+    copies = [Path(shutil.copytree(runs / name, tmp_path / name)) for name in ("run-1", "run-2")]
+    for copy, times, n in zip(copies, ((0.25, 0.5), (0.5, 0.75)), (512, 1152), strict=True):
+        points = [{"step": STEPS, "t": t, "block": 2, "cknna": 0.5 + abs(t - 0.5)} for t in times]
+        record = {"points": points, "features": {"path": FEATURES}, "n": n}
+        (copy / "analysis/cknna.json").write_text(json.dumps(record))
+    records = read_runs(copies)
+    assert common_times(records, "cknna") == {0.5}
+    shown = page(records, "of unequal measurements")
+    for n in ("512", "1,152"):
+        assert f"<small>block 2, t = 0.5 with tiny-vit on {n} samples</small>" in shown
+    assert "on 1,152 samples" not in page(records[1:], "alone")
+    assert "t = 0.75 with tiny-vit" in page(records[1:], "alone")
 
 
 def test_numbers(runs: Path, shared_tiny_store: Path) -> None:
