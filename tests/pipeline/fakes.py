@@ -97,9 +97,8 @@ class NumpyEncoder(UnitEncoder):
     def load(self) -> str:
         if os.environ.get("FAKE_LOAD") == "raise":
             raise OSError("no weights here")
-        import ray  # here, after the environment has said that it stays on 127.0.0.1
-
-        if ray.is_initialized():
+        ray = sys.modules.get("ray")  # not imported here: its environment must say before that it stays on 127.0.0.1
+        if ray is not None and ray.is_initialized():
             assert self._needs_gpu == bool(ray.get_gpu_ids()), "it was told otherwise"
         return "numpy"
 
