@@ -46,7 +46,7 @@ PUBLIC_OPTION=()
 [ -z "${PUBLIC:-}" ] || PUBLIC_OPTION=(--public "$(cd "$PUBLIC" && pwd)")
 COMMON=(--device cuda --directory "${TMPDIR:-/tmp}" --out "$OUT" "${PUBLIC_OPTION[@]}")
 
-"$PYTHON" -c 'import torch; torch.zeros(1, device="cuda")' || { echo "benchmarks/gpu.sh: torch sees no GPU" >&2; exit 2; }
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "benchmarks/gpu.sh: torch sees no GPU" >&2; exit 2; }
 { nvidia-smi || true; "$PYTHON" -m pip list 2>/dev/null; } >"$OUT/machine.log"
 for name in "${@:-tests train_step encoders}"; do
   for each in $name; do

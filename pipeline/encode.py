@@ -8,9 +8,8 @@ CALLS_IN_HAND units, on the host and on the GPU.
 
 Batches are cut from the rows that decoded, in row order, so that a unit is always encoded in the same batches and comes
 out the same bytes; a compiled encoder is always given whole ones, filled up with the last image, and so is compiled for
-one shape. When a GPU runs out of memory the batch is halved for good and the unit begun again, so one unit
-is of one batch size; sums in float arithmetic may differ in the last bit from those of another, which is why the
-receipt names it.
+one shape. When a GPU runs out of memory the batch is halved for good and the unit begun again, so one unit is of one
+batch size; sums in float arithmetic may differ in the last bit from those of another, so the receipt names it.
 """
 
 from __future__ import annotations
@@ -174,13 +173,12 @@ class UnitEncoder:
     ) -> None:
         group = self._groups[path]
         arrays = self._download(encoded)
+        first_row = group.layout.store.unit_rows(block.unit).start
         if "scale" in arrays:
-            _refuse_unquantisable(path, arrays["scale"], group.layout.store.unit_rows(block.unit).start)
+            _refuse_unquantisable(path, arrays["scale"], first_row)
         start_s = time.perf_counter()
-        with np.errstate(invalid="ignore"):
-            sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
+        sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
         if not all(np.isfinite(of.squares).all() for of in sums.values()):  # they have seen every number
-            first_row = group.layout.store.unit_rows(block.unit).start
             registry.refuse_infinite(arrays, lambda i: f"{path}, row {first_row + i},")
         timings_s = {**timings_s, "statistics": time.perf_counter() - start_s}
         publish_unit(

@@ -233,7 +233,6 @@ class LocalFiles:
         with self._lock:
             self._max_open, self._closed = 0, True
             self._close_oldest(0)
-        _READING.pop(id(self), None)
 
     def _close_idle(self, most: int) -> None:
         if self._pid == os.getpid():  # as above

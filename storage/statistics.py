@@ -61,6 +61,7 @@ class Sums:
         return Sums(fields["count"], total, squares)
 
 
+@np.errstate(invalid="ignore")  # infinity less infinity
 def unit_sums(
     layout: GroupLayout, arrays: Mapping[str, np.ndarray], present: np.ndarray, codec: Int8Codec | None
 ) -> dict[str, Sums]:

@@ -27,12 +27,13 @@ from pipeline.encoders.tiny import RESOLUTION
 from pipeline.plan import plan_groups
 from pipeline.quantise import quantise
 from storage import StoreLayout
+from tests.trainer.test_transformer import imagenet_config
 from trainer import update
 from trainer.config_tree import override
 from trainer.dequantise import dequantise
 from trainer.distributed import World
 from trainer.loader import Batch
-from trainer.models.transformer import DiffusionTransformer, Geometry
+from trainer.models.transformer import DiffusionTransformer
 from trainer.objectives import diffusion
 from trainer.presets import preset
 from trainer.sampling import sample
@@ -87,22 +88,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def geometry(name: str) -> Geometry:
-    model, (target,) = preset(name).model, preset(name).targets
-    return Geometry(
-        kind=model.kind,
-        input_size=32,
-        channels=4,
-        patch=model.patch,
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        n_classes=1000,
-        targets=((target.block, FEATURES_WIDTH),),
-        projector_width=model.projector_width,
-    )
-
-
 def a_batch(step: int) -> Batch:
     q, scale = quantise(torch.randn(B, 256, FEATURES_WIDTH, device=GPU))
     return Batch(
@@ -121,7 +106,9 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
     fakes: None, monkeypatch: pytest.MonkeyPatch, name: str, accumulate: int
 ) -> None:
     config = override(preset(name), {"precision": "fp32", "accumulate": accumulate, "optim.clip": 1.0})
-    parts = update.build(config, geometry(name), LatentScale(scale=0.18, shift=0.0), World(rank=0, size=1, device=GPU))
+    parts = update.build(
+        config, imagenet_config(name), LatentScale(scale=0.18, shift=0.0), World(rank=0, size=1, device=GPU)
+    )
 
     def backward(loss: Tensor) -> None:
         assert loss.device == GPU
@@ -142,9 +129,9 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
 
 def test_a_tensor_of_the_host_and_a_wait_are_noticed(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the tests here could not fail."""
-    config = override(preset("sit-tiny-2"), {"precision": "fp32"})
+    config = override(preset("sit-s-2"), {"precision": "fp32"})
     parts = update.build(
-        config, geometry("sit-tiny-2"), LatentScale(scale=1, shift=0.0), World(rank=0, size=1, device=GPU)
+        config, imagenet_config("sit-s-2"), LatentScale(scale=1, shift=0.0), World(rank=0, size=1, device=GPU)
     )
     batch = a_batch(0)
     losses = update.losses
@@ -175,7 +162,7 @@ def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
             return linspace(*arguments, **more)
 
     monkeypatch.setattr(torch, "linspace", on_the_host)  # the times of the steps
-    model = DiffusionTransformer(geometry("sit-b-2")).to(GPU)
+    model = DiffusionTransformer(imagenet_config("sit-b-2")).to(GPU)
     config = override(preset("sit-b-2"), {"sample.sampler": sampler, "sample.steps": 3, "sample.guidance": 1.8}).sample
     x, y = torch.randn(B, 4, 32, 32, device=GPU), torch.arange(B, device=GPU)
     drawn = sample(

@@ -44,11 +44,15 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return AUTOCAST_DTYPES.get(precision)
 
 
-def set_arithmetic(config: TrainConfig) -> None:
-    """Switch the process to the configuration's precision and determinism; before anything runs on a GPU."""
-    tf32 = config.precision == "tf32"
+def _set_float32(precision: str) -> None:
+    tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+def set_arithmetic(config: TrainConfig) -> None:
+    """Switch the process to the configuration's precision and determinism; before anything runs on a GPU."""
+    _set_float32(config.precision)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -60,9 +64,8 @@ def set_arithmetic(config: TrainConfig) -> None:
 def model_arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """Within it a model computes as `precision` says, as in training; what is made of its output stays float32."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    half, tf32 = autocast_dtype(precision), precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    half = autocast_dtype(precision)
+    _set_float32(precision)
     try:
         with torch.autocast(device.type, dtype=half, enabled=half is not None):
             yield

@@ -93,7 +93,7 @@ def world_of_ranks(device: str) -> Iterator[World]:
         torch.cuda.set_device(local)
     mine = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     joins = size > 1 and not dist.is_initialized()
-    if size > 1 and not joins and dist.get_backend() == "nccl" and not use_cuda:
+    if dist.is_initialized() and dist.get_backend() == "nccl" and not use_cuda:
         raise UserError("the ranks were joined for GPUs, which --device cpu leaves idle; leave it out")
     if joins:
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, device_id=mine if use_cuda else None)

@@ -183,8 +183,10 @@ def test_a_number_beyond_float16_ends_the_unit_and_its_row_is_named(
     assert not list(tmp_path.glob("receipts/*/*/0*.json"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to see")
-def test_a_gpu_that_was_set_aside_and_cannot_be_seen_is_an_error(tmp_path: Path) -> None:
+def test_a_gpu_that_was_set_aside_and_cannot_be_seen_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"a GPU was set aside .* torch .* sees none; mend the driver"):
         UnitEncoder(tmp_path, [], {}, 8, 1, "", needs_gpu=True).ready()
 

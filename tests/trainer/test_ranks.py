@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from storage import StoreLayout
+from storage.errors import UserError
 from storage.order import Order
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
 from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
 from trainer.checkpoint import latest_checkpoint, read_state
-from trainer.distributed import World
+from trainer.distributed import World, world_of_ranks
 from trainer.metrics import read_metrics
 from trainer.resume import only_writer
 from trainer.train import train
@@ -73,6 +75,14 @@ def runs(shared_tiny_store: Path, poisoned_store: Path, tmp_path_factory: pytest
         train(micro(**changes))
     names = [run["run"].name for run in on_two]
     return root, {name: [rank[i] for rank in said] for i, name in enumerate(names)}
+
+
+def test_ranks_that_were_joined_for_gpus_refuse_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray Train joins them on a cluster that has any."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    with pytest.raises(UserError, match="joined for GPUs, which --device cpu leaves idle"), world_of_ranks("cpu"):
+        pass
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "accumulated", "fsdp-accumulated", "resumed-fsdp", "to-1", "to-3"])

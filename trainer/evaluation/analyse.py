@@ -20,7 +20,7 @@ from storage.errors import UserError
 from trainer.evaluation.evaluate import read_record
 from trainer.evaluation.hidden_states import checkpoints_of, open_run
 from trainer.evaluation.plots import Panel, Series, Style, write_figure
-from trainer.evaluation.run_record import names_of, read_json
+from trainer.evaluation.run_record import names_of, read_measure
 from trainer.evaluation.sweep import Measure, SweepConfig, open_samples, sweep
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
@@ -58,7 +58,7 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     middle = min(config.times, key=lambda t: abs(t - 0.5))
     config = _one_target(runs, config)
     names = names_of(runs)
-    beside = {(run, measure): read_json(run / "analysis" / f"{measure}.json") for run in runs for measure in MEASURES}
+    beside = {(run, measure): read_measure(run, measure) for run in runs for measure in MEASURES}
     found = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
     paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
     records = [read_record(run) for run in runs]

@@ -283,7 +283,7 @@ def charts(records: Sequence[RunRecord]) -> list[Chart]:
         for i, run in enumerate(records):
             best = run.best(measure, times)
             if best is not None:
-                same = [p for p in run.points[measure] if (p["step"], p["t"]) == (best["step"], best["t"])]
+                same = [p for p in run.newest(measure) if p["t"] == best["t"]]
                 same.sort(key=lambda point: point["block"])
                 x, y = [point["block"] for point in same], [point[measure] for point in same]
                 lines.append(Line(label=f"{run.name}, t = {best['t']:g}", number=i, x=x, y=y))

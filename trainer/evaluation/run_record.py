@@ -114,13 +114,13 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 def _read(run: Path, name: str) -> RunRecord:
     checkpoint = latest_checkpoint(run)
     state = read_state(checkpoint) if checkpoint is not None else None
-    measured = {measure: read_json(run / "analysis" / f"{measure}.json") for measure in MEASURES}
+    measured = {measure: read_measure(run, measure) for measure in MEASURES}
     return RunRecord(
         name=name,
         path=run,
         config=from_yaml(run / "config.yaml"),
         lines=[line for line in read_metrics(run) if line.get("images_per_s")],
-        device=str(read_json(run / "summary.json").get("device", "")),
+        device=str(_json(run / "summary.json").get("device", "")),
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
         points={measure: found.get("points", []) for measure, found in measured.items()},
@@ -131,7 +131,12 @@ def _read(run: Path, name: str) -> RunRecord:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_measure(run: Path, measure: str) -> dict[str, Any]:
+    """What was written of a measure beside the run; nothing when it was not. Raises UserError when it is damaged."""
+    return _json(run / "analysis" / f"{measure}.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
     """What a file holds; nothing when it is not there. Raises UserError when it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
