@@ -1,0 +1,96 @@
+"""The boundary: everything that is read from disk was written by somebody else, and passes through here first.
+
+A store or a run's folder that came from elsewhere is data. Its files are opened only when they are regular files (a
+pipe would hang, a device has no end), never beyond a size that was set before, and their JSON becomes a typed object or
+one line that names the file, the field and what it held. Names in it reach a terminal through `shown`, which spells out
+the characters that a terminal obeys.
+
+Types are ordinary dataclasses; pydantic checks them, in strict mode: a number where text is asked for is refused, not
+converted.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections.abc import Hashable
+from functools import cache
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from storage.errors import StoreError
+
+T = TypeVar("T")
+MAX_JSON_BYTES = 64 << 20  # no file of ours is larger: a receipt of 100,000 rows has 2 MB
+SHOWN = 60  # characters of a value that a message repeats
+OBEYED = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories: controls, formats (bidi), line breaks
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A file descriptor to read from, of a regular file or a link to one; never waits.
+
+    Raises FileNotFoundError, StoreError for a folder, pipe, socket or device, and OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StoreError(f"{shown(os.fspath(path))} is not a regular file (a folder, pipe or device); restore the file")
+    return fd
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The whole of a regular file of at most `max_bytes`. Raises FileNotFoundError, StoreError, OSError."""
+    fd = open_regular(path)
+    with os.fdopen(fd, "rb") as file:
+        raw = file.read(max_bytes + 1)  # not the size it says: a file of /proc says 0
+    if len(raw) > max_bytes:
+        raise StoreError(f"{shown(os.fspath(path))} has more than {max_bytes:,} bytes, too many for what it should be")
+    return raw
+
+
+def parse_json(kind: type[T], raw: bytes | str, where: str, fix: str) -> T:
+    """`raw` JSON as an object of the dataclass (or other type) `kind`.
+
+    Raises StoreError in one line: `where`, the first field that is not as the type says, what it held, and `fix`.
+    """
+    try:
+        return _adapter(cast(Hashable, kind)).validate_json(raw, strict=True)
+    except ValidationError as error:
+        raise StoreError(f"{shown(where)} is damaged ({_first(error)}); {fix}") from None
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{shown(where)} is damaged ({shown(str(error))[:200]}); {fix}") from None
+
+
+def checked(kind: type[T], value: Any, where: str, fix: str) -> T:
+    """`parse_json` for what is parsed already (attributes that zarr read, say)."""
+    try:
+        return _adapter(cast(Hashable, kind)).validate_python(value)
+    except ValidationError as error:
+        raise StoreError(f"{shown(where)} is damaged ({_first(error)}); {fix}") from None
+
+
+def shown(text: str) -> str:
+    """Text as it may reach a terminal: control, bidirectional and line-breaking characters spelled as escapes."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(c) if unicodedata.category(c) in OBEYED else c for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing wrong: the field's path, the rule, the value."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    value = shown(repr(first["input"]))
+    held = value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
+    return f"{field + ': ' if field else ''}{first['msg']}, got {held}"
