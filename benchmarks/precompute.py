@@ -48,6 +48,7 @@ from pipeline.transforms import center_crop
 from storage import Staging
 from storage.receipts import scan
 from storage.roots import open_root
+from storage.samples import sample_crc32c
 
 IMAGENET = 1_281_167
 
@@ -68,8 +69,9 @@ def blocks_of(plan: Plan, source: Source, resolution: int) -> Iterator[tuple[np.
     for unit, paths in plan.missing.items():
         rows = plan.layout.unit_rows(unit)
         samples = plan.index.slice(rows)
-        images, (failures, timings_s) = decode_unit(source, rows.start, samples.keys, samples.locations, resolution)
-        yield images, Block(unit=unit, failures=failures, timings_s=timings_s, paths=paths)
+        images, meta = decode_unit(source, rows.start, samples.keys, samples.locations, resolution)
+        failures, timings_s, crcs = meta
+        yield images, Block(unit=unit, failures=failures, timings_s=timings_s, paths=paths, crcs=crcs)
 
 
 def rate(done: list[tuple[float, int]]) -> float:
@@ -139,8 +141,8 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:
         start, samples, _ = parts[row["unit"]]
-        images, (_, timings_s) = decode_unit(source, start, samples.keys, samples.locations, resolution)
-        return {"unit": row["unit"], "images": images, "timings_s": json.dumps(timings_s)}
+        images, (_, timings_s, crcs) = decode_unit(source, start, samples.keys, samples.locations, resolution)
+        return {"unit": row["unit"], "images": images, "timings_s": json.dumps(timings_s), "crcs": crcs}
 
     class Encode:
         def __init__(self) -> None:
@@ -149,7 +151,8 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             unit = int(row["unit"])
-            block = Block(unit=unit, failures=[], timings_s=json.loads(row["timings_s"]), paths=parts[unit][2])
+            timings_s, paths = json.loads(row["timings_s"]), parts[unit][2]
+            block = Block(unit=unit, failures=[], timings_s=timings_s, paths=paths, crcs=row["crcs"])
             self.encoder.encode_and_publish(row["images"], block, time.time())
             return {"unit": unit}
 
@@ -189,16 +192,19 @@ def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
                 cpu_s, start_s = {}, time.perf_counter()
             samples = plan.index.slice(plan.layout.unit_rows(unit))
             images = np.zeros((len(samples), case.resolution, case.resolution, 3), dtype=np.uint8)
+            crcs = np.zeros(len(samples), dtype=np.uint32)
             at_s = time.process_time()
             for i, sample in enumerate(source.read_many(samples.locations)):
                 took("read")
+                crcs[i] = sample_crc32c(sample)
+                took("checksum")
                 image = to_rgb(sample)
                 took("decode")
                 images[i] = center_crop(image, case.resolution)
                 took("crop")
             handed_over = ray.get(ray.put(images))
             took("hand over")
-            block = Block(unit=unit, failures=[], timings_s={}, paths=paths)
+            block = Block(unit=unit, failures=[], timings_s={}, paths=paths, crcs=crcs)
             pixels, present = encoder.upload(handed_over), np.arange(len(images))
             for path in paths:
                 arrays = encoder.encode(path, pixels, present, case.config(Path()).batch)

@@ -46,6 +46,9 @@ class PrecomputeConfig:
     max_failures: float = option(
         "end the run when more than this share of the images (but at least 10) cannot be decoded", 0.001
     )
+    redo_failed: bool = option(
+        "do every unit again that holds failed images and whose images have changed or can be decoded now", False
+    )
     ray_address: str = option("Ray cluster to join (auto, host:port); empty: start one here and stop it", "")
     encoders: int = option("encoding actors; 0: one a GPU, or one a node when there is none", 0)
     encoder_cpus: int = option("CPU cores of an encoding actor; 0: 1 with a GPU, else half of the smallest node", 0)

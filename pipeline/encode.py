@@ -28,9 +28,10 @@ from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
 from storage import Failure, publish_unit
 from storage.codec import codec_of, refusal, unquantisable
-from storage.errors import UserError
-from storage.receipts import is_done
+from storage.errors import StoreError, UserError
+from storage.receipts import Receipt, read_receipt, why_not_done
 from storage.roots import Root, open_root
+from storage.samples import group_paths, is_of_samples, refuse_lost_rows, refuse_other_samples
 from storage.statistics import unit_sums
 
 if TYPE_CHECKING:
@@ -43,12 +44,17 @@ Array: TypeAlias = "np.ndarray | torch.Tensor"
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A decoded unit as it is handed over, beside its images: what failed, what it took, which groups lack it."""
+    """A decoded unit as it is handed over, beside its images: what failed, what it took, which groups lack it.
+
+    `crcs` uint32 (n,) are of its samples' bytes. `redo` are those of `paths` that do the unit again though it is done.
+    """
 
     unit: int
     failures: Sequence[Failure]
     timings_s: Mapping[str, float]
     paths: Sequence[str]
+    crcs: np.ndarray | None = None
+    redo: Sequence[str] = ()
 
 
 class UnitEncoder:
@@ -108,25 +114,34 @@ class UnitEncoder:
         """Encode `images` uint8 (n, H, W, 3) for the block's groups and publish the unit in each.
 
         Returns the seconds spent encoding. A group in which another run published the unit meanwhile is left alone.
-        `sent_unix_s` dates the hand-over; between machines it is off by what their clocks differ.
+        `sent_unix_s` dates the hand-over; between machines it is off by what their clocks differ. Raises UserError when
+        the unit's images are others than those that a group of the store was made of.
         """
         hand_over_s = max(0.0, time.time() - sent_unix_s)
         device = self.ready()
+        self._refuse_other_samples(block)
         published: list[Future[None]] = []
         encoding_s = 0.0
         uploaded = self._upload_if_it_fits(images)
         with self._encoding:
             pixels = self.upload(images) if uploaded is None else uploaded
             for path in block.paths:
-                if is_done(self._root, self._groups[path].layout, block.unit, self._digests[path]):
+                before, done = self._receipt(path, block.unit)
+                if done and (path not in block.redo or is_of_samples(before, block.crcs, block.failures)):
                     continue
+                if before is not None and (done or not before.shards):
+                    refuse_lost_rows(self._root, path, before, block.failures)
+                else:
+                    before = None
                 start_s = time.perf_counter()
                 arrays, present = self._encode_unit(path, pixels, block)
                 encode_s = time.perf_counter() - start_s
                 encoding_s += encode_s
                 timings_s = {**block.timings_s, "hand_over": hand_over_s, "encode": encode_s}
                 made = {"device": device, "batch": self._batch[path]}
-                published.append(self._publishers.submit(self._publish, path, block, arrays, present, timings_s, made))
+                published.append(
+                    self._publishers.submit(self._publish, path, block, arrays, present, timings_s, made, before)
+                )
         for future in published:
             future.result()
         return encoding_s
@@ -170,12 +185,14 @@ class UnitEncoder:
         present: np.ndarray,
         timings_s: Mapping[str, float],
         made: Mapping[str, object],
+        replaces: Receipt | None = None,
     ) -> None:
         group = self._groups[path]
         arrays = self._download(encoded)
         first_row = group.layout.store.unit_rows(block.unit).start
         if "scale" in arrays:
             _refuse_unquantisable(path, arrays["scale"], first_row)
+        self._refuse_other_samples(block)  # again: another run may have published meanwhile
         start_s = time.perf_counter()
         sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
         if not all(np.isfinite(of.squares).all() for of in sums.values()):  # they have seen every number
@@ -192,7 +209,25 @@ class UnitEncoder:
             {stage: round(seconds, 4) for stage, seconds in timings_s.items()},
             statistics={name: of.packed() for name, of in sums.items()},
             made=made,
+            sample_crc32c=block.crcs,
+            replaces=replaces,
         )
+        self._refuse_other_samples(block)  # of two runs that publish at once, the later one finds out
+
+    def _refuse_other_samples(self, block: Block) -> None:
+        if block.crcs is not None:
+            paths = {*group_paths(self._root), *self._groups}
+            failed = [failure.row for failure in block.failures]
+            refuse_other_samples(self._root, sorted(paths), block.unit, block.crcs, failed)
+
+    def _receipt(self, path: str, unit: int) -> tuple[Receipt | None, bool]:
+        """The unit's receipt, None when it is damaged or not there, and whether the unit is done."""
+        layout = self._groups[path].layout
+        try:
+            receipt = read_receipt(self._root, layout, unit)
+        except StoreError:
+            return None, False
+        return receipt, why_not_done(self._root, layout, unit, self._digests[path], receipt, None) is None
 
     def _encode_unit(self, path: str, images: Array, block: Block) -> tuple[Mapping[str, Array], np.ndarray]:
         """(arrays (n, V, *row_shape) by name, positions of the rows that decoded), in batches that the memory holds."""

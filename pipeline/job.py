@@ -26,7 +26,7 @@ from pipeline.decode import decode_unit
 from pipeline.dispatch import Ledger
 from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
 from pipeline.encoder_pool import Decoded, EncoderPool, first_line
-from pipeline.failures import FAILURES_FILE, allowed_failures
+from pipeline.failures import refuse_too_many
 from pipeline.plan import Plan
 from pipeline.progress import Display, Meter
 from pipeline.resources import Node, Resources, share_out
@@ -209,7 +209,7 @@ class _Driver:
     def _settle_decode(self, ref: Any) -> None:
         unit, images, _ = self.decoding.pop(ref)
         try:
-            failures, timings_s = ray.get(ref)
+            failures, timings_s, crcs = ray.get(ref)
         except RayError as error:
             self._attempt_failed(unit, "decode", error)
             return
@@ -218,6 +218,8 @@ class _Driver:
             failures=failures,
             timings_s=timings_s,
             paths=self.plan.missing[unit],
+            crcs=crcs,
+            redo=self.plan.redo.get(unit, ()),
         )
         self.decoded.append(Decoded(block, images, self.ledger.is_suspect(unit)))
 
@@ -262,9 +264,4 @@ class _Driver:
             self.store_peak_bytes = max(self.store_peak_bytes, int(self.resources.store_bytes - free))
 
     def _check_budget(self) -> None:
-        allowed = allowed_failures(self.config.max_failures, len(self.plan.index))
-        if self.n_failed > allowed:
-            raise UserError(
-                f"{self.n_failed} of {len(self.plan.index)} images cannot be decoded, {allowed} are allowed; "
-                f"{self.plan.root.at(FAILURES_FILE)} says which and why: mend them, or raise --max-failures"
-            )
+        refuse_too_many(self.n_failed, len(self.plan.index), self.config.max_failures, self.plan.root)

@@ -1,16 +1,17 @@
 """The plan of a run, made before anything is written: which groups, which units of each are missing, how many bytes.
 
 The plan is what makes the work repeatable: rows are fixed by the index, units by the shard size, and a unit is in the
-plan exactly when a group of the run lacks its receipt. Making it lists the source and hashes the weight files; no model
-is built. `create` then makes the store and its groups, so that a dry run is a plan that is not followed.
+plan exactly when a group of the run lacks its receipt, or does it again (`redo.py`). Making it lists the source and
+hashes the weight files; no model is built. `create` then makes the store and its groups, so that a dry run is a plan
+that is not followed.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,15 @@ import numpy as np
 
 from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
+from pipeline.redo import Done, changed_images, refuse_changed, resized_rows, units_to_redo
 from pipeline.sources import Source
-from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store
+from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store, open_store
+from storage.errors import StoreError
 from storage.identity import identity_digest
 from storage.index import Index
 from storage.receipts import scan
 from storage.roots import Root
+from storage.samples import Group
 from storage.writer import check_group, check_store
 
 FREE_SPACE_MARGIN = 1.05  # metadata, receipts and the index
@@ -40,7 +44,10 @@ class GroupPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything the job needs to know. `missing` maps a unit to the paths of the groups that lack it."""
+    """Everything the job needs to know.
+
+    `missing` maps a unit to the paths of the groups that lack it or do it again, `redo` to the latter.
+    """
 
     root: Root
     layout: StoreLayout
@@ -50,6 +57,10 @@ class Plan:
     missing: Mapping[int, tuple[str, ...]]
     failed_before: int  # samples recorded as failed in units that are done
     free_bytes: float  # where the store lies; infinite on an object store
+    redo: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    others: tuple[Group, ...] = ()  # groups of the store that the run does not write
+    failed_standing: int = 0  # samples recorded as failed, in any group, that this run does not do again
+    notes: tuple[str, ...] = ()
 
     @property
     def n_images_missing(self) -> int:
@@ -110,28 +121,58 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root
     )
     groups = plan_groups(config, layout, index.digest())
     check_store(root, layout, index)
-    digests: dict[str, str] = {}
-    missing: dict[int, list[str]] = {}
-    failed: dict[int, int] = {}
+    digests = {group.layout.path: identity_digest(group.identity) for group in groups}
     for group in groups:
-        path = group.layout.path
-        check_group(root, path, group.identity)
-        digests[path] = identity_digest(group.identity)
-        for unit, receipt, reason in scan(root, group.layout, digests[path]):
-            if receipt is None or reason is not None:
+        check_group(root, group.layout.path, group.identity)
+    others, notes = _other_groups(root, tuple(digests))
+    asked: list[Group] = [(group.layout, digests[group.layout.path]) for group in groups]
+    missing: dict[int, list[str]] = {}
+    done = Done(resized_rows(root, index))
+    for group_layout, digest in (*asked, *others):
+        path = group_layout.path
+        for unit, receipt, reason in scan(root, group_layout, digest):
+            if receipt is not None and reason is None:
+                done.add(path, receipt)
+            elif path in digests:
                 missing.setdefault(unit, []).append(path)
-            else:
-                failed[unit] = len(receipt.failed)
+    redo, said = units_to_redo(source, index, done, tuple(digests), every=config.redo_failed)
+    to_do = {unit: [*missing.get(unit, ()), *redo.get(unit, ())] for unit in sorted({*missing, *redo})}
+    changed, what = changed_images(root, source, index, done)
+    refuse_changed(changed, what, lambda row: row // layout.shard_rows, to_do)
+    if changed:
+        notes.append(f"warning: {what}; the store holds what was made of them then")
     return Plan(
         root=root,
         layout=layout,
         index=index,
         groups=groups,
         digests=digests,
-        missing={unit: tuple(missing[unit]) for unit in sorted(missing)},
-        failed_before=sum(count for unit, count in failed.items() if unit not in missing),
+        missing={unit: tuple(path for path in digests if path in paths) for unit, paths in to_do.items()},
+        failed_before=len({row for row in done.failed_rows() if row // layout.shard_rows not in to_do}),
         free_bytes=_free_bytes(root),
+        redo={unit: tuple(paths) for unit, paths in redo.items()},
+        others=others,
+        failed_standing=len(done.failed_rows(redo)),
+        notes=(*notes, *said),
     )
+
+
+def _other_groups(root: Root, asked: Sequence[str]) -> tuple[tuple[Group, ...], list[str]]:
+    """The store's groups that are not asked for, and what is to be said of those that cannot be read."""
+    others: list[Group] = []
+    notes: list[str] = []
+    try:
+        store = open_store(root)
+    except StoreError:  # there is none yet, or its metadata is restored before anything is encoded
+        return (), notes
+    for path in store.groups():
+        if path not in asked:
+            try:
+                layout, attributes = store.group_layout(path)
+                others.append((layout, attributes["identity_digest"]))
+            except StoreError as error:
+                notes.append(f"warning: what failed in {path} is not counted: {error}")
+    return tuple(others), notes
 
 
 def require_space(plan: Plan) -> None:
@@ -173,6 +214,7 @@ def describe_plan(plan: Plan) -> str:
         lines.append(f"{group.layout.path}  {arrays}  {group.layout.sample_bytes} bytes an image  {state}")
     free = "" if math.isinf(plan.free_bytes) else f", {_size(plan.free_bytes)} free"
     lines.append(f"to write   {_size(plan.bytes_missing)}{free}")
+    lines += [f"note       {note}" for note in plan.notes]
     return "\n".join(lines)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from pipeline.config import PrecomputeConfig
-from pipeline.failures import FAILURES_FILE, write_failures
+from pipeline.failures import FAILURES_FILE, refuse_too_many, write_failures
 from pipeline.plan import create, describe_plan, make_plan, require_space
 from pipeline.ray_environment import prepare_ray
 from pipeline.sources import open_source
 from storage import Staging
 from storage.roots import absolute, open_root
+from storage.samples import REDO
 from storage.staging import refuse_foreign
 
 NOTHING = "none: everything was there"
@@ -31,6 +33,7 @@ class Summary:
     images_encoded: int
     images_failed: int
     failures: str  # the table of the failed images
+    failures_mended: str  # what to do once they are mended; empty when none failed
     seconds: float
     images_per_s: float
     bytes_per_image: dict[str, int]
@@ -65,8 +68,9 @@ def precompute(config: PrecomputeConfig) -> Summary:
         units_encoded=0,
         units_given_up={},
         images_encoded=0,
-        images_failed=plan.failed_before,
+        images_failed=plan.failed_standing,
         failures=root.at(FAILURES_FILE),
+        failures_mended=REDO if plan.failed_standing else "",
         seconds=0.0,
         images_per_s=0.0,
         bytes_per_image={group.layout.path: group.layout.sample_bytes for group in plan.groups},
@@ -76,13 +80,17 @@ def precompute(config: PrecomputeConfig) -> Summary:
         object_store_peak_bytes=0,
     )
     require_space(plan)
+    budget = partial(refuse_too_many, n_images=len(plan.index), share=config.max_failures, root=root)
     if config.dry_run:
+        budget(plan.failed_standing)
         return dataclasses.replace(summary, device=DRY)
-    layouts = [group.layout for group in plan.groups]
+    groups = [*((group.layout, plan.digests[group.layout.path]) for group in plan.groups), *plan.others]
     with Staging(root) as staging:
         create(plan, source, staging)
+        if plan.failed_standing or not plan.missing:
+            write_failures(root, groups, plan.index, staging.run_id)  # a killed run has not
+        budget(plan.failed_standing)
         if not plan.missing:
-            write_failures(root, layouts, plan.digests, plan.index, staging.run_id)  # a killed run has not
             return summary
         prepare_ray(config.ray_address)
         from pipeline.job import run  # imports Ray
@@ -90,15 +98,17 @@ def precompute(config: PrecomputeConfig) -> Summary:
         try:
             outcome = run(config, plan, source, staging.run_id)
         finally:
-            n_failed = write_failures(root, layouts, plan.digests, plan.index, staging.run_id)
+            n_failed = write_failures(root, groups, plan.index, staging.run_id)
     for unit, history in outcome.given_up.items():
         print(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}", file=sys.stderr)
+    budget(n_failed)
     return dataclasses.replace(
         summary,
         units_encoded=len(plan.missing) - len(outcome.given_up),
         units_given_up=outcome.given_up,
         images_encoded=outcome.n_images,
         images_failed=n_failed,
+        failures_mended=REDO if n_failed else "",
         seconds=round(outcome.seconds, 2),
         images_per_s=round(outcome.n_images / outcome.seconds, 1) if outcome.seconds else 0.0,
         device=outcome.device,

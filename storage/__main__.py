@@ -19,6 +19,7 @@ from storage.layout import GROUP_KINDS, METADATA
 from storage.reader import Store, open_store
 from storage.receipts import Failure, scan
 from storage.roots import Root, absolute, open_root
+from storage.samples import REDO
 from storage.statistics import describe, group_sums
 from storage.verify import verify
 
@@ -82,10 +83,13 @@ def describe_group(store: Store, path: str) -> None:
     timings_s: dict[str, float] = {}
     failures: list[Failure] = []
     undone = []
+    n_of_unknown = n_redone = 0
     for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
         if receipt is None or reason is not None:
             undone.append(f"unit {unit}: {reason}")
             continue
+        n_of_unknown += not receipt.sample_crc32c
+        n_redone += "replaces" in receipt.made
         failures += receipt.failed
         for stage, seconds in receipt.timings_s.items():
             timings_s[stage] = timings_s.get(stage, 0.0) + seconds
@@ -95,10 +99,19 @@ def describe_group(store: Store, path: str) -> None:
         print(f"statistics are of the other units: {without} were written without")
     print(*describe(sums, attributes["identity"]), sep="\n")
     n_units = layout.store.n_units
+    if n_of_unknown:
+        print(
+            f"{n_of_unknown} units have no checksums of their images (imported, or older than these): whether their "
+            "rows are of the same images as those of other groups is not known"
+        )
+    if n_redone:
+        print(f"{n_redone} units were done again after images that had failed were mended")
     print(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone), sep="\n  ")
     print(
         f"samples failed {len(failures)}", *_shown([f"row {f.row} {f.key}: {f.reason}" for f in failures]), sep="\n  "
     )
+    if failures:
+        print(f"  {REDO}")
 
 
 def verify_store(where: str, deep: bool) -> int:

@@ -1,7 +1,8 @@
 """What differs between two stores, or two groups: identity fields, samples, rows.
 
 Rows are compared by the checksums in the receipts, so no array is read: two rows are called equal when the CRC-32C of
-every view and array agree (unequal rows agree by chance once in 2³² chunks). Shard sizes may differ.
+every view and array agree (unequal rows agree by chance once in 2³² chunks). Shard sizes may differ. What rows were
+made of is compared likewise, where the receipts of both have the checksums of the images' bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from storage.identity import differing_fields
 from storage.layout import GroupLayout
 from storage.reader import Store
 from storage.receipts import scan
+from storage.samples import stored_samples
 
 NAMED = 10  # rows or samples named, then a count
 
@@ -31,6 +33,8 @@ def diff_stores(a: Store, b: Store, groups: list[str] | None = None) -> Iterator
         yield f"{path}: in {here.root}, not in {there.root}"
     for path in sorted(ours & theirs):
         yield from diff_groups(a, path, b, path)
+    if not ours & theirs:
+        yield from _other_samples(a, sorted(ours), b, sorted(theirs), "rows made of other images")
 
 
 def diff_groups(a: Store, path_a: str, b: Store, path_b: str) -> Iterator[str]:
@@ -53,6 +57,7 @@ def diff_groups(a: Store, path_a: str, b: Store, path_b: str) -> Iterator[str]:
     if a.n_rows != b.n_rows:
         yield f"{name}: {a.n_rows} rows in the first, {b.n_rows} in the second; the common ones are compared"
     n_rows = min(a.n_rows, b.n_rows)
+    yield from _other_samples(a, [path_a], b, [path_b], f"{name}: rows made of other images")
     states = [_checksums(x, layout, attributes["identity_digest"], comparable)
               for x, layout, attributes in ((a, layout_a, attributes_a), (b, layout_b, attributes_b))]  # fmt: skip
     for which, (_, written) in zip(("first", "second"), states, strict=True):
@@ -82,6 +87,30 @@ def _checksums(
             assert record is not None
             crcs[array][rows.start : rows.stop] = record.crcs().reshape(-1, store.n_views)[: len(rows)]
     return crcs, state
+
+
+def _other_samples(a: Store, paths_a: list[str], b: Store, paths_b: list[str], what: str) -> Iterator[str]:
+    """Rows that both have stored, made of other bytes; the first of the paths that knows a row speaks for its store."""
+    n_rows = min(a.n_rows, b.n_rows)
+    (crcs_a, known_a), (crcs_b, known_b) = _samples(a, paths_a), _samples(b, paths_b)
+    differ = (crcs_a[:n_rows] != crcs_b[:n_rows]) & known_a[:n_rows] & known_b[:n_rows]
+    yield from _named(np.flatnonzero(differ), what)
+
+
+def _samples(store: Store, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(CRC-32C of the bytes that each row was made of, uint32 (N,), which of them are known, bool (N,))."""
+    crcs, known = np.zeros(store.n_rows, dtype=np.uint32), np.zeros(store.n_rows, dtype=bool)
+    for path in paths:
+        layout, attributes = store.group_layout(path)
+        for _, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
+            if receipt is None or reason is not None:
+                continue
+            rows = slice(*receipt.rows)
+            of_unit, stored = stored_samples(receipt)
+            new = stored & ~known[rows]
+            crcs[rows] = np.where(new, of_unit, crcs[rows])
+            known[rows] |= new
+    return crcs, known
 
 
 def _diff_samples(a: Store, b: Store) -> Iterator[str]:

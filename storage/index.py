@@ -124,6 +124,12 @@ def read_index(root: Root) -> Index:
         return Index(file.read(columns=SCHEMA.names).select(SCHEMA.names).cast(SCHEMA))
 
 
+def read_sizes(root: Root) -> np.ndarray:
+    """The column `nbytes`, int64 (N,): sizes of the images when they were listed; raises as `read_index` does."""
+    with _index_file(root) as file:
+        return file.read(columns=["nbytes"])["nbytes"].to_numpy()
+
+
 def read_classes(root: Root) -> Classes:
     """Labels and class names of `index.parquet`, decoded a row group at a time; raises StoreError as `read_index` does.
 

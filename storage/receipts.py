@@ -2,7 +2,11 @@
 
 A unit is done if and only if its receipt is there, carries the group's identity digest, and every file it names has the
 size it names. A receipt is published after the files it speaks of, so a crash leaves a unit either done or to be done
-again, never in between. One JSON file a unit below `receipts/<group>/`; reading them costs one small file a unit.
+again, never in between; one that is done again is first taken back, by a receipt that names no shard. One JSON file a
+unit below `receipts/<group>/`; reading them costs one small file a unit.
+
+A receipt also has the CRC-32C of the bytes that each row was made of (`sample_crc32c`), by which groups are held
+together: `samples.py`. It is optional: receipts of before and of imported groups have none.
 
 Metadata has receipts too: `receipts/store.json` holds the SHA-256 of the root's metadata and index, and
 `receipts/<group>/metadata.json` those of the group's, so that an edited attribute is found before a number is read.
@@ -68,7 +72,8 @@ class Receipt:
     failed: tuple[Failure, ...]
     timings_s: dict[str, float]
     statistics: dict[str, Any] = field(default_factory=dict)  # `storage.statistics`; {} in imported stores
-    made: dict[str, Any] = field(default_factory=dict)  # when, by which run, on what device, in what batches
+    made: dict[str, Any] = field(default_factory=dict)  # when, by which run, on what device, in what batches; `writer`
+    sample_crc32c: str = ""  # base64 of uint32 little-endian (n,), of each sample's bytes; "" in receipts of before
     format_version: int = FORMAT_VERSION
 
     @property
@@ -79,6 +84,18 @@ class Receipt:
     def shard(self, array: str) -> ShardRecord | None:
         """The record of the named array's shard."""
         return next((shard for shard in self.shards if shard.path.startswith(f"{array}/")), None)
+
+    def sample_crcs(self) -> np.ndarray | None:
+        """CRC-32C of each row's bytes as they were read, uint32 (n,), 0 where they could not be; None: not recorded.
+
+        Raises ValueError when they are not n; a receipt that was read has been asked.
+        """
+        if not self.sample_crc32c:
+            return None
+        crcs = np.frombuffer(base64.b64decode(self.sample_crc32c, validate=True), dtype="<u4")
+        if len(crcs) != self.rows[1] - self.rows[0]:
+            raise ValueError(f"sample_crc32c is of {len(crcs)} rows")
+        return crcs
 
 
 def sha256(data: bytes) -> str:
@@ -129,7 +146,7 @@ def read_receipt(root: Root, layout: GroupLayout, unit: int) -> Receipt | None:
         return None
     fields = unseal(raw, root.at(key))
     try:
-        return Receipt(
+        receipt = Receipt(
             identity_digest=fields["identity_digest"],
             unit=fields["unit"],
             rows=tuple(fields["rows"]),
@@ -138,8 +155,11 @@ def read_receipt(root: Root, layout: GroupLayout, unit: int) -> Receipt | None:
             timings_s=fields["timings_s"],
             statistics=fields.get("statistics", {}),
             made=fields.get("made", {}),
+            sample_crc32c=fields.get("sample_crc32c", ""),
         )
-    except (KeyError, TypeError) as error:
+        receipt.sample_crcs()
+        return receipt
+    except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"receipt {root.at(key)} is damaged ({error!r}); {HEAL_RECEIPT}") from error
 
 
@@ -187,6 +207,8 @@ def why_not_done(
     rows = layout.store.unit_rows(unit)
     if receipt.unit != unit or receipt.rows != (rows.start, rows.stop):
         return f"its receipt is of unit {receipt.unit}, rows {receipt.rows}"
+    if not receipt.shards:
+        return "it was begun again and not finished"  # `writer.publish_unit` says so before it replaces a shard
     wanted = [f"{array.name}/{array.shard_key(unit)}" for array in layout.arrays]
     if sorted(shard.path for shard in receipt.shards) != sorted(wanted):
         return f"its receipt is of the files {[shard.path for shard in receipt.shards]}, not {wanted}"

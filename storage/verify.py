@@ -1,7 +1,8 @@
 """Checking a whole store: is every byte what was written, and every number finite.
 
 Always checked: metadata and index against their receipts, every unit's receipt, the presence and size of every shard,
-every shard's index against the rows its receipt calls present, shards and receipts of no unit, receipts of no group.
+every shard's index against the rows its receipt calls present, shards and receipts of no unit, receipts of no group,
+and that groups were made of the same images, by the checksums in their receipts.
 `deep` reads everything besides: each chunk against its receipt and against the checksum beside it, which other programs
 check, and each number of a floating-point array for NaN and infinity.
 
@@ -37,6 +38,7 @@ from storage.layout import (
 from storage.reader import Store, open_store
 from storage.receipts import Receipt, check_metadata, scan
 from storage.roots import Root, open_root
+from storage.samples import Group, disagreements
 from storage.shard import parse_shard_index
 
 AHEAD_PER_WORKER = 4
@@ -65,6 +67,7 @@ def verify(
         return
     yield from _store_faults(store)
     wanted = groups if groups is not None else store.groups()
+    whole: dict[str, Group] = {}
     if groups is None:
         yield from _vanished_groups(store.root, wanted)
     for path in wanted:
@@ -75,10 +78,12 @@ def verify(
                 raise
             yield str(error)
             continue
+        whole[path] = (layout, attributes["identity_digest"])
         yield from _stray_files(store.root, layout)
         units = scan(store.root, layout, attributes["identity_digest"])
         n_processes = min(n_workers or os.cpu_count() or 1, layout.store.n_units) if deep else 1
         yield from _each_unit(partial(unit_faults, store.root, layout, deep), units, n_processes, progress)
+    yield from disagreements(store.root, {**whole, **(_other_groups(store, wanted) if groups is not None else {})})
 
 
 def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: Unit) -> tuple[int, list[str]]:
@@ -136,6 +141,18 @@ def _store_faults(store: Store) -> Iterator[str]:
     yield from faults
     if not faults and (n := len(store.classes.labels)) != store.n_rows:
         yield f"{store.root.at(INDEX_FILE)} has {n} rows, the store {store.n_rows}"
+
+
+def _other_groups(store: Store, wanted: list[str]) -> dict[str, Group]:
+    """The groups that are not looked at for themselves, those that cannot be read left out."""
+    others: dict[str, Group] = {}
+    with contextlib.suppress(StoreError):  # a server that cannot list
+        for path in store.groups():
+            if path not in wanted:
+                with contextlib.suppress(StoreError):
+                    layout, attributes = store.group_layout(path)
+                    others[path] = (layout, attributes["identity_digest"])
+    return others
 
 
 def _vanished_groups(root: Root, there: list[str]) -> Iterator[str]:

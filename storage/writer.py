@@ -8,6 +8,7 @@ time, its shards and last its receipt. Metadata is spelled by zarr-python, in me
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from storage.metadata import node_metadata, read_attributes
 from storage.receipts import (
     Failure,
     Receipt,
+    ShardRecord,
     check_metadata,
     why_not_done,
     write_metadata_receipt,
@@ -117,20 +119,33 @@ def publish_unit(
     *,
     statistics: Mapping[str, Any] | None = None,
     made: Mapping[str, Any] | None = None,
+    sample_crc32c: np.ndarray | None = None,
+    replaces: Receipt | None = None,
     fsync: bool = True,
 ) -> Receipt:
     """Publish one unit: every array's shard, then the receipt.
 
     `arrays` maps each array's name to (n, V, *row_shape), n = rows of the unit, of the layout's dtype. Rows named in
     `failed` are left empty. Publishing a unit again writes the same bytes. `statistics` and `made` are kept in the
-    receipt. `fsync=False` trusts the kernel to write back: quicker on slow disks, and after a power cut (not a crash of
-    the program) `verify --deep` is advised. Raises StoreError as `write_shard` does.
+    receipt, and so is `sample_crc32c`, uint32 (n,), of the bytes that the rows were made of. `fsync=False` trusts the
+    kernel to write back: quicker on slow disks, and after a power cut (not a crash of the program) `verify --deep` is
+    advised. Raises StoreError as `write_shard` does.
+
+    `replaces` is the receipt of a unit that is done again, with other rows. It is taken back first (a receipt without
+    shards, which is not done), so that it never speaks of the new bytes, and what is on record of it (its run, when,
+    and the rows that had failed) goes into the new one.
     """
     root = open_root(where)
     rows = layout.store.unit_rows(unit)
     assert all(failure.row in rows for failure in failed), (unit, failed)
     present = np.ones(len(rows), dtype=bool)
     present[[failure.row - rows.start for failure in failed]] = False
+    record: dict[str, Any] = {}
+    if replaces is not None:
+        if replaces.shards:
+            write_receipt(root, layout, dataclasses.replace(replaces, shards=()), run_id, fsync=fsync)
+        before = {name: replaces.made[name] for name in ("run", "finished_unix_s") if name in replaces.made}
+        record = {"replaces": {**before, "failed": [failure.row for failure in replaces.failed]}}
     start_s = time.perf_counter()
     shards = tuple(
         write_shard(
@@ -146,7 +161,8 @@ def publish_unit(
         failed=tuple(sorted(failed, key=lambda failure: failure.row)),
         timings_s={**timings_s, "publish": round(time.perf_counter() - start_s, 4)},
         statistics=dict(statistics or {}),
-        made={"run": run_id, "finished_unix_s": round(time.time(), 3), **(made or {})},
+        made={"run": run_id, "finished_unix_s": round(time.time(), 3), **(made or {}), **record},
+        sample_crc32c="" if sample_crc32c is None else ShardRecord.pack(sample_crc32c),
     )
     reason = why_not_done(root, layout, unit, digest, receipt, None)
     if reason is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from storage import CacheConfig, GroupReader, Store, UserError, open_store
 from storage.codec import Int8Codec, codec_of
 from storage.order import ValidRows
+from storage.samples import REDO
 from storage.shard_files import raise_open_file_limit
 from trainer.config import TrainConfig
 from trainer.models.transformer import Geometry
@@ -76,8 +77,8 @@ def open_data(config: TrainConfig) -> TrainingData:
     failed = np.unique(np.concatenate([group.failed_rows for group in groups.values()]))
     if len(failed) and config.data.failed_rows == "refuse":
         raise UserError(
-            f"{len(failed)} samples of {store.root} could not be decoded (first row {failed[0]}); mend and precompute "
-            "them, or pass --data.failed-rows leave-out"
+            f"{len(failed)} samples of {store.root} could not be decoded (first row {failed[0]}); {REDO}, or pass "
+            "--data.failed-rows leave-out"
         )
     labels = store.classes.labels
     if labels.min() < 0:

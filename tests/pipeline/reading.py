@@ -29,7 +29,7 @@ def decode_all(source: Source, listing: Listing, unit_rows: int = 23) -> np.ndar
     for start in range(0, len(listing.index), unit_rows):
         samples = listing.index.slice(range(start, min(start + unit_rows, len(listing.index))))
         sent = pickle.loads(pickle.dumps(source))
-        images, (failures, _) = decode_unit(sent, start, samples.keys, samples.locations, RESOLUTION)
+        images, (failures, *_) = decode_unit(sent, start, samples.keys, samples.locations, RESOLUTION)
         assert not failures
         units.append(images)
     return np.concatenate(units)

@@ -48,7 +48,7 @@ def test_the_example_of_a_source_works(
     assert listing.index.labels.tolist() == [0, 1, 1, 0, 2, 2, 2]
     assert listing.index.class_names == ["cat", "dog", "fish"]
     assert listing.left_out == ("notes.md",)
-    decoded, (failures, _) = decode_unit(source, 0, listing.index.keys, listing.index.locations, 40)
+    decoded, (failures, *_) = decode_unit(source, 0, listing.index.keys, listing.index.locations, 40)
     assert not failures
     np.testing.assert_array_equal(decoded, images)
     reopened = sources.open_source(**{"data": source.provenance()["path"], "kind": source.provenance()["kind"]})

@@ -37,7 +37,7 @@ def test_a_file_that_is_gone_fails_alone_and_a_folder_that_is_gone_fails_the_uni
     source = open_source(data)
     index = source.listing().index
     (tmp_path / "tree" / index.keys[4]).unlink()
-    images, (failures, _) = decode_unit(source, 100, index.keys[:20], index.locations[:20], RESOLUTION)
+    images, (failures, *_) = decode_unit(source, 100, index.keys[:20], index.locations[:20], RESOLUTION)
     reason = "cannot be read: No such file or directory"
     assert [(f.row, f.key, f.reason) for f in failures] == [
         (100, "n00000000/dangling.png", reason),

@@ -58,7 +58,8 @@ def partly(root: Path, units: range, marks: dict[int, str] | None = None) -> Non
             encoder.encode_and_publish(
                 images, Block(unit=unit, failures=failures, timings_s={}, paths=(LATENTS, FEATURES)), time.time()
             )
-        write_failures(plan.root, [g.layout for g in plan.groups], plan.digests, plan.index, staging.run_id)
+        groups = [(group.layout, plan.digests[group.layout.path]) for group in plan.groups]
+        write_failures(plan.root, groups, plan.index, staging.run_id)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +188,7 @@ def test_several_groups_have_a_picture_each(tmp_path: Path, capsys: pytest.Captu
             encoder = UnitEncoder(plan.root, plan.groups, plan.digests, 8, 1, staging.run_id)
             from pipeline.decode import decode_unit
 
-            images, (failures, timings_s) = decode_unit(source, 0, index.keys, index.locations, 128)
+            images, (failures, timings_s, _) = decode_unit(source, 0, index.keys, index.locations, 128)
             encoder.encode_and_publish(
                 images, Block(unit=0, failures=failures, timings_s=timings_s, paths=plan.missing[0]), time.time()
             )

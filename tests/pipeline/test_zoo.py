@@ -68,7 +68,7 @@ def test_cut_anywhere_it_fails_or_is_the_whole_picture(name: str) -> None:
 def test_a_unit_of_the_whole_zoo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = open_source(write_image_folder(tmp_path / "zoo", SAMPLES))
     index = source.listing().index
-    images, (failures, _) = decode_unit(source, 1000, index.keys, index.locations, RESOLUTION)
+    images, (failures, *_) = decode_unit(source, 1000, index.keys, index.locations, RESOLUTION)
     assert images.shape == (len(ZOO), RESOLUTION, RESOLUTION, 3)
     failed = {failure.row - 1000: failure for failure in failures}
     assert len(index) - len(failed) == len(GOOD)
