@@ -17,9 +17,14 @@ from PIL import Image
 
 from pipeline.decode import to_rgb
 from pipeline.sources import KINDS, open_source
+from pipeline.sources.protocol import Sample, Unreadable
 from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
+from storage.boundary import shown
 from storage.codec import codec_of, decode
+from storage.layout import GroupLayout
+from storage.receipts import read_receipt
+from storage.samples import sample_crc32c, stored_samples
 
 GAP = 2  # pixels between pictures
 DECODE_BATCH = 8  # images; the decoder of a large VAE would need tens of gigabytes for a long row of them
@@ -71,21 +76,65 @@ def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> 
 
 
 def open_originals(store: Store) -> Callable[[np.ndarray], np.ndarray]:
-    """Rows (n,) → centre crops of their images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
+    """Rows (n,) → centre crops of their images, uint8 (n, R, R, 3), read from the source again.
+
+    Where they lie is listed again when one is not what its row was made of: a container that was packed again has them
+    elsewhere. Raises UserError when it is not there either.
+    """
     recorded = store.attributes["source"]
     if recorded.get("kind") not in KINDS:
         raise UserError(f"store {store.root} was not made of images, but imported; name their folder instead")
     source = open_source(recorded["path"], recorded["kind"])
-    locations = store.index.locations
+    locations, keys = store.index.locations, store.index.keys
+    made_of = MadeOf(store)
+    listed_again = False
 
     def read(rows: np.ndarray) -> np.ndarray:
-        samples = source.read_many([locations[row] for row in rows])
+        nonlocal locations, listed_again
+        samples = list(source.read_many([locations[row] for row in rows]))
+        if not listed_again and any(made_of.differs(row, sample) for row, sample in zip(rows, samples, strict=True)):
+            listed_again = True
+            index = source.listing().index
+            if index.digest() == store.attributes["index_digest"]:
+                locations = index.locations
+                samples = list(source.read_many([locations[row] for row in rows]))
+        for row, sample in zip(rows, samples, strict=True):
+            if made_of.differs(row, sample):
+                raise UserError(
+                    f"{shown(keys[row])} in {recorded['path']} is another image than row {row} was made of; restore it"
+                )
         try:
             return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
         except DecodeError as error:
             raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
 
     return read
+
+
+class MadeOf:
+    """Which bytes a store's rows were made of, by the receipts of its groups; 4 bytes a row of the units asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._units: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def differs(self, row: int, sample: Sample) -> bool:
+        """Whether a sample is known not to be what the row was made of."""
+        unit, i = divmod(int(row), self._store.layout.shard_rows)
+        if unit not in self._units:
+            self._units[unit] = self._look_up(unit)
+        crcs, known = self._units[unit]
+        return bool(known[i]) and (isinstance(sample, Unreadable) or sample_crc32c(sample) != crcs[i])
+
+    def _look_up(self, unit: int) -> tuple[np.ndarray, np.ndarray]:
+        n_rows = len(self._store.layout.unit_rows(unit))
+        crcs, known = np.zeros(n_rows, dtype=np.uint32), np.zeros(n_rows, dtype=bool)
+        for path in self._store.groups():
+            receipt = read_receipt(self._store.root, GroupLayout(path=path, arrays=()), unit)
+            if receipt is not None:
+                theirs, stored = stored_samples(receipt)
+                crcs, known = np.where(stored & ~known, theirs, crcs), known | stored
+        return crcs, known
 
 
 def find_decoder(group: GroupReader, vae: str) -> Path:

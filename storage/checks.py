@@ -46,11 +46,14 @@ class ChunkChecks:
         # One bit a chunk, all shards; the kernel gives memory to the pages that are touched.
         self._seen = np.zeros((layout.store.n_units, (layout.n_shard_chunks + 7) // 8), dtype=np.uint8)
         self.n_unseen = layout.shape[0] * layout.shape[1]
+        self.each_time: set[int] = set()  # units that are checked at every read, unless never
         self._lock = threading.Lock()
 
     def needed(self, units: np.ndarray, slots: np.ndarray) -> Check | None:
         """What checks a read of these chunks; None when nothing is left to check."""
-        if self._policy == "never" or (self._policy == "first" and self._all_seen(units, slots)):
+        if self._policy == "never":
+            return None
+        if self._policy == "first" and self._all_seen(units, slots) and self.each_time.isdisjoint(units.tolist()):
             return None
         return self._check
 
@@ -62,7 +65,7 @@ class ChunkChecks:
 
     def _check(self, read: Read) -> None:
         seen = self._seen[read.unit]
-        once = self._policy == "first"
+        once = self._policy == "first" and read.unit not in self.each_time
         crcs = None if self.crcs is None else self.crcs(read.unit)
         for i, slot in enumerate(read.slots):
             if once and seen[slot >> 3] >> (slot & 7) & 1:

@@ -297,6 +297,8 @@ class ArrayReader:
             self._state[unit] = REGULAR
             return
         self._keep(unit, index)
+        if not self._files.by_bytes:  # an object may be replaced between two reads, when what failed in it is mended
+            self._checks.each_time.add(unit)
         self._state[unit] = IRREGULAR
 
     def _index(self, unit: int) -> np.ndarray:

@@ -132,6 +132,7 @@ class LocalFiles:
         self._lock = threading.Lock()
         self._open: OrderedDict[int, int] = OrderedDict()  # unit → file descriptor, least recently used first
         self._pins: dict[int, int] = {}
+        self._written = np.zeros(layout.store.n_units, dtype=np.int64)  # which file it was when it was opened first
         self._max_open = 0  # looked at anew with every file that is opened
         self._closed = False
         self._pid = os.getpid()
@@ -273,17 +274,25 @@ class LocalFiles:
             _make_room(_share())
         try:
             try:
-                return os.open(path, flags)
+                fd = os.open(path, flags)
             except OSError as error:
                 if error.errno != errno.EMFILE:
                     raise
                 _ran_out_at = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                 _make_room(0)
-                return os.open(path, flags)
+                fd = os.open(path, flags)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise cannot_open(f"shard {path}", error) from error
+        status = os.fstat(fd)
+        # Where its chunks lie, and which have been checked, is known of the file that was opened first.
+        written = hash((status.st_ino, status.st_size, status.st_mtime_ns)) or 1
+        if self._written[unit] not in (0, written):
+            os.close(fd)
+            raise StoreError(f"shard {path} was written again while it was read; open the store again")
+        self._written[unit] = written
+        return fd
 
     def _release(self, unit: int) -> None:
         with self._lock:
