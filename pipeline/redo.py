@@ -125,7 +125,7 @@ def changed_images(root: Root, source: Source, index: Index, done: Done) -> tupl
         return [], ""
     paths = sorted({done.stored[row][0] for row in rows})
     return rows, (
-        f"{len(rows)} of {len(index)} images have another size than when {', '.join(paths)} was made of them: "
+        f"{len(rows)} of {len(index)} images are others than {', '.join(paths)} was made of, by their sizes: "
         f"{name_rows(root, rows)}"
     )
 
