@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from storage.receipts import read_receipt
 from storage.samples import sample_crc32c
 from storage.verify import verify
 from tests.pipeline.containers import Labelled, write_parquet, write_zip
-from tests.pipeline.in_process import Precompute, precompute
+from tests.pipeline.in_process import OPTIONS, Precompute, precompute
 from tests.storage.test_store import array_files
 
 __all__ = ["precompute"]  # the fixture
@@ -300,6 +302,40 @@ def test_the_limit_holds_however_often_a_run_is_repeated(
     said = precompute(root / "data", root / "s", "--max-failures", "0")
     assert '"images_failed": 0' in said
     assert not list(verify(root / "s"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_command_itself_on_ray(data: Path, tmp_path: Path) -> None:
+    """Over the limit twice, mended, and other images for a second encoder: real processes, real encoders."""
+    broken = list(range(12))
+    write(data, dict.fromkeys(broken, BROKEN))
+
+    def command(*more: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "pipeline", "precompute", "--data", str(data), "--store", str(tmp_path / "s")]
+        line += ["--shard-rows", "16", *OPTIONS, *more]
+        return subprocess.run(line, capture_output=True, text=True, timeout=300)
+
+    for _ in range(2):
+        done = command("--features", "none")
+        assert done.returncode == 2, done.stderr
+        assert "12 of 16 images cannot be decoded, 10 are allowed" in done.stderr
+    write(data, whole())
+    done = command("--features", "none")
+    assert done.returncode == 0, done.stderr
+    assert failed(tmp_path / "s") == []
+    write(data, {3: picture(30)})
+    done = command()
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"1 of 16 images are others than {LATENTS} was made of" in last  # its size is not the broken one's
+    write(data, {3: picture(3), 13: picture(130)})
+    done = command()
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "1 of 16 images of unit 0 are others than" in last
+    assert "row 13 (class1/13.bmp); put the images back" in last
+    assert not list(verify(tmp_path / "s"))
 
 
 def test_info_verify_and_diff_say_what_rows_were_made_of(
