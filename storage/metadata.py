@@ -28,6 +28,7 @@ from storage.roots import Root
 from storage.schema import MAX_SAMPLE_BYTES, ArrayNode, GroupNode, IdentityFields
 
 T = TypeVar("T")
+NUMBERS = ("moments", "patches", "cls", "scale")  # arrays whose numbers are computed with
 RESTORE = "restore it, or use another copy of the store"
 
 
@@ -103,6 +104,12 @@ def check_identity(layout: GroupLayout, identity: Mapping[str, Any], where: str)
         shapes["scale"] = (*tokens, codec.n_groups(width))
         if "scale" not in arrays:
             raise StoreError(f"{where} has quantised patches and no scale; {RESTORE}")
+    for array in layout.arrays:
+        quantised = codec is not None and array.name == "patches"
+        if array.name in NUMBERS and not np.dtype(array.dtype).kind == ("i" if quantised else "f"):
+            raise StoreError(
+                f"{where}/{array.name} holds {array.dtype}, which its identity does not describe; {RESTORE}"
+            )
     for name in arrays.keys() & shapes.keys():
         if arrays[name] != shapes[name]:
             raise StoreError(

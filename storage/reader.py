@@ -14,12 +14,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import zarr
 
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
 from storage.errors import StoreError
-from storage.foreign import ZarrArrayReader
+from storage.foreign import ZarrArrayReader, open_foreign
 from storage.gather import ArrayReader, EmptyRows
 from storage.identity import identity_digest, require_same
 from storage.index import Classes, Index, count_rows, read_classes, read_index
@@ -43,6 +42,7 @@ DEFAULT_THREADS = min(8, os.cpu_count() or 1)
 RowReader = ArrayReader | ZarrArrayReader
 VIEWS = ("original", "hflip")
 FEW_ROWS = 1 << 16
+MAX_SHARDS, MAX_SHARD_CHUNKS = 1 << 27, 1 << 25  # of an array without receipts
 REMOTE_THREADS = 32  # they wait for answers, not for the processor
 
 
@@ -173,7 +173,7 @@ class Store:
             arrays=tuple(read_array_layout(self.root, f"{path}/{name}", self.layout) for name in names),
         )
         check_identity(layout, about.identity, where)
-        return layout, attributes
+        return layout, {**attributes, "provenance": dict(about.provenance)}
 
     def group(
         self,
@@ -282,10 +282,7 @@ def open_array(
     """
     parent, _, name = absolute(where).rpartition("/")
     root = open_root(parent)
-    try:
-        array = zarr.open_array(root.zarr_store(), path=name, mode="r")
-    except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
-        raise StoreError(f"{root.at(name)} is not a Zarr array; name the folder that holds its zarr.json") from error
+    array = open_foreign(root, name)
     if len(array.shape) < 3 or 0 in array.shape:
         raise StoreError(f"{root.at(name)} has shape {array.shape}; samples lie as (rows, views, axes of a sample…)")
     n_views = array.shape[1]
@@ -293,6 +290,8 @@ def open_array(
         # Names of views and the resolution are a store's matter; the geometry of an array does not depend on them.
         store = StoreLayout(n_rows=array.shape[0], views=VIEWS[:n_views], resolution=8, shard_rows=array.shards[0])
         layout = ArrayLayout(name=name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=store)
+        if store.n_units > MAX_SHARDS or layout.n_shard_chunks > MAX_SHARD_CHUNKS:
+            raise StoreError(f"{root.at(name)} says that it has {store.n_units} shards of {store.shard_rows} rows")
         if reads_as_ours(array, layout):
             return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
     return ZarrArrayReader(array, root.at(name))

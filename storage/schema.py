@@ -99,7 +99,7 @@ class IdentityFields:
     posterior: bool = True
     latent_channels: Size | None = None
     latent_size: tuple[Size, Size] | None = None
-    latent_scale_factor: FiniteFloat | None = None
+    latent_scale_factor: Annotated[FiniteFloat, Field(gt=0)] | None = None
     latent_shift_factor: FiniteFloat | None = None
     token_grid: tuple[Size, Size] | None = None
     width: Size | None = None
