@@ -102,8 +102,8 @@ def find_decoder(group: GroupReader, vae: str) -> Path:
         with contextlib.suppress(UserError):
             return find_directory(name, None)
     raise UserError(
-        f"{group.path}: no VAE to decode with{' at ' if names else ''}{' or '.join(names)}; pass --vae with a diffusers "
-        "directory"
+        f"{group.path}: no VAE to decode with at {' or '.join(names) or 'any place it names'}; pass --vae with a "
+        "diffusers directory"
     )
 
 

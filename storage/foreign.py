@@ -22,7 +22,6 @@ from storage.roots import Root
 from storage.schema import MAX_ROWS, MAX_SAMPLE_BYTES
 from storage.shown import shown
 
-
 MAX_CHUNK_BYTES = 1 << 30
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 RUNS_CODE = ("pickle",)  # numcodecs' codecs that would run what a chunk tells them to

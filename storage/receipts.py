@@ -172,8 +172,11 @@ def check_metadata(root: Root, key: str, *, only: str = "") -> tuple[list[str], 
         if only not in ("", name):
             continue
         try:
-            with root.open(name) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if name == INDEX_FILE:
+                with root.open(name) as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                found = sha256(root.read(name))
             if found != digest:
                 faults.append(f"{root.at(name)} was edited since it was written: its SHA-256 is not its receipt's")
         except FileNotFoundError:

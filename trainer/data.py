@@ -14,7 +14,6 @@ from storage.shard_files import raise_open_file_limit
 from trainer.config import TrainConfig
 from trainer.models.transformer import Geometry
 
-
 MAX_CLASSES, CLASSES_A_SAMPLE = 1 << 16, 4  # more than either are not believed of a store
 
 
@@ -137,8 +136,8 @@ def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
         raise UserError(f"--model.classes {n_classes} is fewer than the store's {len(data.class_names)} classes")
     if not config.model.classes and n_classes > max(MAX_CLASSES, CLASSES_A_SAMPLE * data.n_samples):
         raise UserError(
-            f"{data.store.root} has labels up to {n_classes - 1} and {data.n_samples} samples; number the classes from 0 "
-            f"and precompute again, or pass --model.classes {n_classes} for an embedding of so many"
+            f"{data.store.root} has labels up to {n_classes - 1} and {data.n_samples} samples; number the classes from "
+            f"0 and precompute again, or pass --model.classes {n_classes} for an embedding of so many"
         )
     side = height // config.model.patch
     for features in data.features:

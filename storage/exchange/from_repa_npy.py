@@ -27,7 +27,6 @@ from storage.exchange.incoming import (
     whole_labels,
 )
 
-
 MAX_DATASET_JSON_BYTES = 1 << 30  # 800 bytes an image of ImageNet
 
 
