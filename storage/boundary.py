@@ -51,13 +51,14 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) 
     """The whole of a regular file of at most `max_bytes`. Raises FileNotFoundError, StoreError, OSError."""
     fd = open_regular(path)
     try:
-        raw = os.read(fd, min(os.fstat(fd).st_size, max_bytes) + 1)
-        while len(raw) <= max_bytes and (more := os.read(fd, min(CHUNK, max_bytes + 1 - len(raw)))):
+        size = os.fstat(fd).st_size
+        raw = os.read(fd, size + 1) if size <= max_bytes else b""
+        while raw and len(raw) <= max_bytes and (more := os.read(fd, min(CHUNK, max_bytes + 1 - len(raw)))):
             raw += more  # a file of /proc says that it has no bytes
     finally:
         os.close(fd)
-    if len(raw) > max_bytes:
-        raise StoreError(f"{shown(os.fspath(path))} has more than {max_bytes:,} bytes, too many for what it should be")
+    if max(size, len(raw)) > max_bytes:
+        raise StoreError(f"{os.fspath(path)} has more than {max_bytes:,} bytes, too many for what it should be")
     return raw
 
 

@@ -124,7 +124,7 @@ def whole_labels(values: Any, where: Path) -> list[int]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
         wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.rint(numbers))))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: labels must be whole numbers ({error})") from error
     if len(wrong):
         raise UserError(f"{where}: labels must be whole numbers, got {values[int(wrong[0])]}")
