@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import PrecomputeConfig
-from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
+from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command, say
 from storage.errors import UserError
 from storage.roots import absolute
 
@@ -159,13 +159,13 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.status import status
 
         for line in status(args["store"]):
-            print(line)
+            say(line)
         return EXIT_OK
     if command == "preview":
         from pipeline.preview import write_preview
 
         for picture in write_preview(args["store"], args["out"], n_images=args["images"], vae=args["vae"]):
-            print(f"{picture.path}  {picture.caption}")
+            say(f"{picture.path}  {picture.caption}")
         return EXIT_OK
     from pipeline.demo import demo_config, run_demo
 

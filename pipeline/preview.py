@@ -81,8 +81,8 @@ def open_originals(store: Store) -> Callable[[np.ndarray], np.ndarray]:
     Where they lie is listed again when one is not what its row was made of: a container that was packed again has them
     elsewhere. Raises UserError when it is not there either.
     """
-    recorded = store.attributes["source"]
-    if recorded.get("kind") not in KINDS:
+    recorded = store.attributes.get("source", {})
+    if recorded.get("kind") not in KINDS or "path" not in recorded:
         raise UserError(f"store {store.root} was not made of images, but imported; name their folder instead")
     source = open_source(recorded["path"], recorded["kind"])
     locations, keys = store.index.locations, store.index.keys
@@ -145,12 +145,14 @@ def find_decoder(group: GroupReader, vae: str) -> Path:
     from pipeline.encoders.vae import find_directory
 
     provenance = group.attributes["provenance"]
-    names = [vae] if vae else list(dict.fromkeys([provenance["decoder"], provenance["weights"]]))
+    recorded = [provenance[name] for name in ("decoder", "weights") if name in provenance]
+    names = [vae] if vae else list(dict.fromkeys(recorded))
     for name in names:
         with contextlib.suppress(UserError):
             return find_directory(name, None)
     raise UserError(
-        f"{group.path}: no VAE to decode with at {' or '.join(names)}; pass --vae with a diffusers directory"
+        f"{group.path}: no VAE to decode with at {' or '.join(names) or 'any place it names'}; pass --vae with a "
+        "diffusers directory"
     )
 
 
@@ -160,6 +162,7 @@ def decode_means(group: GroupReader, rows: np.ndarray, decoder: Path) -> np.ndar
 
     from pipeline.encoders.vae import VAE
 
+    group.require("latent_channels", arrays=["moments"])
     means = gather(group["moments"], rows)[:, : group.identity["latent_channels"]]
     vae = VAE(decoder, torch.device("cpu"))
     return np.concatenate([vae.decode(means[i : i + DECODE_BATCH]) for i in range(0, len(means), DECODE_BATCH)])
@@ -167,7 +170,10 @@ def decode_means(group: GroupReader, rows: np.ndarray, decoder: Path) -> np.ndar
 
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:
     """First three principal components over all patch tokens of the rows, each stretched to 0–255; (n, R, R, 3)."""
+    group.require("token_grid")
     tokens = gather_features(group, rows)
+    if not np.isfinite(tokens).all():
+        raise UserError(f"{group.path} holds NaN or infinity; `python -m storage verify --deep` names the rows")
     n, _, width = tokens.shape
     centred = tokens.reshape(-1, width) - tokens.reshape(-1, width).mean(axis=0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)

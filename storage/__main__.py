@@ -10,9 +10,10 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from storage import exchange
-from storage.console import EXIT_FAILED, EXIT_OK, Parser, progress_bar, run_command
+from storage.console import EXIT_FAILED, EXIT_OK, Parser, progress_bar, run_command, say
 from storage.diff import diff_groups, diff_stores
 from storage.errors import StoreError
 from storage.layout import GROUP_KINDS, METADATA
@@ -20,6 +21,7 @@ from storage.reader import Store, open_store
 from storage.receipts import Failure, scan
 from storage.roots import Root, absolute, open_root
 from storage.samples import REDO
+from storage.shown import shown
 from storage.statistics import describe, group_sums
 from storage.verify import verify
 
@@ -38,7 +40,7 @@ def list_stores(where: str) -> int:
         except StoreError as error:
             if not name:
                 raise
-            print(error)
+            say(str(error))
     if not n_found:
         open_store(where)  # says what is wrong with it
         raise StoreError(f"{where} holds no store")
@@ -47,12 +49,12 @@ def list_stores(where: str) -> int:
 
 def list_groups(store: Store) -> None:
     """Print one line a group."""
-    print(f"{store.root}: {store.n_rows} rows, views {', '.join(store.layout.views)}, {store.resolution} px")
+    say(f"{store.root}: {store.n_rows} rows, views {', '.join(store.layout.views)}, {store.resolution} px")
     for path in store.groups():
         try:
             layout, attributes = store.group_layout(path)
         except StoreError as error:
-            print(f"  {path}  {error}")
+            say(f"  {path}  {error}")
             continue
         n_done = n_bytes = 0
         for _, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
@@ -61,25 +63,23 @@ def list_groups(store: Store) -> None:
                 n_bytes += sum(shard.nbytes for shard in receipt.shards)
         arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.shape))} {a.dtype.lstrip('<|')}" for a in layout.arrays)
         identity = attributes["identity"]
-        codec = identity.get("codec", {}).get("name", identity.get("dtype", "?"))
+        codec = (identity.get("codec") or {}).get("name", identity.get("dtype") or "?")
         state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
-        print(f"  {path}  {identity.get('encoder', '?')}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
+        say(f"  {path}  {identity.get('encoder') or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
 
 
 def describe_store(store: Store) -> None:
     """Print what all groups share: samples, views, resolution, where the images came from."""
-    print(store.root)
-    print("store", json.dumps(store.attributes, indent=2, sort_keys=True), sep="\n")
-    print(f"groups {', '.join(store.groups()) or 'none yet'}")
+    say(str(store.root), "store", *_json(store.attributes), f"groups {', '.join(store.groups()) or 'none yet'}")
 
 
 def describe_group(store: Store, path: str) -> None:
     """Print identity, provenance, failed samples and where the time went."""
     layout, attributes = store.group_layout(path)
-    print(store.root.at(path))
+    say(store.root.at(path))
     for heading in ("identity", "provenance"):
-        print(heading, json.dumps(attributes.get(heading, {}), indent=2, sort_keys=True), sep="\n")
-    print(f"identity digest {attributes['identity_digest']}")
+        say(heading, *_json(attributes.get(heading, {})))
+    say(f"identity digest {attributes['identity_digest']}")
     timings_s: dict[str, float] = {}
     failures: list[Failure] = []
     undone = []
@@ -93,25 +93,23 @@ def describe_group(store: Store, path: str) -> None:
         failures += receipt.failed
         for stage, seconds in receipt.timings_s.items():
             timings_s[stage] = timings_s.get(stage, 0.0) + seconds
-    print("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
+    say("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
     sums, without = group_sums(store.root, layout, attributes["identity_digest"])
     if without:
-        print(f"statistics are of the other units: {without} were written without")
-    print(*describe(sums, attributes["identity"]), sep="\n")
+        say(f"statistics are of the other units: {without} were written without")
+    say(*describe(sums, attributes["identity"]))
     n_units = layout.store.n_units
     if n_of_unknown:
-        print(
+        say(
             f"{n_of_unknown} units have no checksums of their images (imported, or older than these): whether their "
             "rows are of the same images as those of other groups is not known"
         )
     if n_redone:
-        print(f"{n_redone} units were done again after images that had failed were mended")
-    print(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone), sep="\n  ")
-    print(
-        f"samples failed {len(failures)}", *_shown([f"row {f.row} {f.key}: {f.reason}" for f in failures]), sep="\n  "
-    )
+        say(f"{n_redone} units were done again after images that had failed were mended")
+    say(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone))
+    say(f"samples failed {len(failures)}", *_shown([f"row {f.row} {f.key}: {f.reason}" for f in failures]))
     if failures:
-        print(f"  {REDO}")
+        say(f"  {REDO}")
 
 
 def verify_store(where: str, deep: bool) -> int:
@@ -129,9 +127,9 @@ def verify_store(where: str, deep: bool) -> int:
         for fault in verify(root, groups=groups, deep=deep, progress=bar.update):
             n_faults += 1
             bar.clear()
-            print(fault, flush=True)
+            say(fault, flush=True)
     what = "every byte read" if deep else "structure, receipts and shard indexes; --deep reads every byte"
-    print(f"{where}: {n_faults or 'no'} fault{'' if n_faults == 1 else 's'} ({what})")
+    say(f"{where}: {n_faults or 'no'} fault{'' if n_faults == 1 else 's'} ({what})")
     return EXIT_FAILED if n_faults else EXIT_OK
 
 
@@ -144,9 +142,9 @@ def diff(a: str, b: str) -> int:
     equal = True
     for line in lines:
         equal = False
-        print(line)
+        say(line)
     if equal:
-        print("no difference in samples, identities or rows")
+        say("no difference in samples, identities or rows")
     return EXIT_OK if equal else EXIT_FAILED
 
 
@@ -166,7 +164,7 @@ def _stores_below(root: Root, prefix: str, levels: int) -> Iterator[str]:
     try:
         names = root.children(prefix) if root.path is not None or levels < LEVELS or _lists(root) else [METADATA]
     except PermissionError:  # lost+found, another user's folder
-        print(f"{root.at(prefix)} cannot be read and is left out", file=sys.stderr)
+        print(f"{shown(root.at(prefix))} cannot be read and is left out", file=sys.stderr)
         return
     if METADATA in names:
         yield prefix
@@ -185,7 +183,14 @@ def _lists(root: Root) -> bool:
 
 
 def _shown(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"… and {len(lines) - SHOWN} more"]
+    """The first of them, indented."""
+    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [f"  {line}" for line in [*lines[:SHOWN], *more]]
+
+
+def _json(value: Any) -> list[str]:
+    """JSON in ASCII, a line each."""
+    return json.dumps(value, indent=2, sort_keys=True).split("\n")
 
 
 def main(argv: Sequence[str]) -> int:

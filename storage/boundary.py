@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import stat
-import unicodedata
 from collections.abc import Hashable
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -21,11 +20,14 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from storage.errors import StoreError
+from storage.shown import OBEYED, shown
+
+__all__ = ["OBEYED", "checked", "not_regular", "open_regular", "parse_json", "read_regular", "shown"]
 
 T = TypeVar("T")
 MAX_JSON_BYTES = 64 << 20  # no file of ours is larger: a receipt of 100,000 rows has 2 MB
+CHUNK = 1 << 20  # bytes at once of a file that has more than it says
 SHOWN = 60  # characters of a value that a message repeats
-OBEYED = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories: controls, formats (bidi), line breaks
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -36,17 +38,27 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise StoreError(f"{shown(os.fspath(path))} is not a regular file (a folder, pipe or device); restore the file")
+        raise not_regular(path)
     return fd
+
+
+def not_regular(path: str | os.PathLike[str]) -> StoreError:
+    """The error for what lies in the place of a file."""
+    return StoreError(f"{os.fspath(path)} is not a regular file (a folder, pipe or device); restore the file")
 
 
 def read_regular(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """The whole of a regular file of at most `max_bytes`. Raises FileNotFoundError, StoreError, OSError."""
     fd = open_regular(path)
-    with os.fdopen(fd, "rb") as file:
-        raw = file.read(max_bytes + 1)  # not the size it says: a file of /proc says 0
-    if len(raw) > max_bytes:
-        raise StoreError(f"{shown(os.fspath(path))} has more than {max_bytes:,} bytes, too many for what it should be")
+    try:
+        size = os.fstat(fd).st_size
+        raw = os.read(fd, size + 1) if size <= max_bytes else b""
+        while raw and len(raw) <= max_bytes and (more := os.read(fd, min(CHUNK, max_bytes + 1 - len(raw)))):
+            raw += more  # a file of /proc says that it has no bytes
+    finally:
+        os.close(fd)
+    if max(size, len(raw)) > max_bytes:
+        raise StoreError(f"{os.fspath(path)} has more than {max_bytes:,} bytes, too many for what it should be")
     return raw
 
 
@@ -69,17 +81,6 @@ def checked(kind: type[T], value: Any, where: str, fix: str) -> T:
         return _adapter(cast(Hashable, kind)).validate_python(value)
     except ValidationError as error:
         raise StoreError(f"{shown(where)} is damaged ({_first(error)}); {fix}") from None
-
-
-def shown(text: str) -> str:
-    """Text as it may reach a terminal: control, bidirectional and line-breaking characters spelled as escapes."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_escape(c) if unicodedata.category(c) in OBEYED else c for c in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 @cache

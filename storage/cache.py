@@ -13,8 +13,10 @@ and nothing else.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from crc32c import crc32c
 
-from storage.errors import UserError
+from storage.boundary import open_regular
+from storage.errors import StoreError, UserError
 from storage.layout import GroupLayout
 
 if TYPE_CHECKING:
@@ -56,13 +59,13 @@ class DiskCache:
     def fill(self, array: str, read: Read, crcs: np.ndarray) -> bool:
         """Fill the read's buffers; False when a chunk of it is not there whole. `crcs` uint32 (S·V,), the receipt's."""
         try:
-            fd = os.open(self.path(array, read.unit), os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_regular(self.path(array, read.unit))
             try:
                 if os.preadv(fd, read.buffers, read.offset) != read.n_bytes:
                     return False
             finally:
                 os.close(fd)
-        except OSError:  # not there yet, or a disk that fails: the remote store has it
+        except (OSError, StoreError):  # not there yet, no file, or a disk that fails: the remote store has it
             return False
         return all(crc32c(read.buffers[2 * i]) == int(crcs[slot]) for i, slot in enumerate(read.slots))
 
@@ -71,8 +74,11 @@ class DiskCache:
         path = self.path(array, read.unit)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # No link is followed and no pipe waited for: whoever made the folder shall not say what is written to.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
             try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise OSError(errno.EINVAL, "not a regular file", path)
                 os.pwritev(fd, read.buffers, read.offset)
             finally:
                 os.close(fd)

@@ -16,7 +16,7 @@ from crc32c import crc32c
 
 from storage.errors import StoreError
 from storage.layout import ArrayLayout, GroupLayout
-from storage.receipts import read_receipt
+from storage.receipts import HEAL_RECEIPT, read_receipt
 from storage.roots import Root
 from storage.shard import HEAL
 from storage.shard_files import Check, Read, cannot_open
@@ -96,4 +96,6 @@ def receipt_crcs(root: Root, group: GroupLayout, layout: ArrayLayout, unit: int)
     record = receipt.shard(layout.name) if receipt else None
     if record is None:
         raise StoreError(f"shard {shard} has no receipt to check it against; {HEAL}")
+    if not record.has_crcs(layout.n_shard_chunks):
+        raise StoreError(f"the receipt of shard {shard} is damaged (not one checksum a chunk); {HEAL_RECEIPT}")
     return record.crcs()

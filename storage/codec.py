@@ -36,6 +36,7 @@ Costs: (D + 2G) / 2D of float16's bytes, 0.508 where 128 divides D.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -43,6 +44,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
+from storage.boundary import parse_json
 from storage.errors import StoreError, UserError
 
 Q_MAX = 127
@@ -147,11 +149,15 @@ def codec_of(identity: Mapping[str, Any]) -> Int8Codec | None:
     named = identity.get("codec")
     if named is None:
         return None
-    if set(named) != {"name", "group_channels"} or named["name"] != "int8":
+    if not isinstance(named, Mapping) or set(named) != {"name", "group_channels"} or named["name"] != "int8":
         raise StoreError(
-            f"the features are in a codec that this code does not know, {named}; use the code that wrote them"
+            f"the features are in a codec that this code does not know, {_short(named)}; use the code that wrote them"
         )
-    return Int8Codec(**named)
+    return parse_json(Int8Codec, json.dumps(dict(named)), "the features' codec", "use another copy of the store")
+
+
+def _short(value: object) -> str:
+    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}…"
 
 
 def _grouped(x: np.ndarray, channels: slice, groups: slice) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from storage.errors import UserError
+from storage.shown import shown
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the work was done and something in it failed (a sample, a check)
@@ -60,7 +61,7 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
     except OSError as error:
         if error.errno is None:  # not the operating system's answer, so a fault of ours
             raise
-        print(f"{prog}: error: {error.strerror}: {error.filename or ''}", file=sys.stderr)
+        print(f"{prog}: error: {error.strerror}: {shown(_text(error.filename))}", file=sys.stderr)
         status = EXIT_USAGE
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
@@ -72,6 +73,16 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
     if status == EXIT_NOBODY_READS:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
     sys.exit(status)
+
+
+def say(*lines: str, flush: bool = False) -> None:
+    """Print lines for people: names in them, whoever chose those, cannot steer the terminal."""
+    for line in lines:
+        print(shown(line), flush=flush)
+
+
+def _text(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, str | bytes) else str(name or "")
 
 
 _interrupted = threading.Event()  # what is raised inside a callback or a finaliser is lost, the note is not
@@ -120,7 +131,7 @@ def progress_bar(
         initial=done,
         unit=unit,
         unit_scale=unit_scale,
-        desc=description,
+        desc=shown(description),
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
         smoothing=0.1,

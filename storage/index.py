@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ SCHEMA = pa.schema(
     ]
 )
 ROW_GROUP = 131072  # rows; what is decoded at once
+# What an index may claim of itself. Ours take 2 bytes a row or more, and inflate tenfold at most.
+MAGIC = b"PAR1"
+FOOTER_BYTES, MAX_FOOTER_BYTES = 64 << 10, 256 << 20
+MIN_ROWS, ROWS_A_BYTE, MAX_GROUP_ROWS = 1 << 16, 16, 1 << 27
+MIN_BYTES, INFLATES = 64 << 20, 100
+MIN_LABELS, LABELS_A_ROW = 1 << 20, 4  # labels below either: the list of class names is as long as the largest
+RESTORE = "restore it or precompute into a new root"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,31 +126,37 @@ def index_bytes(index: Index) -> bytes:
     return buffer.getvalue()
 
 
-def read_index(root: Root) -> Index:
-    """Read `index.parquet`; raises StoreError when it is absent or not an index."""
-    with _index_file(root) as file:
-        return Index(file.read(columns=SCHEMA.names).select(SCHEMA.names).cast(SCHEMA))
+def count_rows(root: Root) -> int:
+    """Rows of `index.parquet`, by its footer alone. Raises StoreError as `read_index` does."""
+    return _footer(root).num_rows
 
 
 def read_sizes(root: Root) -> np.ndarray:
     """The column `nbytes`, int64 (N,): sizes of the images when they were listed; raises as `read_index` does."""
-    with _index_file(root) as file:
-        return file.read(columns=["nbytes"])["nbytes"].to_numpy()
+    n_rows = _agreed(root, None)
+    return np.concatenate([batch["nbytes"].to_numpy() for _, batch in _batches(root, n_rows, ["nbytes"])])
 
 
-def read_classes(root: Root) -> Classes:
+def read_index(root: Root, n_rows: int | None = None) -> Index:
+    """Read `index.parquet` of a store of `n_rows` (None: of any).
+
+    Raises StoreError when it is absent, not an index, or of another number of rows.
+    """
+    batches = [batch for _, batch in _batches(root, _agreed(root, n_rows), SCHEMA.names)]
+    return Index(pa.Table.from_batches(batches, SCHEMA))
+
+
+def read_classes(root: Root, n_rows: int | None = None) -> Classes:
     """Labels and class names of `index.parquet`, decoded a row group at a time; raises StoreError as `read_index` does.
 
     From a directory it is read so, too; from an object store the file is fetched whole and held meanwhile.
     """
-    with _index_file(root) as file:
-        labels = np.empty(file.metadata.num_rows, dtype=np.int32)
-        names: dict[int, str] = {}
-        start = 0
-        for batch in file.iter_batches(batch_size=ROW_GROUP, columns=["label", "class_name"]):
-            labels[start : start + len(batch)] = batch["label"].cast(pa.int32())
-            start += len(batch)
-            names |= _label_names(pa.Table.from_batches([batch]))
+    n_rows = _agreed(root, n_rows)
+    labels = np.empty(n_rows, dtype=np.int32)
+    names: dict[int, str] = {}
+    for start, batch in _batches(root, n_rows, ["label", "class_name"]):
+        labels[start : start + len(batch)] = batch["label"].to_numpy()
+        names |= _label_names(pa.Table.from_batches([batch]))
     return Classes(labels=labels, class_names=_by_label(names))
 
 
@@ -155,17 +169,106 @@ def _by_label(names: Mapping[int, str]) -> list[str]:
     return [names.get(label, "") for label in range(max(names, default=-1) + 1)]
 
 
-@contextmanager
-def _index_file(root: Root) -> Iterator[pq.ParquetFile]:
+def _agreed(root: Root, n_rows: int | None) -> int:
+    """The rows that the footer says; raises StoreError when the store has another number, before anything is read."""
+    found = count_rows(root)
+    if n_rows not in (None, found):
+        raise StoreError(f"{root.at(INDEX_FILE)} has {found} rows, the store {n_rows}; restore both")
+    return found
+
+
+def _batches(root: Root, n_rows: int, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(first row, the columns of the rows that follow it), as SCHEMA says, at most a row group at a time.
+
+    A Parquet file of a few bytes can say a name of a megabyte a million times: names are decoded as dictionaries, and
+    spelled out once it is known how long that makes them.
+    """
     where = root.at(INDEX_FILE)
+    n_decoded, start, most_label = 0, 0, max(MIN_LABELS, LABELS_A_ROW * n_rows)
+    with _damage(root), root.open(INDEX_FILE) as raw:
+        most_bytes = _most_bytes(raw.seek(0, os.SEEK_END))
+        raw.seek(0)
+        with pq.ParquetFile(raw, read_dictionary=["key", "class_name", "location"]) as file:
+            for batch in file.iter_batches(batch_size=ROW_GROUP, columns=columns):
+                found = {}
+                for name in columns:
+                    column = batch[name]
+                    if column.null_count:
+                        raise StoreError(f"{where}: no {name} in row {start} or one after; {RESTORE}")
+                    if isinstance(column, pa.DictionaryArray):
+                        n_decoded += _decoded_bytes(column)
+                        if n_decoded > most_bytes:
+                            raise StoreError(f"{where} would take more than {most_bytes:,} bytes to read; {RESTORE}")
+                    found[name] = column.cast(SCHEMA.field(name).type)
+                if "label" in found and len(batch) and pc.max(found["label"]).as_py() >= most_label:
+                    raise StoreError(
+                        f"{where}: label {pc.max(found['label'])}, and {n_rows} rows may have labels below "
+                        f"{most_label:,}; number the classes from 0 and precompute into a new root"
+                    )
+                yield start, pa.record_batch(list(found.values()), pa.schema([SCHEMA.field(name) for name in columns]))
+                start += len(batch)
+        if start != n_rows:
+            raise StoreError(f"{where} has {start} rows, the store {n_rows}; {RESTORE}")
+
+
+def _footer(root: Root) -> pq.FileMetaData:
+    """What the Parquet file says of itself, checked before any of it is decoded."""
+    where = root.at(INDEX_FILE)
+    with _damage(root):
+        size, tail = root.tail(INDEX_FILE, FOOTER_BYTES)
+        n_footer = int.from_bytes(tail[-8:-4], "little") + 8
+        if tail[-4:] != MAGIC or n_footer > min(size, MAX_FOOTER_BYTES):
+            raise StoreError(f"{where} is not an index (no Parquet file of ours); {RESTORE}")
+        if n_footer > len(tail):
+            tail = root.tail(INDEX_FILE, n_footer)[1]
+        found = pq.read_metadata(pa.BufferReader(MAGIC + tail[-n_footer:]))
+        schema = found.schema.to_arrow_schema()
+        absent = set(SCHEMA.names) - set(schema.names)
+        if absent:
+            raise StoreError(f"{where} is not an index (no column {', '.join(sorted(absent))}); {RESTORE}")
+        for field in SCHEMA:
+            if not _may_be(schema.field(field.name).type, field.type):
+                raise StoreError(
+                    f"{where}: {field.name} is {schema.field(field.name).type}, not {field.type}; {RESTORE}"
+                )
+        groups = [found.row_group(i) for i in range(found.num_row_groups)]
+        n_bytes = sum(group.total_byte_size for group in groups)
+        most_rows = MIN_ROWS + ROWS_A_BYTE * size
+        if found.num_rows != sum(group.num_rows for group in groups) or not 0 < found.num_rows <= most_rows:
+            raise StoreError(f"{where} says that it has {found.num_rows} rows in {size:,} bytes; {RESTORE}")
+        if n_bytes > _most_bytes(size) or any(not 0 <= g.num_rows <= MAX_GROUP_ROWS for g in groups):
+            raise StoreError(f"{where} says that {size:,} bytes become {n_bytes:,}; {RESTORE}")
+    return found
+
+
+def _may_be(kind: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_dictionary(wanted):
+        wanted = wanted.value_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string(wanted):
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_integer(kind))
+
+
+def _decoded_bytes(column: pa.DictionaryArray) -> int:
+    """Bytes of a column of names when each is spelled out."""
+    lengths = pc.binary_length(column.dictionary).to_numpy(zero_copy_only=False).astype(np.int64)
+    return int(lengths[column.indices.to_numpy()].sum())
+
+
+def _most_bytes(n_file: int) -> int:
+    return MIN_BYTES + INFLATES * n_file
+
+
+@contextmanager
+def _damage(root: Root) -> Iterator[None]:
     try:
-        with root.open(INDEX_FILE) as raw, pq.ParquetFile(raw, read_dictionary=["class_name"]) as file:
-            absent = set(SCHEMA.names) - set(file.schema_arrow.names)
-            if absent:
-                raise KeyError(f"no column {', '.join(sorted(absent))}")
-            yield file
+        yield
     except FileNotFoundError:
         raise StoreError(f"{root} has no {INDEX_FILE}, so it is not a store; make one with `make precompute`") from None
-    except (pa.ArrowException, KeyError, OSError) as error:
+    except StoreError:
+        raise
+    except (pa.ArrowException, KeyError, ValueError, IndexError, OSError, MemoryError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{where} is not an index ({first}); restore it or precompute into a new root") from error
+        raise StoreError(f"{root.at(INDEX_FILE)} is not an index ({first}); {RESTORE}") from error

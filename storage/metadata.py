@@ -1,4 +1,4 @@
-"""Zarr metadata: `zarr.json` files as zarr-python spells them, made in memory; attributes as it reads them.
+"""Zarr metadata: `zarr.json` files as zarr-python spells them, made in memory, and read by the types of `schema.py`.
 
 The bytes are published by `writer.py` like everything else, so that a crash leaves whole files, and they are the same
 for the same layout and attributes.
@@ -7,31 +7,118 @@ for the same layout and attributes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from storage.boundary import parse_json
+from storage.codec import codec_of
 from storage.errors import StoreError
-from storage.layout import METADATA, ArrayLayout, GroupLayout
+from storage.identity import canonical_json
+from storage.layout import METADATA, ArrayLayout, GroupLayout, StoreLayout
 from storage.roots import Root
+from storage.schema import MAX_SAMPLE_BYTES, ArrayNode, GroupNode, IdentityFields
+
+T = TypeVar("T")
+NUMBERS = ("moments", "patches", "cls", "scale")  # arrays whose numbers are computed with
+RESTORE = "restore it, or use another copy of the store"
 
 
 def read_attributes(root: Root, key: str) -> dict[str, Any] | None:
     """The attributes in a group's `zarr.json` at `key`, or None when there is none. Raises StoreError when damaged."""
     try:
-        root.read(key)
+        raw = root.read(key)
     except FileNotFoundError:
         return None
+    attributes = parse_json(GroupNode, raw, root.at(key), RESTORE).attributes
     try:
-        path = key.removesuffix(METADATA).rstrip("/")
-        return dict(zarr.open_group(root.zarr_store(), path=path, mode="r", zarr_format=3).attrs)
-    except (ValueError, TypeError, KeyError, zarr.errors.BaseZarrError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{root.at(key)} is not the metadata of a Zarr v3 group ({first}); restore it") from error
+        canonical_json(attributes).encode()
+    except ValueError as error:  # NaN and infinity, which no JSON has, and halves of characters
+        raise StoreError(f"{root.at(key)} is damaged ({error}); {RESTORE}") from None
+    return attributes
+
+
+def typed_attributes(kind: type[T], attributes: Mapping[str, Any], where: str) -> T:
+    """Attributes as an object of `kind`. Raises StoreError naming the first that is not as it should be."""
+    return parse_json(kind, json.dumps(attributes), where, RESTORE)
+
+
+def read_array_layout(root: Root, path: str, store: StoreLayout) -> ArrayLayout:
+    """The layout of an array of ours, from its `zarr.json`. Raises StoreError when it is none, or not of this store."""
+    where, name = root.at(path), path.rpartition("/")[2]
+    try:
+        raw = root.read(f"{path}/{METADATA}")
+    except FileNotFoundError:
+        raise StoreError(f"{where}/{METADATA} is missing; {RESTORE}") from None
+    node = parse_json(ArrayNode, raw, f"{where}/{METADATA}", RESTORE)
+    row_shape = node.shape[2:]
+    if node.shape[:2] != (store.n_rows, store.n_views) or 0 in row_shape:
+        raise StoreError(
+            f"{where} has shape {node.shape}, the store's has {store.n_rows} rows and {store.n_views} views; {RESTORE}"
+        )
+    layout = ArrayLayout(name=name, dtype=np.dtype(node.data_type).str, row_shape=row_shape, store=store)
+    if layout.chunk_bytes > MAX_SAMPLE_BYTES:
+        raise StoreError(
+            f"{where} has samples of {layout.chunk_bytes:,} bytes, no array of this format more than "
+            f"{MAX_SAMPLE_BYTES:,}; {RESTORE}"
+        )
+    try:
+        memory = MemoryStore({METADATA: default_buffer_prototype().buffer.from_bytes(raw)})
+        ours = reads_as_ours(zarr.open_array(memory, mode="r"), layout)
+    except Exception as error:  # whatever an edited field makes of the interpreter: it has had only these bytes
+        raise StoreError(
+            f"{where}/{METADATA} is not the metadata of a Zarr v3 array ({_first(error)}); {RESTORE}"
+        ) from error
+    if not ours:
+        raise StoreError(f"{where} is not laid out as this format's arrays; read it by open_array")
+    return layout
+
+
+def check_identity(layout: GroupLayout, identity: Mapping[str, Any], where: str) -> None:
+    """Raise StoreError when a field that the code relies on is none, or the arrays are not what the identity describes.
+
+    So whoever has opened a group may compute with both.
+    """
+    fields = typed_attributes(IdentityFields, identity, f"{where}: the identity")
+    shapes: dict[str, tuple[int, ...]] = {}
+    if fields.latent_channels and fields.latent_size:
+        shapes["moments"] = (fields.latent_channels * (2 if fields.posterior else 1), *fields.latent_size)
+    if fields.width:
+        shapes["cls"] = (fields.width,)
+        if fields.token_grid:
+            shapes["patches"] = (math.prod(fields.token_grid), fields.width)
+    arrays = {array.name: array.row_shape for array in layout.arrays}
+    codec = None
+    with contextlib.suppress(StoreError):  # a later version's: whoever decodes says so
+        codec = codec_of(identity)
+    if codec is not None and "patches" in arrays:
+        *tokens, width = arrays["patches"]
+        shapes["scale"] = (*tokens, codec.n_groups(width))
+        if "scale" not in arrays:
+            raise StoreError(f"{where} has quantised patches and no scale; {RESTORE}")
+    for array in layout.arrays:
+        quantised = codec is not None and array.name == "patches"
+        if array.name in NUMBERS and not np.dtype(array.dtype).kind == ("i" if quantised else "f"):
+            raise StoreError(
+                f"{where}/{array.name} holds {array.dtype}, which its identity does not describe; {RESTORE}"
+            )
+    for name in arrays.keys() & shapes.keys():
+        if arrays[name] != shapes[name]:
+            raise StoreError(
+                f"{where}/{name} has samples of shape {arrays[name]}, the identity says {shapes[name]}; {RESTORE}"
+            )
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
 
 
 def node_metadata(path: str, attributes: Mapping[str, Any], layout: GroupLayout | None) -> dict[str, bytes]:

@@ -9,20 +9,19 @@ any Zarr array of samples, whoever wrote it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import zarr
 
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
 from storage.errors import StoreError
-from storage.foreign import ZarrArrayReader
+from storage.foreign import ZarrArrayReader, open_foreign
 from storage.gather import ArrayReader, EmptyRows
 from storage.identity import identity_digest, require_same
-from storage.index import Classes, Index, read_classes, read_index
+from storage.index import Classes, Index, count_rows, read_classes, read_index
 from storage.layout import (
     FORMAT_VERSION,
     GROUP_KINDS,
@@ -34,13 +33,16 @@ from storage.layout import (
     GroupLayout,
     StoreLayout,
 )
-from storage.metadata import read_attributes, reads_as_ours
+from storage.metadata import check_identity, read_array_layout, read_attributes, reads_as_ours, typed_attributes
 from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
+from storage.schema import GroupAttributes, StoreAttributes
 
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
 RowReader = ArrayReader | ZarrArrayReader
 VIEWS = ("original", "hflip")
+FEW_ROWS = 1 << 16
+MAX_SHARDS, MAX_SHARD_CHUNKS = 1 << 27, 1 << 25  # of an array without receipts
 REMOTE_THREADS = 32  # they wait for answers, not for the processor
 
 
@@ -66,6 +68,15 @@ class GroupReader:
     def __getitem__(self, name: str) -> ArrayReader:
         return self.arrays[name]
 
+    def require(self, *fields: str, arrays: Sequence[str] = ()) -> None:
+        """Raise StoreError when the identity lacks one of the fields, or the group one of the arrays."""
+        for field in fields:
+            if self.identity.get(field) is None:
+                raise StoreError(f"{self.path}: its identity does not say its {field}; use another copy of the store")
+        for name in arrays:
+            if name not in self.arrays:
+                raise StoreError(f"{self.path} holds {', '.join(self.arrays)} and no {name}; choose another group")
+
     def close(self) -> None:
         """Close every file of every array."""
         for array in self.arrays.values():
@@ -78,11 +89,9 @@ class Store:
     def __init__(self, root: Root, attributes: Mapping[str, Any]) -> None:
         self.root = root
         self.attributes = dict(attributes)
+        about = typed_attributes(StoreAttributes, attributes, root.at(METADATA))
         self.layout = StoreLayout(
-            n_rows=attributes["n_rows"],
-            views=tuple(attributes["views"]),
-            resolution=attributes["resolution"],
-            shard_rows=attributes["shard_rows"],
+            n_rows=about.n_rows, views=about.views, resolution=about.resolution, shard_rows=about.shard_rows
         )
         self.n_rows, self.n_views = self.layout.n_rows, self.layout.n_views
         self.resolution = self.layout.resolution
@@ -91,18 +100,30 @@ class Store:
     def index(self) -> Index:
         """The table of samples. Raises StoreError when it is missing or was changed since the store was made."""
         self._check_index()
-        return read_index(self.root)
+        return read_index(self.root, self.n_rows)
 
     @cached_property
     def classes(self) -> Classes:
         """What training needs of the index, in a small part of its memory. Raises as `index`."""
         self._check_index()
-        return read_classes(self.root)
+        return read_classes(self.root, self.n_rows)
 
     def _check_index(self) -> None:
         changed = check_metadata(self.root, STORE_RECEIPT, only=INDEX_FILE)[1]
         if changed:
             raise StoreError(f"{changed[0]}; restore the store's own index")
+
+    def _check_rows(self) -> None:
+        """Raise StoreError when the metadata says more rows than the index has: time and memory go with that number.
+
+        A few are believed, so that a damaged index does not keep `verify` from the groups.
+        """
+        if self.n_rows > FEW_ROWS and (n := self._n_index_rows) != self.n_rows:
+            raise StoreError(f"{self.root.at(INDEX_FILE)} has {n} rows, the store {self.n_rows}; restore both")
+
+    @cached_property
+    def _n_index_rows(self) -> int:
+        return count_rows(self.root)
 
     def groups(self) -> list[str]:
         """Paths of the groups there are, latents first: "latents/<name>", "features/<name>"."""
@@ -122,8 +143,10 @@ class Store:
     def _has(self, path: str) -> bool:
         try:
             self.root.size(f"{path}/{METADATA}")
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return False
+        except StoreError:  # something else lies there: opening the group says so
+            return True
         return True
 
     def group_layout(self, path: str) -> tuple[GroupLayout, dict[str, Any]]:
@@ -131,6 +154,7 @@ class Store:
         kind, _, name = path.partition("/")
         if kind not in GROUP_KINDS or not name or not self._has(path):
             raise StoreError(f"store {self.root} has no {path}; {self._what_there_is()}")
+        self._check_rows()
         where = self.root.at(path)
         files, changed = check_metadata(self.root, GroupLayout.metadata_receipt_key(path))
         if changed:
@@ -138,21 +162,18 @@ class Store:
         attributes = read_attributes(self.root, f"{path}/{METADATA}") or {}
         if attributes.get("format_version") != FORMAT_VERSION:
             raise StoreError(f"{where} has format version {attributes.get('format_version')}, not {FORMAT_VERSION}")
-        if identity_digest(attributes.get("identity", {})) != attributes.get("identity_digest"):
+        about = typed_attributes(GroupAttributes, attributes, f"{where}/{METADATA}")
+        if identity_digest(about.identity) != about.identity_digest:
             raise StoreError(f"{where}: the identity was edited, its digest no longer fits; restore zarr.json")
         names = sorted(key.split("/")[2] for key in files if key.count("/") == 3)
-        layouts = []
-        for array_name in names:
-            array = zarr.open_array(self.root.zarr_store(), path=f"{path}/{array_name}", mode="r")
-            layout = ArrayLayout(
-                name=array_name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=self.layout
-            )
-            if tuple(array.shape) != layout.shape:
-                raise StoreError(f"{where}/{array_name} has shape {array.shape}, the store's is {layout.shape}")
-            if not reads_as_ours(array, layout):
-                raise StoreError(f"{where}/{array_name} is not laid out as this format's arrays; read it by open_array")
-            layouts.append(layout)
-        return GroupLayout(path=path, arrays=tuple(layouts)), attributes
+        if not names:
+            raise StoreError(f"{where}: its metadata's receipt names no array; remove the group to encode it again")
+        layout = GroupLayout(
+            path=path,
+            arrays=tuple(read_array_layout(self.root, f"{path}/{name}", self.layout) for name in names),
+        )
+        check_identity(layout, about.identity, where)
+        return layout, {**attributes, "provenance": dict(about.provenance)}
 
     def group(
         self,
@@ -209,7 +230,7 @@ def open_store(where: str | os.PathLike[str] | Root) -> Store:
     root = open_root(where)
     try:
         root.size(METADATA)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         exists = root.path is not None and root.path.exists()
         state = "is not a store (it has no zarr.json)" if exists else "does not exist"
         fix = _store_around(root) or f"make one with `make precompute DATA=… STORE={root}`"
@@ -261,10 +282,7 @@ def open_array(
     """
     parent, _, name = absolute(where).rpartition("/")
     root = open_root(parent)
-    try:
-        array = zarr.open_array(root.zarr_store(), path=name, mode="r")
-    except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
-        raise StoreError(f"{root.at(name)} is not a Zarr array; name the folder that holds its zarr.json") from error
+    array = open_foreign(root, name)
     if len(array.shape) < 3 or 0 in array.shape:
         raise StoreError(f"{root.at(name)} has shape {array.shape}; samples lie as (rows, views, axes of a sample…)")
     n_views = array.shape[1]
@@ -272,6 +290,8 @@ def open_array(
         # Names of views and the resolution are a store's matter; the geometry of an array does not depend on them.
         store = StoreLayout(n_rows=array.shape[0], views=VIEWS[:n_views], resolution=8, shard_rows=array.shards[0])
         layout = ArrayLayout(name=name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=store)
+        if store.n_units > MAX_SHARDS or layout.n_shard_chunks > MAX_SHARD_CHUNKS:
+            raise StoreError(f"{root.at(name)} says that it has {store.n_units} shards of {store.shard_rows} rows")
         if reads_as_ours(array, layout):
             return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
     return ZarrArrayReader(array, root.at(name))

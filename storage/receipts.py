@@ -22,15 +22,19 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from pydantic import FiniteFloat
 
+from storage.boundary import parse_json
 from storage.errors import StoreError
-from storage.layout import FORMAT_VERSION, GroupLayout
+from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, RECEIPTS_DIR, STORE_RECEIPT, GroupLayout
 from storage.roots import Root
+from storage.schema import Base64, Count, Made, MetadataReceipt, PackedSums, Row, Version
 
+T = TypeVar("T")
 SCAN_AHEAD = 256  # receipts read ahead of the one that is looked at
 
 
@@ -38,7 +42,7 @@ SCAN_AHEAD = 256  # receipts read ahead of the one that is looked at
 class Failure:
     """A sample that could not be decoded: its row, its key, and why. Its row is left empty in every array."""
 
-    row: int
+    row: Row
     key: str
     reason: str
 
@@ -48,13 +52,19 @@ class ShardRecord:
     """One shard file: path below the group, bytes, and the CRC-32C of each chunk slot in order (0 where empty)."""
 
     path: str
-    nbytes: int
-    chunk_crc32c: str  # base64 of uint32 little-endian (S·V,)
+    nbytes: Count
+    chunk_crc32c: Base64  # of uint32 little-endian (S·V,)
 
     @staticmethod
     def pack(crcs: np.ndarray) -> str:
         """Base64 of checksums uint32 (S·V,)."""
         return base64.b64encode(np.ascontiguousarray(crcs, dtype="<u4").tobytes()).decode()
+
+    def has_crcs(self, n: int) -> bool:
+        """Whether there are n checksums, told without decoding them."""
+        padding = -4 * n % 3
+        text = self.chunk_crc32c
+        return len(text) == (4 * n + padding) // 3 * 4 and len(text.rstrip("=")) == len(text) - padding
 
     def crcs(self) -> np.ndarray:
         """The checksums, uint32 (S·V,)."""
@@ -63,17 +73,17 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What one unit wrote."""
+    """What one unit wrote, and the type of its file: a field that is added has a default, for receipts without it."""
 
     identity_digest: str
-    unit: int
-    rows: tuple[int, int]  # [start, stop)
+    unit: Count
+    rows: tuple[Row, Count]  # [start, stop)
     shards: tuple[ShardRecord, ...]
     failed: tuple[Failure, ...]
-    timings_s: dict[str, float]
-    statistics: dict[str, Any] = field(default_factory=dict)  # `storage.statistics`; {} in imported stores
-    made: dict[str, Any] = field(default_factory=dict)  # when, by which run, on what device, in what batches; `writer`
-    sample_crc32c: str = ""  # base64 of uint32 little-endian (n,), of each sample's bytes; "" in receipts of before
+    timings_s: dict[str, FiniteFloat]
+    statistics: dict[str, PackedSums] = field(default_factory=dict)  # `storage.statistics`; {} in imported stores
+    made: Made = field(default_factory=Made)  # when, by which run, on what device, in what batches; `writer`
+    sample_crc32c: Base64 = ""  # of uint32 little-endian (n,), of each sample's bytes; "" in receipts of before
     format_version: int = FORMAT_VERSION
 
     @property
@@ -109,17 +119,24 @@ def seal(fields: Mapping[str, Any]) -> bytes:
     return body.removesuffix(CLOSING) + _signature(body)
 
 
-def unseal(raw: bytes, where: str) -> dict[str, Any]:
-    """The fields of a sealed receipt. Raises StoreError when a byte of it is not as it was written."""
+def unseal(kind: type[T], raw: bytes, where: str) -> T:
+    """A sealed receipt as an object of `kind`. Raises StoreError when a byte is not as written, or a field is none."""
     body = raw[:-SIGNATURE_BYTES] + CLOSING
     if raw[-SIGNATURE_BYTES:] != _signature(body):
         raise StoreError(f"receipt {where} is damaged (it is not as it was written); {HEAL_RECEIPT}")
-    fields: dict[str, Any] = json.loads(body)
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise StoreError(
-            f"receipt {where} has format version {fields.get('format_version')}, this code {FORMAT_VERSION}"
-        )
-    return fields
+    what = f"receipt {where}"
+    try:
+        found: Any = parse_json(kind, body, what, HEAL_RECEIPT)
+    except StoreError:
+        _require_version(parse_json(Version, body, what, HEAL_RECEIPT), where)
+        raise
+    _require_version(found, where)
+    return cast(T, found)
+
+
+def _require_version(found: Any, where: str) -> None:
+    if found.format_version != FORMAT_VERSION:
+        raise StoreError(f"receipt {where} has format version {found.format_version}, this code {FORMAT_VERSION}")
 
 
 def _signature(body: bytes) -> bytes:
@@ -144,23 +161,12 @@ def read_receipt(root: Root, layout: GroupLayout, unit: int) -> Receipt | None:
         raw = root.read(key)
     except FileNotFoundError:
         return None
-    fields = unseal(raw, root.at(key))
+    receipt = unseal(Receipt, raw, root.at(key))
     try:
-        receipt = Receipt(
-            identity_digest=fields["identity_digest"],
-            unit=fields["unit"],
-            rows=tuple(fields["rows"]),
-            shards=tuple(ShardRecord(**shard) for shard in fields["shards"]),
-            failed=tuple(Failure(**failure) for failure in fields["failed"]),
-            timings_s=fields["timings_s"],
-            statistics=fields.get("statistics", {}),
-            made=fields.get("made", {}),
-            sample_crc32c=fields.get("sample_crc32c", ""),
-        )
         receipt.sample_crcs()
-        return receipt
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"receipt {root.at(key)} is damaged ({error!r}); {HEAL_RECEIPT}") from error
+    except ValueError as error:
+        raise StoreError(f"receipt {root.at(key)} is damaged ({error}); {HEAL_RECEIPT}") from error
+    return receipt
 
 
 def write_metadata_receipt(root: Root, key: str, files: Mapping[str, bytes], run_id: str) -> None:
@@ -175,22 +181,40 @@ def check_metadata(root: Root, key: str, *, only: str = "") -> tuple[list[str], 
     `only` looks at one of them. Raises StoreError when there is no receipt.
     """
     try:
-        fields = unseal(root.read(key), root.at(key))
+        receipt = unseal(MetadataReceipt, root.read(key), root.at(key))
     except FileNotFoundError:
         fix = "run the same `make precompute` again to restore it"
         raise StoreError(f"receipt {root.at(key)} is missing; {fix}") from None
+    stray = [name for name in receipt.files if not _is_metadata_of(name, key)]
+    if stray or (only and only not in receipt.files):
+        wrong = f"it speaks of {stray[0][:60]!r}" if stray else f"it does not speak of {only}"
+        raise StoreError(f"receipt {root.at(key)} is damaged ({wrong}); {HEAL_RECEIPT}")
     faults = []
-    for name, digest in fields["files"].items():
+    for name, digest in receipt.files.items():
         if only not in ("", name):
             continue
         try:
-            with root.open(name) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if name == INDEX_FILE:
+                with root.open(name) as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                found = sha256(root.read(name))
             if found != digest:
                 faults.append(f"{root.at(name)} was edited since it was written: its SHA-256 is not its receipt's")
         except FileNotFoundError:
             faults.append(f"{root.at(name)} is missing")
-    return list(fields["files"]), faults
+        except StoreError as error:
+            faults.append(str(error))
+    return list(receipt.files), faults
+
+
+def _is_metadata_of(name: str, key: str) -> bool:
+    """Whether a metadata receipt at `key` may speak of the file `name`: no receipt makes us open any other."""
+    if key == STORE_RECEIPT:
+        return name in (METADATA, INDEX_FILE, *(f"{kind}/{METADATA}" for kind in GROUP_KINDS))
+    group = key.removeprefix(f"{RECEIPTS_DIR}/").rpartition("/")[0]
+    array, _, last = name.removeprefix(f"{group}/").rpartition("/")
+    return name.startswith(f"{group}/") and last == METADATA and (not array or ("/" not in array and array[0] != "."))
 
 
 def why_not_done(
@@ -212,16 +236,37 @@ def why_not_done(
     wanted = [f"{array.name}/{array.shard_key(unit)}" for array in layout.arrays]
     if sorted(shard.path for shard in receipt.shards) != sorted(wanted):
         return f"its receipt is of the files {[shard.path for shard in receipt.shards]}, not {wanted}"
+    damage = _damage(layout, receipt)
+    if damage is not None:
+        return f"its receipt is damaged ({damage}); {HEAL_RECEIPT}"
     for shard in receipt.shards:
         key = f"{layout.path}/{shard.path}"
         try:
             nbytes = root.size(key) if sizes is None else sizes.get(key)
         except FileNotFoundError:
             nbytes = None
+        except StoreError as error:
+            return str(error)
         if nbytes is None:
             return f"{root.at(key)} is missing"
         if nbytes != shard.nbytes:
             return f"{root.at(key)} has {nbytes} bytes, its receipt says {shard.nbytes}"
+    return None
+
+
+def _damage(layout: GroupLayout, receipt: Receipt) -> str | None:
+    """In what a receipt of the right unit and files contradicts itself or the layout, or None."""
+    failed = [receipt.rows[0] - 1, *(failure.row for failure in receipt.failed), receipt.rows[1]]
+    if any(a >= b for a, b in pairwise(failed)):
+        return f"the failed rows are not rows of {receipt.rows}, in order"
+    for array in layout.arrays:
+        shard = receipt.shard(array.name)
+        assert shard is not None  # its files were compared before
+        if not shard.has_crcs(array.n_shard_chunks):
+            return f"{shard.path} should have {array.n_shard_chunks} checksums"
+        nbytes = receipt.n_done * array.store.n_views * array.stored_bytes + array.index_bytes
+        if shard.nbytes != nbytes:
+            return f"{receipt.n_done} rows make {nbytes} bytes of {shard.path}, not {shard.nbytes}"
     return None
 
 

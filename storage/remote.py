@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from storage.boundary import MAX_JSON_BYTES
 from storage.errors import StoreError, UserError
 
 try:
@@ -75,16 +76,25 @@ class ObjectRoot:
     def read(self, key: str) -> bytes:
         """The whole object."""
         with self._errors(key):
-            return bytes(obstore.get(self.store, key).bytes())
+            found = obstore.get(self.store, key)
+            if found.meta["size"] > MAX_JSON_BYTES:
+                raise StoreError(f"{self.at(key)} has {found.meta['size']:,} bytes, too many for what it should be")
+            return bytes(found.bytes())
 
     def open(self, key: str) -> BufferedIOBase:
         """The whole object, in memory."""
-        return BytesIO(self.read(key))
+        with self._errors(key):
+            return BytesIO(bytes(obstore.get(self.store, key).bytes()))
 
     def size(self, key: str) -> int:
         """Bytes of the object."""
         with self._errors(key):
             return int(obstore.head(self.store, key)["size"])
+
+    def tail(self, key: str, n_bytes: int) -> tuple[int, bytes]:
+        """The object's size and end."""
+        size = self.size(key)
+        return size, bytes(self.ranges(key, [max(0, size - n_bytes)], [size])[0]) if size else b""
 
     def sizes(self, prefix: str) -> Mapping[str, int] | None:
         """One listing, a thousand objects a request; None where the server cannot list."""

@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from io import BufferedIOBase
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from storage.boundary import not_regular, open_regular, read_regular
 from storage.errors import StoreError
 from storage.files import fsync_directory, make_directories, partial_name, publish, write_all
 
@@ -39,7 +41,7 @@ _MENDED_BY_THE_USER = {
 
 
 class Root(Protocol):
-    """What a store asks of the place it lies in."""
+    """What a store asks of the place it lies in. Whatever is not a regular file is refused by StoreError, unopened."""
 
     concurrency: int  # requests worth having in flight at once
 
@@ -53,13 +55,16 @@ class Root(Protocol):
         """The key as a user would name it, for messages."""
 
     def read(self, key: str) -> bytes:
-        """The whole file. Raises FileNotFoundError."""
+        """The whole file, metadata or a receipt: at most MAX_JSON_BYTES. Raises FileNotFoundError."""
 
     def open(self, key: str) -> BufferedIOBase:
         """The file, to be read from any place in it, for those too large to hold. Raises FileNotFoundError."""
 
     def size(self, key: str) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
+
+    def tail(self, key: str, n_bytes: int) -> tuple[int, bytes]:
+        """(bytes of the file, its last n_bytes, fewer when it is shorter). Raises FileNotFoundError."""
 
     def sizes(self, prefix: str) -> Mapping[str, int] | None:
         """Key → bytes of every file below the prefix; None where asking one by one is the better way."""
@@ -121,16 +126,28 @@ class LocalRoot:
 
     def read(self, key: str) -> bytes:
         """The whole file."""
-        with open(self.at(key), "rb", buffering=0) as file:
-            return file.read()
+        with _telling(self, key):
+            return read_regular(self.at(key))
 
     def open(self, key: str) -> BufferedIOBase:
         """The file."""
-        return open(self.at(key), "rb")
+        with _telling(self, key):
+            return os.fdopen(open_regular(self.at(key)), "rb")
 
     def size(self, key: str) -> int:
         """Bytes of the file."""
-        return os.stat(self.at(key)).st_size
+        with _telling(self, key):
+            found = os.stat(self.at(key))
+        if not stat.S_ISREG(found.st_mode):
+            raise not_regular(self.at(key))
+        return found.st_size
+
+    def tail(self, key: str, n_bytes: int) -> tuple[int, bytes]:
+        """The file's size and end."""
+        with self.open(key) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - n_bytes))
+            return size, file.read(n_bytes)
 
     def sizes(self, prefix: str) -> None:
         """A stat a file is as quick as a listing."""
@@ -196,6 +213,29 @@ class LocalRoot:
         import zarr.storage
 
         return zarr.storage.LocalStore(self.path, read_only=True)
+
+
+class _telling:  # noqa: N801
+    """A name of the store that cannot be followed is the store's fault; a generator would cost more than the opening.
+
+    A file in place of a folder means that what should lie in that folder is not there.
+    """
+
+    def __init__(self, root: LocalRoot, key: str) -> None:
+        self._where = root.at(key)
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, NotADirectoryError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._where) from None
+        if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL):
+            raise StoreError(f"{self._where} cannot be opened: {error.strerror}; restore the file") from None
+        if isinstance(error, ValueError) and not isinstance(error, StoreError):  # a NUL in the name
+            raise StoreError(
+                f"{self._where} is no name of a file ({error}); restore the metadata that names it"
+            ) from None
 
 
 def _discard(temporary: Path | None) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from storage.boundary import open_regular
 from storage.cache import DiskCache
 from storage.errors import StoreError
 from storage.layout import ArrayLayout
@@ -268,19 +269,19 @@ class LocalFiles:
     def _open_file(self, unit: int) -> int:
         """Raises FileNotFoundError and, for whatever else is wrong, StoreError."""
         global _ran_out_at
-        path, flags = self.where(unit), os.O_RDONLY | os.O_CLOEXEC
+        path = self.where(unit)
         if not self._closed and id(self) not in _READING:
             _READING[id(self)] = weakref.ref(self)
             _make_room(_share())
         try:
             try:
-                fd = os.open(path, flags)
+                fd = open_regular(path)
             except OSError as error:
                 if error.errno != errno.EMFILE:
                     raise
                 _ran_out_at = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                 _make_room(0)
-                fd = os.open(path, flags)
+                fd = open_regular(path)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -330,10 +331,7 @@ class RemoteFiles:
 
     def tail(self, unit: int, n_bytes: int) -> tuple[int, bytes]:
         """The object's size and end."""
-        size = self._root.size(self._key(unit))
-        if size == 0:
-            return 0, b""
-        return size, bytes(self._root.ranges(self._key(unit), [max(0, size - n_bytes)], [size])[0])
+        return self._root.tail(self._key(unit), n_bytes)
 
     def read(self, reads: Iterable[Read], check: Check | None) -> None:
         """All runs of a shard in one call, which merges the near ones and fetches the rest at once."""

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import secrets
 import shutil
 import socket
+import stat
 import time
 from pathlib import Path
 from types import TracebackType
@@ -82,7 +84,7 @@ class Staging:
     def _sweep(self) -> None:
         assert self.root.path is not None
         for lock in self._lock_path.parent.iterdir():
-            if lock.name.lstrip(".") == self.run_id:
+            if lock.name.lstrip(".") in (self.run_id, ""):
                 continue
             with contextlib.suppress(FileNotFoundError):  # its owner has just ended
                 being_made = lock.name.startswith(".") and time.time() - lock.stat().st_mtime < BEING_MADE_S
@@ -103,17 +105,27 @@ def living_runs(root: Root) -> list[str]:
     living = []
     for lock in sorted((root.path / RUNS_DIR).glob("[!.]*")):
         with contextlib.suppress(FileNotFoundError):  # its owner has just ended
-            if not _owner_is_dead(lock):
+            if stat.S_ISREG(lock.lstat().st_mode) and not _owner_is_dead(lock):
                 living.append(lock.name)
     return living
 
 
 def _owner_is_dead(lock: Path) -> bool:
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
     try:
-        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)  # a network file system locks what may be written only
+        fd = os.open(lock, os.O_RDWR | flags)  # a network file system locks what may be written only
+    except FileNotFoundError:
+        raise
     except OSError:  # another user's store, or one mounted to be read
-        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(lock, os.O_RDONLY | flags)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a link, a socket: no lock of ours
+            return False
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held, or the file system has no flock: either way nothing is proved
         return False
@@ -137,6 +149,8 @@ def _remove_leavings(root: Path, run_id: str) -> None:
     groups = [group for kind in GROUP_KINDS for group in (root / kind).glob("[!.]*")]
     for group in groups:
         staging = group / STAGING_DIR
+        if staging.is_symlink():  # we make none: what lies behind is not ours to remove
+            continue
         shutil.rmtree(staging / run_id, ignore_errors=True)
         with contextlib.suppress(OSError):  # not there, or not empty: another run's
             staging.rmdir()
@@ -144,7 +158,7 @@ def _remove_leavings(root: Path, run_id: str) -> None:
     directories = [root, *(root / kind for kind in GROUP_KINDS), *groups, *receipts, root / RECEIPTS_DIR]
     arrays = [array for group in groups for array in group.glob("[!.]*/")]
     for directory in [*directories, *arrays]:
-        for leaving in directory.glob(f".*.{run_id}.*.partial"):
+        for leaving in directory.glob(f".*.{glob.escape(run_id)}.*.partial"):
             if leaving.is_dir():
                 shutil.rmtree(leaving, ignore_errors=True)
             else:

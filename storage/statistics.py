@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from storage.codec import Int8Codec, decode
+from storage.errors import StoreError
 from storage.layout import GroupLayout
-from storage.receipts import scan
+from storage.receipts import HEAL_RECEIPT, Receipt, scan
 from storage.roots import Root
+from storage.schema import PackedSums
 
 NORM = ".norm"  # `patches.norm`: the Euclidean norms of the tokens of `patches`
 
@@ -46,7 +48,7 @@ class Sums:
         """Standard deviation per channel (of the population), float64 (C,)."""
         return np.sqrt(np.maximum(self.squares / self.count - self.mean**2, 0))
 
-    def packed(self) -> dict[str, Any]:
+    def packed(self) -> PackedSums:
         """As a receipt holds it: base64 of little-endian float64."""
         return {
             "count": self.count,
@@ -55,9 +57,11 @@ class Sums:
         }
 
     @staticmethod
-    def unpacked(fields: Mapping[str, Any]) -> Sums:
-        """From what a receipt holds."""
-        total, squares = (np.frombuffer(base64.b64decode(fields[n]), "<f8") for n in ("sum", "sum_squares"))
+    def unpacked(fields: PackedSums) -> Sums:
+        """From what a receipt holds. Raises ValueError when it is no array of numbers."""
+        total, squares = (
+            np.frombuffer(base64.b64decode(text), "<f8") for text in (fields["sum"], fields["sum_squares"])
+        )
         return Sums(fields["count"], total, squares)
 
 
@@ -100,9 +104,28 @@ def group_sums(root: Root, layout: GroupLayout, digest: str) -> tuple[dict[str, 
         if receipt is None or reason is not None:
             continue
         without += not receipt.statistics
-        for name, fields in receipt.statistics.items():
-            _add(sums, name, Sums.unpacked(fields))
+        for name, new in receipt_sums(layout, receipt).items():
+            _add(sums, name, new)
     return sums, without
+
+
+def receipt_sums(layout: GroupLayout, receipt: Receipt) -> dict[str, Sums]:
+    """The sums that a unit's receipt carries. Raises StoreError when they are not of the group's arrays."""
+    channels = {a.name: a.row_shape[0 if layout.path.startswith("latents/") else -1] for a in layout.arrays}
+    channels |= {name + NORM: 1 for name in channels}
+    sums = {}
+    for name, fields in receipt.statistics.items():
+        try:
+            found = Sums.unpacked(fields)
+            if (len(found.total), len(found.squares)) != (channels[name],) * 2:
+                raise ValueError(f"{len(found.total)} and {len(found.squares)} numbers for {channels[name]} channels")
+        except (KeyError, ValueError) as error:
+            raise StoreError(
+                f"{layout.path}: the statistics of {name} in the receipt of unit {receipt.unit} are damaged ({error}); "
+                f"{HEAL_RECEIPT}"
+            ) from None
+        sums[name] = found
+    return sums
 
 
 def latent_mean_std(moments: Sums, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +145,7 @@ def describe(sums: Mapping[str, Sums], identity: Mapping[str, Any]) -> list[str]
     for name, of in sums.items():
         if name.endswith(NORM):
             lines.append(f"{name.removesuffix(NORM)} norm of a token {of.mean[0]:.4g} ± {of.std[0]:.4g}")
-        elif "latent_channels" in identity:
+        elif name == "moments" and "latent_channels" in identity:
             mean, std = latent_mean_std(of, identity["latent_channels"])
             lines += [f"latent mean a channel  {_listed(mean)}", f"latent std a channel   {_listed(std)}"]
         else:

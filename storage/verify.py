@@ -28,7 +28,6 @@ from storage.errors import StoreError
 from storage.layout import (
     EMPTY,
     GROUP_KINDS,
-    INDEX_FILE,
     METADATA,
     RECEIPTS_DIR,
     STORE_RECEIPT,
@@ -40,6 +39,7 @@ from storage.receipts import Receipt, check_metadata, scan
 from storage.roots import Root, open_root
 from storage.samples import Group, disagreements
 from storage.shard import parse_shard_index
+from storage.statistics import receipt_sums
 
 AHEAD_PER_WORKER = 4
 FAULTS_A_SHARD = 20  # of one kind, then a count
@@ -95,10 +95,15 @@ def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: Unit) -> tupl
         faults.append(f"{root.at(layout.path)}: unit {unit}, rows {rows.start} to {rows.stop - 1}: {reason}")
     if receipt is None:
         return n_bytes, faults
+    try:
+        if reason is None:
+            receipt_sums(layout, receipt)
+    except StoreError as error:
+        faults.append(str(error))
     for array in layout.arrays:
         key = f"{layout.path}/{array.name}/{array.shard_key(unit)}"
         record = receipt.shard(array.name)
-        if record is None:
+        if record is None or not record.has_crcs(array.n_shard_chunks):
             continue  # said by the scan
         try:
             size = root.size(key)
@@ -137,10 +142,13 @@ def _each_unit(
 
 
 def _store_faults(store: Store) -> Iterator[str]:
-    _, faults = check_metadata(store.root, STORE_RECEIPT)
-    yield from faults
-    if not faults and (n := len(store.classes.labels)) != store.n_rows:
-        yield f"{store.root.at(INDEX_FILE)} has {n} rows, the store {store.n_rows}"
+    try:
+        _, faults = check_metadata(store.root, STORE_RECEIPT)
+        yield from faults
+        if not faults:
+            _ = store.classes  # which compares its rows with the store's
+    except StoreError as error:
+        yield str(error)
 
 
 def _other_groups(store: Store, wanted: list[str]) -> dict[str, Group]:
@@ -186,10 +194,11 @@ def _stray_files(root: Root, layout: GroupLayout) -> Iterator[str]:
 def _opened(root: Root, key: str, *, whole: bool) -> Iterator[Read]:
     """Reads of a file; one of an object store is fetched at once when it is wanted `whole`."""
     if root.path is not None:
-        with open(root.path / key, "rb", buffering=0) as file:
+        with root.open(key) as file:
             yield lambda start, stop: os.pread(file.fileno(), stop - start, start)
     elif whole:
-        data = root.read(key)
+        with root.open(key) as held:
+            data = held.read()
         yield lambda start, stop: data[start:stop]
     else:
         yield lambda start, stop: bytes(root.ranges(key, [start], [stop])[0]) if stop else b""  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from storage.errors import StoreError
 from storage.identity import identity_digest, require_same
 from storage.index import Index, index_bytes
 from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, STORE_RECEIPT, GroupLayout, StoreLayout
-from storage.metadata import node_metadata, read_attributes
+from storage.metadata import node_metadata, read_attributes, typed_attributes
 from storage.receipts import (
     Failure,
     Receipt,
@@ -31,6 +31,7 @@ from storage.receipts import (
     write_receipt,
 )
 from storage.roots import Root, open_root
+from storage.schema import GroupAttributes, Made
 from storage.shard import write_shard
 
 __all__ = ["Failure", "create_group", "create_store", "publish_unit"]
@@ -70,7 +71,8 @@ def check_group(root: Root, path: str, identity: Mapping[str, Any]) -> None:
     """Raise StoreError as `create_group` does when there is a group of another identity."""
     found = read_attributes(root, f"{path}/{METADATA}")
     if found is not None:
-        require_same(identity, found.get("identity", {}), root.at(path), NEW_GROUP)
+        there = typed_attributes(GroupAttributes, found, root.at(f"{path}/{METADATA}")).identity
+        require_same(identity, there, root.at(path), NEW_GROUP)
 
 
 def create_group(
@@ -161,7 +163,7 @@ def publish_unit(
         failed=tuple(sorted(failed, key=lambda failure: failure.row)),
         timings_s={**timings_s, "publish": round(time.perf_counter() - start_s, 4)},
         statistics=dict(statistics or {}),
-        made={"run": run_id, "finished_unix_s": round(time.time(), 3), **(made or {}), **record},
+        made=cast(Made, {"run": run_id, "finished_unix_s": round(time.time(), 3), **(made or {}), **record}),
         sample_crc32c="" if sample_crc32c is None else ShardRecord.pack(sample_crc32c),
     )
     reason = why_not_done(root, layout, unit, digest, receipt, None)

@@ -69,7 +69,7 @@ def describe(ablation: Ablation, folder: Path, lacking: Sequence[str]) -> str:
 def precompute_command(store: Store, ablation: Ablation, lacking: Sequence[str], ray_address: str) -> list[str]:
     """The command line that adds features to the store, of its images, resolution, views and shards."""
     source = store.attributes.get("source", {})
-    if "path" not in source:
+    if not {"path", "kind"} <= source.keys():
         raise UserError(f"store {store.root} does not say what it was made of; precompute {', '.join(lacking)} first")
     options = {
         "data": source["path"],

@@ -15,6 +15,8 @@ from storage.shard_files import raise_open_file_limit
 from trainer.config import TrainConfig
 from trainer.models.transformer import Geometry
 
+MAX_CLASSES, CLASSES_A_SAMPLE = 1 << 16, 4  # more than either are not believed of a store
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
@@ -68,7 +70,11 @@ def open_data(config: TrainConfig) -> TrainingData:
     paths = dict.fromkeys([latents, *features])
     caches = _share_cache(config, store, list(paths))
     groups = {path: store.group(path, n_threads=config.data.threads or None, cache=caches.get(path)) for path in paths}
+    groups[latents].require(
+        "latent_channels", "latent_size", "latent_scale_factor", "latent_shift_factor", arrays=["moments"]
+    )
     for path in features:
+        groups[path].require("token_grid", "width")
         if "patches" not in groups[path].arrays:
             raise UserError(
                 f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
@@ -129,6 +135,11 @@ def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
     n_classes = config.model.classes or len(data.class_names)
     if n_classes < len(data.class_names):
         raise UserError(f"--model.classes {n_classes} is fewer than the store's {len(data.class_names)} classes")
+    if not config.model.classes and n_classes > max(MAX_CLASSES, CLASSES_A_SAMPLE * data.n_samples):
+        raise UserError(
+            f"{data.store.root} has labels up to {n_classes - 1} and {data.n_samples} samples; number the classes from "
+            f"0 and precompute again, or pass --model.classes {n_classes} for an embedding of so many"
+        )
     side = height // config.model.patch
     for features in data.features:
         grid = features.identity["token_grid"]

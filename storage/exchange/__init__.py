@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from storage.console import EXIT_OK, progress_bar
+from storage.console import EXIT_OK, progress_bar, say
 from storage.errors import UserError
 from storage.exchange.content import make_content
 from storage.exchange.incoming import ImportOptions, import_store
@@ -94,8 +94,8 @@ def export_store(
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-    print(f"{out}: {len(content.rows)} rows of {', '.join(group.path for group in content.groups)}")
+    say(f"{out}: {len(content.rows)} rows of {', '.join(group.path for group in content.groups)}")
     if content.left_out:
         shown, more = content.left_out[:SHOWN], len(content.left_out) - SHOWN
         rows = ", ".join(map(str, shown)) + (f" and {more} more" if more > 0 else "")
-        print(f"left out, since their samples failed: rows {rows}")
+        say(f"left out, since their samples failed: rows {rows}")

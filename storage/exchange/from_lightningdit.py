@@ -7,6 +7,7 @@ a store keeps the numbers as they are and knows one factor for all channels (--l
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from storage.boundary import open_regular
 from storage.errors import UserError
 from storage.exchange.incoming import (
     ImportOptions,
@@ -38,6 +40,7 @@ def read(source: Path, options: ImportOptions) -> Incoming:
     counts = []
     shape: tuple[int, ...] = ()
     for path in files:
+        os.close(open_regular(path))  # nothing that would be waited for
         try:
             with safe_open(path, framework="numpy") as file:
                 missing = {*VIEWS.values(), "labels"} - set(file.keys())
@@ -47,8 +50,11 @@ def read(source: Path, options: ImportOptions) -> Incoming:
                     )
                 of_file = file.get_tensor("labels").reshape(-1)
                 shapes = [tuple(file.get_slice(name).get_shape()) for name in VIEWS.values()]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a safetensors file ({str(error).splitlines()[0]})") from error
+        except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path} is not a safetensors file of numbers ({first})") from error
         shape = shape or shapes[0][1:]
         if shapes[0] != shapes[1] or shapes[0] != (len(of_file), *shape) or len(shape) != 3:
             raise UserError(f"{path}: latents {shapes[0]}, flipped {shapes[1]} and {len(of_file)} labels do not agree")

@@ -6,11 +6,15 @@ and standard deviation of the Stable Diffusion VAE, unscaled: the moments of thi
 
 from __future__ import annotations
 
-import json
+import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
+from storage.boundary import open_regular, parse_json, read_regular
 from storage.errors import UserError
 from storage.exchange.incoming import (
     SD_VAE_SCALE,
@@ -23,18 +27,28 @@ from storage.exchange.incoming import (
     whole_labels,
 )
 
+MAX_DATASET_JSON_BYTES = 256 << 20  # 200 bytes an image of ImageNet
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """What dataset.json holds."""
+
+    labels: list[tuple[str, int | float | str]]
+
 
 def read(source: Path, options: ImportOptions) -> Incoming:
     """Describe the folder; every file that dataset.json names must be there, and no other `.npy`."""
     require_folder(source, "folder that holds dataset.json and 00000/, 00001/, …")
     try:
-        labels = dict(json.loads((source / "dataset.json").read_bytes())["labels"])
+        raw = read_regular(source / "dataset.json", MAX_DATASET_JSON_BYTES)
     except FileNotFoundError:
         raise UserError(
             f"{source} has no dataset.json, so its labels are unknown; copy it beside the folders"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{source / "dataset.json"} is not {{"labels": [[file, label], …]}} ({error!r})') from error
+    labels = dict(
+        parse_json(_Dataset, raw, str(source / "dataset.json"), 'it should be {"labels": [[file, label], …]}').labels
+    )
     there = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*.npy")}
     names = sorted(labels)
     for only, fix in ((set(names) - there.keys(), "is missing"), (there.keys() - labels.keys(), "has no label")):
@@ -78,7 +92,17 @@ def _one(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _load(path: Path) -> np.ndarray:
+    """The array, of as many bytes as its header says: memory goes with the file."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a .npy file ({str(error).splitlines()[0]})") from error
+        with os.fdopen(open_regular(path), "rb") as file:
+            version = npy.read_magic(file)
+            read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+            left = os.fstat(file.fileno()).st_size - file.tell()
+            if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != left:
+                raise ValueError(f"its header says {dtype} {shape}, and {left} bytes follow")
+            file.seek(0)
+            return npy.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError, MemoryError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a .npy file ({first})") from error

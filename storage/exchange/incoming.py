@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.console import progress_bar
+from storage.console import progress_bar, say
 from storage.errors import UserError
 from storage.index import make_index
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
@@ -95,7 +95,7 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
                     found = _checked(group.rows(store.unit_rows(unit)), layout, unit, incoming.keys)
                     publish_unit(staging.root, layout, digest, unit, found, [], staging.run_id, {})
                     bar.update(1)
-            print(
+            say(
                 f"{staging.root.at(group.path)}: {len(incoming.keys)} rows, {len(missing)} of {store.n_units} units new"
             )
 
@@ -124,7 +124,7 @@ def whole_labels(values: Any, where: Path) -> list[int]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
         wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.rint(numbers))))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: labels must be whole numbers ({error})") from error
     if len(wrong):
         raise UserError(f"{where}: labels must be whole numbers, got {values[int(wrong[0])]}")
