@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.sources.flat_folder import FlatFolder
 from pipeline.sources.found import look
 from pipeline.sources.hdf5 import HDF5
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.labels_file import LabelsFile
+from pipeline.sources.labels import LabelOptions
 from pipeline.sources.listing import Listing
 from pipeline.sources.parquet import Parquet
 from pipeline.sources.protocol import Sample, Source, Unreadable
@@ -16,10 +18,10 @@ from pipeline.sources.webdataset import WebDataset
 from pipeline.sources.zip import Zip
 from storage.errors import UserError
 
-__all__ = ["KINDS", "Listing", "Sample", "Source", "Unreadable", "open_source"]
+__all__ = ["KINDS", "LabelOptions", "Listing", "Sample", "Source", "Unreadable", "open_source"]
 
 AUTO = "auto"
-SOURCES: list[Any] = [ImageFolder, TarOfTars, ClassTars, Parquet, WebDataset, HDF5, Zip, LabelsFile]
+SOURCES: list[Any] = [ImageFolder, TarOfTars, ClassTars, Parquet, WebDataset, HDF5, Zip, LabelsFile, FlatFolder]
 KINDS = [AUTO, *(source.kind for source in SOURCES)]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pipeline.sources.files import Part
 from pipeline.sources.found import Found, look, refuse_splits
 from pipeline.sources.labels_file import LabelsFile
+from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
 from storage.errors import UserError
@@ -31,7 +32,7 @@ class ImageFolder:
         """By its sub-folders, unless a file holds the labels."""
         return bool(found.folders) and not LabelsFile.recognises(found)
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; files with another extension are left out by name. Raises UserError when there is none."""
         found = look(self.data)
         if not found.folders:
@@ -55,6 +56,7 @@ class ImageFolder:
             nbytes=[file.nbytes for _, file in images],
             data_bytes=sum(max(0, file.nbytes) for _, file in images),
             left_out=[file.path for file in found.files] + left_out,
+            wanted=wanted,
         )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.listing import Listing
 
 
@@ -35,8 +36,11 @@ class Source(Protocol):
 
     kind: str
 
-    def listing(self) -> Listing:
-        """Every sample, deterministically ordered. Raises UserError when there is none."""
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
+        """Every sample, deterministically ordered, with labels as the user wants them.
+
+        Raises UserError when there is none, and where labels are lost or could only be guessed.
+        """
         ...
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:

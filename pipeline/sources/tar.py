@@ -13,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.sources.found import LISTING_THREADS, Found, look
+from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.listing import Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
 from pipeline.sources.tar_members import Member, first_names, location, members, part
 from storage.errors import UserError
+
+LABEL_SUFFIX = ".cls"  # WebDataset's, which is recognised by the first members only
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class ClassTars:
         tars = found.having(".tar")
         return len(tars) > 1 and all(is_image(name) for name in first_names(found.place, tars[0].path))
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; members with another extension are left out by name. Raises UserError."""
         found = look(self.data)
         tars, left_out = self._class_tars(found)
@@ -55,6 +58,11 @@ class ClassTars:
         for label, (tar, found_members) in enumerate(zip(tars, below, strict=True)):
             for member in sorted(found_members, key=lambda member: member.name):
                 key = f"{tar.name}/{member.name}"
+                if member.name.lower().endswith(LABEL_SUFFIX) and not wanted.unlabelled:
+                    raise UserError(
+                        f"{tar.path} in DATA holds labels of its images ({member.name}), which class tars do not have; pass "
+                        "--source webdataset, or --unlabelled to leave every label out"
+                    )
                 if member.regular and is_image(member.name):
                     images.append((label, key, member))
                 else:
@@ -69,6 +77,7 @@ class ClassTars:
             nbytes=[member.nbytes for _, _, member in images],
             data_bytes=sum(file.nbytes for file in found.having(".tar")),
             left_out=left_out,
+            wanted=wanted,
         )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:

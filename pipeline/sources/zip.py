@@ -18,7 +18,8 @@ from typing import NamedTuple
 from pipeline.sources.files import File, Part
 from pipeline.sources.found import Found, look, refuse_splits
 from pipeline.sources.labels_file import JSON_FILE, parse_json
-from pipeline.sources.listing import Label, Listing, is_image, make_listing, number_labels
+from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
+from pipeline.sources.listing import Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
 from storage.errors import UserError
 
@@ -52,13 +53,13 @@ class Zip:
         """By suffix."""
         return bool(found.having(".zip"))
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; members that are none are left out by name. Raises UserError."""
         found = look(self.data)
         zips = found.having(".zip")
         if len(zips) != 1:
             raise UserError(f"DATA {self.data} has {len(zips)} zip files; name the one to read")
-        members, labelled = self._read_directory(zips[0])
+        members, labelled = self._read_directory(zips[0], wanted)
         images = sorted((name, record) for name, record in members if is_image(name))
         left_out = [*found.left_out(zips), *(name for name, _ in members if not is_image(name) and name != JSON_FILE)]
         if labelled is None:
@@ -69,9 +70,9 @@ class Zip:
             if images:
                 refuse_splits(self.data, [*class_names.values()], [name for name, _ in images])
             numbers = {name: label for label, name in class_names.items()}
-            labels = [numbers[class_of[name]] for name, _ in images]
+            labels: list[Label] = [numbers[class_of[name]] for name, _ in images]
         else:
-            labels, class_names = number_labels([labelled.get(name) for name, _ in images])
+            labels, class_names = [labelled.get(name) for name, _ in images], {}
         if not images:
             raise UserError(f"DATA {self.data} has no image in a folder; it has {len(members)} members")
         return make_listing(
@@ -82,6 +83,8 @@ class Zip:
             nbytes=[record.packed_nbytes for _, record in images],
             data_bytes=zips[0].nbytes,
             left_out=left_out,
+            wanted=wanted,
+            looked_in="" if labelled is None else f"{JSON_FILE} in {zips[0].path} has none",
         )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
@@ -96,7 +99,9 @@ class Zip:
         """Kind and absolute path or URL."""
         return {"kind": self.kind, "path": self.data}
 
-    def _read_directory(self, file: File) -> tuple[list[tuple[str, _Record]], dict[str, Label] | None]:
+    def _read_directory(
+        self, file: File, wanted: LabelOptions
+    ) -> tuple[list[tuple[str, _Record]], dict[str, Label] | None]:
         """Name and record of each member that is no folder, and the labels where there is a `dataset.json`."""
         where = f"{self.place.root}/{file.path}"
         try:
@@ -121,9 +126,9 @@ class Zip:
                     for info in infos
                     if not info.is_dir()
                 ]
-                labelled = None
-                if any(name == JSON_FILE for name, _ in members):
-                    labelled = parse_json(archive.read(JSON_FILE), f"{JSON_FILE} in {where}")
+                labelled: dict[str, Label] | None = {} if wanted.unlabelled else None
+                if not wanted.unlabelled and any(name == JSON_FILE for name, _ in members):
+                    labelled = parse_json(archive.read(JSON_FILE), f"{JSON_FILE} in {where}", wanted)
                 return members, labelled
         except zipfile.BadZipFile as error:
             raise UserError(f"{where} is no whole zip file ({error}); fetch it again") from error
