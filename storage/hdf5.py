@@ -29,7 +29,7 @@ OWN_FILE = "copy the data into the file itself"
 
 @contextmanager
 def hdf5_errors(where: str) -> Iterator[None]:
-    """What h5py raises for a damaged file becomes one line that names the file; so does a UserError without its name."""
+    """What h5py raises for a damaged file becomes one line that names the file, as does a UserError without it."""
     try:
         yield
     except UserError as error:
@@ -54,8 +54,8 @@ def find_member(group: h5py.Group, path: str) -> Any:
             return None
         if isinstance(link, h5py.ExternalLink):
             raise UserError(
-                f"{_quoted(path)} is an external link, to {_quoted(link.path)} in the file {_quoted(link.filename)}, which "
-                f"is not followed; {OWN_FILE}"
+                f"{_quoted(path)} is an external link, to {_quoted(link.path)} in the file {_quoted(link.filename)}, "
+                f"which is not followed; {OWN_FILE}"
             )
         if isinstance(link, h5py.SoftLink):
             n_soft += 1
@@ -69,7 +69,7 @@ def find_member(group: h5py.Group, path: str) -> Any:
 
 
 def find_dataset(group: h5py.Group, path: str) -> h5py.Dataset | None:
-    """The data set at a path, None where nothing stands. Raises UserError for anything else, and as `require_own` does."""
+    """The data set at a path, None where nothing stands. Raises UserError for anything else, and as `require_own`."""
     member = find_member(group, path)
     if member is None:
         return None
@@ -110,7 +110,7 @@ def require_own(dataset: h5py.Dataset) -> None:
         n_chunks = math.prod(-(-n // c) for n, c in zip(shape, dataset.chunks, strict=True))
         if (n_written := dataset.id.get_num_chunks()) < n_chunks:
             raise UserError(
-                f"{name} {shape} has {n_written:,} of {n_chunks:,} chunks, the others were never written; write it whole"
+                f"{name} {shape} has {n_written:,} of {n_chunks:,} chunks, the rest was never written; write it whole"
             )
     elif dataset.id.get_storage_size() < math.prod(shape) * dataset.id.get_type().get_size():
         raise UserError(

@@ -127,11 +127,11 @@ def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
     height, width = latents["latent_size"]
     if height != width:
         raise UserError(f"latents of {height}×{width} are not square; the model's position embedding needs a square")
-    occurring = len(data.store.classes.class_names.occurring)
-    if not config.model.classes and far_apart(len(data.class_names) - 1, occurring):
+    occurring, largest = len(data.store.classes.class_names.occurring), len(data.class_names) - 1
+    if not config.model.classes and far_apart(largest, occurring):
         raise UserError(
-            f"{data.store.root}: {occurring} labels occur and the largest is {len(data.class_names) - 1:,}; a model has a "
-            "row for each number up to it: precompute with --renumber-labels, or pass --model.classes N if it is meant so"
+            f"{data.store.root}: {occurring} labels occur and the largest is {largest:,}; a model has a row for each "
+            "number up to it: precompute with --renumber-labels, or pass --model.classes N if it is meant"
         )
     n_classes = config.model.classes or len(data.class_names)
     if n_classes < len(data.class_names):

@@ -8,8 +8,8 @@ from pipeline.sources.flat_folder import FlatFolder
 from pipeline.sources.found import look
 from pipeline.sources.hdf5 import HDF5
 from pipeline.sources.image_folder import ImageFolder
-from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.labels import LabelOptions
+from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import Listing
 from pipeline.sources.parquet import Parquet
 from pipeline.sources.protocol import Sample, Source, Unreadable

@@ -40,8 +40,8 @@ class FlatFolder:
             raise UserError(f"DATA {self.data} has no image directly below it; it holds {found.summary()}")
         if not wanted.unlabelled:
             raise UserError(
-                f"DATA {self.data} holds {found.summary()} and nothing that labels them; sort them into a folder a class, "
-                f"put a {CSV_FILE} beside them (file,label), or pass --unlabelled to store images without labels (−1)"
+                f"DATA {self.data} holds {found.summary()} and nothing that labels them; sort them into a folder a "
+                f"class, put a {CSV_FILE} beside them (file,label), or pass --unlabelled to store no labels (−1)"
             )
         return make_listing(
             keys=[file.path for file in images],

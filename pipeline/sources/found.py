@@ -61,7 +61,8 @@ class Found:
         try:
             with self.place.open(CLASS_NAMES_FILE) as file:
                 text = decode_text(file.read(), f"{self.place.root}/{CLASS_NAMES_FILE}")
-                return dict(enumerate(line.strip() for line in text.splitlines()))
+                lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")  # at no other character
+                return {label: line.strip() for label, line in enumerate(lines) if text.strip()}
         except FileNotFoundError:
             return {}
 

@@ -1,10 +1,10 @@
 """HDF5: images as encoded bytes (a data set of variable-length uint8) or as pixels (uint8, N × H × W × 3).
 
 The images are the data set `images` (or `image`), else the only one of such a shape; labels are the data set `labels`
-(or `label`, or the one that --label-column names), numbers or names of shape (N,) or (N, 1); class names are the strings
-of `classes`, or `classes.txt`. Samples are in the order of the files' names, then of the rows; the key is the file's name
-without suffix and the row (`train/000123`). A unit reads consecutive rows in few calls, along the chunks. Data sets whose
-bytes lie in other files are refused (`storage/hdf5.py`).
+(or `label`, or the one that --label-column names), numbers or names of shape (N,) or (N, 1); class names are the
+strings of `classes`, or `classes.txt`. Samples are in the order of the files' names, then of the rows; the key is the
+file's name without suffix and the row (`train/000123`). A unit reads consecutive rows in few calls, along the chunks.
+Data sets whose bytes lie in other files are refused (`storage/hdf5.py`).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.sources.files import Part
 from pipeline.sources.found import Found, look, refuse_splits
-from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.labels import AS_FOUND, LabelOptions
+from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
 from storage.errors import UserError

@@ -3,8 +3,8 @@
 A numeral is a number however it is spelled: `3`, `" 3"`, `"3.0"`, `"+3"`, `"03"`, `"3e0"`, digits of any script, with a
 byte order mark or spaces around it; so is 3.0, and True is 1. An empty text, null, NaN and −1 are "no label". Whatever
 else is text is a name. Numbers stay as they are; names are numbered in sorted order, or by the list of class names that
-has them all. What cannot be taken so is refused, with the file and line and with the option that decides: numbers beside
-names, 1.5, −3, numbers far apart, images without a label.
+has them all. What cannot be taken so is refused, with the file and line and with the option that decides: numbers
+beside names, 1.5, −3, numbers far apart, images without a label.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def number_labels(
     `where(row)` says in a message where a label stands. Raises UserError where a label could only be guessed.
     """
     parsed = _parse_all(values, where)
-    numbers = {value for value in parsed if not isinstance(value, str | None)}
+    numbers = {value for value in parsed if isinstance(value, int | float)}
     words = {value for value in parsed if isinstance(value, str)}
     names = {read_label(label): name for label, name in class_names.items()}
     if options.renumber:
@@ -99,8 +99,8 @@ def refuse_far_apart(labels: Collection[int], named: Collection[int]) -> None:
     known = occur | set(named)
     if occur and far_apart(max(occur), len(known)):
         raise UserError(
-            f"labels are far apart: {len(occur)} occur and the largest is {max(occur):,}, and a model has a row for every "
-            f"number up to it; pass --renumber-labels to number them 0 to {len(occur) - 1}"
+            f"labels are far apart: {len(occur)} occur and the largest is {max(occur):,}, and a model has a row for "
+            f"every number up to it; pass --renumber-labels to number them 0 to {len(occur) - 1}"
         )
 
 
@@ -167,8 +167,8 @@ def read_label(value: Any) -> int | float | str | None:
     if isinstance(value, float | Decimal):
         if value != value:
             return None  # NaN: what pandas makes of a gap
-        whole = value == value // 1 if abs(value) < 2**53 else False
-        return read_label(int(value)) if whole else float(value)
+        number = float(value)  # a decimal of more digits than a float has is no label either
+        return read_label(int(number)) if number.is_integer() and abs(number) < 2**53 else number
     raise ValueError(f"is a {type(value).__name__}, not one number or name")
 
 
@@ -193,7 +193,7 @@ def _parse_all(values: Sequence[Any], where: Callable[[int], str]) -> list[int |
     parsed = []
     for row, value in enumerate(values):
         try:
-            label = known[value]
+            label: Any = known[value]
         except KeyError:
             try:
                 label = read_label(value)
@@ -215,9 +215,9 @@ def _refuse_mixture(parsed: Sequence[int | float | str | None], where: Callable[
     numbers = [row for row, value in enumerate(parsed) if not isinstance(value, str | None)]
     stray, what, others = (words, "name", numbers) if len(words) <= len(numbers) else (numbers, "number", words)
     raise UserError(
-        f"{where(stray[0])}: label {_spell(parsed[stray[0]])} is a {what} ({len(stray)} of these), and {len(others)} other "
-        f"labels are {'numbers' if what == 'name' else 'names'}, such as {_spell(parsed[others[0]])}; mend it, leave it "
-        "empty for no label, or pass --renumber-labels to number all anew: numbers by value, then names"
+        f"{where(stray[0])}: label {_spell(parsed[stray[0]])} is a {what} ({len(stray)} of these), and {len(others)} "
+        f"other labels are {'numbers' if what == 'name' else 'names'}, such as {_spell(parsed[others[0]])}; mend it, "
+        "leave it empty for no label, or pass --renumber-labels to number all anew: numbers by value, then names"
     )
 
 
@@ -228,8 +228,8 @@ def _numbers_of_words(words: set[str], names: Mapping[Any, str], where: str) -> 
     if not known:
         if listed and listed.total() != len(words):
             raise UserError(
-                f"{where}: labels are {len(words)} names, such as {_spell(min(words))}, and the list of class names has "
-                f"{listed.total()} others; remove the list, or make it name them"
+                f"{where}: labels are {len(words)} names, such as {_spell(min(words))}, and the list of class names "
+                f"has {listed.total()} others; remove the list, or make it name them"
             )
         return {word: number for number, word in enumerate(sorted(words))}
     unknown, twice = sorted(words - known), sorted(word for word in known if listed[word] > 1)
@@ -254,10 +254,8 @@ def _renumbered(
     new = {label: number for number, label in enumerate(order)}
     notes = []
     if order:
-        first, last = order[0], order[-1]
-        notes.append(
-            f"labels were numbered anew, 0 to {len(order) - 1}: 0 was {_spell(first)}, {len(order) - 1} was {_spell(last)}"
-        )
+        last, first, end = len(order) - 1, _spell(order[0]), _spell(order[-1])
+        notes.append(f"labels were numbered anew, 0 to {last}: 0 was {first}, {last} was {end}")
     return Numbered(
         labels=[NO_LABEL if value is None else new[value] for value in parsed],
         class_names={number: spelled[label] for label, number in new.items()},
@@ -266,14 +264,12 @@ def _renumbered(
 
 
 def _ordered(labels: list[Any], spelled: Mapping[Any, str]) -> list[Any]:
-    values = {label: _value_of(spelled[label]) for label in labels}
-    if None in values.values():
-        return labels
-    return sorted(labels, key=lambda label: values[label])
+    values: dict[Any, Any] = {label: _value_of(spelled[label]) for label in labels}
+    return labels if None in values.values() else sorted(labels, key=values.__getitem__)
 
 
 def _value_of(name: str) -> tuple[float, ...] | None:
-    """By what a name without letters is ordered, `10` after `2`: its number, else the numbers in it; None for others."""
+    """What orders a name without letters, `10` after `2`: its number, else the numbers in it; None for other names."""
     if len(name) > SHOWN_CHARACTERS or any(character.isalpha() for character in name):
         return None
     digits = re.findall(r"\d+", name)

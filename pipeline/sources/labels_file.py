@@ -5,9 +5,9 @@
     dataset.json   {"labels": [["a.jpg", 3], …]}
 
 Samples are those that the file names, sorted by path, which is the key. --label-column names another column, or another
-key. A path that leaves the folder (absolute, or with `..`) is refused, since the file may come from anybody; links inside
-the folder are the user's own and are followed. One whose image is not there is a sample all the same, and fails when it is
-read. Images that the file does not name are left out. Listing costs a stat a file.
+key. A path that leaves the folder (absolute, or with `..`) is refused, since the file may come from anybody; links
+inside the folder are the user's own and are followed. One whose image is not there is a sample all the same, and fails
+when it is read. Images that the file does not name are left out. Listing costs a stat a file.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class LabelsFile:
         absent = [path for path in paths if path not in sizes]
         if len(absent) == len(paths):
             raise UserError(
-                f"none of the {len(paths)} images that {table.where} names is there, such as {shown(absent[0])}; paths are "
-                "relative to the folder that holds it"
+                f"none of the {len(paths)} images that {table.where} names is there, such as {shown(absent[0])}; paths "
+                "are relative to the folder that holds it"
             )
         known = {*paths, name, CLASS_NAMES_FILE}
         return make_listing(
@@ -197,7 +197,8 @@ def parse_json(content: bytes, where: str, wanted: LabelOptions = AS_FOUND) -> d
     listed = boundary.parse_json(dict[str, Any], content, where, fix)
     if key not in listed:
         raise UserError(f"{shown(where)} has no key {key!r}, it has {shown(', '.join(listed))[:200]}; {fix}")
-    pairs = boundary.checked(list[tuple[str, bool | int | float | str | None]] | None, listed[key], where, fix) or []
+    kind: Any = list[tuple[str, bool | int | float | str | None]] | None
+    pairs: list[tuple[str, Label]] = boundary.checked(kind, listed[key], where, fix) or []
     labelled: dict[str, Label] = {}
     for path, label in pairs:
         if path in labelled:

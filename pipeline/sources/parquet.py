@@ -1,9 +1,9 @@
 """Parquet as on the Hugging Face hub: a column `image`, a struct {bytes, path} or plain bytes, and a column `label`.
 
-Another column of labels is named by --label-column. Labels are numbers or names of any Arrow type for these, dictionaries
-of them included. Class names come from the schema's Hugging Face metadata, or from `classes.txt`. The images' paths, which
-may name any file, are never followed. Samples are in the order of the files'
-names, then of their rows; the key is the file's name without suffix and the row (`train-00000-of-00294/000123`).
+Another column of labels is named by --label-column. Labels are numbers or names of any Arrow type for these,
+dictionaries of them included. Class names come from the schema's Hugging Face metadata, or from `classes.txt`. The
+images' paths, which may name any file, are never followed. Samples are in the order of the files' names, then of their
+rows; the key is the file's name without suffix and the row (`train-00000-of-00294/000123`).
 Listing reads footers and the label column, files on several threads; sizes of single images stay unknown. A unit reads
 each of its row groups once, and of them the image column alone.
 """

@@ -60,8 +60,8 @@ class ClassTars:
                 key = f"{tar.name}/{member.name}"
                 if member.name.lower().endswith(LABEL_SUFFIX) and not wanted.unlabelled:
                     raise UserError(
-                        f"{tar.path} in DATA holds labels of its images ({member.name}), which class tars do not have; pass "
-                        "--source webdataset, or --unlabelled to leave every label out"
+                        f"{tar.path} in DATA holds labels of its images ({member.name}), which class tars do not have; "
+                        "pass --source webdataset, or --unlabelled to leave every label out"
                     )
                 if member.regular and is_image(member.name):
                     images.append((label, key, member))

@@ -2,11 +2,12 @@
 
     n01440764_10026.jpg   n01440764_10026.cls   n01440764_10026.json
 
-The label is the number or name in `.cls`, else in `.json` (its "label", or "cls"; its "class_name" names the class), else
-the integer in `.txt`, which may be a caption otherwise; --label-column names another key of `.json`, or another member by
-its suffix with the dot. Members of a sample that do not stand together are refused, since that loses labels. Samples are in the order of the shards' names, then of the
-archive; the key is the shard's name without suffix and the sample's (`train-0001/n01440764_10026`). Listing reads every
-header and every label, shards on several threads; images are read by their offsets.
+The label is the number or name in `.cls`, else in `.json` (its "label", or "cls"; its "class_name" names the class),
+else the integer in `.txt`, which may be a caption otherwise; --label-column names another key of `.json`, or another
+member by its suffix with the dot. Members of a sample that do not stand together are refused, since that loses labels.
+Samples are in the order of the shards' names, then of the archive; the key is the shard's name without suffix and the
+sample's (`train-0001/n01440764_10026`). Listing reads every header and every label, shards on several threads; images
+are read by their offsets.
 """
 
 from __future__ import annotations

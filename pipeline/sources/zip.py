@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from pipeline.sources.files import File, Part
 from pipeline.sources.found import Found, look, refuse_splits
-from pipeline.sources.labels_file import JSON_FILE, parse_json
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
+from pipeline.sources.labels_file import JSON_FILE, parse_json
 from pipeline.sources.listing import Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
 from storage.errors import UserError
