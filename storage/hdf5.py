@@ -176,4 +176,4 @@ def describe(group: h5py.Group) -> str:
 
 
 def _quoted(text: str) -> str:
-    return repr(shown(text[:200]))
+    return f"'{shown(text[:200])}'"

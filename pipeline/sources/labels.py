@@ -42,6 +42,10 @@ class LabelOptions:
     renumber: bool = False
 
     def __post_init__(self) -> None:
+        if shown(self.column) != self.column:
+            raise UserError(
+                f"--label-column is a name without control characters, got '{shown(self.column)}'; rename it"
+            )
         if self.unlabelled and (self.column or self.partly_labelled or self.renumber):
             raise UserError(
                 "--unlabelled stores no label, so --label-column, --partly-labelled and --renumber-labels say nothing "
@@ -192,6 +196,8 @@ def _parse_all(values: Sequence[Any], where: Callable[[int], str]) -> list[int |
     known: dict[Any, int | float | str | None] = {}
     parsed = []
     for row, value in enumerate(values):
+        if isinstance(value, np.generic):
+            value = value.item()
         try:
             label: Any = known[value]
         except KeyError:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import posixpath
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-from pipeline.sources.files import UNKNOWN_BYTES, File, Files, Part
+from pipeline.sources.files import UNKNOWN_BYTES, File, Files, LocalFiles, Part
 from pipeline.sources.found import Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions, read_label
 from pipeline.sources.listing import CLASS_NAMES_FILE, Listing, decode_text, is_image, make_listing
@@ -66,6 +68,7 @@ class LabelsFile:
                 f"{table.where} names no image; label some, or pass --unlabelled to store images without (−1)"
             )
         paths = sorted(table.rows)
+        sizes |= self._sizes_of_unseen([path for path in paths if path not in sizes])
         absent = [path for path in paths if path not in sizes]
         if len(absent) == len(paths):
             raise UserError(
@@ -86,6 +89,19 @@ class LabelsFile:
             looked_in=f"{table.where}, {table.column}, is empty throughout",
             where=lambda row: table.rows[paths[row]].where(table.where, paths[row]),
         )
+
+    def _sizes_of_unseen(self, paths: Sequence[str]) -> dict[str, int]:
+        """Of files whose names begin with a dot. Raises UserError for folders, and pipes, on which a reader waits."""
+        sizes = {}
+        for path in paths if isinstance(self.place, LocalFiles) else ():
+            try:
+                status = os.stat(os.path.join(self.place.root, path))
+            except OSError:
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"DATA {self.data}: '{shown(path)}' is named as an image and is no file; mend it")
+            sizes[path] = status.st_size
+        return sizes
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
         """The files' bytes."""
@@ -122,7 +138,7 @@ def _read_table(place: Files, file: File, wanted: LabelOptions) -> Table:
     if file.nbytes > MAX_TABLE_BYTES:
         raise UserError(f"{where} has {file.nbytes:,} bytes, too many for a file of labels")
     with place.open(file.path) as handle:
-        content = handle.read(MAX_TABLE_BYTES)
+        content = handle.read(max(0, file.nbytes) + 1)  # a limit, of which memory is taken at once
     if file.path == CSV_FILE:
         return parse_csv(content, where, wanted)
     labelled = parse_json(content, where, wanted)
@@ -136,9 +152,9 @@ def clean_path(path: str, where: str) -> str:
     """The path below the folder, `./` and doubled slashes removed. Raises UserError for one that leaves the folder."""
     clean = posixpath.normpath(path) if path else ""
     if path.startswith(("/", "\\")) or ".." in path.replace("\\", "/").split("/") or path[1:3] in (":\\", ":/"):
-        raise UserError(f"{where}: {shown(path)!r} leads out of the folder; paths are relative to it and without ..")
+        raise UserError(f"{where}: '{shown(path)}' leads out of the folder; paths are relative to it and without ..")
     if clean in WHOLE_PATH_PARTS or any(ord(character) < 32 for character in path):
-        raise UserError(f"{where}: {shown(path)!r} is no path of a file; mend it")
+        raise UserError(f"{where}: '{shown(path)}' is no path of a file; mend it")
     return clean
 
 

@@ -123,4 +123,4 @@ def _numbered(keys: Sequence[str]) -> tuple[Sequence[str], list[str]]:
 
 
 def _examples(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:SHOWN])) + (", …" if len(items) > SHOWN else "")
+    return ", ".join(shown(str(item)) for item in items[:SHOWN]) + (", …" if len(items) > SHOWN else "")

@@ -48,8 +48,12 @@ def read(source: Path, options: ImportOptions) -> Incoming:
         file = h5py.File(source, "r")
     except OSError as error:
         raise UserError(f"{source} is not an HDF5 file ({str(error).splitlines()[0]})") from error
-    with hdf5_errors(shown(str(source))):
-        return _foreign(file, source, options) if options.dataset else _exported(file, source)
+    try:
+        with hdf5_errors(shown(str(source))):
+            return _foreign(file, source, options) if options.dataset else _exported(file, source)
+    except UserError:
+        file.close()
+        raise
 
 
 def _exported(file: h5py.File, source: Path) -> Incoming:

@@ -6,11 +6,12 @@ and standard deviation of the Stable Diffusion VAE, unscaled: the moments of thi
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from storage.boundary import parse_json, read_regular
 from storage.errors import UserError
 from storage.exchange.incoming import (
     SD_VAE_SCALE,
@@ -23,18 +24,28 @@ from storage.exchange.incoming import (
     whole_labels,
 )
 
+MAX_TABLE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    labels: list[tuple[str, int | float | str | None]]
+
 
 def read(source: Path, options: ImportOptions) -> Incoming:
     """Describe the folder; every file that dataset.json names must be there, and no other `.npy`."""
     require_folder(source, "folder that holds dataset.json and 00000/, 00001/, …")
+    where = source / "dataset.json"
     try:
-        labels = dict(json.loads((source / "dataset.json").read_bytes())["labels"])
+        raw = read_regular(where, MAX_TABLE_BYTES)
     except FileNotFoundError:
         raise UserError(
             f"{source} has no dataset.json, so its labels are unknown; copy it beside the folders"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{source / "dataset.json"} is not {{"labels": [[file, label], …]}} ({error!r})') from error
+    pairs = parse_json(_Dataset, raw, str(where), 'it must be {"labels": [[file, label], …]}').labels
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        raise UserError(f"{where} names a file twice; mend it")
     there = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*.npy")}
     names = sorted(labels)
     for only, fix in ((set(names) - there.keys(), "is missing"), (there.keys() - labels.keys(), "has no label")):
@@ -42,10 +53,11 @@ def read(source: Path, options: ImportOptions) -> Incoming:
             more = f" and {len(only) - 1} more" if len(only) > 1 else ""
             raise UserError(f"{source / min(only)}{more} {fix}; make files and dataset.json agree")
     if not names:
-        raise UserError(f"{source / 'dataset.json'} names no file")
+        raise UserError(f"{where} names no file")
     shape = _load(source / names[0]).shape
     if len(shape) != 3 or shape[0] % 2:
         raise UserError(f"{source / names[0]} has shape {shape}; moments are (2C, h, w), mean and standard deviation")
+    numbers = whole_labels([labels[name] for name in names], where)
     group = IncomingGroup(
         path=f"latents/{options.name}",
         identity=latents_identity(
@@ -61,8 +73,8 @@ def read(source: Path, options: ImportOptions) -> Incoming:
     )
     return Incoming(
         keys=names,
-        labels=whole_labels([labels[name] for name in names], source / "dataset.json"),
-        class_names=[str(labels[name]) for name in names],
+        labels=numbers,
+        class_names=[str(label) for label in numbers],
         views=("original",),
         resolution=options.resolution,
         source={"kind": "repa-npy", "path": str(source.absolute())},
@@ -80,5 +92,5 @@ def _one(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{path} is not a .npy file ({str(error).splitlines()[0]})") from error
