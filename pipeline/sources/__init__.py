@@ -35,7 +35,9 @@ def open_source(data: str, kind: str = AUTO) -> Source:
         raise UserError(f"--source must be one of {', '.join([AUTO, *by_kind])}, got {kind!r}")
     found = look(data)
     if kind != AUTO:
-        return by_kind[kind](found)
+        source = by_kind[kind](found)
+        source.named = True
+        return source
     recognised = [source for source in SOURCES if source.recognises(found)]
     if len(recognised) > 1:
         kinds = " or ".join(source.kind for source in recognised)

@@ -50,7 +50,7 @@ class FlatFolder:
             locations=[file.path for file in images],
             nbytes=[file.nbytes for file in images],
             data_bytes=sum(max(0, file.nbytes) for file in images),
-            left_out=[*found.folders, *(file.path for file in found.files if not is_image(file.path))],
+            left_out=found.left_out(images),
             wanted=wanted,
         )
 

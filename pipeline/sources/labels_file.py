@@ -60,7 +60,8 @@ class LabelsFile:
             raise UserError(f"DATA {self.data} needs one of {CSV_FILE} and {JSON_FILE}, it has {len(files)}")
         (name,) = files
         table = _read_table(self.place, files[name], wanted)
-        sizes = {file.path: file.nbytes for file in chain(found.files, *found.walk())}
+        below, leftovers = found.walk()
+        sizes = {file.path: file.nbytes for file in chain(found.files, *below)}
         if not table.rows and name == JSON_FILE and wanted.unlabelled:  # {"labels": null}
             table.rows.update((path, Row(None)) for path in sizes if is_image(path))
         if not table.rows:
@@ -83,7 +84,7 @@ class LabelsFile:
             locations=paths,
             nbytes=[sizes.get(path, UNKNOWN_BYTES) for path in paths],
             data_bytes=sum(max(0, sizes.get(path, 0)) for path in paths),
-            left_out=sorted(path for path in sizes if path not in known),
+            left_out=sorted([*(path for path in sizes if path not in known), *found.leftovers, *leftovers]),
             warnings=[f"{len(absent)} images of {name} are not there, such as {shown(absent[0])}"] if absent else [],
             wanted=wanted,
             looked_in=f"{table.where}, {table.column}, is empty throughout",

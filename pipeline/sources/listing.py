@@ -21,6 +21,7 @@ from pipeline.sources.labels import (
     refuse_far_apart,
     refuse_lost,
 )
+from pipeline.sources.leftovers import described
 from storage.boundary import shown
 from storage.errors import UserError
 from storage.index import Index, make_index
@@ -77,6 +78,8 @@ def make_listing(
     refuse_far_apart(counts, class_names)
     lost = refuse_lost(labels, find, wanted, looked_in or "this kind of data has none", bool(looked_in))
     warnings = [*warnings, *lost, *numbered.notes, *odd_names({n: s for n, s in class_names.items() if counts[n]})]
+    if leftovers := described(left_out):
+        warnings.append(leftovers)
     empty = [name for label, name in sorted(class_names.items()) if not counts[label]]
     if empty:
         warnings.append(f"{len(empty)} of {len(class_names)} classes have no image, such as {_examples(empty)}")

@@ -28,6 +28,14 @@ class Unreadable:
     reason: str
 
 
+MAX_SAMPLE_BYTES = 256 << 20  # of one encoded image; a container may declare anything
+
+
+def too_large(nbytes: int) -> Unreadable:
+    """For a sample whose container declares more bytes than an image may have."""
+    return Unreadable(f"declares {nbytes:,} bytes, an encoded image may have {MAX_SAMPLE_BYTES:,}")
+
+
 Sample = bytes | np.ndarray | Unreadable  # an encoded image; uint8 (H, W, 3), decoded already; neither
 
 

@@ -22,9 +22,10 @@ from typing import Any
 from pipeline.sources.files import File, Files
 from pipeline.sources.found import LISTING_THREADS, Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions, read_label
+from pipeline.sources.leftovers import leftover
 from pipeline.sources.listing import EXTENSIONS, Listing, make_listing
 from pipeline.sources.protocol import Sample
-from pipeline.sources.tar_members import Member, first_names, location, members, part
+from pipeline.sources.tar_members import Member, first_names, location, members, read_members
 from storage.boundary import parse_json, shown
 from storage.errors import UserError
 
@@ -87,7 +88,7 @@ class WebDataset:
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
         """The images' bytes, by offset."""
-        return self.place.read_many([part(location) for location in locations])
+        return read_members(self.place, locations)
 
     def provenance(self) -> dict[str, str]:
         """Kind and absolute path, pattern or URL."""
@@ -101,7 +102,8 @@ def read_shard(place: Files, shard: File, wanted: LabelOptions = AS_FOUND) -> tu
     others: list[str] = []
     for member in members(place, shard.path):
         stem, suffix = _split(member.name)
-        if not member.regular or not (_is_image_suffix(suffix) or suffix in suffixes):
+        is_one = member.regular and not leftover(member.name)
+        if not is_one or not (_is_image_suffix(suffix) or suffix in suffixes):
             others.append(f"{shard.path}/{member.name}")
             continue
         if not samples or samples[-1].name != stem:
@@ -124,8 +126,8 @@ def read_shard(place: Files, shard: File, wanted: LabelOptions = AS_FOUND) -> tu
             raise UserError(
                 f"{_named(shard, member)} has {member.nbytes:,} bytes, too many for a label; mend the shard"
             )
-    parts = [part(location(shard.path, member)) for _, _, member in sidecars]
-    for (sample, suffix, member), text in zip(sidecars, place.read_many(parts), strict=True):
+    texts = read_members(place, [location(shard.path, member) for _, _, member in sidecars])
+    for (sample, suffix, member), text in zip(sidecars, texts, strict=True):
         assert isinstance(text, bytes)
         try:
             _describe(sample, suffix, text, wanted)
