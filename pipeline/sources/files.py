@@ -2,8 +2,8 @@
 
 A path is relative to the root, with "/" between its parts. Leftovers (`leftovers.py`) are told apart and not entered.
 Links are followed, but for those that lead back to a folder on their own path. `s3`, `gs`, `az` and `http` go through
-obstore's fsspec adapter, with the credentials and retries that stores use (`storage/remote.py`); other protocols through
-what fsspec has for them. An http server cannot list: name one file.
+obstore's fsspec adapter, with the credentials and retries that stores use (`storage/remote.py`); other protocols go
+through what fsspec has for them. An http server cannot list: name one file.
 
 Reading many parts keeps one file open locally, and `REQUESTS` range requests in flight remotely.
 """
@@ -117,7 +117,7 @@ class LocalFiles:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if leftover(entry.name):
                 leftovers.append(path)
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 if entry.is_symlink() and self._leads_back(folder, entry.path):
                     leftovers.append(path)
                 else:
@@ -164,6 +164,16 @@ class LocalFiles:
         except (FileNotFoundError, PermissionError) as error:
             os.stat(self.root)  # an unmounted disk is not a million missing images
             return Unreadable(f"cannot be read: {error.strerror}")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """False also for a link that leads in circles."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _file(path: str, entry: os.DirEntry[str]) -> File | None:

@@ -128,8 +128,8 @@ class TarOfTars(ClassTars):
             if member.regular and member.name.lower().endswith(".tar") and not leftover(member.name):
                 if member.extents:
                     raise UserError(
-                        f"{shown(outer[0].path)} in DATA holds {shown(member.name)} as a sparse file, whose members have "
-                        "no place of their own; repack it without --sparse"
+                        f"{shown(outer[0].path)} in DATA holds {shown(member.name)} as a sparse file, whose "
+                        "members have no place of their own; repack it without --sparse"
                     )
                 name = posixpath.basename(member.name)[: -len(".tar")]
                 tars.append(_ClassTar(name, outer[0].path, member.start, member.start + member.nbytes))

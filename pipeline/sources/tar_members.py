@@ -3,7 +3,7 @@
 What is listed is what `tar -x` would make: a hard link, and a symbolic link to another member, is a sample with the
 bytes of what it names; a sparse member (GNU's format, and PAX 0.0, 0.1 and 1.0) is put together from its extents, with
 zeros between. Members are in the order of the archive. An archive with links has its headers read three times, once in
-all, once for what links name, and once for where that lies.
+all, twice more for what links name and where that lies.
 
 Compressed tars have no offsets and are refused. A damaged header ends `tarfile`'s scan without a word, which would lose
 the rest of the archive; here it is an error. Nothing that a header declares takes memory or time beyond what the file
@@ -130,7 +130,9 @@ def _scan(files: Files, path: str, start: int, end: int | None, where: str) -> I
 
 
 def _member(info: tarfile.TarInfo, extents: Extents, where: str) -> Member | _Link:
-    name = _inside(info.name, where)
+    name = _inside(
+        info.pax_headers.get("GNU.sparse.name", info.name), where
+    )  # else it has the packing process's number
     if info.islnk():
         return _Link(name, _inside(info.linkname, where), True)
     if info.issym():
@@ -150,7 +152,8 @@ def _inside(name: str, where: str) -> str:
 
 def _extents(info: tarfile.TarInfo) -> Extents:
     """A sparse member's, without empty ones. Raises ValueError where they overlap or leave the sample."""
-    listed = tuple((offset, nbytes) for offset, nbytes in info.sparse or () if nbytes)
+    sparse: Any = info.sparse  # its stubs call it an integer
+    listed = tuple((offset, nbytes) for offset, nbytes in sparse or () if nbytes)
     if len(listed) > MAX_EXTENTS:
         raise ValueError(f"{shown(info.name)} has more than {MAX_EXTENTS} extents")
     at = 0
@@ -175,7 +178,9 @@ class _Headers:
         return self._file.read(nbytes)
 
     def seek(self, position: int) -> int:
-        """As of the file. Raises ValueError for a position before its beginning."""
+        """As of the file. Raises ValueError for a position that no file has."""
+        if not 0 <= position < 2**63:
+            raise ValueError(f"a header leads to byte {position}")
         return self._file.seek(position)
 
     def tell(self) -> int:
