@@ -29,10 +29,15 @@ from storage.roots import absolute
 PROG = "python -m pipeline"
 
 
-def add_options(parser: Parser) -> None:
-    """One option a field of PrecomputeConfig, with its help text and default."""
+LABEL_FIELDS = ("label_column", "unlabelled", "partly_labelled", "renumber_labels")
+
+
+def add_options(parser: Parser, names: Sequence[str] = ()) -> None:
+    """One option a field of PrecomputeConfig, with its help text and default: all fields, or the named ones."""
     hints = typing.get_type_hints(PrecomputeConfig)
     for field in dataclasses.fields(PrecomputeConfig):
+        if names and field.name not in names:
+            continue
         kind = hints[field.name]
         flag = f"--{field.name.replace('_', '-')}"
         if kind is bool:
@@ -86,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     add_options(commands.add_parser("precompute", help="encode a data set into a store"))
     index = commands.add_parser("index", help="what was found in DATA: kind, images, classes, what is left out")
     index.add_argument("data", help=config_help("data"))
-    index.add_argument("--source", default="auto", help=config_help("source"))
+    add_options(index, ("source", *LABEL_FIELDS))
     commands.add_parser("encoders", help="list every encoder")
     commands.add_parser("status", help="units done and missing, rate, failures").add_argument("store")
     preview = commands.add_parser("preview", help="write reconstruction.png and features.png of a store")
@@ -120,12 +125,18 @@ def main(argv: Sequence[str]) -> int:
         return report_precompute(PrecomputeConfig(**args))
     if command == "index":
         from pipeline.index import report
-        from pipeline.sources import open_source
+        from pipeline.sources import LabelOptions, open_source
 
         if not args["data"].strip():
             raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
+        wanted = LabelOptions(
+            column=args["label_column"],
+            unlabelled=args["unlabelled"],
+            partly_labelled=args["partly_labelled"],
+            renumber=args["renumber_labels"],
+        )
         source = open_source(absolute(args["data"]), args["source"])
-        print(report(source, source.listing()))
+        print(report(source, source.listing(wanted)))
         return EXIT_OK
     if command == "tasks":
         from pipeline.ray_environment import prepare_ray

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.encoders.precision import ARITHMETIC
+from pipeline.sources.labels import LabelOptions
 from storage.errors import UserError
 
 
@@ -21,6 +22,18 @@ class PrecomputeConfig:
     data: str = field(metadata={"help": "images: a folder, file, pattern or URL; `index` shows what it holds"})
     store: str = field(metadata={"help": "store root to make or to go on with: a directory, or an s3:// or gs:// URL"})
     source: str = option("kind of DATA, as `index` names it (a wrong one lists them all); auto: recognised", "auto")
+    label_column: str = option(
+        "what holds the labels: a column (parquet, labels.csv), a data set (hdf5), a key of .json (webdataset, "
+        "dataset.json) or a member's suffix (webdataset: .NAME); empty: the usual ones",
+        "",
+    )
+    unlabelled: bool = option(
+        "store no label (−1 in every row), whatever DATA holds: for models without classes", False
+    )
+    partly_labelled: bool = option("keep images without a label (−1) beside labelled ones", False)
+    renumber_labels: bool = option(
+        "number labels anew from 0: numbers and numerals by value, then names; class names say what they were", False
+    )
     latents: str = option(
         "VAEs: names, diffusers directories or hub ids, with commas; none: no latents", "sd-vae-ft-mse"
     )
@@ -82,6 +95,17 @@ class PrecomputeConfig:
             raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
         if not self.unit_timeout_s > 0:  # NaN is no limit either
             raise UserError(f"--unit-timeout-s must be positive, got {self.unit_timeout_s}")
+        self.labels  # noqa: B018 - checks itself
+
+    @property
+    def labels(self) -> LabelOptions:
+        """What the user decides about labels. Raises UserError for a contradiction."""
+        return LabelOptions(
+            column=self.label_column,
+            unlabelled=self.unlabelled,
+            partly_labelled=self.partly_labelled,
+            renumber=self.renumber_labels,
+        )
 
     @property
     def views(self) -> tuple[str, ...]:

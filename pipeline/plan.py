@@ -200,9 +200,13 @@ def describe_plan(plan: Plan) -> str:
     """The plan in a few lines, printed before the work starts."""
     labels = plan.index.labels
     n_classes = len(np.unique(labels[labels >= 0]))
+    unlabelled = int((labels < 0).sum())
+    of_classes = f"of {n_classes} classes" if n_classes else "without labels (−1)"
+    if n_classes and unlabelled:
+        of_classes += f", {unlabelled} without a label (−1),"
     lines = [
         f"store      {plan.root}",
-        f"images     {len(plan.index)} of {n_classes} classes at {plan.layout.resolution} px, "
+        f"images     {len(plan.index)} {of_classes} at {plan.layout.resolution} px, "
         f"views {', '.join(plan.layout.views)}",
         f"units      {plan.layout.n_units} of {plan.layout.shard_rows} rows, {len(plan.missing)} to do",
     ]

@@ -52,7 +52,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
     source = open_source(config.data, config.source)
     print(f"listing {config.data} ({source.kind})", flush=True)  # minutes, for a million headers far away
-    found = source.listing()
+    found = source.listing(config.labels)
     if found.left_out:
         print(f"{len(found.left_out)} files hold no image of this kind, such as {found.left_out[0]}; left out")
     for warning in found.warnings:

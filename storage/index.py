@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +42,47 @@ MIN_ROWS, ROWS_A_BYTE, MAX_GROUP_ROWS = 1 << 16, 16, 1 << 27
 MIN_BYTES, INFLATES = 64 << 20, 100
 MIN_LABELS, LABELS_A_ROW = 1 << 20, 4  # labels below either: the list of class names is as long as the largest
 RESTORE = "restore it or precompute into a new root"
+MAX_LABEL = 2**31 - 1
+FREE_LABELS = 1 << 15  # numbers up to here need no excuse: more classes than ImageNet-21k and iNaturalist have
+LABELS_A_CLASS = 10  # beyond it, at most so many numbers for a class that occurs
+
+
+def far_apart(largest: int, n_classes: int) -> bool:
+    """Whether a table with a row for each number up to the largest label would be nearly empty."""
+    return largest >= FREE_LABELS and largest >= LABELS_A_CLASS * n_classes
+
+
+class ClassNames(Sequence[str]):
+    """Class names; position = label, and a label nobody has is the empty string. Memory goes with those that occur."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self.occurring = {label: name for label, name in sorted(names.items()) if label >= 0}
+
+    def __len__(self) -> int:
+        return max(self.occurring, default=-1) + 1
+
+    @overload
+    def __getitem__(self, label: int) -> str: ...
+    @overload
+    def __getitem__(self, label: slice) -> list[str]: ...
+    def __getitem__(self, label: int | slice) -> str | list[str]:
+        if isinstance(label, slice):
+            return [self[each] for each in range(len(self))[label]]
+        return self.occurring.get(range(len(self))[label], "")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ClassNames):
+            return self.occurring == other.occurring
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(a == b for a, b in zip(self, other, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"ClassNames({self.occurring})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +90,7 @@ class Classes:
     """What training needs of the index: 4 bytes a row."""
 
     labels: np.ndarray  # int32 (N,), −1 where the source has none
-    class_names: list[str]  # position = label; a label nobody has is the empty string
+    class_names: ClassNames
 
 
 @dataclass(frozen=True)
@@ -76,9 +118,9 @@ class Index:
         return self.table["location"].to_pylist()
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> ClassNames:
         """Class names; position = label. A label nobody has is the empty string."""
-        return _by_label(_label_names(self.table))
+        return ClassNames(_label_names(self.table))
 
     def slice(self, rows: range) -> Index:
         """The samples of consecutive rows, without copying."""
@@ -106,7 +148,7 @@ def make_index(
 
     Raises UserError when a key occurs twice, or a label is not below 2^31.
     """
-    if max(labels, default=0) >= 2**31:
+    if max(labels, default=0) > MAX_LABEL:
         raise UserError(f"labels must be below 2^31, got {max(labels)}; number the classes from 0")
     columns = [keys, labels, class_names, locations, nbytes]
     table = pa.table(
@@ -157,16 +199,12 @@ def read_classes(root: Root, n_rows: int | None = None) -> Classes:
     for start, batch in _batches(root, n_rows, ["label", "class_name"]):
         labels[start : start + len(batch)] = batch["label"].to_numpy()
         names |= _label_names(pa.Table.from_batches([batch]))
-    return Classes(labels=labels, class_names=_by_label(names))
+    return Classes(labels=labels, class_names=ClassNames(names))
 
 
 def _label_names(table: pa.Table) -> dict[int, str]:
     pairs = table.select(["label", "class_name"]).group_by(["label", "class_name"]).aggregate([])
     return dict(zip(pairs["label"].to_pylist(), pairs["class_name"].to_pylist(), strict=True))
-
-
-def _by_label(names: Mapping[int, str]) -> list[str]:
-    return [names.get(label, "") for label in range(max(names, default=-1) + 1)]
 
 
 def _agreed(root: Root, n_rows: int | None) -> int:

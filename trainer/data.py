@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from storage import CacheConfig, GroupReader, Store, UserError, open_store
 from storage.codec import Int8Codec, codec_of
+from storage.index import far_apart
 from storage.order import ValidRows
 from storage.samples import REDO
 from storage.shard_files import raise_open_file_limit
@@ -26,7 +28,7 @@ class TrainingData:
     latents: GroupReader
     features: tuple[GroupReader, ...]  # one an alignment target; two targets may share one
     labels: np.ndarray  # int32 (N,)
-    class_names: list[str]
+    class_names: Sequence[str]
     valid_rows: ValidRows  # those that failed in no group
     codecs: dict[str, Int8Codec]  # by path, of the features that are quantised; others are plain float16
 
@@ -132,6 +134,12 @@ def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
     height, width = latents["latent_size"]
     if height != width:
         raise UserError(f"latents of {height}×{width} are not square; the model's position embedding needs a square")
+    occurring, largest = len(data.store.classes.class_names.occurring), len(data.class_names) - 1
+    if not config.model.classes and far_apart(largest, occurring):
+        raise UserError(
+            f"{data.store.root}: {occurring} labels occur and the largest is {largest:,}; a model has a row for each "
+            "number up to it: precompute with --renumber-labels, or pass --model.classes N if it is meant"
+        )
     n_classes = config.model.classes or len(data.class_names)
     if n_classes < len(data.class_names):
         raise UserError(f"--model.classes {n_classes} is fewer than the store's {len(data.class_names)} classes")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.sources.flat_folder import FlatFolder
 from pipeline.sources.found import look
 from pipeline.sources.hdf5 import HDF5
 from pipeline.sources.image_folder import ImageFolder
+from pipeline.sources.labels import LabelOptions
 from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import Listing
 from pipeline.sources.parquet import Parquet
@@ -16,10 +18,10 @@ from pipeline.sources.webdataset import WebDataset
 from pipeline.sources.zip import Zip
 from storage.errors import UserError
 
-__all__ = ["KINDS", "Listing", "Sample", "Source", "Unreadable", "open_source"]
+__all__ = ["KINDS", "LabelOptions", "Listing", "Sample", "Source", "Unreadable", "open_source"]
 
 AUTO = "auto"
-SOURCES: list[Any] = [ImageFolder, TarOfTars, ClassTars, Parquet, WebDataset, HDF5, Zip, LabelsFile]
+SOURCES: list[Any] = [ImageFolder, TarOfTars, ClassTars, Parquet, WebDataset, HDF5, Zip, LabelsFile, FlatFolder]
 KINDS = [AUTO, *(source.kind for source in SOURCES)]
 
 
@@ -33,7 +35,9 @@ def open_source(data: str, kind: str = AUTO) -> Source:
         raise UserError(f"--source must be one of {', '.join([AUTO, *by_kind])}, got {kind!r}")
     found = look(data)
     if kind != AUTO:
-        return by_kind[kind](found)
+        source = by_kind[kind](found)
+        source.named = True
+        return source
     recognised = [source for source in SOURCES if source.recognises(found)]
     if len(recognised) > 1:
         kinds = " or ".join(source.kind for source in recognised)

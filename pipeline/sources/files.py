@@ -1,8 +1,9 @@
 """The files of a data set: below a local folder, or below a URL that fsspec understands (s3://, gs://, http://, …).
 
-A path is relative to the root, with "/" between its parts. Names that begin with a dot are nobody's samples and are not
-seen. `s3`, `gs`, `az` and `http` go through obstore's fsspec adapter, with the credentials and retries that stores use
-(`storage/remote.py`); other protocols through what fsspec has for them. An http server cannot list: name one file.
+A path is relative to the root, with "/" between its parts. Leftovers (`leftovers.py`) are told apart and not entered.
+Links are followed, but for those that lead back to a folder on their own path. `s3`, `gs`, `az` and `http` go through
+obstore's fsspec adapter, with the credentials and retries that stores use (`storage/remote.py`); other protocols go
+through what fsspec has for them. An http server cannot list: name one file.
 
 Reading many parts keeps one file open locally, and `REQUESTS` range requests in flight remotely.
 """
@@ -22,8 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
+from pipeline.sources.leftovers import leftover
 from pipeline.sources.protocol import Unreadable
 from storage.errors import UserError
 
@@ -51,13 +53,21 @@ class Part:
     nbytes: int = WHOLE
 
 
+class Entries(NamedTuple):
+    """What lies directly below a folder, sorted: paths of the folders, the files, and what is nobody's sample."""
+
+    folders: list[str]
+    files: list[File]
+    leftovers: list[str]
+
+
 class Files(Protocol):
     """What sources ask of the place their data lies in. Pickles without handles."""
 
     root: str
 
-    def entries(self, folder: str) -> tuple[list[str], list[File]]:
-        """Paths of the folders, and the files, directly below a folder ("" is the root); sorted."""
+    def entries(self, folder: str) -> Entries:
+        """What lies directly below a folder ("" is the root)."""
         ...
 
     def open(self, path: str) -> IO[bytes]:
@@ -69,21 +79,23 @@ class Files(Protocol):
         ...
 
 
-def walk(files: Files, folder: str) -> list[File]:
-    """The files at any depth below a folder, sorted by path."""
+def walk(files: Files, folder: str) -> tuple[list[File], list[str]]:
+    """(the files at any depth below a folder, the leftovers that were not entered), sorted by path."""
     found: list[File] = []
+    leftovers: list[str] = []
     folders = [folder]
     while folders:
-        below, here = files.entries(folders.pop())
-        folders += below
-        found += here
-    return sorted(found, key=lambda file: file.path)
+        entries = files.entries(folders.pop())
+        folders += entries.folders
+        found += entries.files
+        leftovers += entries.leftovers
+    return sorted(found, key=lambda file: file.path), sorted(leftovers)
 
 
 def matches(files: Files, pattern: str, folder: str = "") -> list[File]:
     """The files below a folder whose path matches a shell pattern, level by level; sorted."""
     first, _, rest = pattern.partition("/")
-    below, here = files.entries(folder)
+    below, here, _ = files.entries(folder)
     if not rest:
         return [file for file in here if fnmatchcase(posixpath.basename(file.path), first)]
     folders = [path for path in below if fnmatchcase(posixpath.basename(path), first)]
@@ -96,19 +108,31 @@ class LocalFiles:
     def __init__(self, root: str) -> None:
         self.root = root
 
-    def entries(self, folder: str) -> tuple[list[str], list[File]]:
+    def entries(self, folder: str) -> Entries:
         """One directory scan, and one stat a file."""
         folders: list[str] = []
         found: list[File] = []
+        leftovers: list[str] = []
         for entry in os.scandir(os.path.join(self.root, folder)):
-            if entry.name.startswith("."):
-                continue
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
-                folders.append(path)
-            elif (file := self._file(path)) is not None:
+            if leftover(entry.name):
+                leftovers.append(path)
+            elif _is_folder(entry):
+                if entry.is_symlink() and self._leads_back(folder, entry.path):
+                    leftovers.append(path)
+                else:
+                    folders.append(path)
+            elif (file := _file(path, entry)) is not None:
                 found.append(file)
-        return sorted(folders), sorted(found, key=lambda file: file.path)
+            else:
+                leftovers.append(path)
+        return Entries(sorted(folders), sorted(found, key=lambda file: file.path), sorted(leftovers))
+
+    def _leads_back(self, folder: str, link: str) -> bool:
+        """Whether a link in a folder leads to that folder or to one that the path to it passes through."""
+        parts = folder.split("/") if folder else []
+        passed = [os.path.join(self.root, *parts[:n]) for n in range(len(parts) + 1)]
+        return os.path.realpath(link) in {os.path.realpath(path) for path in passed}
 
     def open(self, path: str) -> IO[bytes]:
         """A buffered file."""
@@ -141,13 +165,28 @@ class LocalFiles:
             os.stat(self.root)  # an unmounted disk is not a million missing images
             return Unreadable(f"cannot be read: {error.strerror}")
 
-    def _file(self, path: str) -> File | None:
-        """A regular file, or a link that leads nowhere; None for folders, pipes and devices."""
-        try:
-            status = os.stat(os.path.join(self.root, path))
-        except FileNotFoundError:
-            return File(path, UNKNOWN_BYTES)
-        return File(path, status.st_size) if stat.S_ISREG(status.st_mode) else None
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """False also for a link that leads in circles."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _file(path: str, entry: os.DirEntry[str]) -> File | None:
+    """A regular file, or a link that leads nowhere; None for pipes and devices."""
+    try:
+        status = entry.stat()
+    except FileNotFoundError:
+        return File(path, UNKNOWN_BYTES)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return File(path, UNKNOWN_BYTES)
+    return File(path, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
 
 class RemoteFiles:
@@ -194,15 +233,16 @@ class RemoteFiles:
         except (ImportError, ValueError) as error:
             raise _cannot_be_opened(self.root, error) from None
 
-    def entries(self, folder: str) -> tuple[list[str], list[File]]:
+    def entries(self, folder: str) -> Entries:
         """One listing, a thousand entries a request."""
         with self._errors(folder):
             listed = self.file_system.ls(self._at(folder), detail=True)
-        named = [(self._below(entry["name"]), entry) for entry in listed]
-        seen = [(path, entry) for path, entry in named if path and not path.rsplit("/", 1)[-1].startswith(".")]
+        named = [(path, entry) for entry in listed if (path := self._below(entry["name"])) and path != folder]
+        leftovers = sorted(path for path, _ in named if leftover(posixpath.basename(path)))
+        seen = [(path, entry) for path, entry in named if not leftover(posixpath.basename(path))]
         folders = sorted(path for path, entry in seen if entry["type"] == "directory")
-        found = [File(path, int(entry["size"])) for path, entry in seen if entry["type"] == "file" and path != folder]
-        return folders, sorted(found, key=lambda file: file.path)
+        found = [File(path, int(entry["size"])) for path, entry in seen if entry["type"] == "file"]
+        return Entries(folders, sorted(found, key=lambda file: file.path), leftovers)
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None for a folder. Raises FileNotFoundError when it is neither."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test)(?![a-z
 CONTAINERS = (".tar", ".parquet", ".h5", ".hdf5", ".zip")
 SHOWN = 4  # examples in a message
 LISTING_THREADS = 16  # enough to hide a network file system's latency
+SLOW_ENTRY_S = 100e-6  # a local disk takes a tenth of this for a file, a server some milliseconds
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Found:
     folders: tuple[str, ...]
     files: tuple[File, ...]
     is_folder: bool
+    leftovers: tuple[str, ...] = ()
 
     def having(self, *suffixes: str) -> list[File]:
         """The files with one of these suffixes (lower case, with the dot)."""
@@ -51,24 +54,38 @@ class Found:
             )
         return files
 
-    def walk(self) -> list[list[File]]:
-        """The files at any depth below each folder, sorted by path; folders are walked on several threads."""
-        with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            return list(pool.map(lambda folder: walk(self.place, folder), self.folders))
+    def walk(self) -> tuple[list[list[File]], list[str]]:
+        """(the files at any depth below each folder, sorted by path; the leftovers of all of them).
+
+        The first folder is walked alone and timed: local disks answer sooner than threads take turns, network file
+        systems and object stores do not.
+        """
+        start_s = time.perf_counter()
+        walked = [walk(self.place, folder) for folder in self.folders[:1]]
+        n_seen = sum(len(files) + len(leftovers) for files, leftovers in walked)
+        rest = self.folders[1:]
+        if time.perf_counter() - start_s < SLOW_ENTRY_S * (n_seen + 1):
+            walked += [walk(self.place, folder) for folder in rest]
+        else:
+            with ThreadPoolExecutor(LISTING_THREADS) as pool:
+                walked += pool.map(lambda folder: walk(self.place, folder), rest)
+        return [files for files, _ in walked], [path for _, leftovers in walked for path in leftovers]
 
     def class_names(self) -> dict[int, str]:
         """The names in `classes.txt` beside the files, if there is one."""
         try:
             with self.place.open(CLASS_NAMES_FILE) as file:
                 text = decode_text(file.read(), f"{self.place.root}/{CLASS_NAMES_FILE}")
-                return dict(enumerate(line.strip() for line in text.splitlines()))
+                lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")  # at no other character
+                return {label: line.strip() for label, line in enumerate(lines) if text.strip()}
         except FileNotFoundError:
             return {}
 
     def left_out(self, taken: Sequence[File]) -> tuple[str, ...]:
-        """The files that are none of those taken, and the folders, which are not entered."""
+        """The files that are none of those taken, the folders, which are not entered, and the leftovers."""
         known = {CLASS_NAMES_FILE, *(file.path for file in taken)}
-        return tuple(f"{path}/" for path in self.folders) + tuple(f.path for f in self.files if f.path not in known)
+        others = tuple(file.path for file in self.files if file.path not in known)
+        return (*(f"{path}/" for path in self.folders), *others, *self.leftovers)
 
     def summary(self) -> str:
         """In words, for messages: how many of what, with examples."""
@@ -110,8 +127,8 @@ def _look_locally(data: str) -> Found:
         place = LocalFiles(os.path.dirname(data))
         return Found(data, place, (), (File(os.path.basename(data), os.path.getsize(data)),), is_folder=False)
     place = LocalFiles(data)
-    folders, files = place.entries("")
-    return Found(data, place, tuple(folders), tuple(files), is_folder=True)
+    folders, files, leftovers = place.entries("")
+    return Found(data, place, tuple(folders), tuple(files), is_folder=True, leftovers=tuple(leftovers))
 
 
 def _look_remotely(data: str) -> Found:
@@ -121,7 +138,7 @@ def _look_remotely(data: str) -> Found:
         if nbytes is not None:
             parent, name = data.rsplit("/", 1)
             return Found(data, RemoteFiles(parent), (), (File(name, nbytes),), is_folder=False)
-        folders, files = place.entries("")
+        folders, files, leftovers = place.entries("")
     except FileNotFoundError:
         raise UserError(f"DATA {data} does not exist") from None
-    return Found(data, place, tuple(folders), tuple(files), is_folder=True)
+    return Found(data, place, tuple(folders), tuple(files), is_folder=True, leftovers=tuple(leftovers))

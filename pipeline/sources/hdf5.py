@@ -1,15 +1,17 @@
 """HDF5: images as encoded bytes (a data set of variable-length uint8) or as pixels (uint8, N × H × W × 3).
 
 The images are the data set `images` (or `image`), else the only one of such a shape; labels are the data set `labels`
-(or `label`), integers or names; class names are the strings of `classes`, or `classes.txt`. Samples are in the order of
-the files' names, then of the rows; the key is the file's name without suffix and the row (`train/000123`). A unit reads
-consecutive rows in few calls, along the chunks.
+(or `label`, or the one that --label-column names), numbers or names of shape (N,) or (N, 1); class names are the
+strings of `classes`, or `classes.txt`. Samples are in the order of the files' names, then of the rows; the key is the
+file's name without suffix and the row (`train/000123`). A unit reads consecutive rows in few calls, along the chunks.
+Data sets whose bytes lie in other files are refused (`storage/hdf5.py`).
 """
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -18,9 +20,20 @@ import numpy as np
 
 from pipeline.sources.files import UNKNOWN_BYTES, File
 from pipeline.sources.found import Found, look
-from pipeline.sources.listing import Listing, make_listing, number_labels
+from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
+from pipeline.sources.listing import Listing, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
 from storage.errors import UserError
+from storage.hdf5 import (
+    MAX_CHUNK_BYTES,
+    describe,
+    find_dataset,
+    find_member,
+    hdf5_errors,
+    is_virtual,
+    read_column,
+    require_own,
+)
 
 SUFFIXES = (".h5", ".hdf5")
 IMAGE_NAMES, LABEL_NAMES, CLASS_NAMES = ("images", "image"), ("labels", "label"), "classes"
@@ -41,35 +54,36 @@ class HDF5:
         """By suffix."""
         return bool(found.having(*SUFFIXES))
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every row. Raises UserError where a file is no such HDF5 file or there is no row."""
         found = look(self.data)
         files = found.one_split(*SUFFIXES)
         keys: list[str] = []
         locations: list[str] = []
         nbytes: list[int] = []
-        labels: list[Any] = []
+        labels: list[Label] = []
         class_names: dict[int, str] = {}
         for file in files:  # one after the other: h5py holds one lock for all files
-            n_rows, image_nbytes, file_labels, file_names = self._read_labels(file)
+            n_rows, image_nbytes, file_labels, file_names = self._read_labels(file, wanted)
             keys += [f"{posixpath.splitext(file.path)[0]}/{row:06d}" for row in range(n_rows)]
             locations += [f"{file.path}#{row}" for row in range(n_rows)]
             nbytes += [image_nbytes] * n_rows
-            labels += file_labels
-            if class_names and file_names != class_names:
+            if labels and file_names != class_names:
                 raise UserError(f"DATA {self.data}: {file.path} names its classes differently; precompute it by itself")
             class_names = file_names
+            labels += file_labels
         if not keys:
             raise UserError(f"DATA {self.data} has {len(files)} HDF5 files and no row in them")
-        numbers, names = number_labels(labels)
         return make_listing(
             keys=keys,
-            labels=numbers,
-            class_names={**names, **class_names, **found.class_names()},
+            labels=labels,
+            class_names={**class_names, **found.class_names()},
             locations=locations,
             nbytes=nbytes,
             data_bytes=sum(file.nbytes for file in files),
             left_out=found.left_out(files),
+            wanted=wanted,
+            looked_in=self._looked_in(files[0], wanted),
         )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
@@ -85,52 +99,91 @@ class HDF5:
         """Kind and absolute path, pattern or URL."""
         return {"kind": self.kind, "path": self.data}
 
-    def _read_labels(self, file: File) -> tuple[int, int, list[Any], dict[int, str]]:
+    def _read_labels(self, file: File, wanted: LabelOptions) -> tuple[int, int, list[Label], dict[int, str]]:
         """Rows, bytes an image, labels and class names of a file."""
-        where = f"{self.place.root}/{file.path}"
-        try:
-            with self.place.open(file.path) as handle, h5py.File(handle, "r") as content:
-                images = find_images(content)
-                n_rows = images.shape[0]
-                labels: list[Any] = [None] * n_rows
-                for name in LABEL_NAMES:
-                    if name in content:
-                        labels = [_text(value) for value in content[name][()].tolist()]
-                        break
-                if len(labels) != n_rows:
-                    raise UserError(f"{where} has {n_rows} images and {len(labels)} labels")
-                names = content[CLASS_NAMES][()].tolist() if CLASS_NAMES in content else []
-                nbytes = int(np.prod(images.shape[1:])) if images.ndim == 4 else UNKNOWN_BYTES
-                return n_rows, nbytes, labels, {label: str(_text(name)) for label, name in enumerate(names)}
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise UserError(f"{where} is no whole HDF5 file ({' '.join(str(error).split())})") from error
+        with self._open(file) as content:
+            images = find_images(content)
+            n_rows = images.shape[0]
+            if file.nbytes >= 0 and n_rows > file.nbytes:
+                raise UserError(f"{images.name} has {n_rows:,} rows in a file of {file.nbytes:,} bytes")
+            column = None if wanted.unlabelled else find_labels(content, wanted.column)
+            labels: list[Label] = [None] * n_rows if column is None else read_column(column, n_rows)
+            classes = None if wanted.unlabelled else find_dataset(content, CLASS_NAMES)
+            names = [] if classes is None else read_column(classes, classes.shape[0] if classes.shape else 0)
+            nbytes = int(np.prod(images.shape[1:])) if images.ndim == 4 else UNKNOWN_BYTES
+            return n_rows, nbytes, labels, {label: str(name) for label, name in enumerate(names)}
+
+    def _looked_in(self, file: File, wanted: LabelOptions) -> str:
+        """What there is where the labels should be, for a message."""
+        with self._open(file) as content:
+            name = wanted.column or " or ".join(LABEL_NAMES)
+            return f"{self.place.root}/{file.path}, data set {name}; the file holds {describe(content)}"
+
+    @contextmanager
+    def _open(self, file: File) -> Iterator[h5py.File]:
+        with (
+            hdf5_errors(f"{self.place.root}/{file.path}"),
+            self.place.open(file.path) as handle,
+            h5py.File(handle, "r") as content,
+        ):
+            yield content
+
+
+def find_labels(file: h5py.File, column: str) -> h5py.Dataset | None:
+    """The data set of labels: the one that is named, else the one of the usual names; None where there is none.
+
+    Raises UserError where the named one is not there, or where the choice would be a guess.
+    """
+    if column:
+        if (dataset := find_dataset(file, column)) is None:
+            raise UserError(f"there is no data set {column!r} (--label-column); the file holds {describe(file)}")
+        return dataset
+    there = [name for name in LABEL_NAMES if find_member(file, name) is not None]
+    if len(there) > 1:
+        raise UserError(f"it has the data sets {' and '.join(there)}; name the one that holds labels by --label-column")
+    if there and isinstance(group := find_member(file, there[0]), h5py.Group):
+        raise UserError(
+            f"{there[0]} is a group, of {describe(group)}; name the one that holds labels by "
+            f"--label-column {there[0]}/NAME"
+        )
+    return find_dataset(file, there[0]) if there else None
 
 
 def find_images(file: h5py.File) -> h5py.Dataset:
     """The data set of images. Raises UserError where there is none, or more than one."""
-    for name in IMAGE_NAMES:
-        if name in file and _holds_images(file[name]):
-            return file[name]
-    candidates = [dataset for dataset in file.values() if _holds_images(dataset)]
-    if len(candidates) == 1:
-        return candidates[0]
-    listed = ", ".join(f"{name} {getattr(d, 'shape', '(group)')} {getattr(d, 'dtype', '')}" for name, d in file.items())
-    raise UserError(
-        f"it has {len(candidates)} data sets of images and none is named images: variable-length uint8 (N,) or uint8 "
-        f"(N, H, W, 3); it has {listed or 'nothing'}"
-    )
+    named = [dataset for name in IMAGE_NAMES if _may_hold_images(dataset := find_member(file, name))]
+    candidates = named or [dataset for name in file if _may_hold_images(dataset := _member_of_its_own(file, name))]
+    if len(candidates) != 1:
+        raise UserError(
+            f"it has {len(candidates)} data sets of images, expected one named images: variable-length uint8 (N,) or "
+            f"uint8 (N, H, W, 3); it has {describe(file)}"
+        )
+    (images,) = candidates
+    require_own(images)
+    if images.ndim == 4 and not 0 < np.prod(images.shape[1:], dtype=float) <= MAX_CHUNK_BYTES:
+        raise UserError(
+            f"{images.name} has images of {images.shape[2]}×{images.shape[1]} pixels; repack it with usual ones"
+        )
+    return images
 
 
-def _holds_images(dataset: Any) -> bool:
+def _member_of_its_own(file: h5py.File, name: str) -> Any:
+    """A member, None where it leads out of the file: only one that is named like images is refused for it."""
+    try:
+        member = find_member(file, name)
+    except UserError:
+        return None
+    return None if isinstance(member, h5py.Dataset) and is_virtual(member) else member
+
+
+def _may_hold_images(dataset: Any) -> bool:
+    """By type and dimensions. A virtual data set is taken by its type: asking for its shape would open other files."""
     if not isinstance(dataset, h5py.Dataset):
         return False
-    if dataset.ndim == 1:
-        return h5py.check_vlen_dtype(dataset.dtype) == np.uint8
-    return dataset.ndim == 4 and dataset.shape[-1] == 3 and dataset.dtype == np.uint8
+    encoded, virtual = h5py.check_vlen_dtype(dataset.dtype) == np.uint8, is_virtual(dataset)
+    if not encoded and dataset.dtype != np.uint8:
+        return False
+    return virtual or (dataset.ndim == 1 if encoded else dataset.ndim == 4 and dataset.shape[-1] == 3)
 
 
 def _sample(row: np.ndarray) -> Sample:
@@ -139,14 +192,12 @@ def _sample(row: np.ndarray) -> Sample:
     return row.tobytes() if len(row) else Unreadable("empty row (0 bytes)")
 
 
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
-
-
 def _rows_a_call(images: h5py.Dataset) -> int:
-    """Whole chunks, since a chunk is read and unpacked whole however little of it is asked for."""
+    """Whole chunks, since a chunk is read and unpacked whole however little of it is asked for, within bounds."""
     chunk_rows = images.chunks[0] if images.chunks else 1
     row_bytes = int(np.prod(images.shape[1:])) if images.ndim == 4 else 1 << 18
+    if chunk_rows * row_bytes > MAX_CHUNK_BYTES:
+        return max(1, CALL_BYTES // row_bytes)
     return int(chunk_rows * max(1, CALL_BYTES // (row_bytes * chunk_rows)))
 
 

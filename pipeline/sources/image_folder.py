@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.sources.class_folders import class_folders, listed, refuse_files_of_labels
 from pipeline.sources.files import Part
 from pipeline.sources.found import Found, look, refuse_splits
+from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
+from storage.boundary import shown
 from storage.errors import UserError
 
 
@@ -22,6 +25,7 @@ class ImageFolder:
 
     kind = "image-folder"
     expects = "a folder with one sub-folder of images a class"
+    named = False  # whether the user chose this kind
 
     def __init__(self, found: Found) -> None:
         self.data, self.place = found.data, found.place
@@ -31,12 +35,12 @@ class ImageFolder:
         """By its sub-folders, unless a file holds the labels."""
         return bool(found.folders) and not LabelsFile.recognises(found)
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; files with another extension are left out by name. Raises UserError when there is none."""
         found = look(self.data)
         if not found.folders:
             raise UserError(f"DATA {self.data} has no sub-folder; it needs one a class, such as {self.data}/n01440764")
-        below = found.walk()
+        below, leftovers = found.walk()
         images = [(label, file) for label, files in enumerate(below) for file in files if is_image(file.path)]
         left_out = [file.path for files in below for file in files if not is_image(file.path)]
         if not images:
@@ -47,6 +51,9 @@ class ImageFolder:
             )
         paths = [file.path for _, file in images]
         refuse_splits(self.data, found.folders, paths)
+        if not self.named and not wanted.unlabelled:
+            refuse_files_of_labels(left_out, self.data, self.kind)
+            self._refuse_one_folder(found, paths)
         return make_listing(
             keys=paths,
             labels=[label for label, _ in images],
@@ -54,8 +61,22 @@ class ImageFolder:
             locations=paths,
             nbytes=[file.nbytes for _, file in images],
             data_bytes=sum(max(0, file.nbytes) for _, file in images),
-            left_out=[file.path for file in found.files] + left_out,
+            left_out=[*(file.path for file in found.files), *left_out, *found.leftovers, *leftovers],
+            wanted=wanted,
         )
+
+    def _refuse_one_folder(self, found: Found, paths: Sequence[str]) -> None:
+        """Raise UserError where DATA holds one folder whose own folders seem to be the classes."""
+        (folder, *others) = found.folders
+        if others:
+            return
+        classes = {class_of for class_of in class_folders(paths, f"DATA {self.data}").values() if class_of}
+        if classes - {folder}:
+            raise UserError(
+                f"DATA {self.data} holds one folder, {shown(folder)}, whose folders seem to be the classes "
+                f"({listed(classes)}); name {shown(self.data)}/{shown(folder)}, or pass --source {self.kind} to make "
+                "it one class"
+            )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
         """The files' bytes."""

@@ -1,16 +1,28 @@
 """What a source found: the samples, and what it saw and left out, so that nothing is skipped unsaid.
 
-Labels are numbers, or names that are numbered in sorted order; a sample without one has label −1. Class names come from
+Labels are numbers, or names that are numbered (`labels.py`); a sample without one has label −1. Class names come from
 the data where it has them, or from a file `classes.txt` beside it: line i names label i.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from pipeline.sources.labels import (
+    AS_FOUND,
+    NO_LABEL,
+    Label,
+    LabelOptions,
+    number_labels,
+    odd_names,
+    refuse_far_apart,
+    refuse_lost,
+)
+from pipeline.sources.leftovers import described
+from storage.boundary import shown
 from storage.errors import UserError
 from storage.index import Index, make_index
 
@@ -19,11 +31,7 @@ EXTENSIONS = frozenset(
     ".ico".split()
 )
 CLASS_NAMES_FILE = "classes.txt"
-NO_LABEL = -1
 SHOWN = 3  # examples in a warning
-_INTEGER = re.compile(r"[+-]?\d+")
-
-Label = int | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +50,36 @@ class Listing:
 def make_listing(
     *,
     keys: Sequence[str],
-    labels: Sequence[int],
-    class_names: Mapping[int, str],
+    labels: Sequence[Label],
+    class_names: Mapping[Any, str],
     locations: Sequence[str],
     nbytes: Sequence[int],
     data_bytes: int,
     left_out: Sequence[str] = (),
     warnings: Sequence[str] = (),
+    wanted: LabelOptions = AS_FOUND,
+    looked_in: str = "",
+    where: Callable[[int], str] | None = None,
 ) -> Listing:
     """A listing from columns in row order. A key that comes again is numbered ("#2"), and said so.
 
-    Raises UserError for labels below −1 and names that are not UTF-8.
+    `labels` are as the data spells them, and so are the keys of `class_names`, which names them. `looked_in` says in
+    words where the kind has its labels, unless these are its folders; `where(row)` where a row's label stands.
+
+    Raises UserError for labels that are lost, far apart or could only be guessed (`labels.py`), and for names that are
+    not UTF-8.
     """
-    warnings = list(warnings)
+    if wanted.column and not looked_in:
+        raise UserError(f"--label-column {wanted.column}: labels of this kind of data stand in no column; leave it out")
+    find = where or (lambda row: shown(keys[row]))
+    numbered = number_labels([None] * len(keys) if wanted.unlabelled else labels, class_names, find, wanted)
+    labels, class_names = numbered.labels, {} if wanted.unlabelled else numbered.class_names
     counts = Counter(labels)
-    if min(counts) < NO_LABEL:
-        raise UserError(f"labels must be at least 0, or {NO_LABEL} for none; found {min(counts)}")
-    if counts[NO_LABEL]:
-        warnings.append(f"{counts[NO_LABEL]} of {len(labels)} images have no label")
+    refuse_far_apart(counts, class_names)
+    lost = refuse_lost(labels, find, wanted, looked_in or "this kind of data has none", bool(looked_in))
+    warnings = [*warnings, *lost, *numbered.notes, *odd_names({n: s for n, s in class_names.items() if counts[n]})]
+    if leftovers := described(left_out):
+        warnings.append(leftovers)
     empty = [name for label, name in sorted(class_names.items()) if not counts[label]]
     if empty:
         warnings.append(f"{len(empty)} of {len(class_names)} classes have no image, such as {_examples(empty)}")
@@ -75,18 +95,6 @@ def make_listing(
     except UnicodeEncodeError as error:
         raise UserError(f"a file's name is not UTF-8, {error.object!r}; rename it") from None
     return Listing(index=index, data_bytes=data_bytes, left_out=tuple(left_out), warnings=tuple(warnings))
-
-
-def number_labels(values: Sequence[Label]) -> tuple[list[int], dict[int, str]]:
-    """Labels as numbers, and the names that were numbered: integers stay as they are, names count in sorted order."""
-    given = {value for value in values if value is not None and value != ""}
-    if all(isinstance(value, int) or _INTEGER.fullmatch(value) for value in given):
-        return [NO_LABEL if value is None or value == "" else int(value) for value in values], {}
-    names = sorted({str(value) for value in given})
-    numbers = {name: number for number, name in enumerate(names)}
-    return [NO_LABEL if value is None or value == "" else numbers[str(value)] for value in values], dict(
-        enumerate(names)
-    )
 
 
 def decode_text(data: bytes, where: str) -> str:
@@ -118,4 +126,4 @@ def _numbered(keys: Sequence[str]) -> tuple[Sequence[str], list[str]]:
 
 
 def _examples(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:SHOWN])) + (", …" if len(items) > SHOWN else "")
+    return ", ".join(shown(str(item)) for item in items[:SHOWN]) + (", …" if len(items) > SHOWN else "")

@@ -1,16 +1,18 @@
 """Parquet as on the Hugging Face hub: a column `image`, a struct {bytes, path} or plain bytes, and a column `label`.
 
-Class names come from the schema's Hugging Face metadata, or from `classes.txt`. Samples are in the order of the files'
-names, then of their rows; the key is the file's name without suffix and the row (`train-00000-of-00294/000123`).
+Another column of labels is named by --label-column. Labels are numbers or names of any Arrow type for these,
+dictionaries of them included. Class names come from the schema's Hugging Face metadata, or from `classes.txt`. The
+images' paths, which may name any file, are never followed. Samples are in the order of the files' names, then of their
+rows; the key is the file's name without suffix and the row (`train-00000-of-00294/000123`).
 Listing reads footers and the label column, files on several threads; sizes of single images stay unknown. A unit reads
 each of its row groups once, and of them the image column alone.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -19,12 +21,17 @@ import pyarrow.parquet as pq
 
 from pipeline.sources.files import UNKNOWN_BYTES, File
 from pipeline.sources.found import LISTING_THREADS, Found, look
-from pipeline.sources.listing import Listing, make_listing, number_labels
+from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
+from pipeline.sources.listing import Listing, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
-from storage.errors import UserError
+from storage.boundary import parse_json, shown
+from storage.errors import StoreError, UserError
 
 IMAGE, LABEL = "image", "label"
 BATCH_ROWS = 64
+LABEL_BATCH_ROWS = 65536
+SHOWN_COLUMNS, SHOWN_CHARACTERS = 20, 60  # in a message
+HUGGING_FACE = b"huggingface"  # key of the schema's metadata
 
 
 class Parquet:
@@ -41,30 +48,34 @@ class Parquet:
         """By suffix."""
         return bool(found.having(".parquet"))
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every row. Raises UserError where a file is no such Parquet file or there is no row."""
+        column = wanted.column or LABEL
         found = look(self.data)
         files = found.one_split(".parquet")
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            below = list(pool.map(self._read_labels, files))
-        rows = [(file, group, row) for file, (groups, _, _) in zip(files, below, strict=True) for group, row in groups]
+            below = list(pool.map(lambda file: self._read_labels(file, wanted), files))
+        rows = [
+            (file, group, row) for file, (groups, _, _, _) in zip(files, below, strict=True) for group, row in groups
+        ]
         if not rows:
             raise UserError(f"DATA {self.data} has {len(files)} Parquet files and no row in them")
-        if len({tuple(names) for _, _, names in below}) > 1:
+        if len({tuple(names) for _, _, names, _ in below}) > 1:
             raise UserError(f"DATA {self.data}: its files name their classes differently; precompute them one by one")
-        labels, names = number_labels([label for _, file_labels, _ in below for label in file_labels])
         return make_listing(
             keys=[
                 f"{file.path[: -len('.parquet')]}/{number:06d}"
-                for file, (groups, _, _) in zip(files, below, strict=True)
+                for file, (groups, _, _, _) in zip(files, below, strict=True)
                 for number in range(len(groups))
             ],
-            labels=labels,
-            class_names={**names, **dict(enumerate(below[0][2])), **found.class_names()},
+            labels=[label for _, file_labels, _, _ in below for label in file_labels],
+            class_names={**dict(enumerate(below[0][2])), **found.class_names()},
             locations=[f"{file.path}#{group}:{row}" for file, group, row in rows],
             nbytes=[UNKNOWN_BYTES] * len(rows),
             data_bytes=sum(file.nbytes for file in files),
             left_out=found.left_out(files),
+            wanted=wanted,
+            looked_in=f"{self._name(files[0])}, column {column!r}; the file has the columns {_listed(below[0][3])}",
         )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
@@ -79,20 +90,46 @@ class Parquet:
         """Kind and absolute path, pattern or URL."""
         return {"kind": self.kind, "path": self.data}
 
-    def _read_labels(self, file: File) -> tuple[list[tuple[int, int]], list[Any], list[str]]:
-        """(row group, row) and label of each row, and the class names."""
-        try:
-            with self.place.open(file.path) as handle, pq.ParquetFile(handle) as table:
-                schema = table.schema_arrow
-                _check(schema, f"{self.place.root}/{file.path}")
-                sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-                rows = [(group, row) for group, n in enumerate(sizes) for row in range(n)]
-                has_labels = LABEL in schema.names
-                labels = table.read([LABEL])[LABEL].to_pylist() if has_labels else [None] * len(rows)
-                return rows, labels, _class_names(schema)
-        except pa.ArrowException as error:
-            first_line = str(error).splitlines()[0]
-            raise UserError(f"{self.place.root}/{file.path} is no whole Parquet file ({first_line})") from error
+    def _name(self, file: File) -> str:
+        return shown(f"{self.place.root}/{file.path}")
+
+    def _read_labels(
+        self, file: File, wanted: LabelOptions
+    ) -> tuple[list[tuple[int, int]], list[Label], list[str], list[str]]:
+        """(row group, row) and label of each row, the class names, and the names of all columns."""
+        where, column = self._name(file), wanted.column or LABEL
+        with _parquet_errors(where), self.place.open(file.path) as handle, pq.ParquetFile(handle) as table:
+            schema = table.schema_arrow
+            _check_images(schema, where)
+            sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+            if min(sizes, default=0) < 0 or sum(sizes) > file.nbytes >= 0:
+                raise UserError(
+                    f"{where} says that it has {sum(sizes):,} rows in {file.nbytes:,} bytes; fetch it again"
+                )
+            _require_bytes(table, where)
+            rows = [(group, row) for group, n in enumerate(sizes) for row in range(n)]
+            if wanted.unlabelled or not _check_labels(schema, column, wanted, where):
+                return rows, [None] * len(rows), [], schema.names
+            labels: list[Label] = []
+            for batch in table.iter_batches(LABEL_BATCH_ROWS, columns=[column]):
+                labels += _column(batch, column).to_pylist()
+            if len(labels) != len(rows):
+                raise UserError(f"{where} has {len(rows)} rows and {len(labels)} labels; fetch it again")
+            return rows, labels, _class_names(schema, column), schema.names
+
+
+@contextmanager
+def _parquet_errors(where: str) -> Iterator[None]:
+    """What pyarrow raises for a damaged file becomes one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        first_line = shown((str(error) or type(error).__name__).splitlines()[0])
+        raise UserError(f"{where} is no whole Parquet file ({first_line})") from error
 
 
 def _rows(file: pq.ParquetFile, group: int, rows: Sequence[int]) -> Iterator[Sample]:
@@ -104,7 +141,7 @@ def _rows(file: pq.ParquetFile, group: int, rows: Sequence[int]) -> Iterator[Sam
             batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE])
             first, stop = 0, 0
         while row >= stop:
-            column = _encoded(next(batches).column(0))
+            column = _encoded(next(batches))
             first, stop = stop, stop + len(column)
         assert column is not None
         data = column[row - first].as_py()
@@ -117,30 +154,106 @@ def _parse(location: str) -> tuple[str, int, int]:
     return path, int(group), int(row)
 
 
-def _encoded(column: Any) -> Any:
+def _encoded(batch: pa.RecordBatch) -> Any:
+    column = _column(batch, IMAGE)
     return column.field("bytes") if pa.types.is_struct(column.type) else column
 
 
-def _check(schema: pa.Schema, where: str) -> None:
-    if IMAGE not in schema.names:
-        raise UserError(f"{where} has no column {IMAGE!r}; it has {', '.join(schema.names)}; rename the column")
+def _column(batch: pa.RecordBatch, name: str) -> Any:
+    """By name: a column `image.x` is read along with `image`, and may stand before it."""
+    return batch.column(batch.schema.get_field_index(name))
+
+
+def _check_images(schema: pa.Schema, where: str) -> None:
+    if schema.names.count(IMAGE) != 1:
+        n = schema.names.count(IMAGE) or "no"
+        raise UserError(f"{where} has {n} column {IMAGE!r}; it has {_listed(schema.names)}; rename the column")
     kind = schema.field(IMAGE).type
     if pa.types.is_struct(kind):
-        if kind.get_field_index("bytes") < 0:
-            raise UserError(f"{where}: the column {IMAGE!r} has no field 'bytes'; it is {kind}")
+        if kind.get_all_field_indices("bytes") != [kind.get_field_index("bytes")]:
+            raise UserError(f"{where}: the column {IMAGE!r} has no field 'bytes'; it is {_short(kind)}")
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(f"{where}: the column {IMAGE!r} must hold encoded images as binary, it holds {kind}")
-    if LABEL in schema.names and not (
-        pa.types.is_integer(schema.field(LABEL).type) or pa.types.is_string(schema.field(LABEL).type)
+    if not _is_bytes(_plain(kind)):
+        raise UserError(f"{where}: the column {IMAGE!r} must hold encoded images as binary, it holds {_short(kind)}")
+
+
+def _check_labels(schema: pa.Schema, column: str, wanted: LabelOptions, where: str) -> bool:
+    """Whether the column of labels is there. Raises UserError where it holds neither numbers nor names."""
+    if schema.names.count(column) != 1:
+        if wanted.column or column in schema.names:
+            n = schema.names.count(column) or "no"
+            raise UserError(f"{where} has {n} column {column!r} (--label-column); it has {_listed(schema.names)}")
+        return False
+    kind = _plain(schema.field(column).type)
+    types = pa.types
+    if not (
+        types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_decimal(kind)
+        or types.is_boolean(kind)
+        or types.is_null(kind)
+        or types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_string_view(kind)
+        or _is_bytes(kind)
     ):
-        raise UserError(f"{where}: the column {LABEL!r} must be integers or names, it is {schema.field(LABEL).type}")
+        raise UserError(
+            f"{where}: the column {column!r} must hold numbers or names, it holds {_short(kind)}; name another of "
+            f"{_listed(schema.names)} by --label-column, or pass --unlabelled"
+        )
+    return True
 
 
-def _class_names(schema: pa.Schema) -> list[str]:
+def _require_bytes(table: pq.ParquetFile, where: str) -> None:
+    """Raise UserError where the statistics say that no row has an image's bytes: a hub's data set of paths alone."""
+    n_null, n_rows = 0, table.metadata.num_rows
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        columns = [about.column(number) for number in range(about.num_columns)]
+        counts = [
+            column.statistics.null_count
+            for column in columns
+            if column.path_in_schema in (IMAGE, f"{IMAGE}.bytes")
+            and column.is_stats_set
+            and column.statistics.has_null_count
+        ]
+        n_null += sum(counts)
+    if n_rows and n_null == n_rows:
+        raise UserError(
+            f"{where}: no row of the column {IMAGE!r} has bytes; paths to files elsewhere are not followed, put the "
+            "images' bytes into the file"
+        )
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of a dictionary's values, or the type itself."""
+    return _plain(kind.value_type) if pa.types.is_dictionary(kind) else kind
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind)
+    ) and not types.is_decimal(kind)
+
+
+def _class_names(schema: pa.Schema, column: str) -> list[str]:
     """The names of the label's classes in the Hugging Face metadata, if they are there."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[LABEL]["names"]]
-    except (KeyError, TypeError, ValueError):
+        about = parse_json(dict[str, Any], (schema.metadata or {}).get(HUGGING_FACE, b"{}"), "metadata", "mend it")
+        names = about["info"]["features"][column]["names"]
+        return [str(name) for name in names] if isinstance(names, list) else []
+    except (KeyError, TypeError, StoreError):
         return []
+
+
+def _listed(names: Sequence[str]) -> str:
+    listed = ", ".join(shown(name)[:SHOWN_CHARACTERS] for name in names[:SHOWN_COLUMNS])
+    return f"{listed}, …" if len(names) > SHOWN_COLUMNS else listed
+
+
+def _short(kind: pa.DataType) -> str:
+    return shown(str(kind))[:SHOWN_CHARACTERS]

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.listing import Listing
 
 
@@ -27,6 +28,14 @@ class Unreadable:
     reason: str
 
 
+MAX_SAMPLE_BYTES = 256 << 20  # of one encoded image; a container may declare anything
+
+
+def too_large(nbytes: int) -> Unreadable:
+    """For a sample whose container declares more bytes than an image may have."""
+    return Unreadable(f"declares {nbytes:,} bytes, an encoded image may have {MAX_SAMPLE_BYTES:,}")
+
+
 Sample = bytes | np.ndarray | Unreadable  # an encoded image; uint8 (H, W, 3), decoded already; neither
 
 
@@ -35,8 +44,11 @@ class Source(Protocol):
 
     kind: str
 
-    def listing(self) -> Listing:
-        """Every sample, deterministically ordered. Raises UserError when there is none."""
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
+        """Every sample, deterministically ordered, with labels as the user wants them.
+
+        Raises UserError when there is none, and where labels are lost or could only be guessed.
+        """
         ...
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:

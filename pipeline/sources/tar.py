@@ -12,11 +12,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from pipeline.sources.class_folders import refuse_files_of_labels
 from pipeline.sources.found import LISTING_THREADS, Found, look
+from pipeline.sources.labels import AS_FOUND, LabelOptions
+from pipeline.sources.leftovers import leftover
 from pipeline.sources.listing import Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
-from pipeline.sources.tar_members import Member, first_names, location, members, part
+from pipeline.sources.tar_members import Member, first_names, location, members, read_members
+from storage.boundary import shown
 from storage.errors import UserError
+
+LABEL_SUFFIX = ".cls"  # WebDataset's, which is recognised by the first members only
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class ClassTars:
 
     kind = "class-tars"
     expects = "a folder of .tar files of images, one a class"
+    named = False  # whether the user chose this kind
 
     def __init__(self, found: Found) -> None:
         self.data, self.place = found.data, found.place
@@ -44,7 +51,7 @@ class ClassTars:
         tars = found.having(".tar")
         return len(tars) > 1 and all(is_image(name) for name in first_names(found.place, tars[0].path))
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; members with another extension are left out by name. Raises UserError."""
         found = look(self.data)
         tars, left_out = self._class_tars(found)
@@ -55,12 +62,20 @@ class ClassTars:
         for label, (tar, found_members) in enumerate(zip(tars, below, strict=True)):
             for member in sorted(found_members, key=lambda member: member.name):
                 key = f"{tar.name}/{member.name}"
-                if member.regular and is_image(member.name):
+                is_label = member.name.lower().endswith(LABEL_SUFFIX) and not leftover(member.name)
+                if is_label and not wanted.unlabelled:
+                    raise UserError(
+                        f"{tar.path} in DATA holds labels of its images ({member.name}), which class tars do not have; "
+                        "pass --source webdataset, or --unlabelled to leave every label out"
+                    )
+                if member.regular and is_image(member.name) and not leftover(member.name):
                     images.append((label, key, member))
                 else:
                     left_out.append(key)
         if not images:
             raise UserError(f"DATA {self.data} has {len(tars)} class tars and no image in them")
+        if not self.named and not wanted.unlabelled:
+            refuse_files_of_labels(left_out, self.data, self.kind)
         return make_listing(
             keys=[key for _, key, _ in images],
             labels=[label for label, _, _ in images],
@@ -69,11 +84,12 @@ class ClassTars:
             nbytes=[member.nbytes for _, _, member in images],
             data_bytes=sum(file.nbytes for file in found.having(".tar")),
             left_out=left_out,
+            wanted=wanted,
         )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
         """The members' bytes, by offset."""
-        return self.place.read_many([part(location) for location in locations])
+        return read_members(self.place, locations)
 
     def provenance(self) -> dict[str, str]:
         """Kind and absolute path, pattern or URL."""
@@ -109,7 +125,12 @@ class TarOfTars(ClassTars):
         left_out = list(found.left_out(outer))
         tars = []
         for member in members(self.place, outer[0].path):
-            if member.regular and member.name.endswith(".tar"):
+            if member.regular and member.name.lower().endswith(".tar") and not leftover(member.name):
+                if member.extents:
+                    raise UserError(
+                        f"{shown(outer[0].path)} in DATA holds {shown(member.name)} as a sparse file, whose "
+                        "members have no place of their own; repack it without --sparse"
+                    )
                 name = posixpath.basename(member.name)[: -len(".tar")]
                 tars.append(_ClassTar(name, outer[0].path, member.start, member.start + member.nbytes))
             else:

@@ -1,72 +1,236 @@
 """Members of a tar by their offsets, so that they are read without unpacking. Headers only: the scan skips the data.
 
+What is listed is what `tar -x` would make: a hard link, and a symbolic link to another member, is a sample with the
+bytes of what it names; a sparse member (GNU's format, and PAX 0.0, 0.1 and 1.0) is put together from its extents, with
+zeros between. Members are in the order of the archive. An archive with links has its headers read three times, once in
+all, twice more for what links name and where that lies.
+
 Compressed tars have no offsets and are refused. A damaged header ends `tarfile`'s scan without a word, which would lose
-the rest of the archive; here it is an error.
+the rest of the archive; here it is an error. Nothing that a header declares takes memory or time beyond what the file
+itself holds.
 """
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from pipeline.sources.files import Files, Part
+from pipeline.sources.leftovers import leftover
+from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Sample, Unreadable, too_large
+from storage.boundary import shown
 from storage.errors import UserError
 
 BLOCK_BYTES = 512
 PEEK = 64  # members that a kind is recognised by
+MAX_HEADER_BYTES = 16 << 20  # of one member, long names and PAX records included
+MAX_EXTENTS = 100_000  # of a sparse member
+LINKS_FOLLOWED = 40  # as the kernel does
+
+Extents = tuple[tuple[int, int], ...]  # (offset in the sample, bytes), of what is stored of a sparse member
 
 
 class Member(NamedTuple):
-    """A member's name, where its data begins in the file, and its size; `regular` is false for links and devices."""
+    """A member's name, where its data begins in the file, and its size; `regular` is false for what has no bytes.
+
+    `extents` are a sparse member's. Its stored bytes are the extents, one after the other.
+    """
 
     name: str
     start: int
     nbytes: int
     regular: bool
+    extents: Extents = ()
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(nbytes for _, nbytes in self.extents) if self.extents else self.nbytes
+
+
+class _Link(NamedTuple):
+    """A member that names another one; `hard` links cannot lead nowhere."""
+
+    name: str
+    target: str
+    hard: bool
 
 
 def members(files: Files, path: str, start: int = 0, end: int | None = None) -> Iterator[Member]:
     """Members of the tar that lies at bytes [start, end) of a file, in the order of the archive; folders are not told.
 
-    Raises UserError where it is no tar, compressed or damaged.
+    Raises UserError where it is no tar, compressed or damaged, and where a hard link names no member.
     """
-    where = f"{files.root}/{path}" + (f" (the tar at byte {start})" if start else "")
+    where = shown(f"{files.root}/{path}") + (f" (the tar at byte {start})" if start else "")
+    targets: dict[str, Member | _Link] | None = None
+    for member in _scan(files, path, start, end, where):
+        if isinstance(member, Member):
+            yield member
+            continue
+        if targets is None:
+            targets = _targets(files, path, start, end, where)
+        found = _follow(member, targets)
+        if found is None and member.hard and not leftover(member.name):
+            raise UserError(
+                f"{where}: {shown(member.name)} is a second name of {shown(member.target)}, which the tar does not "
+                "hold; pack both into one tar, or copies of them (tar --hard-dereference)"
+            )
+        yield Member(member.name, 0, 0, False) if found is None else found._replace(name=member.name)
+
+
+def _targets(files: Files, path: str, start: int, end: int | None, where: str) -> dict[str, Member | _Link]:
+    """What the links of a tar name, by name; of several members of one name the last, which `tar -x` leaves."""
+    links = {m.name: m for m in _scan(files, path, start, end, where) if isinstance(m, _Link)}
+    wanted = {link.target for link in links.values()}
+    return {member.name: member for member in _scan(files, path, start, end, where) if member.name in wanted}
+
+
+def _follow(link: _Link, targets: dict[str, Member | _Link]) -> Member | None:
+    """The member that a link leads to, over other links; None where it leads nowhere, out of the tar or in circles."""
+    for _ in range(LINKS_FOLLOWED):
+        found = targets.get(link.target)
+        if not isinstance(found, _Link):
+            return found if found is not None and found.regular else None
+        link = found
+    return None
+
+
+def _scan(files: Files, path: str, start: int, end: int | None, where: str) -> Iterator[Member | _Link]:
+    """Members and links, as the headers have them."""
     with files.open(path) as handle:
         if end is None:
             end = handle.seek(0, 2)
         handle.seek(start)
+        headers: Any = _Headers(handle)
         try:
-            archive: Any = tarfile.open(fileobj=handle, mode="r:")  # noqa: SIM115 - closing it would do nothing
+            archive: Any = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - closing it would do nothing
             for info in archive:
+                headers.left = MAX_HEADER_BYTES
                 archive.members = []  # it keeps all it has seen, which is gigabytes with millions
-                stop = info.offset_data + (info.size if info.isreg() else 0)
-                if stop > end:
-                    raise tarfile.ReadError(f"{info.name} ends at byte {stop} of {end}")
+                extents = _extents(info)
+                stored = sum(nbytes for _, nbytes in extents) if info.sparse is not None else info.size
+                stop = info.offset_data + (stored if info.isreg() else 0)
+                if min(info.size, stored) < 0 or stop > end:
+                    raise tarfile.ReadError(f"{shown(info.name)} ends at byte {stop} of {end}")
                 if not info.isdir():
-                    yield Member(info.name.removeprefix("./"), info.offset_data, info.size, info.isreg())
+                    yield _member(info, extents, where)
             handle.seek(archive.offset)
             if handle.read(min(BLOCK_BYTES, end - archive.offset)).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}, where one should be")
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(
-                f"{where} is no whole, uncompressed tar ({error}); fetch it again, or repack it without compression"
+                f"{where} is no whole, uncompressed tar ({shown(str(error))[:200]}); fetch it again, or repack it "
+                "without compression"
             ) from error
 
 
+def _member(info: tarfile.TarInfo, extents: Extents, where: str) -> Member | _Link:
+    name = _inside(
+        info.pax_headers.get("GNU.sparse.name", info.name), where
+    )  # else it has the packing process's number
+    if info.islnk():
+        return _Link(name, _inside(info.linkname, where), True)
+    if info.issym():
+        return _Link(name, posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname)), False)
+    if info.sparse is not None and not extents and info.size:  # one hole
+        extents = ((0, 0),)
+    return Member(name, info.offset_data, info.size if info.isreg() else 0, info.isreg(), extents)
+
+
+def _inside(name: str, where: str) -> str:
+    """A member's name as unpacking makes it. Raises UserError for one that leads out of the folder."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise UserError(f"{where}: the member {shown(name)} leads out of the folder that it is unpacked in; repack it")
+    return "/".join(parts)
+
+
+def _extents(info: tarfile.TarInfo) -> Extents:
+    """A sparse member's, without empty ones. Raises ValueError where they overlap or leave the sample."""
+    sparse: Any = info.sparse  # its stubs call it an integer
+    listed = tuple((offset, nbytes) for offset, nbytes in sparse or () if nbytes)
+    if len(listed) > MAX_EXTENTS:
+        raise ValueError(f"{shown(info.name)} has more than {MAX_EXTENTS} extents")
+    at = 0
+    for offset, nbytes in listed:
+        if offset < at or nbytes < 0 or offset + nbytes > info.size:
+            raise ValueError(f"the extents of the sparse member {shown(info.name)} do not fit its {info.size} bytes")
+        at = offset + nbytes
+    return listed
+
+
+class _Headers:
+    """A file of which `tarfile` may read headers only, so that a size that a header declares takes no memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.left = file, MAX_HEADER_BYTES
+
+    def read(self, nbytes: int) -> bytes:
+        """As of the file. Raises ValueError beyond what is left for this member's header."""
+        if not 0 <= nbytes <= self.left:
+            raise ValueError(f"a header at byte {self._file.tell()} has {nbytes} bytes or more")
+        self.left -= nbytes
+        return self._file.read(nbytes)
+
+    def seek(self, position: int) -> int:
+        """As of the file. Raises ValueError for a position that no file has."""
+        if not 0 <= position < 2**63:
+            raise ValueError(f"a header leads to byte {position}")
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        """As of the file."""
+        return self._file.tell()
+
+
 def first_names(files: Files, path: str) -> list[str]:
-    """Names of the first members."""
-    return [member.name for member in islice(members(files, path), PEEK)]
+    """Names of the first members that are no leftovers."""
+    return [m.name for m in islice((m for m in members(files, path) if not leftover(m.name)), PEEK)]
 
 
 def location(path: str, member: Member) -> str:
-    """Where a member's bytes are: `file.tar@offset+bytes`."""
-    return f"{path}@{member.start}+{member.nbytes}"
+    """Where a member's bytes are: `file.tar@offset+bytes`, and of a sparse one `+size:offset-bytes,offset-bytes`."""
+    where = f"{path}@{member.start}+{member.stored_nbytes}"
+    if not member.extents:
+        return where
+    return f"{where}+{member.nbytes}:" + ",".join(f"{offset}-{nbytes}" for offset, nbytes in member.extents)
 
 
 def part(location: str) -> Part:
-    """What `location` says."""
+    """The bytes that `location` names, as they lie in the file."""
     path, _, extent = location.rpartition("@")
-    start, _, nbytes = extent.partition("+")
+    start, nbytes = extent.split("+")[:2]
     return Part(path, int(start), int(nbytes))
+
+
+def read_members(files: Files, locations: Sequence[str]) -> Iterator[Sample]:
+    """The members' bytes; one that declares more than a sample may have is unreadable."""
+    sizes = [_size(location) for location in locations]
+    wanted = [part(location) for location, size in zip(locations, sizes, strict=True) if size <= MAX_SAMPLE_BYTES]
+    stored = files.read_many(wanted)
+    for location, size in zip(locations, sizes, strict=True):
+        yield _whole(next(stored), location) if size <= MAX_SAMPLE_BYTES else too_large(size)
+
+
+def _size(location: str) -> int:
+    """Bytes of the sample that a location names."""
+    return int(location.rpartition("@")[2].partition(":")[0].split("+")[-1])
+
+
+def _whole(stored: bytes | Unreadable, location: str) -> bytes | Unreadable:
+    """The sample, holes filled, of what is stored of it."""
+    before, colon, listed = location.rpartition("@")[2].partition(":")
+    if not colon or isinstance(stored, Unreadable):
+        return stored
+    whole = bytearray(int(before.split("+")[2]))
+    at = 0
+    for extent in listed.split(","):
+        offset, nbytes = map(int, extent.split("-"))
+        whole[offset : offset + nbytes] = stored[at : at + nbytes]
+        at += nbytes
+    return bytes(whole)

@@ -2,44 +2,59 @@
 
     00000/img00000000.png   00000/img00000001.png   …   dataset.json  {"labels": [["00000/img00000000.png", 3], …]}
 
-Without `dataset.json` the first folder of a name is its class, numbered in sorted order. Samples are sorted by class in
-that case, and by name else; the key is the name. Listing reads the central directory; a unit reads each member by its
-offset, from one open file, and checks it against the directory's CRC-32.
+`dataset.json` may lie in a folder of the zip, below which its names then are. Without one, the folders are the classes
+(`class_folders.py`), numbered in sorted order. Samples are sorted by class in that case, and by name else; the key is
+the name. Listing reads the central directory; a unit reads each member by its offset, from one open file, and checks it
+against the directory's CRC-32. A member is never inflated beyond the size that it declares, nor beyond a bound.
 """
 
 from __future__ import annotations
 
+import posixpath
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from pipeline.sources.class_folders import LABEL_FILES, class_folders
 from pipeline.sources.files import File, Part
 from pipeline.sources.found import Found, look, refuse_splits
-from pipeline.sources.labels_file import JSON_FILE, parse_json
-from pipeline.sources.listing import Label, Listing, is_image, make_listing, number_labels
-from pipeline.sources.protocol import Sample, Unreadable
+from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
+from pipeline.sources.labels_file import JSON_FILE, MAX_TABLE_BYTES, clean_path, parse_json
+from pipeline.sources.leftovers import leftover
+from pipeline.sources.listing import Listing, is_image, make_listing
+from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Sample, Unreadable, too_large
+from storage.boundary import shown
 from storage.errors import UserError
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, bytes of the name, bytes of the extra field
 SIGNATURE = b"PK\x03\x04"
 ENCRYPTED = 1
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+TABLE_BYTES, TABLE_BYTES_A_NAME = 1 << 20, 32  # more than labels of the members need, escaped and indented
+MADE_ON_WINDOWS = 0  # `create_system`: MS-DOS and its heirs
 
 
 class _Record(NamedTuple):
-    """Where a member's record begins, how far the next thing is, and what its data must be; all of it in `location`."""
+    """Where a member's record begins, how far the next thing is, and what its data must be; all of it in `location`.
+
+    `unpacked_nbytes` stands in no location of older indexes: −1.
+    """
 
     start: int
     nbytes: int
     packed_nbytes: int
     method: int
     crc: int
+    unpacked_nbytes: int = -1
+
+
+NO_RECORD = _Record(0, 0, 0, 0, 0)  # of a leftover, which is not read
 
 
 class Zip:
-    """One zip file. `location` is `file.zip@start+bytes:packed bytes:method:crc`."""
+    """One zip file. `location` is `file.zip@start+bytes:packed bytes:method:crc:unpacked bytes`."""
 
     kind = "zip"
     expects = "a .zip with a folder a class, or with dataset.json (EDM2)"
@@ -52,26 +67,33 @@ class Zip:
         """By suffix."""
         return bool(found.having(".zip"))
 
-    def listing(self) -> Listing:
+    def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; members that are none are left out by name. Raises UserError."""
         found = look(self.data)
         zips = found.having(".zip")
         if len(zips) != 1:
             raise UserError(f"DATA {self.data} has {len(zips)} zip files; name the one to read")
-        members, labelled = self._read_directory(zips[0])
-        images = sorted((name, record) for name, record in members if is_image(name))
-        left_out = [*found.left_out(zips), *(name for name, _ in members if not is_image(name) and name != JSON_FILE)]
-        if labelled is None:
-            class_of = _class_folders([name for name, _ in images])
+        where = f"{shown(zips[0].path)} in DATA"
+        members, table = self._read_directory(zips[0], wanted)
+        of_labels = {table.name} if table is not None else set()
+        images = sorted((name, record) for name, record in members if is_image(name) and not leftover(name))
+        taken = {name for name, _ in images} | of_labels
+        left_out = [*found.left_out(zips), *(name for name, _ in members if name not in taken)]
+        warnings = []
+        if table is None:
+            class_of = class_folders([name for name, _ in images], where)
             left_out += [name for name, _ in images if not class_of[name]]
             images = sorted((row for row in images if class_of[row[0]]), key=lambda row: (class_of[row[0]], row[0]))
             class_names = dict(enumerate(sorted({class_of[name] for name, _ in images})))
             if images:
                 refuse_splits(self.data, [*class_names.values()], [name for name, _ in images])
             numbers = {name: label for label, name in class_names.items()}
-            labels = [numbers[class_of[name]] for name, _ in images]
+            labels: list[Label] = [numbers[class_of[name]] for name, _ in images]
         else:
-            labels, class_names = number_labels([labelled.get(name) for name, _ in images])
+            labels, class_names = [table.labels.get(name) for name, _ in images], {}
+            absent = sorted(table.labels.keys() - taken)
+            if absent:
+                warnings = [f"{len(absent)} images of {table.name} are not there, such as {shown(absent[0])}"]
         if not images:
             raise UserError(f"DATA {self.data} has no image in a folder; it has {len(members)} members")
         return make_listing(
@@ -82,13 +104,22 @@ class Zip:
             nbytes=[record.packed_nbytes for _, record in images],
             data_bytes=zips[0].nbytes,
             left_out=left_out,
+            warnings=warnings,
+            wanted=wanted,
+            looked_in="" if table is None else f"{shown(table.name or JSON_FILE)} in {where} has none",
         )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:
         """The members' bytes, unpacked and checked."""
         wanted = [_parse(location) for location in locations]
-        parts = [Part(path, record.start, record.nbytes) for path, record in wanted]
-        for (_, record), data in zip(wanted, self.place.read_many(parts), strict=True):
+        fitting = [(path, r) for path, r in wanted if max(r.packed_nbytes, r.unpacked_nbytes) <= MAX_SAMPLE_BYTES]
+        packed = self.place.read_many([Part(path, record.start, record.nbytes) for path, record in fitting])
+        for _, record in wanted:
+            declared = max(record.packed_nbytes, record.unpacked_nbytes)
+            if declared > MAX_SAMPLE_BYTES:
+                yield too_large(declared)
+                continue
+            data = next(packed)
             assert isinstance(data, bytes)
             yield _unpack(data, record)
 
@@ -96,50 +127,91 @@ class Zip:
         """Kind and absolute path or URL."""
         return {"kind": self.kind, "path": self.data}
 
-    def _read_directory(self, file: File) -> tuple[list[tuple[str, _Record]], dict[str, Label] | None]:
-        """Name and record of each member that is no folder, and the labels where there is a `dataset.json`."""
-        where = f"{self.place.root}/{file.path}"
+    def _read_directory(self, file: File, wanted: LabelOptions) -> tuple[list[tuple[str, _Record]], _Table | None]:
+        """Name and record of each member that is no folder, and the labels where a file of the zip holds them."""
+        where = shown(f"{self.place.root}/{file.path}")
         try:
             with self.place.open(file.path) as handle, zipfile.ZipFile(handle) as archive:
-                infos = archive.infolist()
-                starts = sorted(info.header_offset for info in infos)
-                ends = dict(zip(starts, [*starts[1:], archive.start_dir], strict=True))
-                refused = [i.filename for i in infos if i.flag_bits & ENCRYPTED or i.compress_type not in METHODS]
+                infos = [info for info in archive.infolist() if not info.is_dir()]
+                names = {id(info): _name(info, where) for info in infos}
+                samples = [info for info in infos if not leftover(names[id(info)])]
+                refused = [i.filename for i in samples if i.flag_bits & ENCRYPTED or i.compress_type not in METHODS]
                 if refused:
-                    raise UserError(f"{where}: {refused[0]} is encrypted or neither stored nor deflated; repack it")
-                members = [
-                    (
-                        info.filename,
-                        _Record(
-                            info.header_offset,
-                            ends[info.header_offset] - info.header_offset,
-                            info.compress_size,
-                            info.compress_type,
-                            info.CRC,
-                        ),
+                    raise UserError(
+                        f"{where}: {shown(refused[0])} is encrypted or neither stored nor deflated; repack it"
                     )
-                    for info in infos
-                    if not info.is_dir()
-                ]
-                labelled = None
-                if any(name == JSON_FILE for name, _ in members):
-                    labelled = parse_json(archive.read(JSON_FILE), f"{JSON_FILE} in {where}")
-                return members, labelled
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{where} is no whole zip file ({error}); fetch it again") from error
+                starts = sorted({info.header_offset for info in infos})
+                ends = dict(zip(starts, [*starts[1:], archive.start_dir], strict=True))
+                members = [(names[id(info)], _record(info, ends[info.header_offset], where)) for info in samples]
+                members += [(names[id(info)], NO_RECORD) for info in infos if leftover(names[id(info)])]
+                if wanted.unlabelled:
+                    return members, _Table("", {})
+                return members, _read_table(archive, [(names[id(info)], info) for info in samples], where, wanted)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, OverflowError, EOFError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{where} is no whole zip file ({shown(str(error))[:200]}); fetch it again") from error
 
 
-def _class_folders(names: Sequence[str]) -> dict[str, str]:
-    """The class of each name: its first folder that not all names share; empty for a name without a folder."""
-    folders = [name.split("/")[:-1] for name in names]
-    depth = 0
-    while len({tuple(parts[: depth + 1]) for parts in folders}) == 1 and min(map(len, folders)) > depth + 1:
-        depth += 1
-    return {name: "".join(parts[depth : depth + 1]) for name, parts in zip(names, folders, strict=True)}
+class _Table(NamedTuple):
+    """The file that holds the labels ("" for none), and the label of each member that it names."""
+
+    name: str
+    labels: dict[str, Label]
+
+
+def _read_table(
+    archive: zipfile.ZipFile, members: Sequence[tuple[str, zipfile.ZipInfo]], where: str, wanted: LabelOptions
+) -> _Table | None:
+    """The labels of the zip's `dataset.json`, wherever it lies; None without one. Raises UserError for two of them."""
+    tables = [(name, info) for name, info in members if posixpath.basename(name) in LABEL_FILES]
+    if not tables:
+        return None
+    (name, info), *others = tables
+    if others or posixpath.basename(name) != JSON_FILE:
+        raise UserError(
+            f"{where} holds {shown(', '.join(name for name, _ in tables[:3]))}; of a zip one {JSON_FILE} is read and "
+            "no other file of labels; unpack it and name a folder, or repack it with one"
+        )
+    most = min(MAX_TABLE_BYTES, TABLE_BYTES + TABLE_BYTES_A_NAME * sum(len(name) + 1 for name, _ in members))
+    if info.file_size > most:
+        raise UserError(
+            f"{where}: {shown(name)} declares {info.file_size:,} bytes, for the {len(members)} members of the zip at "
+            f"most {most:,} are read; repack it without what it does not need"
+        )
+    with archive.open(info) as file:
+        content = file.read(most)
+    at = f"{shown(name)} in {where}"
+    folder = posixpath.dirname(name)
+    labelled = parse_json(content, at, wanted)
+    return _Table(name, {posixpath.join(folder, clean_path(path, at)): label for path, label in labelled.items()})
+
+
+def _name(info: zipfile.ZipInfo, where: str) -> str:
+    """A member's name as unpacking makes it. Raises UserError for one that leads out of the folder."""
+    name = info.filename
+    if info.create_system == MADE_ON_WINDOWS and "/" not in name:  # whose old tools write cat\\0.png
+        name = name.replace("\\", "/")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts or not parts:
+        raise UserError(f"{where}: the member {shown(name)} leads out of the folder that it is unpacked in; repack it")
+    return "/".join(parts)
+
+
+def _record(info: zipfile.ZipInfo, end: int, where: str) -> _Record:
+    """Raises UserError where the directory says what cannot be."""
+    start, nbytes = info.header_offset, end - info.header_offset
+    if start < 0 or nbytes < LOCAL_HEADER.size + info.compress_size:
+        raise UserError(
+            f"{where}: the record of {shown(info.filename)} does not fit between its neighbours, so the zip is "
+            "damaged; fetch it again"
+        )
+    most = LOCAL_HEADER.size + 2 * 0xFFFF + info.compress_size  # what follows belongs to nobody
+    return _Record(start, min(nbytes, most), info.compress_size, info.compress_type, info.CRC, info.file_size)
 
 
 def _spell(record: _Record) -> str:
-    return f"{record.start}+{record.nbytes}:{record.packed_nbytes}:{record.method}:{record.crc}"
+    return f"{record.start}+" + ":".join(map(str, record[1:]))
 
 
 def _parse(location: str) -> tuple[str, _Record]:
@@ -153,8 +225,20 @@ def _unpack(data: bytes, record: _Record) -> Sample:
     if signature != SIGNATURE or start + record.packed_nbytes > len(data):
         return Unreadable("damaged in its zip: no such record")
     packed = data[start : start + record.packed_nbytes]
+    declared = record.unpacked_nbytes if record.unpacked_nbytes >= 0 else MAX_SAMPLE_BYTES
     try:
-        unpacked = packed if record.method == zipfile.ZIP_STORED else zlib.decompress(packed, wbits=-zlib.MAX_WBITS)
+        unpacked = packed if record.method == zipfile.ZIP_STORED else _inflate(packed, declared)
     except zlib.error as error:
         return Unreadable(f"damaged in its zip: {error}")
+    if record.unpacked_nbytes not in (-1, len(unpacked)):
+        return Unreadable(f"damaged in its zip: it does not have the {declared:,} bytes that it declares")
     return unpacked if zlib.crc32(unpacked) == record.crc else Unreadable("damaged in its zip: wrong CRC-32")
+
+
+def _inflate(packed: bytes, most: int) -> bytes:
+    """Unpacked bytes, one more than `most` where there are more. Raises zlib.error for a stream that does not end."""
+    stream = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    unpacked = stream.decompress(packed, most + 1)
+    if len(unpacked) <= most and not stream.eof:
+        raise zlib.error("incomplete or truncated stream")
+    return unpacked

@@ -1,14 +1,20 @@
-"""HDF5: what `export --to hdf5` wrote, bit for bit; or moments in any file, named by --dataset and --labels."""
+"""HDF5: what `export --to hdf5` wrote, bit for bit; or moments in any file, named by --dataset and --labels.
+
+The file may come from anybody: data sets whose bytes lie in other files are refused (`storage/hdf5.py`), and so are
+groups that would lie outside the store.
+"""
 
 from __future__ import annotations
 
-import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from storage.boundary import parse_json, shown
 from storage.errors import UserError
 from storage.exchange.incoming import (
     SD_VAE_SCALE,
@@ -19,6 +25,21 @@ from storage.exchange.incoming import (
     sha256_of_listing,
     whole_labels,
 )
+from storage.hdf5 import find_dataset, find_member, hdf5_errors, read_column
+
+ABOUT = "offline_repa"
+GROUP = re.compile(r"(latents|features)/[^/.][^/]*")
+EXPORT_AGAIN = "export it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """The attribute that `export` writes."""
+
+    views: list[str]
+    resolution: int
+    decoded: bool
+    identities: dict[str, dict[str, Any]]
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
@@ -27,43 +48,66 @@ def read(source: Path, options: ImportOptions) -> Incoming:
         file = h5py.File(source, "r")
     except OSError as error:
         raise UserError(f"{source} is not an HDF5 file ({str(error).splitlines()[0]})") from error
-    if options.dataset:
-        return _foreign(file, source, options)
-    if "offline_repa" not in file.attrs:
-        raise UserError(f"{source} was not written by export; name its moments and labels by --dataset and --labels")
-    about = json.loads(file.attrs["offline_repa"])
-    if about["decoded"] and any("codec" in identity for identity in about["identities"].values()):
-        raise UserError(
-            f"{source} holds decoded int8 features, which their identity does not describe; export as stored"
-        )
+    try:
+        with hdf5_errors(shown(str(source))):
+            return _foreign(file, source, options) if options.dataset else _exported(file, source)
+    except UserError:
+        file.close()
+        raise
+
+
+def _exported(file: h5py.File, source: Path) -> Incoming:
+    if ABOUT not in file.attrs:
+        raise UserError("it was not written by export; name its moments and labels by --dataset and --labels")
+    raw = file.attrs[ABOUT]
+    if not isinstance(raw, str):
+        raise UserError(f"its attribute {ABOUT} is no text; {EXPORT_AGAIN}")
+    about = parse_json(About, raw, f"attribute {ABOUT}", EXPORT_AGAIN)
+    if about.decoded and any("codec" in identity for identity in about.identities.values()):
+        raise UserError("it holds decoded int8 features, which their identity does not describe; export as stored")
+    columns = {name: _named_dataset(file, name) for name in ("key", "label", "class_name")}
+    n_rows = columns["key"].shape[0] if columns["key"].shape else 0
+    keys, labels, class_names = (read_column(column, n_rows) for column in columns.values())
     groups = []
-    for path, identity in about["identities"].items():
-        arrays = {name: (data.dtype.name, tuple(data.shape[2:])) for name, data in file[path].items()}
+    for path, identity in about.identities.items():
+        group = find_member(file, path) if GROUP.fullmatch(path) else None
+        if not isinstance(group, h5py.Group):
+            raise UserError(
+                f"its attribute {ABOUT} names {shown(path)[:80]!r}, which is no group of arrays; {EXPORT_AGAIN}"
+            )
+        datasets = {str(name): _named_dataset(group, name) for name in group}
+        arrays = {name: (data.dtype.name, tuple(data.shape[2:])) for name, data in datasets.items()}
         own = {name: value for name, value in identity.items() if name not in ("views", "index_digest")}
-        groups.append(IncomingGroup(path=path, identity=own, arrays=arrays, rows=_Rows(file, path, tuple(arrays))))
+        groups.append(IncomingGroup(path=path, identity=own, arrays=arrays, rows=_Rows(datasets)))
     return Incoming(
-        keys=[key.decode() for key in file["key"][:]],
-        labels=file["label"][:].tolist(),
-        class_names=[name.decode() for name in file["class_name"][:]],
-        views=tuple(about["views"]),
-        resolution=about["resolution"],
+        keys=[str(key) for key in keys],
+        labels=whole_labels(labels, source),
+        class_names=[str(name) for name in class_names],
+        views=tuple(about.views),
+        resolution=about.resolution,
         source={"kind": "hdf5", "path": str(source.absolute())},
         groups=groups,
     )
 
 
-def _foreign(file: Any, source: Path, options: ImportOptions) -> Incoming:
-    for name in (options.dataset, options.labels):
-        if not isinstance(file.get(name), h5py.Dataset) if name else True:
-            raise UserError(f"{source} has no dataset {name!r}; pass --dataset and --labels as they are in the file")
-    data, labels = file[options.dataset], file[options.labels][:]
-    shape = data.shape if data.ndim == 5 else (data.shape[0], 1, *data.shape[1:])
+def _named_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
+    dataset = find_dataset(group, name)
+    if dataset is None:
+        raise UserError(f"it has no data set {name!r}; {EXPORT_AGAIN}")
+    return dataset
+
+
+def _foreign(file: h5py.File, source: Path, options: ImportOptions) -> Incoming:
+    named = [find_dataset(file, name) if name else None for name in (options.dataset, options.labels)]
+    for name, found in zip((options.dataset, options.labels), named, strict=True):
+        if found is None:
+            raise UserError(f"it has no dataset {name!r}; pass --dataset and --labels as they are in the file")
+    data, label_column = named
+    assert data is not None and label_column is not None  # noqa: PT018
+    shape = data.shape if data.ndim == 5 else (data.shape[0], 1, *data.shape[1:]) if data.ndim else ()
     if data.ndim not in (4, 5) or shape[1] not in (1, 2) or shape[2] % 2:
-        raise UserError(f"{source}: moments are (N, 2C, h, w) or (N, V, 2C, h, w) with V 1 or 2, got {data.shape}")
-    if labels.shape != (shape[0],):
-        raise UserError(
-            f"{source}: {shape[0]} rows of moments and labels of shape {labels.shape}; they must be one a row"
-        )
+        raise UserError(f"moments are (N, 2C, h, w) or (N, V, 2C, h, w) with V 1 or 2, got {data.shape}")
+    labels = whole_labels(read_column(label_column, shape[0]), source)
     group = IncomingGroup(
         path=f"latents/{options.name}",
         identity=latents_identity(
@@ -79,8 +123,8 @@ def _foreign(file: Any, source: Path, options: ImportOptions) -> Incoming:
     )
     return Incoming(
         keys=[f"{row:08d}" for row in range(shape[0])],
-        labels=whole_labels(labels, source),
-        class_names=[str(label) for label in labels.tolist()],
+        labels=labels,
+        class_names=[str(label) for label in labels],
         views=("original", "hflip")[: shape[1]],
         resolution=options.resolution,
         source={"kind": "hdf5", "path": str(source.absolute())},
@@ -91,8 +135,8 @@ def _foreign(file: Any, source: Path, options: ImportOptions) -> Incoming:
 class _Rows:
     """Rows of every array of a group in the file."""
 
-    def __init__(self, file: Any, path: str, names: tuple[str, ...]) -> None:
-        self._file, self._path, self._names = file, path, names
+    def __init__(self, datasets: dict[str, h5py.Dataset]) -> None:
+        self._datasets = datasets
 
     def __call__(self, rows: range) -> dict[str, np.ndarray]:
-        return {name: self._file[f"{self._path}/{name}"][rows.start : rows.stop] for name in self._names}
+        return {name: data[rows.start : rows.stop] for name, data in self._datasets.items()}

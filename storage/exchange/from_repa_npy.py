@@ -34,21 +34,23 @@ MAX_DATASET_JSON_BYTES = 256 << 20  # 200 bytes an image of ImageNet
 class _Dataset:
     """What dataset.json holds."""
 
-    labels: list[tuple[str, int | float | str]]
+    labels: list[tuple[str, int | float | str | None]]
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
     """Describe the folder; every file that dataset.json names must be there, and no other `.npy`."""
     require_folder(source, "folder that holds dataset.json and 00000/, 00001/, …")
+    where = source / "dataset.json"
     try:
-        raw = read_regular(source / "dataset.json", MAX_DATASET_JSON_BYTES)
+        raw = read_regular(where, MAX_DATASET_JSON_BYTES)
     except FileNotFoundError:
         raise UserError(
             f"{source} has no dataset.json, so its labels are unknown; copy it beside the folders"
         ) from None
-    labels = dict(
-        parse_json(_Dataset, raw, str(source / "dataset.json"), 'it should be {"labels": [[file, label], …]}').labels
-    )
+    pairs = parse_json(_Dataset, raw, str(where), 'it must be {"labels": [[file, label], …]}').labels
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        raise UserError(f"{where} names a file twice; mend it")
     there = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*.npy")}
     names = sorted(labels)
     for only, fix in ((set(names) - there.keys(), "is missing"), (there.keys() - labels.keys(), "has no label")):
@@ -56,10 +58,11 @@ def read(source: Path, options: ImportOptions) -> Incoming:
             more = f" and {len(only) - 1} more" if len(only) > 1 else ""
             raise UserError(f"{source / min(only)}{more} {fix}; make files and dataset.json agree")
     if not names:
-        raise UserError(f"{source / 'dataset.json'} names no file")
+        raise UserError(f"{where} names no file")
     shape = _load(source / names[0]).shape
     if len(shape) != 3 or shape[0] % 2:
         raise UserError(f"{source / names[0]} has shape {shape}; moments are (2C, h, w), mean and standard deviation")
+    numbers = whole_labels([labels[name] for name in names], where)
     group = IncomingGroup(
         path=f"latents/{options.name}",
         identity=latents_identity(
@@ -75,8 +78,8 @@ def read(source: Path, options: ImportOptions) -> Incoming:
     )
     return Incoming(
         keys=names,
-        labels=whole_labels([labels[name] for name in names], source / "dataset.json"),
-        class_names=[str(labels[name]) for name in names],
+        labels=numbers,
+        class_names=[str(label) for label in numbers],
         views=("original",),
         resolution=options.resolution,
         source={"kind": "repa-npy", "path": str(source.absolute())},

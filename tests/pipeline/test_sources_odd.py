@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.decode import decode_unit
-from pipeline.sources import KINDS, Unreadable, open_source
+from pipeline.sources import KINDS, LabelOptions, Unreadable, open_source
 from storage.errors import UserError
 from tests.pipeline.containers import (
     WRITERS,
@@ -119,10 +119,10 @@ def test_long_names_links_and_folders_in_tars(tmp_path: Path) -> None:
     (tmp_path / "c.tar").write_bytes(tar_bytes([]))
     source = open_source(str(tmp_path), "class-tars")
     listing = source.listing()
-    assert listing.left_out == ("a/link.png",)
-    assert listing.index.keys[:2] == ["a/sub/é.png", f"a/{long}"]
+    assert listing.left_out == ()  # a link to a member is a sample
+    assert listing.index.keys[:3] == ["a/link.png", "a/sub/é.png", f"a/{long}"]
     assert "b/same.png#2" in listing.index.keys
-    assert sorted(read_all(source, listing)) == sorted([b"one", b"two", b"three", b"four", b"five"])
+    assert sorted(read_all(source, listing)) == sorted([b"one", b"one", b"two", b"three", b"four", b"five"])
     assert [re.sub(r"y+", "y", warning) for warning in listing.warnings] == [
         "1 of 3 classes have no image, such as c",
         "1 keys come more than once, such as b/same.png; numbered #2, #3, …",
@@ -146,13 +146,15 @@ def test_webdataset_labels_from_every_sidecar(tmp_path: Path) -> None:
     ]
     (tmp_path / "w.tar").write_bytes(tar_bytes(members))
     source = open_source(str(tmp_path / "w.tar"))
-    listing = source.listing()
+    with pytest.raises(UserError, match=r"1 of 4 images have no label, first w/four; .*--partly-labelled"):
+        source.listing()
+    listing = source.listing(LabelOptions(partly_labelled=True))
     assert listing.index.keys == ["w/s/one", "w/two", "w/three", "w/four"]
     assert listing.index.labels.tolist() == [7, 3, 4, -1]
     assert listing.index.table["class_name"].to_pylist() == ["7", "tench", "4", ""]
     assert listing.left_out == ("w.tar/a.b.jpg", "w.tar/four.png", "w.tar/five.cls")
     assert read_all(source, listing) == [b"1", b"2", b"3", b"4"]
-    assert "1 of 4 images have no label" in listing.warnings
+    assert "1 of 4 images have no label (−1), first w/four" in listing.warnings
     (tmp_path / "w.tar").write_bytes(tar_bytes([("a.jpg", b"A"), ("a.json", b"{")]))
     with pytest.raises(UserError, match=r"a label that cannot be read, a\.json"):
         open_source(str(tmp_path / "w.tar")).listing()
@@ -161,7 +163,7 @@ def test_webdataset_labels_from_every_sidecar(tmp_path: Path) -> None:
 def test_parquet_null_images_plain_bytes_and_absent_labels(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([b"x", None, b"z"], pa.binary())}), tmp_path / "a.parquet")
     source = open_source(str(tmp_path / "a.parquet"))
-    listing = source.listing()
+    listing = source.listing(LabelOptions(unlabelled=True))
     assert listing.index.labels.tolist() == [-1, -1, -1]
     assert read_all(source, listing) == [b"x", Unreadable("the image column is null"), b"z"]
     pq.write_table(pa.table({"pixels": [1], "label": [0]}), tmp_path / "a.parquet")
@@ -225,16 +227,16 @@ def test_labels_files(tmp_path: Path) -> None:
     assert read_all(source, listing)[1] == Unreadable("cannot be read: No such file or directory")
     (tmp_path / "labels.csv").rename(tmp_path / "dataset.json")
     (tmp_path / "dataset.json").write_text('{"labels": [["sub/a.png", 5], ["b.png", null]]}')
-    listing = open_source(str(tmp_path)).listing()
+    listing = open_source(str(tmp_path)).listing(LabelOptions(partly_labelled=True))
     assert listing.index.labels.tolist() == [-1, 5]
     for content, message in [
         ("file;label\na;1\n", "must begin with a header line"),
         ("file,label\na.png,1\na.png,2\n", "line 3: a.png comes a second time"),
-        ("file,label,class_name\na.png,dog,dog\n", "class_name names integers"),
+        ("file,label,class_name\na.png,dog,dog\n", "class_name names numbers"),
         ("file,label\n", "names no image"),
         ("file,label\n,3\n", "line 2: no file"),
         ("file,label\né.png,3\n", "is not UTF-8"),
-        ("file,label\na.png,-3\n", "labels must be at least 0"),
+        ("file,label\nb.png,-3\n", "line 2: label -3: a label is a whole number from 0 to"),
     ]:
         (tmp_path / "dataset.json").unlink(missing_ok=True)
         (tmp_path / "labels.csv").write_bytes(content.encode("latin-1"))
@@ -267,7 +269,7 @@ def make_mistake(root: Path, name: str) -> str:
 
 MISTAKES = [
     ("empty", "holds nothing, expected one of these: image-folder: a folder with"),
-    ("images only", "holds 2 × .png, 1 × .jpeg, expected one of these"),
+    ("images only", "holds 2 × .png, 1 × .jpeg and nothing that labels them; .* or pass --unlabelled"),
     ("two kinds", r"holds 1 × .parquet, 1 × .h5: is it parquet or hdf5\? Say which with --source"),
     ("hub clone", r"1 class folders and no image in them .*; there is data/train-00000-of-00002.parquet"),
     ("compressed", r"holds 1 × .gz, expected"),

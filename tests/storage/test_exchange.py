@@ -269,7 +269,7 @@ def test_the_public_repa_folder_becomes_a_store_that_trains(tmp_path: Path) -> N
     ("spoil", "says"),
     [
         (lambda root: (root / "dataset.json").unlink(), "has no dataset.json"),
-        (lambda root: (root / "dataset.json").write_text("[]"), "is not {"),
+        (lambda root: (root / "dataset.json").write_text("[]"), 'it must be {"labels": [[file'),
         (lambda root: (root / "00001/img-mean-std-00000012.npy").unlink(), "00000012.npy is missing"),
         (
             lambda root: (root / "dataset.json").write_text(

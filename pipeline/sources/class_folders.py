@@ -1,0 +1,57 @@
+"""Which folders are the classes, asked of the names alone, alike for folders, zips and tars.
+
+Classes are the first folders that differ: in `pets/cat/0.png` and `pets/dog/0.png` these are cat and dog, also where
+`pets/cover.png` stands beside them. Files that hold labels decide instead of folders, wherever in the tree they lie.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+
+from pipeline.sources.leftovers import leftover
+from storage.boundary import shown
+from storage.errors import UserError
+
+LABEL_FILES = ("labels.csv", "dataset.json")
+SHOWN = 4  # folders in a message
+
+
+def class_folders(names: Sequence[str], where: str) -> dict[str, str]:
+    """The class of each name; "" for one that stands beside the folders of classes, which belongs to none.
+
+    A folder that all share and that holds folders besides a few images is passed through: fewer than it has folders are
+    strays. Raises UserError where more stand there, so that it may be a class itself.
+    """
+    folders = {name: name.split("/")[:-1] for name in names}
+    depth = 0
+    while len(shared := {parts[depth] for parts in folders.values() if len(parts) > depth}) == 1:
+        below = {parts[depth + 1] for parts in folders.values() if len(parts) > depth + 1}
+        n_direct = sum(len(parts) == depth + 1 for parts in folders.values())
+        if not below or (len(below) == 1 and n_direct):
+            break
+        if n_direct >= len(below):
+            raise UserError(
+                f"{where}: {n_direct} images of {shown(*shared)} stand beside its folders ({listed(below)}), so it may "
+                "be one class, or these may be the classes; move the images into folders, or leave them out"
+            )
+        depth += 1
+    return {name: "".join(parts[depth : depth + 1]) for name, parts in folders.items()}
+
+
+def refuse_files_of_labels(names: Iterable[str], data: str, kind: str) -> None:
+    """Raise UserError where one of the names is a file of labels, which folders would silently overrule."""
+    for name in names:
+        if posixpath.basename(name).lower() in LABEL_FILES and not leftover(name):
+            folder = posixpath.dirname(name)
+            inner = f"DATA={data}/{folder}" if folder else f"DATA={data}"
+            raise UserError(
+                f"DATA {data} holds a file of labels, {shown(name)}, and folders that would be classes; name "
+                f"{shown(inner)} to read the labels from it, or pass --source {kind} to number the folders"
+            )
+
+
+def listed(folders: Iterable[str]) -> str:
+    """A few of the folders, for a message."""
+    names = sorted(folders)
+    return shown(", ".join(names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
