@@ -84,8 +84,8 @@ def open_data(config: TrainConfig) -> TrainingData:
     if 0 < n_without < len(labels) and config.loss.label_dropout < 1:
         raise UserError(
             f"{n_without} of the {len(labels)} samples of {store.root} have no label (first row "
-            f"{(labels < 0).argmax()}); class-conditional training needs one for each: label them all, or pass --loss.label-dropout 1 to train "
-            "without any"
+            f"{(labels < 0).argmax()}); class-conditional training needs one for each: label them all, or pass "
+            "--loss.label-dropout 1 to train without any"
         )
     return TrainingData(
         store=store,
