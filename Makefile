@@ -23,6 +23,12 @@ RUNS     ?=
 ARGS     ?=
 export RAY_ADDRESS ?=
 
+# A variable as one word of the shell, whatever its characters: not expanded by make, quoted for sh.
+quote = '$(subst ','\'',$(value $(1)))'
+# Those of the variables that were named on the command line or in the environment.
+named = $(strip $(foreach name,$(1),$(if $(filter command environment,$(firstword $(origin $(name)))),$(name))))
+on_line = $(strip $(foreach name,$(1),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
+
 .PHONY: help env demo precompute train generate evaluate analyse ablate report export test test-all bench-env bench lint format clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
@@ -34,20 +40,23 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## both stages on the built-in photographs, four to five minutes
-	$(PY) -m pipeline demo --out $(OUT) $(ARGS)
+	$(PY) -m pipeline demo --out $(call quote,OUT) $(ARGS)
 
 precompute: $(STAMP)  ## stage one: DATA=folder STORE=root [LATENTS FEATURES RESOLUTION RAY_ADDRESS ARGS]
-ifeq ($(strip $(DATA)$(STORE)),)
-	$(PY) -m pipeline demo --out $(OUT) --only-precompute $(ARGS)
+# Only a bare `make precompute` is the demo's: whatever is named means the real job, and what it lacks is an error.
+ifeq ($(call named,DATA STORE LATENTS FEATURES RESOLUTION ARGS)$(call on_line,RAY_ADDRESS),)
+	$(PY) -m pipeline demo --out $(call quote,OUT) --only-precompute
 else
-	$(PY) -m pipeline precompute --data '$(DATA)' --store '$(STORE)' --latents '$(LATENTS)' --features '$(FEATURES)' \
-	  --resolution $(RESOLUTION) $(ARGS)
+	$(PY) -m pipeline precompute --data $(call quote,DATA) --store $(call quote,STORE) \
+	  --latents $(call quote,LATENTS) --features $(call quote,FEATURES) --resolution $(RESOLUTION) $(ARGS)
 endif
 
-TRAIN = train --store '$(STORE)' --preset $(PRESET) $(if $(RUN),--run '$(RUN)') $(ARGS)
+TRAIN = train --store $(call quote,STORE) --preset $(PRESET) $(if $(value RUN),--run $(call quote,RUN)) $(ARGS)
 train: $(STAMP)  ## stage two: STORE=root [PRESET RUN GPUS RAY_ADDRESS ARGS]; GPUS of this machine, or of the cluster
-ifeq ($(strip $(STORE)),)
-	$(PY) -m trainer train --store $(OUT)/store --preset sit-tiny-2 --run $(or $(RUN),$(OUT)/repa) $(ARGS)
+ifeq ($(call named,STORE PRESET RUN GPUS ARGS)$(call on_line,RAY_ADDRESS),)
+	$(PY) -m trainer train --store $(call quote,OUT)/store --preset sit-tiny-2 --run $(call quote,OUT)/repa
+else ifeq ($(value STORE),)
+	$(PY) -m trainer train --store ''
 else ifneq ($(strip $(RAY_ADDRESS)),)
 	$(PY) -m pipeline launch --workers $(GPUS) -- $(TRAIN)
 else ifeq ($(GPUS),1)
@@ -58,26 +67,26 @@ endif
 
 generate: $(STAMP)  ## draw images: RUN=folder [N GPUS ARGS="--format npz --guidance 1.8"]
 ifeq ($(GPUS),1)
-	$(PY) -m trainer generate '$(RUN)' --n $(N) $(ARGS)
+	$(PY) -m trainer generate $(call quote,RUN) --n $(N) $(ARGS)
 else
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer generate '$(RUN)' --n $(N) $(ARGS)
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer generate $(call quote,RUN) --n $(N) $(ARGS)
 endif
 
 evaluate: $(STAMP)  ## FID and more: IMAGES=folder or .npz REFERENCE=.npz, folder or store [ENCODER RUN ARGS]
-	$(PY) -m trainer evaluate '$(IMAGES)' --reference '$(REFERENCE)' --encoder '$(ENCODER)' \
-	  $(if $(RUN),--run '$(RUN)') $(ARGS)
+	$(PY) -m trainer evaluate $(call quote,IMAGES) --reference $(call quote,REFERENCE) \
+	  --encoder $(call quote,ENCODER) $(if $(value RUN),--run $(call quote,RUN)) $(ARGS)
 
 analyse: $(STAMP)  ## the paper's analysis figures: RUNS="runs/a runs/b" [ARGS]
 	$(PY) -m trainer analyse $(RUNS) $(ARGS)
 
 ablate: $(STAMP)  ## the runs of an ablation: FILE=yaml STORE=root [RAY_ADDRESS ARGS]
-	$(PY) -m trainer ablate '$(FILE)' --store '$(STORE)' $(ARGS)
+	$(PY) -m trainer ablate $(call quote,FILE) --store $(call quote,STORE) $(ARGS)
 
 report: $(STAMP)  ## one HTML page about runs: RUNS="runs/a runs/b" [ARGS="--out report.html"]
 	$(PY) -m trainer report $(RUNS) $(ARGS)
 
 export: $(STAMP)  ## a run for other programs: RUN=folder [ARGS="--to safetensors"]
-	$(PY) -m trainer export '$(RUN)' $(ARGS)
+	$(PY) -m trainer export $(call quote,RUN) $(ARGS)
 
 test: $(STAMP)  ## the tests, a few minutes
 	$(PY) -m pytest $(ARGS)

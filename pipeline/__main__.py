@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,10 +198,16 @@ def report_precompute(config: PrecomputeConfig) -> int:
     if summary.units_given_up:
         print(
             "next: mend what is said above and run the same command again   ·   "
-            f"python -m pipeline status {summary.store}"
+            f"python -m pipeline status {shlex.quote(summary.store)}"
         )
         return EXIT_FAILED
-    print(f"next: python -m storage ls {summary.store}   ·   make train STORE={summary.store}")
+    from pipeline.next_step import train_command
+
+    commands = [
+        f"python -m storage ls {shlex.quote(summary.store)}",
+        train_command(summary.store, summary.bytes_per_image),
+    ]
+    print(f"next: {'   ·   '.join(filter(None, commands))}")
     return EXIT_OK
 
 

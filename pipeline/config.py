@@ -73,6 +73,8 @@ class PrecomputeConfig:
     verbose: bool = option("let Ray's own log messages through", False)
 
     def __post_init__(self) -> None:
+        if not self.data.strip() and not str(self.store).strip():
+            raise UserError("DATA is empty and STORE is empty; name both, folders or URLs")
         if not self.data.strip():
             raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
         if not str(self.store).strip():

@@ -9,6 +9,7 @@ any Zarr array of samples, whoever wrote it.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -233,7 +234,7 @@ def open_store(where: str | os.PathLike[str] | Root) -> Store:
     except FileNotFoundError:
         exists = root.path is not None and root.path.exists()
         state = "is not a store (it has no zarr.json)" if exists else "does not exist"
-        fix = _store_around(root) or f"make one with `make precompute DATA=… STORE={root}`"
+        fix = _store_around(root) or f"make one with `make precompute DATA=… STORE={shlex.quote(str(root))}`"
         raise StoreError(f"{root} {state}; {fix}") from None
     try:
         changed = check_metadata(root, STORE_RECEIPT, only=METADATA)[1]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         file, release = values.pop("file"), values.pop("release")
         config = train_config(values)
         print("\n".join(import_checkpoint(file, release, config)))
-        print(f"next: {PROG} generate {config.run} --n 64   ·   {PROG} train --config {config.run / 'config.yaml'}")
+        run, saved = (shlex.quote(str(path)) for path in (config.run, config.run / "config.yaml"))
+        print(f"next: {PROG} generate {run} --n 64   ·   {PROG} train --config {saved}")
         return EXIT_OK
     if command in evaluation.COMMANDS:
         return evaluation.run(command, values)
@@ -72,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_FAILED
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(summary, indent=1))
-        print(f"next: {PROG} generate {summary['run']} --n 64   ·   tensorboard --logdir {summary['run']}")
+        run = shlex.quote(summary["run"])
+        print(f"next: {PROG} generate {run} --n 64   ·   tensorboard --logdir {run}")
     return EXIT_OK
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def ablate(file: Path, store: str, out: Path | None, ray_address: str) -> int:
     print(f"{n_done} of {len(ablation.runs)} runs are complete in {folder}")
     for name in failed:
         print(f"failed: {name}, see {folder / name}", file=sys.stderr)
-    print(f"next: python -m trainer report {folder}")
+    print(f"next: python -m trainer report {shlex.quote(str(folder))}")
     return EXIT_FAILED if failed else EXIT_OK
 
 

@@ -37,7 +37,7 @@ class ModelConfig:
     heads: int = option(16, "attention heads; must divide the width")
     patch: int = option(2, "latent pixels a side of a token")
     qk_norm: bool = option(False, "normalise queries and keys")
-    classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names")
+    classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
     align_block: tuple[int, ...] = option(
         (8,), "block after which hidden states are aligned with the features, counted from 1; one, or one a target"
     )

@@ -27,8 +27,8 @@ class TrainingData:
     store: Store
     latents: GroupReader
     features: tuple[GroupReader, ...]  # one an alignment target; two targets may share one
-    labels: np.ndarray  # int32 (N,)
-    class_names: Sequence[str]
+    labels: np.ndarray  # int32 (N,), −1 for a sample without
+    class_names: Sequence[str]  # none of a store that is trained on without labels
     valid_rows: ValidRows  # those that failed in no group
     codecs: dict[str, Int8Codec]  # by path, of the features that are quantised; others are plain float16
 
@@ -89,14 +89,19 @@ def open_data(config: TrainConfig) -> TrainingData:
             "--data.failed-rows leave-out"
         )
     labels = store.classes.labels
-    if labels.min() < 0:
-        raise UserError(f"{store.root} has samples without a label; class-conditional training needs one for each")
+    n_without = int((labels < 0).sum())
+    if 0 < n_without < len(labels) and config.loss.label_dropout < 1:
+        raise UserError(
+            f"{n_without} of the {len(labels)} samples of {store.root} have no label (first row "
+            f"{(labels < 0).argmax()}); class-conditional training needs one for each: label them all, or pass "
+            "--loss.label-dropout 1 to train without any"
+        )
     return TrainingData(
         store=store,
         latents=groups[latents],
         features=tuple(groups[path] for path in features),
         labels=labels,
-        class_names=store.classes.class_names,
+        class_names=[] if n_without else store.classes.class_names,
         valid_rows=ValidRows(store.n_rows, failed),
         codecs={path: codec for path in features if (codec := codec_of(groups[path].identity)) is not None},
     )
@@ -129,7 +134,10 @@ def pick_group(store: Store, kind: str, name: str) -> str:
 
 
 def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
-    """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit."""
+    """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit.
+
+    A store without labels makes a model without classes, unless --model.classes says otherwise.
+    """
     latents: dict[str, Any] = data.latents.identity
     height, width = latents["latent_size"]
     if height != width:

@@ -17,6 +17,7 @@ from trainer.arithmetic import peak_flops
 from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.models.transformer import Geometry, forward_flops_per_image
+from trainer.step import n_cosines
 from trainer.update import DECILES, StepNumbers
 
 
@@ -33,7 +34,8 @@ class Interval:
     @classmethod
     def empty(cls, config: TrainConfig) -> Interval:
         """The beginning of an interval."""
-        return cls(sums=torch.zeros(2 + len(config.targets) + 2 * DECILES + 1, dtype=torch.float64))
+        n = 2 + len(config.targets) + n_cosines(config) + 2 * DECILES + 1
+        return cls(sums=torch.zeros(n, dtype=torch.float64))
 
     def add(self, numbers: StepNumbers) -> None:
         """Count a step's numbers, which are on the host."""
@@ -63,16 +65,19 @@ class Interval:
         return line
 
     def _losses(self, config: TrainConfig) -> dict[str, Any]:
-        numbers = StepNumbers.unpack(self.sums)
+        numbers = StepNumbers.unpack(self.sums, n_cosines(config))
         if self.count == 0:
             return dict.fromkeys(("loss", "denoising_loss", "alignment_loss", "gradient_norm", "loss_by_time"))
         denoising, norm, *alignments = (numbers.losses / self.count).tolist()
         targets = config.targets
         aligned: dict[str, float] = {}
+        cosines = (numbers.cosines / self.count).tolist() if n_cosines(config) else [-a for a in alignments]
         if targets:
-            aligned["alignment_cosine"] = -sum(alignments) / len(alignments)
+            aligned["alignment_cosine"] = sum(cosines) / len(cosines)
         if len(targets) > 1:
-            aligned |= {f"alignment_loss/{t.features}@{t.block}": a for t, a in zip(targets, alignments, strict=True)}
+            for target, loss, cosine in zip(targets, alignments, cosines, strict=True):
+                aligned[f"alignment_loss/{target.features}@{target.block}"] = loss
+                aligned[f"alignment_cosine/{target.features}@{target.block}"] = cosine
         by_time = [total / n if n else None for total, n in numbers.by_time.T.tolist()]
         return {
             "loss": denoising + sum(target.weight * a for target, a in zip(targets, alignments, strict=True)),

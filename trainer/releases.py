@@ -8,25 +8,26 @@ runs from noise (s = 0) to image, its velocity along it, and its last layer has 
 s = 1 − t, v(x, t) = −u(x, 1 − t), and the embedding cos ω(1 − t), sin ω(1 − t) is a rotation of cos ωt, sin ωt. So the
 first layer that reads it takes the rotation, the last one the sign, and the weights are SiT's function exactly.
 
-A file is read with `weights_only=True`: nothing in it is run. A run made from it is at step 0, with a fresh optimiser:
-it can be sampled from, and trained on.
+Names that DistributedDataParallel, torch.compile or FSDP made longer are cut, and sets below other names are found. A
+file is read as data (`storage/weight_file.py`): nothing in it is run. A run made from it is at step 0, with a fresh
+optimiser: it can be sampled from, and trained on.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import zipfile
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from storage.boundary import shown
 from storage.errors import UserError
 from storage.files import write_atomic
+from storage.weight_file import Stored, bare, not_a_tensor, open_weights
 from trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.config_tree import flatten, override, to_yaml
@@ -42,6 +43,9 @@ from trainer.update import build
 Release = Literal["repa", "sit", "dit"]
 Weights = dict[str, Tensor]
 NAMED_AT_MOST = 4
+ANCHOR = "x_embedder.proj.weight"  # a name that every set of weights has
+OURS = frozenset("x_embedder t_embedder y_embedder pos_embed blocks decoder_blocks projectors final_layer".split())
+AVERAGED = re.compile(r"(^|[._])(ema|averag|avg|shadow)", re.IGNORECASE)
 
 
 def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list[str]:
@@ -54,7 +58,13 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         raise UserError(f"--release {release} is not of --model.kind {config.model.kind}; choose another --preset")
     if latest_checkpoint(config.run) is not None:
         raise UserError(f"run {config.run} has a checkpoint already; name another --run")
-    weights, averaged = (converted(part, release) for part in read_release(file))
+    found = read_release(file)
+    try:
+        weights, averaged = (converted(part, release) for part in (found.weights, found.averaged))
+    except (ValueError, IndexError, RuntimeError) as error:  # shapes that no release has
+        raise UserError(
+            f"{file} has not the shapes of --release {release} ({' '.join(str(error).split())[:120]})"
+        ) from error
     with world_of_ranks(config.device) as world:
         n_classes = len(_entry(averaged, "y_embedder.embedding_table.weight", file)) - 1
         config = override(config, {"model.classes": config.model.classes or n_classes})
@@ -81,37 +91,81 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
                 save_checkpoint(config.run, state, parts.model, parts.ema, parts.optimizer, config.checkpoint.keep)
         finally:
             data.close()
-    return [f"{config.run} holds {file} at step 0", *(note for note in notes if note)]
+    return [f"{config.run} holds {file} at step 0", *found.notes, *(note for note in notes if note)]
 
 
-def read_release(file: Path) -> tuple[Weights, Weights]:
-    """(weights, averaged weights) float32 of a file; the same ones twice where it holds one set. Raises UserError."""
-    try:
-        if file.suffix == ".safetensors":
-            found: Any = load_file(file)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the scripts save their options as one
-                # Mapped where the format allows it, since an optimiser's state of twice the size may lie beside.
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {file} does not exist") from None
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"checkpoint {file} holds more than tensors and plain values; none of it was run ({reason})"
-        ) from error
-    except Exception as error:  # bytes that are no pickle end in whatever they happen to spell
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise UserError(f"checkpoint {file} is damaged, or is none ({reason}); fetch it again") from error
-    if not isinstance(found, Mapping):
-        raise UserError(f"checkpoint {file} holds a {type(found).__name__}, not weights by name")
-    averaged = found.get("ema", found)
-    weights = found.get("model", averaged)
-    if not all(_is_weights(part) for part in (weights, averaged)):
-        raise UserError(
-            f"checkpoint {file} has neither weights by name nor 'ema' and 'model'; it has {list(found)[:6]}"
-        )
-    return _float32(weights), _float32(averaged)
+@dataclass(frozen=True)
+class Found:
+    """What a file holds of a model, float32, and what to say of it."""
+
+    weights: Weights
+    averaged: Weights  # the same ones where the file holds one set
+    notes: tuple[str, ...]
+
+
+def read_release(file: Path) -> Found:
+    """The weights and averaged weights of a file, wherever they lie in it. Raises UserError.
+
+    A set of weights is what stands beside an entry that ends with ANCHOR, under its bare names (`bare_name`): below
+    `model` and `ema` as the scripts write them, below Lightning's `state_dict` and `model.`, or by itself.
+    """
+    with open_weights(file) as found:
+        entries = bare(found.entries(), file)
+        sets = [name.removesuffix(ANCHOR) for name in entries if f".{name}".endswith(f".{ANCHOR}")]
+        if not sets:
+            there = listed(dict.fromkeys(name.partition(".")[0] for name in entries)) or "nothing by name"
+            raise UserError(
+                f"{file} has no {ANCHOR}, so it is none of DiT's, SiT's or REPA's checkpoints; it has {there}"
+            )
+        averaged = [name for name in sets if AVERAGED.search(name)]
+        trained = [name for name in sets if name not in averaged]
+        for several in (averaged, trained):
+            if len(several) > 1:
+                raise UserError(
+                    f"{file} holds several sets of weights, {listed(map(_called, several))}; save those that are meant "
+                    "with torch.save, as {'model': …, 'ema': …}"
+                )
+        of_trained, of_averaged = (trained or averaged)[0], (averaged or trained)[0]
+        parts = {name: _entries_of(entries, name, sets, file) for name in dict.fromkeys((of_trained, of_averaged))}
+        read = {name: _float32(found.tensors(part), file) for name, part in parts.items()}
+    used = {prefix + name for prefix, part in parts.items() for name in part}
+    notes = []
+    if of_trained == of_averaged:
+        notes.append(f"it has one set of weights, {_called(of_trained)}, which stands for the averaged ones too")
+    elif (of_trained, of_averaged) != ("model.", "ema."):
+        notes.append(f"its weights are {_called(of_trained)}, its averaged weights {_called(of_averaged)}")
+    own = tuple(filter(None, parts))  # of what lies within a set the whole name is said
+    left = dict.fromkeys(n if n.startswith(own) else n.partition(".")[0] for n in entries if n not in used)
+    if left:
+        notes.append(f"left out: {listed(left)}")
+    return Found(weights=read[of_trained], averaged=read[of_averaged], notes=tuple(notes))
+
+
+def _entries_of(entries: Mapping[str, Any], prefix: str, sets: list[str], file: Path) -> dict[str, Stored]:
+    """The tensors of the set below `prefix`; counters that averaging keeps beside them are not weights."""
+    others = tuple(name for name in sets if name != prefix and name.startswith(prefix))
+    found = {}
+    for name, value in entries.items():
+        if not name.startswith(prefix) or (others and name.startswith(others)):
+            continue
+        short = name.removeprefix(prefix)
+        first, _, below = short.partition(".")
+        if first in OURS and (reason := not_a_tensor(value)):
+            raise UserError(f"{file} cannot be imported: {shown(name[:80])} is {reason}")
+        if isinstance(value, Stored) and value.shape and (prefix or not below or first in OURS):
+            found[short] = value  # below other names of a bare set lies an optimiser's state, say
+    return found
+
+
+def _called(prefix: str) -> str:
+    return prefix.removesuffix(".") or "those by bare names"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, as they may reach a terminal, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
+    return ", ".join(shown(name[:80]) for name in names[:NAMED_AT_MOST]) + more
 
 
 def converted(weights: Weights, release: Release) -> Weights:
@@ -144,8 +198,8 @@ def _count_on(weights: Weights) -> Weights:
     renamed = {}
     for name, value in weights.items():
         kind, _, rest = name.partition(".")
-        if kind == "decoder_blocks":
-            number, _, rest = rest.partition(".")
+        number, _, rest = rest.partition(".")
+        if kind == "decoder_blocks" and number.isdecimal():
             name = f"blocks.{int(number) + n_before}.{rest}"
         renamed[name] = value
     return renamed
@@ -158,6 +212,7 @@ def _load(model: DiffusionTransformer, weights: Weights, geometry: Geometry, fil
     unused = {name for name in projectors if name not in own}
     kept = {name: value for name, value in weights.items() if name not in unused}
     fresh = {name for name in own if name.startswith("projectors.") and not projectors}
+    fresh |= {"pos_embed"} - kept.keys()  # which is computed, and a buffer that some do not save
     wrong = [f"{name} is missing" for name in own if name not in kept and name not in fresh]
     wrong += [f"{name} is unknown" for name in kept if name not in own]
     wrong += [
@@ -174,7 +229,7 @@ def _load(model: DiffusionTransformer, weights: Weights, geometry: Geometry, fil
     model.load_state_dict(own | kept)
     if unused:
         return f"its projectors beyond the run's {len(geometry.targets)} alignment targets were left out"
-    return "it has no projectors; the run's are new" if fresh else ""
+    return "it has no projectors; the run's are new" if fresh - {"pos_embed"} else ""
 
 
 def _entry(weights: Weights, name: str, file: Path) -> Tensor:
@@ -183,9 +238,10 @@ def _entry(weights: Weights, name: str, file: Path) -> Tensor:
     return weights[name]
 
 
-def _is_weights(found: Any) -> bool:
-    return isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
-
-
-def _float32(weights: Mapping[str, Tensor]) -> Weights:
+def _float32(weights: Mapping[str, Tensor], file: Path) -> Weights:
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            raise UserError(
+                f"{file} holds {shown(name[:80])} as {value.dtype}, which are no weights; save it as float32"
+            )
     return {name: value.float() for name, value in weights.items()}

@@ -56,6 +56,8 @@ def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfi
     resolved: dict[str, Any] = {"data.latents": data.latents.path.removeprefix("latents/")}
     if not config.data.features:  # all targets share the only features there are
         resolved["data.features"] = tuple({group.path.removeprefix("features/") for group in data.features})
+    if not data.class_names and not config.model.classes:
+        resolved["sample.guidance"] = 1.0  # towards what, without labels?
     if config.precision == "auto":
         resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
     return override(config, resolved)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from trainer.arithmetic import autocast_dtype
 from trainer.config import TrainConfig
 from trainer.loader import Batch
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.alignment import ALIGNMENTS
+from trainer.objectives.alignment import ALIGNMENTS, alignment_loss
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,6 +54,9 @@ class Losses:
     denoising: Tensor  # (B,)
     alignments: Tensor  # (B, K)
     times: Tensor  # (B,) in [0, 1], from image to noise
+    cosines: Tensor = field(
+        default_factory=lambda: torch.empty(0, 0)
+    )  # (B, K); (B, 0) where the losses are minus these
 
     @classmethod
     def joined(cls, parts: Sequence[Losses]) -> Losses:
@@ -62,6 +65,7 @@ class Losses:
             denoising=torch.cat([part.denoising.detach() for part in parts]),
             alignments=torch.cat([part.alignments.detach() for part in parts]),
             times=torch.cat([part.times for part in parts]),
+            cosines=torch.cat([part.cosines for part in parts]),
         )
 
     def total(self, config: TrainConfig) -> Tensor:
@@ -95,7 +99,7 @@ def draw(
         config.loss,
     )
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
-    labels = torch.where(dropped, null_label, batch.labels)
+    labels = torch.where(dropped | (batch.labels < 0), null_label, batch.labels)  # −1: a sample has none
     return x, noise, t, labels, objective.perturb(x, noise, t, config.loss)
 
 
@@ -108,12 +112,22 @@ def compare(
     x_t: Tensor,
     t: Tensor,
     config: TrainConfig,
-) -> tuple[Tensor, Tensor]:
-    """Denoising losses (B,) and alignment losses (B, K) of what the model made of x_t."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Denoising losses (B,), alignment losses (B, K) and, where minus those is none, cosines (B, K)."""
     denoising = OBJECTIVES[config.model.kind].denoising_loss(output, x, noise, x_t, t, config.loss)
     align = ALIGNMENTS[config.loss.alignment]
     aligned = [align(h, target) for h, target in zip(projections, targets, strict=True)]
-    return denoising, torch.stack(aligned, dim=1) if aligned else denoising.new_empty(len(denoising), 0)
+    none = denoising.new_empty(len(denoising), 0)
+    cosines = []
+    if n_cosines(config):
+        with torch.no_grad():
+            cosines = [-alignment_loss(h, target) for h, target in zip(projections, targets, strict=True)]
+    return denoising, *(torch.stack(columns, dim=1) if columns else none for columns in (aligned, cosines))  # type: ignore[return-value]
+
+
+def n_cosines(config: TrainConfig) -> int:
+    """How many cosines are logged beside the alignment losses; none where minus the loss is one."""
+    return 0 if config.loss.alignment == "cosine" else len(config.targets)
 
 
 @functools.cache
@@ -131,5 +145,6 @@ def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConf
     half = autocast_dtype(config.precision)
     with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
         output, projections = model(x_t, t, labels)
-    denoising, alignments = compares(output, projections, batch.targets, x, noise, x_t, t, config)
-    return Losses(denoising=denoising, alignments=alignments, times=OBJECTIVES[config.model.kind].unit_times(t))
+    denoising, alignments, cosines = compares(output, projections, batch.targets, x, noise, x_t, t, config)
+    times = OBJECTIVES[config.model.kind].unit_times(t)
+    return Losses(denoising=denoising, alignments=alignments, times=times, cosines=cosines)

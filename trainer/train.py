@@ -37,7 +37,7 @@ from trainer.metrics import MetricsLog, read_metrics
 from trainer.models.transformer import forward_flops_per_image
 from trainer.readback import Readback
 from trainer.resume import only_writer, remember_groups, resolve, resume
-from trainer.step import LatentScale, Losses
+from trainer.step import LatentScale, Losses, n_cosines
 from trainer.update import Parts, StepNumbers, build, train_step
 
 SUMMARY_FILE = "summary.json"
@@ -167,7 +167,7 @@ class _Run:
         stopping = False
         while len(self.in_flight) > keep:
             step = self.in_flight.popleft()
-            numbers = StepNumbers.unpack(step.numbers.wait())
+            numbers = StepNumbers.unpack(step.numbers.wait(), n_cosines(self.config))
             if numbers.losses.isfinite().all():
                 self.interval.add(numbers)
             else:
@@ -255,10 +255,17 @@ class _Run:
             f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
             f"{geometry.grid**2} tokens",
             f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
+            *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
             f"device     {world.device}, {ranks}",
             f"start      step {self.first_step} of {config.steps}",
         ]
         return "\n".join(lines)
+
+
+def _without(n_classes: int) -> str:
+    if n_classes:
+        return f"every sample under the null label of --model.classes {n_classes}"
+    return "without label dropout or guidance"
 
 
 def _device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ after 2,000 steps without one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +54,23 @@ class StepNumbers:
     losses: Tensor  # (2 + K,): denoising loss, gradient norm, alignment losses
     by_time: Tensor  # (2, DECILES): sum of the denoising losses, and number of samples, by tenths of t; a rank's mean
     wants_to_stop: Tensor  # (1,): share of the ranks that were told to stop
+    cosines: Tensor = field(default_factory=lambda: torch.empty(0))  # (K,), or none where the losses are minus these
 
     def packed(self) -> Tensor:
         """One vector, to be read by `unpack`."""
-        return torch.cat([self.losses, self.by_time.flatten(), self.wants_to_stop])
+        return torch.cat([self.losses, self.cosines, self.by_time.flatten(), self.wants_to_stop])
 
     @classmethod
-    def unpack(cls, vector: Tensor) -> StepNumbers:
+    def unpack(cls, vector: Tensor, n_cosines: int = 0) -> StepNumbers:
         """The parts of a vector, sharing its memory."""
         tail = 2 * DECILES + 1
-        return cls(losses=vector[:-tail], by_time=vector[-tail:-1].view(2, DECILES), wants_to_stop=vector[-1:])
+        n_losses = len(vector) - tail - n_cosines
+        return cls(
+            losses=vector[:n_losses],
+            cosines=vector[n_losses:-tail],
+            by_time=vector[-tail:-1].view(2, DECILES),
+            wants_to_stop=vector[-1:],
+        )
 
 
 def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: World) -> Parts:
@@ -131,5 +138,6 @@ def _reduced(of_batch: Losses, norm: Tensor, stop: bool, world: World) -> StepNu
         losses=torch.cat([torch.stack([denoising.mean(), norm.double()]), of_batch.alignments.double().mean(0)]),
         by_time=torch.stack([(one_hot * denoising[:, None]).sum(0), one_hot.sum(0)]),
         wants_to_stop=denoising.new_full((1,), float(stop)),
+        cosines=of_batch.cosines.double().mean(0),
     )
-    return StepNumbers.unpack(world.mean(mine.packed()))
+    return StepNumbers.unpack(world.mean(mine.packed()), len(mine.cosines))

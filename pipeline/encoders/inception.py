@@ -14,6 +14,7 @@ convolutions in float32: the numbers of one image differ in the sixth digit betw
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ class Inception:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = find_weights(weights)
-        read_weights(path)  # the library would run code in a pickle; this refuses a file that holds any
         try:
-            network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+            with TemporaryDirectory() as folder:  # the library would run what is in the file: it is given a copy
+                torch.save(read_weights(path), copy := Path(folder) / "inception.pth")
+                network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(copy))
         except RuntimeError as error:
             first = " ".join(str(error).split())[:160]
             raise UserError(

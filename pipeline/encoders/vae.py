@@ -12,7 +12,6 @@ one shift are refused, since the trainer knows no other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,9 @@ from torch import Tensor
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.weights import file_sha256, hub_file
+from storage.boundary import parse_json, read_regular, shown
 from storage.errors import UserError
+from storage.weight_file import plain_folder
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -91,7 +92,7 @@ def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
 
 def read_geometry(directory: Path) -> Geometry:
     """What the latents of the autoencoder in `directory` are. Raises UserError when it cannot be used."""
-    settings = json.loads((directory / CONFIG_FILE).read_text())
+    settings = _settings(directory)
     name = settings.get("_class_name", "AutoencoderKL")
     geometry = geometry_of_kl(settings) if name == "AutoencoderKL" else probe(settings, name, directory)
     if geometry is None or settings.get("latents_mean") is not None:
@@ -100,6 +101,16 @@ def read_geometry(directory: Path) -> Geometry:
             "that the trainer knows; name another VAE"
         )
     return geometry
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """What `config.json` says. Raises StoreError."""
+    path = directory / CONFIG_FILE
+    settings = parse_json(dict[str, Any], read_regular(path), str(path), "copy the folder again")
+    name = settings.get("_class_name", "AutoencoderKL")
+    if not isinstance(name, str):
+        raise UserError(f"{path}: _class_name must be a name, got {shown(str(name)[:60])}; copy the folder again")
+    return settings
 
 
 def geometry_of_kl(settings: Mapping[str, Any]) -> Geometry:
@@ -118,9 +129,10 @@ def probe(settings: dict[str, Any], name: str, directory: Path) -> Geometry | No
     """Any autoencoder's geometry, by running it without memory; None when its configuration names no scaling factor."""
     import diffusers
 
-    kind = getattr(diffusers, name, None)
-    if kind is None:
-        raise UserError(f"{directory} holds a {name}, which diffusers {diffusers.__version__} does not know")
+    kind: Any = getattr(diffusers, name, None)
+    is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    if not is_model:
+        raise UserError(f"{directory} holds a {name}, which diffusers {diffusers.__version__} does not know as a model")
     try:
         with torch.device("meta"), torch.inference_mode():
             model = kind.from_config(settings)
@@ -156,10 +168,20 @@ class VAE:
     ) -> None:
         import diffusers
 
-        name = json.loads((directory / CONFIG_FILE).read_text()).get("_class_name", "AutoencoderKL")
-        model = getattr(diffusers, name).from_pretrained(
-            directory, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
-        )
+        name = _settings(directory).get("_class_name", "AutoencoderKL")
+        with plain_folder(directory, WEIGHT_FILES) as folder:
+            model, said = getattr(diffusers, name).from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        if absent := said["missing_keys"]:  # which the library would draw at random
+            raise UserError(
+                f"{_weight_file(directory)} lacks {len(absent)} weights of its {name}, such as {sorted(absent)[0]}; "
+                "pass the right file"
+            )
         self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model = model.to(device, memory_format=self.memory_format).eval().requires_grad_(False)
         self.device, self.precision = device, precision

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from storage.boundary import shown
 from storage.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TIMM_FILES = ("model.safetensors", "open_clip_model.safetensors")
-WRAPPERS = ("state_dict", "model", "teacher", "encoder", "target_encoder")  # names that checkpoints put around a model
+# names that checkpoints put around a model, as a dict's key or before every weight's name
+WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "encoder", "target_encoder", "module", "_orig_mod")
+PREFIXES = frozenset({"model", "net", "network", "encoder", "backbone"})
+MAX_WRAPPERS = 8
 
 
 def file_sha256(path: Path) -> str:
@@ -57,40 +59,32 @@ def hub_file(repository: str, filename: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth, .pt or .tar file, unwrapped; pickled code is never run.
+    """The state dict in a .safetensors, .pth, .pt or .tar file, unwrapped, under bare names; nothing in it is run.
 
-    Raises UserError. A TorchScript archive (OpenAI's CLIP) is read through torch's own loader of those, as float32.
+    A TorchScript archive (OpenAI's CLIP) gives its tensors as float32. Raises UserError.
     """
-    import torch
+    from storage.weight_file import Stored, bare, not_a_tensor, open_weights
 
-    if not path.is_file():
-        raise UserError(f"weight file {path} does not exist; pass a .safetensors, .pth, .pt or .tar file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch means to replace TorchScript, not these files
-                scripted = torch.jit.load(path, map_location="cpu").state_dict()
-            return {name: value.float() for name, value in scripted.items()}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise their own kinds for a damaged file
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"weight file {path} cannot be read ({first})") from error
-    for wrapper in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict):
-        raise UserError(f"weight file {path} holds a {type(state).__name__}, not a dict of tensors")
-    # DistributedDataParallel's prefix
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    with open_weights(path) as file:
+        entries = bare(file.entries() if file.scripted else _unwrapped(file.tree), path)
+        for name, value in entries.items():
+            if reason := not_a_tensor(value):
+                raise UserError(f"weight file {path} cannot be read: {shown(name[:80])} is {reason}")
+        stored = {name: value for name, value in entries.items() if isinstance(value, Stored)}
+        while len(shared := {name.partition(".")[0] for name in stored}) == 1 and shared <= PREFIXES:
+            stored = {name.partition(".")[2]: value for name, value in stored.items()}
+        if not stored:
+            kind = shown(file.kind[:80])
+            raise UserError(f"weight file {path} cannot be read: it holds a {kind} without tensors by name")
+        tensors = file.tensors(stored)
+        return {name: value.float() for name, value in tensors.items()} if file.scripted else tensors
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Zip archives both; TorchScript's holds its constants beside the data."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+def _unwrapped(tree: Any) -> dict[str, Any]:
+    """The innermost dict below names that checkpoints put around a model."""
+    for _ in range(MAX_WRAPPERS):
+        below = next((name for name in WRAPPERS if isinstance(tree, dict) and isinstance(tree.get(name), dict)), None)
+        if below is None:
+            break
+        tree = tree[below]
+    return {name: value for name, value in tree.items() if isinstance(name, str)} if isinstance(tree, dict) else {}

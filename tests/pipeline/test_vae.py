@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
 
 from pipeline.encoders import registry, vae
 from pipeline.encoders.catalogue import VAES
 from pipeline.encoders.tiny import TINY_VAE
 from storage.errors import UserError
 from tests.pipeline.hub import empty_cache, put_in_cache
+from trainer.evaluation.decode import load_decoder
 
 CPU = torch.device("cpu")
 KL: dict[str, Any] = {
@@ -263,3 +266,27 @@ def test_sdxls_vae_is_refused_in_float16() -> None:
     with pytest.raises(UserError, match="sdxl-vae overflows in float16"):
         registry.resolve_latents("sdxl-vae:precision=fp16")
     assert registry.resolve_latents("sdxl-vae:precision=bf16", precision="fp16").precision == "bf16"
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_an_autoencoder_s_weights_are_found_under_any_prefix(tmp_path: Path, prefix: str, name: str) -> None:
+    state = load_file(TINY_VAE / "diffusion_pytorch_model.safetensors")
+    renamed = {prefix + key: value for key, value in state.items()}
+    shutil.copyfile(TINY_VAE / "config.json", tmp_path / "config.json")
+    (save_file if name.endswith("safetensors") else torch.save)(renamed, tmp_path / name)
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    expected = vae.VAE(TINY_VAE, torch.device("cpu")).encode(images)["moments"]
+    assert torch.equal(vae.VAE(tmp_path, torch.device("cpu")).encode(images)["moments"], expected)
+    decoder = load_decoder(str(tmp_path), torch.device("cpu"))
+    assert all(torch.equal(value, state[key]) for key, value in decoder.state_dict().items())
+
+
+def test_an_autoencoder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    state = load_file(TINY_VAE / "diffusion_pytorch_model.safetensors")
+    shutil.copyfile(TINY_VAE / "config.json", tmp_path / "config.json")
+    save_file({f"other.{key}": value for key, value in state.items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"lacks \d+ weights of its AutoencoderKL, such as"):
+        vae.VAE(tmp_path, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"cannot be loaded \(\d+ of its weights are missing\)"):
+        load_decoder(str(tmp_path), torch.device("cpu"))

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -86,14 +87,15 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read(tmp_path: Path, layout: str) -> None:
     weights, averaged = randomised(SMALL).state_dict(), randomised(SMALL, seed=1).state_dict()
-    found, found_averaged = read_release(save(tmp_path / "c", layout, weights, averaged))
+    release = read_release(save(tmp_path / "c", layout, weights, averaged))
+    found, found_averaged = release.weights, release.averaged
     assert_equal(found_averaged, averaged)
     assert_equal(found, weights if layout == "scripts" else averaged)
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     weights = {name: value.half() for name, value in randomised(SMALL).state_dict().items()}
-    found, _ = read_release(save(tmp_path / "c", "bare", {}, weights))
+    found = read_release(save(tmp_path / "c", "bare", {}, weights)).weights
     assert_equal(found, {name: value.float() for name, value in weights.items()})
 
 
@@ -120,6 +122,101 @@ def test_what_is_not_weights_is_refused_and_nothing_in_it_is_run(tmp_path: Path,
         read_release(file)
     assert "\n" not in str(caught.value)
     assert not touched.exists()
+
+
+def named(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Weights as wrappers and scripts name them; `{}` is the name, and before a colon stands whose are renamed."""
+    only, _, pattern = name.rpartition(":")
+    return {pattern.format(key) if only in key else key: value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("of_weights", "of_averaged"),
+    [
+        ("model.{}", "ema.{}"),
+        ("model.module.{}", "ema.{}"),
+        ("model._orig_mod.module.{}", "ema.module._orig_mod.{}"),
+        ("model.module._orig_mod.module.{}", "ema._orig_mod.{}"),
+        ("blocks:model.module.{}", "ema.{}"),
+        ("state_dict.model.{}", "state_dict.model_ema.{}"),
+        ("state_dict.net._orig_mod.{}", "state_dict.ema_model.module.{}"),
+        ("model_state_dict.{}", "ema_state_dict.{}"),
+        ("module.{}", "averaged.module.{}"),
+    ],
+)
+def test_weights_are_found_wherever_they_lie(tmp_path: Path, of_weights: str, of_averaged: str, suffix: str) -> None:
+    weights, averaged = randomised(SMALL).state_dict(), randomised(SMALL, seed=1).state_dict()
+    if of_weights.startswith("blocks:"):  # some of one set's names are longer, the others only nested
+        flat = named(named(weights, "model.{}"), "blocks:model.module.{}")
+        flat = {name.replace("model.module.model.", "model.module."): value for name, value in flat.items()}
+    else:
+        flat = named(weights, of_weights)
+    flat |= named(averaged, of_averaged) | {"ema_beside.n_averaged": torch.tensor(3)}
+    file = tmp_path / f"c{suffix}"
+    if suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in flat.items()}, file)
+    else:
+        tree: dict[str, Any] = {"train_steps": np.int64(5), "args": argparse.Namespace(lr=np.float32(1e-4))}
+        for name, value in flat.items():
+            first, _, rest = name.partition(".")
+            tree.setdefault(first, {})[rest] = value
+        torch.save(tree, file)
+    found = read_release(file)
+    assert_equal(found.weights, weights)
+    assert_equal(found.averaged, averaged)
+    assert any("left out: " in note and "ema_beside" in note for note in found.notes)
+
+
+def test_one_set_stands_for_both_and_counters_are_left_out(tmp_path: Path) -> None:
+    state = randomised(SMALL).state_dict()
+    torch.save({"ema": {"n_averaged": torch.tensor(3), **named(state, "module.{}")}}, tmp_path / "c.pt")
+    found = read_release(tmp_path / "c.pt")
+    assert_equal(found.weights, state)
+    assert found.notes == (
+        "it has one set of weights, ema, which stands for the averaged ones too",
+        "left out: ema.n_averaged",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"a": {"x_embedder.proj.weight": torch.zeros(2)}, "b": {"x_embedder.proj.weight": torch.zeros(2)}}, "a, b"),
+        (
+            {"x_embedder.proj.weight": np.zeros(3), "blocks.0": torch.zeros(2)},
+            "x_embedder.proj.weight is a NumPy array",
+        ),
+        ({"x_embedder.proj.weight": torch.zeros(2, dtype=torch.int64)}, "int64"),
+        ({"ema": {"shadow_params": [torch.zeros(2)]}}, "it has ema"),
+        ({"\x1b[31mred": 1}, r"it has \\x1b\[31mred"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused(tmp_path: Path, tree: dict[str, Any], says: str) -> None:
+    torch.save(tree, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=says):
+        read_release(tmp_path / "c.pt")
+
+
+def test_a_folder_is_told_which_file_to_name(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"is a folder.*name one in it \(model\.safetensors\)"):
+        read_release(tmp_path)
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(UserError, match="dcp_to_torch"):
+        read_release(tmp_path)
+
+
+@pytest.mark.parametrize("release", ["repa", "sit"])
+@pytest.mark.parametrize("name", ["x_embedder.proj.weight", "t_embedder.mlp.0.weight", "decoder_blocks.x.weight"])
+def test_shapes_and_numbers_of_no_release_are_one_line(
+    shared_tiny_store: Path, tmp_path: Path, name: str, release: Release
+) -> None:
+    state = randomised(geometry_of("dit" if release == "sit" else "sit")).state_dict() | {name: torch.zeros(3)}
+    file = save(tmp_path / "c", "bare", {}, state)
+    with pytest.raises(UserError, match=r"c\.pt") as caught:
+        import_checkpoint(file, release, tiny("sit", shared_tiny_store, tmp_path / "run"))
+    assert "\n" not in str(caught.value)
 
 
 def test_sit_s_own_function_with_time_and_velocity_reversed() -> None:

@@ -18,10 +18,12 @@ from storage.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
 from trainer.__main__ import main
+from trainer.checkpoint import latest_checkpoint, read_state
 from trainer.config_tree import from_yaml, override
 from trainer.guard import NonFiniteError
 from trainer.loader import Batch
 from trainer.metrics import read_metrics
+from trainer.objectives.alignment import ALIGNMENTS, alignment_loss
 from trainer.step import LatentScale, sample_latents
 from trainer.train import train
 from trainer.update import Parts, train_step
@@ -281,3 +283,34 @@ def test_samples_without_a_decoder_are_the_latents_as_colours(shared_tiny_store:
 def test_micro_batches_must_fit_the_batch(shared_tiny_store: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--batch 8 must be a multiple of the 1 ranks times --accumulate 3"):
         train(micro(shared_tiny_store, tmp_path / "run", accumulate=3))
+
+
+def test_a_cosine_is_logged_whatever_the_loss_is(
+    shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = {"model.align_block": (1, 2), "loss.projection_weight": (0.5, 0.0625), "steps": 2}
+    plain = micro(shared_tiny_store, tmp_path / "a", **two)
+    train(plain)
+
+    def other(projection: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return 3 + 2 * alignment_loss(projection, target)  # the gradient's direction is the same, not its size
+
+    monkeypatch.setitem(ALIGNMENTS, "other", other)
+    halved = {**two, "loss.projection_weight": (0.25, 0.03125)}
+    config = micro(shared_tiny_store, tmp_path / "b", **halved)
+    object.__setattr__(config.loss, "alignment", "other")
+    train(config)
+    for line, same in zip(read_metrics(tmp_path / "b"), read_metrics(tmp_path / "a"), strict=True):
+        cosines = [value for name, value in line.items() if name.startswith("alignment_cosine/")]
+        losses = [value for name, value in line.items() if name.startswith("alignment_loss/")]
+        assert [3 - 2 * cosine for cosine in cosines] == pytest.approx(losses, rel=1e-6)
+        assert cosines == pytest.approx([v for k, v in same.items() if k.startswith("alignment_cosine/")], rel=1e-5)
+        assert line["alignment_cosine"] == pytest.approx(sum(cosines) / 2)
+        assert len(cosines) == 2
+    assert len(latest_sums(tmp_path / "b")) == len(latest_sums(tmp_path / "a")) + 2
+
+
+def latest_sums(run: Path) -> list[float]:
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    return read_state(checkpoint).log_sums

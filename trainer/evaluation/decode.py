@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from storage.errors import UserError
+from storage.weight_file import plain_folder
 
 DECODE_BATCH = 16
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PIPELINE_FOLDER = "vae"  # where a whole pipeline's folder keeps it
 
 
@@ -26,12 +29,27 @@ def load_decoder(vae: str, device: torch.device, *, fetch: bool = True) -> nn.Mo
     where = {"subfolder": folder, "local_files_only": not fetch}
     try:
         settings = diffusers.AutoencoderKL.load_config(repository, **where)
-        kind = getattr(diffusers, settings.get("_class_name", "AutoencoderKL"))
-        model = kind.from_pretrained(repository, torch_dtype=torch.float32, low_cpu_mem_usage=False, **where)
-    except (OSError, AttributeError) as error:
-        raise UserError(
-            f"the VAE {vae} cannot be loaded ({str(error).splitlines()[0]}); pass --vae with a diffusers directory"
-        ) from error
+        kind: Any = getattr(diffusers, str(settings.get("_class_name", "AutoencoderKL")))
+        is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+        if not is_model:  # a pipeline could bring code
+            raise OSError(f"{kind} is no model")
+        if Path(repository).is_dir():
+            where = {"local_files_only": True}
+        with plain_folder(Path(repository) / folder, WEIGHT_FILES) as plain:
+            model, said = kind.from_pretrained(
+                plain if Path(repository).is_dir() else repository,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                **where,
+            )
+        if said["missing_keys"]:  # which the library would draw at random
+            raise OSError(f"{len(said['missing_keys'])} of its weights are missing")
+    except UserError:
+        raise
+    except (OSError, AttributeError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the VAE {vae} cannot be loaded ({first}); pass --vae with a diffusers directory") from error
     return model.to(device).eval()
 
 

@@ -77,6 +77,8 @@ class ExportedPipeline(DiffusionPipeline):
         model = self.transformer.config
         device = self._execution_device
         labels = torch.as_tensor(class_labels, dtype=torch.long, device=device)
+        if not model.num_embeds_ada_norm and (guidance_scale or 1) != 1:
+            raise ValueError("this model was trained without labels, so there is no class to guide towards")
         shape = (len(labels), model.in_channels, model.sample_size, model.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)

@@ -171,6 +171,7 @@ def model_card(run: OpenRun, step: int, decoder: str) -> str:
         vae = f", vae=AutoModel.from_pretrained({where})" if decoder else ", vae=…"
     imports = "AutoModel, DiffusionPipeline" if "AutoModel" in vae else "DiffusionPipeline"
     ours = "ddpm" if config.model.kind == "dit" else "ode"
+    kind = "A class-conditional" if run.geometry.n_classes else "An unconditional"
     alignment = "representation alignment (REPA, arXiv 2410.06940)"
     return f"""---
 library_name: diffusers
@@ -179,14 +180,14 @@ pipeline_tag: unconditional-image-generation
 
 # {run.path.absolute().name}
 
-A class-conditional {"SiT" if config.model.kind == "sit" else "DiT"} trained {"with" if config.aligns else "without"}
+{kind} {"SiT" if config.model.kind == "sit" else "DiT"} trained {"with" if config.aligns else "without"}
 {alignment}.
 
 ```python
 from diffusers import {imports}
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True{vae})
-images = pipeline(class_labels=[0, 1]).images
+images = pipeline(class_labels={"[0, 1]" if run.geometry.n_classes else "[0, 0]"}).images
 ```
 
 `pipeline.py` in this folder is the code that `trust_remote_code` is about; read it first.

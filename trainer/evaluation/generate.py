@@ -1,6 +1,6 @@
 """`python -m trainer generate`: images of a run's averaged weights, the same files however the work was split.
 
-    RUN/samples-STEP-…/000000.png …   the images; settings.json, what determines them; labels.txt, a class a line
+    RUN/samples-STEP-…/000000.png …   the images; settings.json, what determines them; labels.txt, their classes
     RUN/samples-….png                 a grid of the first ones
     RUN/samples-….npz                 with --format npz: all of them, in ADM's layout
 
@@ -95,6 +95,11 @@ def generate(config: GenerateConfig) -> list[Path]:
             raise UserError(
                 f"{run.data.latents.path} does not say what decodes it; pass --vae with a diffusers directory"
             )
+        if not run.geometry.n_classes and recipe.sample.guidance > 1:
+            raise UserError(
+                f"{config.run} was trained without labels, so there is no class to guide towards; leave --guidance at "
+                f"1, got {recipe.sample.guidance:g}"
+            )
         settings = _settings(config, recipe, checkpoint, decoder, run.geometry.n_classes, world.device)
         folder = config.out or config.run / _name(recipe, config, step_of(checkpoint))
         _refuse_other_settings(folder, settings)
@@ -144,7 +149,12 @@ class _Source:
 
 
 def labels_of(images: Tensor, n_classes: int, labels: Labels, seed: int) -> Tensor:
-    """Classes int64 (B,) of image numbers: in turn (balanced), or each drawn on its own (uniform)."""
+    """Classes int64 (B,) of image numbers: in turn (balanced), or each drawn on its own (uniform).
+
+    A model without classes has the null label alone, 0.
+    """
+    if n_classes == 0:
+        return torch.zeros_like(images)
     if labels == "balanced":
         return images % n_classes
     return (random_keys.uniform(seed, "label", 0, images).double() * n_classes).long()
@@ -173,8 +183,9 @@ def _draw(source: _Source, folder: Path, missing: Sequence[int], world: World) -
 
 def _finish(config: GenerateConfig, folder: Path, n_classes: int) -> list[Path]:
     """Write what is made of all images."""
-    labels = labels_of(torch.arange(config.n), n_classes, config.labels, config.seed).numpy()
-    write_atomic(folder / LABELS_FILE, "".join(f"{label}\n" for label in labels).encode(), "generate")
+    labels = labels_of(torch.arange(config.n), n_classes, config.labels, config.seed).numpy() if n_classes else None
+    if labels is not None:
+        write_atomic(folder / LABELS_FILE, "".join(f"{label}\n" for label in labels).encode(), "generate")
     paths = [image_path(folder, i) for i in range(config.n)]
     picture = folder.with_name(f"{folder.name}.png")
     write_grid(np.stack([read_image(path) for path in paths[:GRID_IMAGES]]), picture)

@@ -11,6 +11,7 @@ float32 for one t, 1.3 GB for 10,000 rows of SiT-XL's 28 blocks.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
     there = {step: path for step, path in there.items() if (path / STATE).is_file()}
     latest = latest_checkpoint(run)
     if latest is None or not there:
-        raise UserError(f"run {run} has no checkpoint yet; train it first (make train RUN={run})")
+        raise UserError(
+            f"run {run} has no checkpoint yet; train it first (make train STORE=… RUN={shlex.quote(str(run))})"
+        )
     if which == "latest":
         return [latest]
     if which == "all":

@@ -69,8 +69,8 @@ def n_written(folder: Path) -> int:
     return sum(entry.name.endswith(".png") and entry.name[0] != "." for entry in os.scandir(folder))
 
 
-def pack_npz(images: Sequence[Path], labels: np.ndarray, path: Path) -> None:
-    """Write the `.npz` of images of one size, whole or absent."""
+def pack_npz(images: Sequence[Path], labels: np.ndarray | None, path: Path) -> None:
+    """Write the `.npz` of images of one size, and of their labels if any, whole or absent."""
     aside = partial_name(path, "generate")
     try:
         with open(aside, "xb") as file:
@@ -85,8 +85,9 @@ def pack_npz(images: Sequence[Path], labels: np.ndarray, path: Path) -> None:
                                 {"descr": "|u1", "fortran_order": False, "shape": (len(images), *pixels.shape)},
                             )
                         member.write(pixels.tobytes())
-                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-                    np.lib.format.write_array(member, labels, allow_pickle=False)
+                if labels is not None:
+                    with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                        np.lib.format.write_array(member, labels, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         publish(aside, path)

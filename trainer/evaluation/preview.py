@@ -33,7 +33,9 @@ def write_preview(parts: Parts, data: TrainingData, step: int) -> tuple[Path, np
     config, geometry, world = parts.config, parts.geometry, parts.world
     share = -(-config.log.samples // world.size)  # as many on each rank, since sharded weights are gathered together
     images = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
-    latents = draw_latents(parts.ema.model, images, images % len(data.class_names), geometry, config, config.seed)
+    n_classes = len(data.class_names)
+    labels = images % n_classes if n_classes else torch.full_like(images, geometry.n_classes)  # the null label
+    latents = draw_latents(parts.ema.model, images, labels, geometry, config, config.seed)
     reshard(parts.ema.model)
     latents = world.gather(latents)[: config.log.samples] / parts.scale.scale + parts.scale.shift
     if not world.is_main:

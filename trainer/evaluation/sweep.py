@@ -108,7 +108,7 @@ def sweep(path: Path, config: SweepConfig, measures: Collection[Measure]) -> dic
 def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collection[Measure]) -> dict[str, Any]:
     device = device_named(config.device)
     if "probe" in measures and (samples.labels < 0).any():
-        raise UserError(f"{samples.store.root} has samples without a label; a probe needs one for each")
+        raise UserError(f"{samples.store.root} has samples without a label; a probe needs one for each, `cknna` none")
     blocks = parse_blocks(config.blocks, run.geometry.depth)
     checkpoints = checkpoints_of(run.path, config.checkpoints)
     labels = samples.labels.to(device)

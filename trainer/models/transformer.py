@@ -36,7 +36,10 @@ OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Sizes of a model. `targets` holds (block counted from 1, feature width) of each alignment target."""
+    """Sizes of a model. `targets` holds (block counted from 1, feature width) of each alignment target.
+
+    Without classes a model is unconditional: its label embedding has the null label's row alone, label 0.
+    """
 
     kind: Kind
     input_size: int
@@ -52,8 +55,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         for name in ("input_size", "channels", "patch", "width", "depth", "heads", "n_classes", "projector_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"the model's {name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "n_classes" else 1
+            if getattr(self, name) < least:
+                raise UserError(f"the model's {name} must be at least {least}, got {getattr(self, name)}")
         if self.input_size % self.patch:
             raise UserError(
                 f"patch {self.patch} does not divide the latents' side {self.input_size}; choose --model.patch so"
