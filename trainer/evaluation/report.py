@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from storage import StoreError, UserError, open_store
+from storage.boundary import shown
 from storage.files import write_atomic
 from trainer.evaluation.charts import Chart, Line, colour, dash, figure
+from trainer.evaluation.image_files import read_image
 from trainer.evaluation.run_record import RunRecord, read_runs
 
 PAGE = Path(__file__).with_name("report_page.html")
@@ -297,9 +299,12 @@ def samples(records: Sequence[RunRecord]) -> str:
     for i, run in enumerate(records):
         if run.picture is not None:
             name, what = html.escape(run.name), html.escape(run.picture.stem)
+            try:
+                image = f'<img src="{_data_uri(run.picture)}" alt="Images drawn from {name}">'
+            except (UserError, OSError) as error:
+                image, what = "", f"not shown: {html.escape(shown(str(error)))}"
             figures.append(
-                f'<figure><img src="{_data_uri(run.picture)}" alt="Images drawn from {name}">'
-                f"<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>"
+                f"<figure>{image}<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>"
             )
     return "".join(figures) or "<p>No run has drawn images yet.</p>"
 
@@ -307,10 +312,10 @@ def samples(records: Sequence[RunRecord]) -> str:
 def _data_uri(path: Path) -> str:
     from PIL import Image
 
-    with Image.open(path) as image:
-        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        encoded = io.BytesIO()
-        image.save(encoded, format="png", optimize=True)
+    image = Image.fromarray(read_image(path))
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    encoded = io.BytesIO()
+    image.save(encoded, format="png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
