@@ -71,7 +71,7 @@ class DiskCache:
         path = self.path(array, read.unit)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 os.pwritev(fd, read.buffers, read.offset)
             finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def _writev(fd: int, pending: list[np.ndarray]) -> None:
 def partial_name(path: Path, run_id: str) -> Path:
     """A fresh temporary name beside `path` that says which run it belongs to, so that a sweep can tell."""
     return path.with_name(f".{path.name}.{run_id}.{secrets.token_hex(4)}.partial")
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below a folder the mode of a new one there; some libraries publish private temporary files.
+
+    The umask itself can only be read by setting it, for all threads; a file that is made and removed shows it.
+    """
+    probe = partial_name(folder / "mode", "probe")
+    with open(probe, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def write_atomic(path: Path, data: bytes, run_id: str) -> None:

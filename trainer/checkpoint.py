@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from storage.files import fsync_directory, partial_name, publish, write_atomic
+from storage.files import follow_umask, fsync_directory, partial_name, publish, write_atomic
 from trainer.ema import EMA
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
 from trainer.parallel import gather_state, load_state
@@ -100,6 +100,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: RunState) -
     for name, tensors in files.items():
         save_file(tensors, folder / name)
     (folder / STATE).write_text(json.dumps({"version": VERSION, **vars(state)}, indent=1))
+    follow_umask(folder)  # safetensors' own are private
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())

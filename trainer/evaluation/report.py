@@ -303,9 +303,7 @@ def samples(records: Sequence[RunRecord]) -> str:
                 image = f'<img src="{_data_uri(run.picture)}" alt="Images drawn from {name}">'
             except (UserError, OSError) as error:
                 image, what = "", f"not shown: {html.escape(shown(str(error)))}"
-            figures.append(
-                f"<figure>{image}<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>"
-            )
+            figures.append(f"<figure>{image}<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>")
     return "".join(figures) or "<p>No run has drawn images yet.</p>"
 
 
