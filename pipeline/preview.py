@@ -7,7 +7,7 @@ features.png         images (above) and the first three principal components of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.decode import to_rgb
 from pipeline.sources import KINDS, open_source
+from pipeline.sources.protocol import Unreadable
 from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
 from storage.codec import codec_of, decode
@@ -72,18 +73,34 @@ def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> 
 
 def open_originals(store: Store) -> Callable[[np.ndarray], np.ndarray]:
     """Rows (n,) → centre crops of their images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
+    originals = read_originals(store)
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = []
+        for image in originals(rows):
+            if isinstance(image, Unreadable):
+                path = store.attributes["source"]["path"]
+                raise UserError(f"an original in {path} is not what it was ({image.reason}); restore it")
+            images.append(image)
+        return np.stack(images)
+
+    return read
+
+
+def read_originals(store: Store) -> Callable[[np.ndarray], Iterator[np.ndarray | Unreadable]]:
+    """Rows (n,) → centre crops of their images, one after another, or why there is none. Raises UserError."""
     recorded = store.attributes["source"]
     if recorded.get("kind") not in KINDS:
         raise UserError(f"store {store.root} was not made of images, but imported; name their folder instead")
     source = open_source(recorded["path"], recorded["kind"])
     locations = store.index.locations
 
-    def read(rows: np.ndarray) -> np.ndarray:
-        samples = source.read_many([locations[row] for row in rows])
-        try:
-            return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
-        except DecodeError as error:
-            raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
+    def read(rows: np.ndarray) -> Iterator[np.ndarray | Unreadable]:
+        for sample in source.read_many([locations[row] for row in rows]):
+            try:
+                yield center_crop(to_rgb(sample), store.resolution)
+            except DecodeError as error:
+                yield Unreadable(str(error))
 
     return read
 

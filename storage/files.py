@@ -7,6 +7,7 @@ two fsyncs a file.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import stat
@@ -92,6 +93,20 @@ def follow_umask(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, durably; a last line that a kill cut short goes. Writers wait for one another."""
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        whole = end
+        while whole and file.seek(whole - 1) >= 0 and file.read(1) != b"\n":
+            whole -= 1
+        file.truncate(whole)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, data: bytes, run_id: str) -> None:

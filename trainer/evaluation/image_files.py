@@ -11,16 +11,16 @@ the PNGs one at a time: 50,000 images of 256 px are 10 GB, of which one is in me
 from __future__ import annotations
 
 import io
-import json
 import os
 import warnings
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from storage.boundary import read_regular, shown
+from storage.boundary import Count, parse_json, read_regular, shown
 from storage.errors import UserError
 from storage.files import partial_name, publish, write_atomic
 
@@ -31,6 +31,11 @@ PICTURES = ("PNG",)  # what is written here, and all that is read: of others, EP
 MAX_PICTURE_BYTES = 256 << 20
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    step: Count | None = None
+
+
 def image_path(folder: Path, i: int) -> Path:
     """Where image i lies."""
     return folder / f"{i:0{NAME_DIGITS}d}.png"
@@ -39,7 +44,10 @@ def image_path(folder: Path, i: int) -> Path:
 def step_drawn_at(images: Path) -> int | None:
     """The step of the run that generated images, a folder or its `.npz`, are of; None where nothing says so."""
     settings = (images if images.is_dir() else images.with_name(images.stem)) / SETTINGS_FILE
-    return json.loads(settings.read_text(encoding="utf-8")).get("step") if settings.is_file() else None
+    try:
+        return parse_json(_Drawn, read_regular(settings), str(settings), "pass --step, or remove the file").step
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:

@@ -235,7 +235,7 @@ def parse_blocks(text: str, depth: int) -> list[int]:
     """`all`, or numbers from 1 separated by commas. Raises UserError."""
     if text == "all":
         return list(range(1, depth + 1))
-    blocks = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    blocks = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if not all(1 <= block <= depth for block in blocks):
         raise UserError(f"--blocks must be `all` or numbers from 1 to {depth} separated by commas, got {text!r}")
     return sorted(set(blocks))
