@@ -94,7 +94,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
     place = LocalFiles(str(root))
     found: list[str] = []
     circles: list[str] = []
-    folders = [("", (os.path.realpath(root),))]
+    folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while folders:
         folder, above = folders.pop()
         below, files = place.entries(folder)

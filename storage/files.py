@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import stat
@@ -15,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from storage.errors import UserError
 
 IOV_MAX = 1024  # buffers a single writev or preadv takes on Linux
 WRITE_BYTES = 1 << 20  # fits a core's cache
@@ -96,15 +99,25 @@ def follow_umask(folder: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, durably; a last line that a kill cut short goes. Writers wait for one another."""
+    """Add a line of JSON to a file of such lines, durably; a last one that a kill cut short goes. Writers take turns.
+
+    Raises UserError for what is no file, OSError.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file (a folder, pipe or device); remove it")
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        end = file.seek(0, os.SEEK_END)
-        whole = end
+        whole = file.seek(0, os.SEEK_END)
         while whole and file.seek(whole - 1) >= 0 and file.read(1) != b"\n":
             whole -= 1
-        file.truncate(whole)
-        file.write(line.encode() + b"\n")
+        file.seek(whole)
+        last = file.read()
+        try:
+            json.loads(last or b"0")
+        except ValueError:
+            file.truncate(whole)
+            last = b""
+        file.write(b"\n" * bool(last) + line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.encoders.tiny import TINY_VAE
-from pipeline.features import write_features
+from pipeline.features import FeaturesConfig, Job, write_features
 from storage.exchange import EXPORTS, export_store
 from tests.stores import LATENTS, make_store
 from tests.trainer.evaluation.conftest import MICRO
@@ -55,10 +55,8 @@ def test_everything_follows_the_umask(mask: int, tmp_path: Path) -> None:
     write_measure(run, SweepConfig(k=5, device="cpu", blocks="1"), "cknna", None)
     np.savez(tmp_path / "images.npz", np.zeros((4, 128, 128, 3), np.uint8))
     for name in ("a", "b"):
-        write_features(
-            tmp_path / "images.npz", tmp_path / f"{name}.npz", encoder="tiny-vit", weights=None, token="cls",
-            resolution=0, limit=0, batch=4, device="cpu",
-        )  # fmt: skip
+        job = Job(where=tmp_path / "images.npz", out=tmp_path / f"{name}.npz")
+        write_features([job], FeaturesConfig(encoder="tiny-vit", device="cpu"))
     evaluate(tmp_path / "a.npz", tmp_path / "b.npz", Description(encoder="tiny-vit"), run=run, step=1)
     write_report([run], run / "report.html", "")
     assert (run / "evaluations.jsonl").is_file()

@@ -3,9 +3,9 @@
 The trainer loads no encoder: images are described by `python -m pipeline features`, in a process of its own, into
 feature files: the generated ones beside the result, those of a reference in a folder beside the runs, where the next
 run's evaluation finds them. Both sets are looked at before either is described, and described once. What is computed
-here is arithmetic on two sets of vectors. Every number is published with the counts it was made from, and with a warning
-when they are not those of published figures: a Fréchet distance falls with the number of images (its bias is about
-1/N), so only equal counts compare.
+here is arithmetic on two sets of vectors. Every number is published with the counts it was made from, and with a
+warning when they are not those of published figures: a Fréchet distance falls with the number of images (its bias is
+about 1/N), so only equal counts compare.
 """
 
 from __future__ import annotations

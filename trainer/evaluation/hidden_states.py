@@ -102,7 +102,7 @@ def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.d
 
 
 def _refuse_larger_model(geometry: Geometry, file: Path) -> None:
-    """A configuration that names a model larger than the file takes no memory. Raises RuntimeError, StoreError, OSError.
+    """Raise RuntimeError when the configuration names a model larger than the file, before memory is taken for it.
 
     Counted are the square matrices of blocks and projectors and the table of classes, at a byte a number.
     """
