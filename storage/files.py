@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,25 @@ def make_directories(directory: Path, *, fsync: bool = True) -> None:
         path.mkdir(exist_ok=True)
         if fsync:
             fsync_directory(path.parent)
+
+
+def walk_files(root: Path) -> Iterator[str]:
+    """Paths below a folder of its regular files, at any depth, with "/" between the parts; not in order.
+
+    Links are followed, to files and to folders, but not into a folder that holds the link; names that begin with a dot
+    are left out, as where images are listed.
+    """
+    folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
+    while folders:
+        folder, above = folders.pop()
+        for entry in os.scandir(root / folder):
+            path = f"{folder}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                yield path
+            elif entry.is_dir() and (real := os.path.realpath(entry)) not in above:
+                folders.append((f"{path}/", (*above, real)))
 
 
 def publish(temporary: Path, final: Path, *, fsync: bool = True) -> None:

@@ -22,6 +22,7 @@ from storage.exchange.incoming import (
     sha256_of_listing,
     whole_labels,
 )
+from storage.files import walk_files
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
@@ -35,7 +36,7 @@ def read(source: Path, options: ImportOptions) -> Incoming:
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{source / "dataset.json"} is not {{"labels": [[file, label], …]}} ({error!r})') from error
-    there = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*.npy")}
+    there = {name: (source / name).stat().st_size for name in walk_files(source) if name.endswith(".npy")}
     names = sorted(labels)
     for only, fix in ((set(names) - there.keys(), "is missing"), (there.keys() - labels.keys(), "has no label")):
         if only:
