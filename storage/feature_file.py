@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -144,7 +145,10 @@ def npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool]
     """Shape, dtype and whether it is in Fortran order; the file is then at the first number. Raises ValueError."""
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(member)
+    try:
+        shape, fortran, dtype = read(member)
+    except (SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError, OverflowError) as error:
+        raise ValueError(f"a header that is none ({type(error).__name__})") from None
     if dtype.hasobject or any(side < 0 for side in shape):
         raise ValueError(f"an array of {dtype} {shape}")
     return shape, dtype, fortran

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -44,7 +45,7 @@ SCALARS = (
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
 )
-FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +90,10 @@ def one_line_or(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except UserError as error:
-        assert str(error).strip()
-        assert "\n" not in str(error)
-        return None
+        said = str(error)
+    assert said.strip()
+    assert "\n" not in said
+    return None
 
 
 def requires_whole(html: str | None) -> None:
@@ -178,8 +180,7 @@ def test_what_is_no_file_is_refused_at_once(plain: Path, name: str, what: str, t
         with open(path, "wb") as file:
             file.truncate(100 << 30)
     with pytest.raises(UserError) as refused:
-        step_drawn_at(run)
-        page(read_runs([run]), "x")
+        step_drawn_at(run) if name == "settings.json" else page(read_runs([run]), "x")
     assert "\n" not in str(refused.value)
 
 
@@ -215,7 +216,7 @@ def test_a_model_larger_than_its_file_takes_no_memory(micro_run: Path, tmp_path:
     opened.data.close()
     checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
-    with pytest.raises(UserError, match="ema.safetensors cannot be loaded into the model"):
+    with pytest.raises(UserError, match=r"ema\.safetensors cannot be loaded into the model"):
         load_model(opened, checkpoint, "ema", None)  # type: ignore[arg-type]
 
 
@@ -240,7 +241,7 @@ def test_a_kill_cuts_the_last_line_and_no_other_is_lost_unsaid(plain: Path, tmp_
     (run / "metrics.jsonl").write_text("".join([lines[0], lines[1][:-20] + "\n", lines[2]]))
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged"):
         read_metrics(run)
-    config = from_yaml(run / "config.yaml")
+    config = dataclasses.replace(from_yaml(run / "config.yaml"), run=run)
     with pytest.raises(UserError, match="line 2 is damaged"):
         MetricsLog(config, from_step=100)
 
