@@ -66,10 +66,13 @@ def config_help(name: str) -> str:
 def add_features_options(parser: Parser) -> None:
     """The options of `features`."""
     parser.add_argument(
-        "where", metavar="IMAGES", help="folder of images, an .npz with arr_0 (ADM's layout), or a store or its URL"
+        "where",
+        metavar="IMAGES",
+        nargs="+",
+        help="folder of images, an .npz with arr_0 (ADM's layout), or a store or its URL; of several, a file each",
     )
     parser.add_argument("--encoder", default="inception", help="inception, or a vision encoder (default inception)")
-    parser.add_argument("--out", type=Path, required=True, help="feature file to write, .npz")
+    parser.add_argument("--out", type=Path, nargs="+", required=True, help="feature file to write, .npz")
     parser.add_argument("--weights", type=Path, help="the encoder's weight file (default: its library's cache)")
     parser.add_argument(
         "--token",
@@ -80,9 +83,17 @@ def add_features_options(parser: Parser) -> None:
     parser.add_argument(
         "--resolution", type=int, default=0, help="side to crop a folder's images to (default: as they are)"
     )
-    parser.add_argument("--n", dest="limit", type=int, default=0, help="at most so many, evenly spread (default: all)")
+    parser.add_argument("--n", type=int, nargs="+", default=[0], help="at most so many, evenly spread (default: all)")
     parser.add_argument("--batch", type=int, default=50, help="images at once (default 50)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
+    parser.add_argument(
+        "--max-failures",
+        type=float,
+        default=0.001,
+        help="end when more than this share of the images (but at least 10) cannot be read (default 0.001)",
+    )
+    parser.add_argument("--like", type=Path, help="a feature file that the new ones are to be comparable with")
+    parser.add_argument("--at-least", type=int, default=1, help="fewer images are refused (default 1)")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -158,9 +169,18 @@ def main(argv: Sequence[str]) -> int:
             scratch=args["scratch"],
         )
     if command == "features":
-        from pipeline.features import write_features
+        from pipeline.features import FeaturesConfig, Job, write_features
 
-        print(write_features(**args))
+        where, outs, limits = args.pop("where"), args.pop("out"), args.pop("n")
+        if len(limits) == 1:
+            limits *= len(where)
+        if not len(where) == len(outs) == len(limits):
+            raise UserError(
+                f"--out and --n take one for each of the {len(where)} IMAGES, got {len(outs)}, {len(limits)}"
+            )
+        jobs = [Job(where=w, out=o, limit=n) for w, o, n in zip(where, outs, limits, strict=True)]
+        for line in write_features(jobs, FeaturesConfig(**args)):
+            print(line)
         return EXIT_OK
     if command == "encoders":
         from pipeline.encoders.listing import list_encoders

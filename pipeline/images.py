@@ -1,10 +1,12 @@
-"""Images to describe, in one order and in batches: a folder, an `.npz` in ADM's layout, or what a store was made of.
+"""Images to describe, in one order: a folder, an `.npz` in ADM's layout, or what a store was made of.
 
-    folder   image files at any depth, sorted by path; all of one size, unless they are to be cropped
-    .npz     `arr_0` uint8 (N, H, W, 3), read through the archive a batch at a time: 50,000 at 256 px are 10 GB
+    folder   image files at any depth, sorted by path, as a source walks it: links are followed, dot files left out;
+             all of one size, unless they are to be cropped
+    .npz     `arr_0` uint8 (N, H, W, 3), read through the archive one at a time: 50,000 at 256 px are 10 GB
     store    the originals of its rows, read from its source again and cropped to its resolution
 
-An image that cannot be read is an error: a distance over other images than were named would be another number.
+An image that cannot be read is handed out as `Unreadable`; how many may be, is the caller's to say. Each has a key that
+is another when the image may be another: where it lies, its size, and when it was changed.
 """
 
 from __future__ import annotations
@@ -12,30 +14,43 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from pipeline.sources.files import LocalFiles, Part
 from pipeline.sources.listing import EXTENSIONS
+from pipeline.sources.protocol import Unreadable
 from pipeline.transforms import DecodeError, center_crop, decode_rgb
 from storage import Store, UserError, open_store
-from storage.feature_file import npz_names
+from storage.boundary import open_regular, shown
+from storage.feature_file import held, npy_header, npz_names
 from storage.layout import METADATA
 from storage.roots import absolute, is_url
 
 IMAGES_ARRAY = "arr_0"
+KEY_BYTES = 16
+MAX_PIXELS = 1 << 26  # of an image in an archive, whose header may name any size; no encoder takes 8,192 × 8,192
+READ_AT_ONCE = 64  # originals of a store
+
+Image = np.ndarray | Unreadable  # uint8 (H, W, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """`n` images; `read(batch)` yields uint8 (B, H, W, 3), each once and in order. `record` says which images."""
+    """`read(places)` yields the images at ascending places of `names`, in order; `record` says which images they are.
 
-    n: int
+    `left_out` are folders that are not entered, since a link in them leads back to where they are.
+    """
+
+    names: Sequence[str]
+    keys: Sequence[bytes]
     record: dict[str, Any]
-    read: Callable[[int], Iterator[np.ndarray]]
+    read: Callable[[Sequence[int]], Iterator[Image]]
+    left_out: Sequence[str] = ()
 
 
 def open_images(where: Path | str, *, resolution: int = 0, limit: int = 0) -> Images:
@@ -53,93 +68,115 @@ def open_images(where: Path | str, *, resolution: int = 0, limit: int = 0) -> Im
         return _of_store(open_store(where), resolution, limit)
     if where.is_dir():
         return _of_folder(where, resolution, limit)
-    if where.is_file():
+    if where.exists():
         return _of_npz(where, resolution, limit)
     raise UserError(f"{where} does not exist; name a folder of images, an .npz with {IMAGES_ARRAY}, or a store")
 
 
 def _of_folder(root: Path, resolution: int, limit: int) -> Images:
-    found = sorted(
-        Path(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-    )
+    found, circles = _walk(root)
     if not found:
         raise UserError(f"{root} holds no image (by extension: {' '.join(sorted(EXTENSIONS))})")
-    paths = [found[i] for i in spread(len(found), limit)]
-    digest = hashlib.sha256()
-    for path in paths:
-        status = path.stat()
-        digest.update(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    names = [found[i] for i in spread(len(found), limit)]
 
-    def read(batch: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(paths), batch):
-            part = [_decoded(path, resolution) for path in paths[start : start + batch]]
-            for path, image in zip(paths[start : start + batch], part, strict=True):
-                if image.shape != part[0].shape:
-                    raise UserError(
-                        f"{path} is {image.shape[1]}×{image.shape[0]}, an image before it {part[0].shape[1]}×"
-                        f"{part[0].shape[0]}; pass --resolution to crop them all to one size"
-                    )
-            yield np.stack(part)
+    def read(places: Sequence[int]) -> Iterator[Image]:
+        samples = LocalFiles(str(root)).read_many([Part(names[place]) for place in places])
+        for sample in samples:
+            yield sample if isinstance(sample, Unreadable) else _decoded(sample, resolution)
 
-    return Images(n=len(paths), record=_record("folder", root, len(paths), digest, resolution=resolution), read=read)
+    keys = [_key(name, resolution, *_changed(root / name)) for name in names]
+    record = _record("folder", root, resolution=resolution)
+    return Images(names=names, keys=keys, record=record, read=read, left_out=circles)
 
 
-def _decoded(path: Path, resolution: int) -> np.ndarray:
+def _walk(root: Path) -> tuple[list[str], list[str]]:
+    """Paths of the image files at any depth, sorted, and the links that lead to a folder which holds them."""
+    place = LocalFiles(str(root))
+    found: list[str] = []
+    circles: list[str] = []
+    folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
+    while folders:
+        folder, above = folders.pop()
+        below, files = place.entries(folder)
+        found += [file.path for file in files if os.path.splitext(file.path)[1].lower() in EXTENSIONS]
+        for path in below:
+            real = os.path.realpath(root / path)
+            if real in above:
+                circles.append(path)
+            else:
+                folders.append((path, (*above, real)))
+    return sorted(found), circles
+
+
+def _changed(path: Path) -> tuple[int, ...]:
+    """Size and times of a file; -1 of one that is gone. The second time cannot be set, so that none is mistaken."""
     try:
-        image = decode_rgb(path.read_bytes())
+        status = path.stat()
+    except OSError:
+        return (-1,)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _decoded(data: bytes, resolution: int) -> Image:
+    try:
+        image = decode_rgb(data)
         return center_crop(image, resolution) if resolution else np.asarray(image)
     except DecodeError as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); remove it or make it again") from None
+        return Unreadable(str(error))
 
 
 def _of_npz(path: Path, resolution: int, limit: int) -> Images:
-    if IMAGES_ARRAY not in npz_names(path):
-        raise UserError(
-            f"{path} has no {IMAGES_ARRAY}, the images of ADM's layout; it has {', '.join(npz_names(path))}"
-        )
-    with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_ARRAY}.npy") as member:
-        shape, dtype = _header(member, path)
+    names = npz_names(path)
+    if IMAGES_ARRAY not in names:
+        raise UserError(f"{path} has no {IMAGES_ARRAY}, the images of ADM's layout; it has {held(names)}")
+    shape = _shape(path)
     _require_size(path, shape[1:3], resolution)
-    chosen = spread(shape[0], limit)
-    status = path.stat()
-    digest = hashlib.sha256(f"{status.st_size}\0{status.st_mtime_ns}\0{len(chosen)}".encode())
+    chosen = spread(shape[0], limit).tolist()
 
-    def read(batch: int) -> Iterator[np.ndarray]:
+    def read(places: Sequence[int]) -> Iterator[Image]:
         image_bytes = int(np.prod(shape[1:]))
-        wanted = set(chosen.tolist())
-        pending: list[np.ndarray] = []
-        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_ARRAY}.npy") as member:
-            _header(member, path)
-            for i in range(shape[0]):
+        wanted = {chosen[place] for place in places}
+        with _member(path) as member:
+            npy_header(member)
+            for i in range(max(wanted, default=-1) + 1):
                 data = member.read(image_bytes)
                 if len(data) != image_bytes:
                     raise UserError(f"{path} ends within image {i} of {shape[0]}; copy it again")
                 if i in wanted:
-                    pending.append(np.frombuffer(data, dtype=dtype).reshape(shape[1:]))
-                if len(pending) == batch:
-                    yield np.stack(pending)
-                    pending = []
-        if pending:
-            yield np.stack(pending)
+                    yield np.frombuffer(data, dtype=np.uint8).reshape(shape[1:])
 
-    return Images(n=len(chosen), record=_record("npz", path, len(chosen), digest), read=read)
+    changed = _changed(path)
+    return Images(
+        names=[f"image {i}" for i in chosen],
+        keys=[_key(i, *changed) for i in chosen],
+        record=_record("npz", path),
+        read=read,
+    )
 
 
-def _header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an array in an archive, which is then at its first byte."""
-    version = np.lib.format.read_magic(member)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = reader(member)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or shape[0] == 0:
+def _member(path: Path) -> Any:
+    """The images' array in an archive, opened. Raises UserError."""
+    try:
+        return zipfile.ZipFile(os.fdopen(open_regular(path), "rb")).open(f"{IMAGES_ARRAY}.npy")
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, KeyError) as error:
+        raise UserError(f"{path} is not an .npz file ({shown(str(error))}); restore it or make it again") from None
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    with _member(path) as member:
+        try:
+            shape, dtype, fortran = npy_header(member)
+        except ValueError as error:
+            raise UserError(f"{IMAGES_ARRAY} of {path} cannot be read ({shown(str(error))[:120]})") from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
         raise UserError(f"{IMAGES_ARRAY} of {path} is {dtype} {shape}; images are uint8 (N, H, W, 3), in C order")
-    return shape, dtype
+    if shape[1] * shape[2] > MAX_PIXELS or shape[0] > 2**31:
+        raise UserError(f"{IMAGES_ARRAY} of {path} is said to be {shape[0]} images of {shape[2]}×{shape[1]}, too large")
+    return shape
 
 
 def _of_store(store: Store, resolution: int, limit: int) -> Images:
-    from pipeline.preview import open_originals
+    from pipeline.preview import read_originals
 
     _require_size(str(store.root), (store.resolution, store.resolution), resolution)
     kept = np.arange(store.n_rows)
@@ -147,16 +184,24 @@ def _of_store(store: Store, resolution: int, limit: int) -> Images:
         group = store.group(path)
         kept = np.setdiff1d(kept, group.failed_rows)
         group.close()
+    if not len(kept):
+        raise UserError(f"{store.root} holds no image: all {store.n_rows} failed to decode")
     rows = kept[spread(len(kept), limit)]
-    originals = open_originals(store)
-    digest = hashlib.sha256(store.index.digest().encode() + rows.tobytes())
+    originals = read_originals(store)
+    index = store.index
+    digest = index.digest()
 
-    def read(batch: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(rows), batch):
-            yield originals(rows[start : start + batch])
+    def read(places: Sequence[int]) -> Iterator[Image]:
+        for start in range(0, len(places), READ_AT_ONCE):
+            yield from originals(rows[list(places[start : start + READ_AT_ONCE])])
 
-    record = _record("store", str(store.root), len(rows), digest, resolution=store.resolution)
-    return Images(n=len(rows), record=record, read=read)
+    locations = index.keys
+    return Images(
+        names=[locations[row] for row in rows],
+        keys=[_key(digest, row, store.resolution) for row in rows.tolist()],
+        record=_record("store", str(store.root), resolution=store.resolution),
+        read=read,
+    )
 
 
 def _require_size(where: Path | str, size: tuple[int, ...], resolution: int) -> None:
@@ -172,5 +217,10 @@ def spread(total: int, limit: int) -> np.ndarray:
     return np.linspace(0, total - 1, n).round().astype(np.int64)
 
 
-def _record(kind: str, where: Path | str, n: int, digest: Any, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, "path": absolute(where), "n": n, "digest": digest.hexdigest(), **more}
+def _key(*parts: object) -> bytes:
+    text = "\0".join(map(str, parts)).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=KEY_BYTES).digest()
+
+
+def _record(kind: str, where: Path | str, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "path": absolute(where), **more}

@@ -7,7 +7,7 @@ features.png         images (above) and the first three principal components of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.decode import to_rgb
-from pipeline.sources import KINDS, open_source
+from pipeline.sources import KINDS, LabelOptions, open_source
 from pipeline.sources.protocol import Sample, Unreadable
 from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
@@ -76,10 +76,26 @@ def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> 
 
 
 def open_originals(store: Store) -> Callable[[np.ndarray], np.ndarray]:
-    """Rows (n,) → centre crops of their images, uint8 (n, R, R, 3), read from the source again.
+    """Rows (n,) → centre crops of their images, uint8 (n, R, R, 3), read from the source again. Raises UserError."""
+    originals = read_originals(store)
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = []
+        for image in originals(rows):
+            if isinstance(image, Unreadable):
+                path = store.attributes["source"]["path"]
+                raise UserError(f"an original in {path} is not what it was ({image.reason}); restore it")
+            images.append(image)
+        return np.stack(images)
+
+    return read
+
+
+def read_originals(store: Store) -> Callable[[np.ndarray], Iterator[np.ndarray | Unreadable]]:
+    """Rows (n,) → centre crops of their images, one after another, or why there is none.
 
     Where they lie is listed again when one is not what its row was made of: a container that was packed again has them
-    elsewhere. Raises UserError when it is not there either.
+    elsewhere. Raises UserError for a store that was not made of images.
     """
     recorded = store.attributes.get("source", {})
     if recorded.get("kind") not in KINDS or "path" not in recorded:
@@ -89,26 +105,30 @@ def open_originals(store: Store) -> Callable[[np.ndarray], np.ndarray]:
     made_of = MadeOf(store)
     listed_again = False
 
-    def read(rows: np.ndarray) -> np.ndarray:
+    def read(rows: np.ndarray) -> Iterator[np.ndarray | Unreadable]:
         nonlocal locations, listed_again
         samples = list(source.read_many([locations[row] for row in rows]))
         if not listed_again and any(made_of.differs(row, sample) for row, sample in zip(rows, samples, strict=True)):
             listed_again = True
-            index = source.listing().index
+            index = source.listing(as_stored(store)).index
             if index.digest() == store.attributes["index_digest"]:
                 locations = index.locations
                 samples = list(source.read_many([locations[row] for row in rows]))
         for row, sample in zip(rows, samples, strict=True):
             if made_of.differs(row, sample):
-                raise UserError(
-                    f"{shown(keys[row])} in {recorded['path']} is another image than row {row} was made of; restore it"
-                )
-        try:
-            return np.stack([center_crop(to_rgb(sample), store.resolution) for sample in samples])
-        except DecodeError as error:
-            raise UserError(f"an original in {recorded['path']} is not what it was ({error}); restore it") from error
+                yield Unreadable(f"{shown(keys[row])} is another image than row {row} was made of")
+                continue
+            try:
+                yield center_crop(to_rgb(sample), store.resolution)
+            except DecodeError as error:
+                yield Unreadable(str(error))
 
     return read
+
+
+def as_stored(store: Store) -> LabelOptions:
+    """How the images are listed again so that labels do not stand in the way: without any where the store has none."""
+    return LabelOptions(unlabelled=True) if (store.index.labels < 0).all() else LabelOptions(partly_labelled=True)
 
 
 class MadeOf:

@@ -8,7 +8,6 @@ what can save does. Ray tries none a second time: the commands are those that go
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,10 +21,17 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.cluster import ray_cluster
+from storage.boundary import Count, open_regular, parse_json, read_regular
 from storage.console import EXIT_FAILED, EXIT_OK, progress_bar, stop_on_signals
 from storage.errors import UserError
 
 POLL_S = 0.5
+END_BYTES = 1 << 16  # of a file of metrics, of which only the last line is looked at
+
+
+@dataclass(frozen=True)
+class _Line:
+    step: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +49,21 @@ class Task:
     def steps_done(self) -> int:
         """The last step that its metrics tell of."""
         try:
-            *_, last = Path(self.metrics).read_text().splitlines()
-            return json.loads(last)["step"]
-        except (OSError, ValueError, KeyError):  # not there yet, or in the middle of a line
+            with os.fdopen(open_regular(self.metrics), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - END_BYTES))
+                last = file.read(END_BYTES).splitlines()[-1]
+            return min(self.steps, parse_json(_Line, last, self.metrics, "remove the line").step)
+        except (OSError, IndexError, UserError):  # not there yet, or in the middle of a line
             return 0
 
 
 def run_tasks(listed: Path, ray_address: str) -> int:
     """Run every task of the file; returns the exit status. Raises UserError, and KeyboardInterrupt after Ctrl-C."""
     try:
-        tasks = [Task(**fields) for fields in json.loads(listed.read_text())]
-    except (OSError, ValueError, TypeError) as error:
+        tasks = parse_json(
+            list[Task], read_regular(listed), str(listed), "it is a list of tasks, as `ablate` writes it"
+        )
+    except OSError as error:
         raise UserError(f"{listed} is no list of tasks ({error})") from error
     stop_file = listed.with_suffix(".stop")
     stop_file.unlink(missing_ok=True)

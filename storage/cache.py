@@ -75,7 +75,7 @@ class DiskCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # No link is followed and no pipe waited for: whoever made the folder shall not say what is written to.
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise OSError(errno.EINVAL, "not a regular file", path)

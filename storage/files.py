@@ -7,12 +7,17 @@ two fsyncs a file.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from storage.errors import UserError
 
 IOV_MAX = 1024  # buffers a single writev or preadv takes on Linux
 WRITE_BYTES = 1 << 20  # fits a core's cache
@@ -37,6 +42,25 @@ def make_directories(directory: Path, *, fsync: bool = True) -> None:
         path.mkdir(exist_ok=True)
         if fsync:
             fsync_directory(path.parent)
+
+
+def walk_files(root: Path) -> Iterator[str]:
+    """Paths below a folder of its regular files, at any depth, with "/" between the parts; not in order.
+
+    Links are followed, to files and to folders, but not into a folder that holds the link; names that begin with a dot
+    are left out, as where images are listed.
+    """
+    folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
+    while folders:
+        folder, above = folders.pop()
+        for entry in os.scandir(root / folder):
+            path = f"{folder}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                yield path
+            elif entry.is_dir() and (real := os.path.realpath(entry)) not in above:
+                folders.append((f"{path}/", (*above, real)))
 
 
 def publish(temporary: Path, final: Path, *, fsync: bool = True) -> None:
@@ -77,6 +101,44 @@ def _writev(fd: int, pending: list[np.ndarray]) -> None:
 def partial_name(path: Path, run_id: str) -> Path:
     """A fresh temporary name beside `path` that says which run it belongs to, so that a sweep can tell."""
     return path.with_name(f".{path.name}.{run_id}.{secrets.token_hex(4)}.partial")
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below a folder the mode of a new one there; some libraries publish private temporary files.
+
+    The umask itself can only be read by setting it, for all threads; a file that is made and removed shows it.
+    """
+    probe = partial_name(folder / "mode", "probe")
+    with open(probe, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line of JSON to a file of such lines, durably; a last one that a kill cut short goes. Writers take turns.
+
+    Raises UserError for what is no file, OSError.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file (a folder, pipe or device); remove it")
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        whole = file.seek(0, os.SEEK_END)
+        while whole and file.seek(whole - 1) >= 0 and file.read(1) != b"\n":
+            whole -= 1
+        file.seek(whole)
+        last = file.read()
+        try:
+            json.loads(last or b"0")
+        except ValueError:
+            file.truncate(whole)
+            last = b""
+        file.write(b"\n" * bool(last) + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, data: bytes, run_id: str) -> None:

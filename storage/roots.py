@@ -183,7 +183,7 @@ class LocalRoot:
             else:
                 make_directories(final.parent, fsync=fsync)
                 temporary = partial_name(final, run_id)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 write_all(fd, (np.frombuffer(b, np.uint8) if isinstance(b, bytes) else b for b in buffers))
                 if fsync:

@@ -57,7 +57,7 @@ class Staging:
         make_directories(self._lock_path.parent)
         # Locked under another name first: a lock file that is seen unlocked would look like a dead run's.
         unseen = self._lock_path.with_name(f".{self.run_id}")
-        self._lock_fd = os.open(unseen, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        self._lock_fd = os.open(unseen, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # no flock on this file system: see the module's limit
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(unseen, self._lock_path)

@@ -24,13 +24,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from storage.boundary import parse_yaml, read_regular
 from storage.errors import UserError
 from trainer.checkpoint import latest_checkpoint, read_state
 from trainer.cli import parse_option
 from trainer.config import TrainConfig
-from trainer.config_tree import close_matches, field_type, flatten, free_fields, from_yaml, leaves, override
+from trainer.config_tree import (
+    MAX_CONFIG_BYTES,
+    close_matches,
+    field_type,
+    flatten,
+    free_fields,
+    from_yaml,
+    leaves,
+    override,
+)
 from trainer.presets import DEFAULT_PRESET, preset
 
 OF_THE_ALIGNMENT = ("data.features", "model.align_block", "model.projector_width")
@@ -105,11 +113,9 @@ def read_ablation(path: Path, store: str, out: Path) -> Ablation:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_regular(path, MAX_CONFIG_BYTES), str(path))
     except FileNotFoundError:
         raise UserError(f"ablation file {path} does not exist; name a YAML file with preset, axes and seeds") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be a mapping with preset, axes and seeds")
     return tree

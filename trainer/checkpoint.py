@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,27 +25,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from storage.boundary import Count, Number, parse_json, read_regular, shown
 from storage.errors import UserError
-from storage.files import fsync_directory, partial_name, publish, write_atomic
+from storage.files import follow_umask, fsync_directory, partial_name, publish, write_atomic
 from trainer.ema import EMA
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
 from trainer.parallel import gather_state, load_state
 
 VERSION = 2
+STEP = re.compile(r"step-\d{7,16}", re.ASCII)
+MAX_NAME_BYTES, LONGEST = 4096, 60
 OTHER_CHECKPOINT = "write the name of another one into RUN/latest"
 WEIGHTS, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class _Version:
+    version: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
     """What a run is besides tensors: steps done, what determined its numbers, the sums of the current log interval."""
 
-    step: int
+    step: Count
     config: dict[str, Any]
     identities: dict[str, str]
-    log_sums: list[float]
-    log_count: int
-    skipped: int  # steps left out so far
+    log_sums: list[Number]
+    log_count: Count
+    skipped: Count  # steps left out so far
     scaler: dict[str, Any]  # the loss scale of fp16, empty otherwise
 
 
@@ -100,6 +109,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: RunState) -
     for name, tensors in files.items():
         save_file(tensors, folder / name)
     (folder / STATE).write_text(json.dumps({"version": VERSION, **vars(state)}, indent=1))
+    follow_umask(folder)  # safetensors' own are private
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -108,7 +118,9 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: RunState) -
 
 def _remove_older(newest: Path, keep: int, milestone_every: int) -> None:
     """Remove all checkpoints before `newest` but for the newest of them, `keep` in all, and the milestones."""
-    older = [path for path in sorted(newest.parent.glob("step-*")) if path.name < newest.name]
+    older = [
+        path for path in sorted(newest.parent.glob("step-*")) if path.name < newest.name and STEP.fullmatch(path.name)
+    ]
     for old in older[: max(0, len(older) - keep + 1)]:
         if milestone_every and int(old.name.removeprefix("step-")) % milestone_every == 0:
             continue
@@ -120,10 +132,14 @@ def _remove_older(newest: Path, keep: int, milestone_every: int) -> None:
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint, or None. Raises UserError when `latest` names one that is not there."""
     try:
-        name = (run / "latest").read_text().strip()
+        name = read_regular(run / "latest", MAX_NAME_BYTES).decode("utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
     path = run / "checkpoints" / name
+    if not STEP.fullmatch(name):
+        raise UserError(
+            f"{run / 'latest'} names {shown(name[:LONGEST])!r}, which is no checkpoint; write step-… into it"
+        )
     if not (path / STATE).exists():
         raise UserError(
             f"{run / 'latest'} names {name}, which is not in {path.parent}; name another in it, or remove it"
@@ -132,17 +148,15 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The run's state. Raises UserError for another version's."""
-    try:
-        fields = json.loads((checkpoint / STATE).read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{checkpoint / STATE} is damaged ({error}); {OTHER_CHECKPOINT}") from error
-    version = fields.pop("version", None)
+    """The run's state. Raises UserError for another version's, and when it is damaged."""
+    where = str(checkpoint / STATE)
+    raw = read_regular(checkpoint / STATE)
+    version = parse_json(_Version, raw, where, OTHER_CHECKPOINT).version
     if version != VERSION:
         raise UserError(
             f"checkpoint {checkpoint} has version {version}, this code reads {VERSION}; use the code it is from"
         )
-    return RunState(**fields)
+    return parse_json(RunState, raw, where, OTHER_CHECKPOINT)
 
 
 def restore(checkpoint: Path, model: nn.Module, ema: EMA[Any], optimizer: torch.optim.Optimizer) -> None:

@@ -16,10 +16,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from storage.boundary import parse_yaml, read_regular, shown
 from storage.errors import UserError
 from trainer.config import TrainConfig
 
 C = TypeVar("C")
+MAX_CONFIG_BYTES = 1 << 20
+LONGEST = 80  # characters of a name or value in a message
+LARGEST = 2**63  # seeds go up to it
 
 
 def leaves(config: Any, topic: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
@@ -93,11 +97,9 @@ def to_yaml(config: TrainConfig) -> str:
 def from_yaml(path: Path) -> TrainConfig:
     """Read what `to_yaml` wrote. Raises UserError naming the file for an unknown field or a value of the wrong type."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_regular(path, MAX_CONFIG_BYTES), f"config {path}")
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist; a run saves its own as RUN/config.yaml") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"config {path} must be a mapping of settings, as a run's config.yaml")
     return from_tree(tree, f"config {path}")
@@ -108,11 +110,13 @@ def from_tree(tree: Mapping[str, Any], where: str) -> TrainConfig:
     blank = TrainConfig()
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        topic = isinstance(value, Mapping)
+        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if topic else {str(name): value}
     types_by_name = {name: field_type(blank, name) for name, _, _ in leaves(blank)}
     for name in flat:
         if name not in types_by_name:
-            raise UserError(f"{where} has an unknown setting {name}{close_matches(name, list(types_by_name))}")
+            close = close_matches(name, list(types_by_name))
+            raise UserError(f"{where} has an unknown setting {shown(name)[:LONGEST]}{close}")
     try:
         return override(blank, {name: checked(value, types_by_name[name], name) for name, value in flat.items()})
     except UserError as error:
@@ -130,19 +134,23 @@ def checked(value: Any, kind: Any, name: str) -> Any:
         return tuple(checked(item, element, name) for item in (value if isinstance(value, list) else [value]))
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise UserError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+            raise UserError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {repr(value)[:LONGEST]}")
         return value
     assert not isinstance(kind, types.UnionType), f"{name}: {kind} has no spelling on the command line"
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} must not hold a null character, got {repr(value)[:LONGEST]}")
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
         return float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as a string
         with_number = _number(value)
         if with_number is not None:
             return with_number
     if type(value) is not kind:
-        raise UserError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        raise UserError(f"{name} must be of type {kind.__name__}, got {repr(value)[:LONGEST]}")
+    if kind is int and abs(value) > LARGEST:
+        raise UserError(f"{name} must lie within ±2^63, got {repr(value)[:LONGEST]}")
     return value
 
 

@@ -6,16 +6,23 @@ so each step is there once; the interval's sums are in the checkpoint, so a resu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field
+
+from storage.boundary import Count, Number, parse_json, read_lines
 from storage.errors import UserError
 from storage.files import write_atomic
 from trainer.config import TrainConfig
 from trainer.config_tree import flatten
 
+T = TypeVar("T")
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -64,16 +71,45 @@ class MetricsLog:
             self._wandb.finish()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Logged:
+    """Of a line, what is read again: by a resume the step, by the report the rest. Skipped steps have no loss."""
+
+    step: Count
+    denoising_loss: Number | None = None
+    alignment_loss: Number | None = None
+    images_per_s: Number | None = None
+    ranks: Annotated[Count, Field(ge=1)] = 1
+
+
+def read_logged(run: Path) -> Iterator[Logged]:
+    """The lines written so far, one after another; a last line that a crash cut short is left out.
+
+    Raises StoreError, naming the line, for one that is damaged otherwise.
+    """
+    return (parsed(Logged, *line) for line in _lines(run))
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines written so far; a last line that a crash cut short is left out."""
+    """The same, whole lines."""
     lines = []
-    path = run / METRICS_FILE
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for where, text in _lines(run):
+        parsed(Logged, where, text)
+        lines.append(parsed(dict[str, Any], where, text))
     return lines
+
+
+def parsed(kind: type[T], where: str, text: bytes) -> T:
+    """A line of a run's record as the type `kind`. Raises StoreError."""
+    return parse_json(kind, text, where, "remove the line, or restore the file")
+
+
+def _lines(run: Path) -> Iterator[tuple[str, bytes]]:
+    """(file and number, text) of every line; none where there is no file."""
+    path = run / METRICS_FILE
+    with contextlib.suppress(FileNotFoundError):
+        for number, line in read_lines(path):
+            yield f"{path} line {number}", line
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:

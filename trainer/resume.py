@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
-from trainer.checkpoint import RunState, latest_checkpoint, read_state, restore
+from trainer.checkpoint import OTHER_CHECKPOINT, RunState, latest_checkpoint, read_state, restore
 from trainer.config import TrainConfig
 from trainer.config_tree import checked, field_type, flatten, free_fields, override
 from trainer.data import TrainingData
@@ -44,7 +44,7 @@ def remember_groups(config: TrainConfig) -> TrainConfig:
         return config
     before = read_state(checkpoint).config
     chosen = {
-        name: checked(before[name], field_type(config, name), name)
+        name: checked(before.get(name, ""), field_type(config, name), f"{name} of {checkpoint}")
         for name in ("data.latents", "data.features")
         if not flatten(config)[name]
     }
@@ -90,5 +90,8 @@ def resume(parts: Parts, identities: dict[str, str], accept_changes: bool) -> Ru
         raise UserError(f"run {config.run} is at step {state.step}, beyond --steps {config.steps}; raise --steps")
     restore(checkpoint, parts.model, parts.ema, parts.optimizer)
     if parts.scaler.is_enabled() and state.scaler:
-        parts.scaler.load_state_dict(state.scaler)
+        try:
+            parts.scaler.load_state_dict(state.scaler)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise UserError(f"the loss scale in {checkpoint} is damaged ({error!r}); {OTHER_CHECKPOINT}") from None
     return state

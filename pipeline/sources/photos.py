@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.transforms import formats
 from storage.files import write_atomic
 
 RECIPE_VERSION = 1
@@ -54,7 +55,7 @@ def load_photograph(name: str) -> Image.Image:
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
     assert spec.origin is not None, package
-    with Image.open(Path(spec.origin).parent / inside) as image:
+    with Image.open(Path(spec.origin).parent / inside, formats=formats()) as image:
         return image.convert("RGB")
 
 

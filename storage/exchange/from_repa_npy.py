@@ -26,6 +26,7 @@ from storage.exchange.incoming import (
     sha256_of_listing,
     whole_labels,
 )
+from storage.files import walk_files
 
 MAX_DATASET_JSON_BYTES = 256 << 20  # 200 bytes an image of ImageNet
 
@@ -51,7 +52,7 @@ def read(source: Path, options: ImportOptions) -> Incoming:
     labels = dict(pairs)
     if len(labels) < len(pairs):
         raise UserError(f"{where} names a file twice; mend it")
-    there = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*.npy")}
+    there = {name: (source / name).stat().st_size for name in walk_files(source) if name.endswith(".npy")}
     names = sorted(labels)
     for only, fix in ((set(names) - there.keys(), "is missing"), (there.keys() - labels.keys(), "has no label")):
         if only:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as library
+from PIL import Image
 from torch import Tensor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from pipeline.encoders import registry
 from pipeline.encoders.inception import Inception, describe
-from pipeline.features import write_features
+from pipeline.features import FeaturesConfig, Job, write_features
 from storage.errors import UserError
 from storage.feature_file import FeatureFile, open_feature_file
 from tests.inception import write_random_inception
@@ -80,16 +82,8 @@ def test_missing_or_wrong_inception_weights_say_what_to_fetch(
 
 
 def features_of(out: Path, folder: Path, **changes: object) -> tuple[str, FeatureFile]:
-    options: dict[str, object] = {
-        "encoder": "tiny-vit",
-        "weights": None,
-        "token": "cls",
-        "resolution": 0,
-        "limit": 0,
-        "batch": 4,
-        "device": "cpu",
-    }
-    said = write_features(folder, out, **{**options, **changes})  # type: ignore[arg-type]
+    options: dict[str, object] = {"encoder": "tiny-vit", "batch": 4, "device": "cpu", **changes}
+    (said,) = write_features([Job(where=folder, out=out)], FeaturesConfig(**options))  # type: ignore[arg-type]
     return said, open_feature_file(out)
 
 
@@ -136,3 +130,104 @@ def test_what_cannot_be_described_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees no GPU"):
         features_of(tmp_path / "f.npz", tmp_path / "square.npz", device="cuda")
+
+
+def save_pictures(folder: Path, n: int, *, broken: range = range(0)) -> np.ndarray:
+    pictures = np.random.default_rng(n).integers(0, 256, (n, 128, 128, 3), dtype=np.uint8)
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+    for i in broken:
+        (folder / f"{i:03d}.png").write_bytes(b"\xff\xd8\xff broken")
+    return pictures
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the encoder was given."""
+    seen: list[int] = []
+    encode = registry.encode_images
+
+    def counted(encoder: registry.Encoder, images: np.ndarray) -> dict[str, np.ndarray]:
+        seen.append(len(images))
+        return encode(encoder, images)
+
+    monkeypatch.setattr("pipeline.encoders.registry.encode_images", counted)
+    return seen
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out_within_the_limit(tmp_path: Path) -> None:
+    save_pictures(tmp_path / "some", 20, broken=range(3, 13))
+    said, found = features_of(tmp_path / "f.npz", tmp_path / "some")
+    assert "10 could not be read and are left out: 003.png" in said
+    assert (found.images["n"], found.images["n_failed"]) == (10, 10)
+    assert [name for name, _ in found.images["failed"]] == [f"{i:03d}.png" for i in range(3, 13)]
+    for i in range(3, 13):
+        (tmp_path / "some" / f"{i:03d}.png").unlink()
+    _, without = features_of(tmp_path / "g.npz", tmp_path / "some")
+    np.testing.assert_allclose(found.read("features"), without.read("features"), atol=1e-5)
+    assert found.images["digest"] == without.images["digest"]
+    save_pictures(tmp_path / "many", 20, broken=range(3, 14))
+    with pytest.raises(UserError, match=r"11 of the 20 images of .*many cannot be read, and 10 may \(--max-failures"):
+        features_of(tmp_path / "h.npz", tmp_path / "many")
+    assert features_of(tmp_path / "h.npz", tmp_path / "many", max_failures=0.55)[1].images["n"] == 9
+    save_pictures(tmp_path / "none", 3, broken=range(3))
+    with pytest.raises(UserError, match="none of the 3 images"):
+        features_of(tmp_path / "h.npz", tmp_path / "none")
+
+
+def test_what_was_described_is_kept_whatever_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    """An error at the end, a kill after a part, an image mended, removed or added: only what changed is described."""
+    folder, out = tmp_path / "images", tmp_path / "f.npz"
+    save_pictures(folder, 100)
+    monkeypatch.setattr("pipeline.features.PART_IMAGES", 16)
+    monkeypatch.setattr("pipeline.features.LOOKED_AT", 2)
+    odd = folder / "097.png"
+    Image.new("RGB", (120, 120)).save(odd)
+    with pytest.raises(UserError, match=r"097\.png is 120×120.*pass --resolution"):
+        features_of(out, folder)
+    assert sum(encoded) == 96
+    assert not out.exists()
+    encoded.clear()
+    Image.new("RGB", (128, 128)).save(odd)
+    said, found = features_of(out, folder)
+    assert "100 images by tiny-vit, 96 of them described before" in said
+    assert sum(encoded) == 4
+    assert not list(tmp_path.glob("f.npz.parts"))
+    encoded.clear()
+    (folder / "000.png").unlink()
+    Image.new("RGB", (128, 128), "red").save(folder / "050a.png")
+    _, now = features_of(out, folder)
+    assert sum(encoded) == 1
+    _, afresh = features_of(tmp_path / "g.npz", folder)
+    np.testing.assert_allclose(now.read("features"), afresh.read("features"), atol=1e-5)
+    assert now.images["digest"] == afresh.images["digest"] != found.images["digest"]
+
+
+def test_every_set_is_looked_at_before_any_is_described(tmp_path: Path, encoded: list[int]) -> None:
+    save_pictures(tmp_path / "good", 4)
+    save_pictures(tmp_path / "broken", 4, broken=range(4))
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "small.npz", np.zeros((4, 64, 64, 3), np.uint8))
+    np.savez(tmp_path / "few.npz", np.zeros((2, 128, 128, 3), np.uint8))
+    Image.new("RGB", (99, 99)).save(tmp_path / "broken" / "999.png")
+    for i in range(6):
+        Image.new("RGB", (128 + i, 128)).save(tmp_path / "empty" / f"{i}.gif")
+    features_of(tmp_path / "like.npz", tmp_path / "good", token="mean")
+    config = FeaturesConfig(encoder="tiny-vit", device="cpu", at_least=4)
+    encoded.clear()
+    for name, message in (
+        ("broken", "tiny-vit"),
+        ("empty", "differ in size"),
+        ("small.npz", "tiny-vit"),
+        ("few.npz", "holds 2 images, and at least 4"),
+    ):
+        jobs = [Job(where=tmp_path / where, out=tmp_path / "out" / where) for where in ("good", name)]
+        with pytest.raises(UserError, match=message):
+            write_features(jobs, config)
+    with pytest.raises(UserError, match="vector: cls and mean"):
+        write_features(jobs[:1], dataclasses.replace(config, like=tmp_path / "like.npz"))
+    assert not encoded
+    assert not (tmp_path / "out").exists()

@@ -235,6 +235,18 @@ def tiffs() -> list[Animal]:
     ]
 
 
+def iptc(data: bytes) -> bytes:
+    """An IPTC file around another, which Pillow's plugin opens whatever it is."""
+
+    def field(record: int, number: int, body: bytes) -> bytes:
+        return struct.pack(">BBBHI", 0x1C, record, number, 0x8400, len(body)) + body
+
+    size = struct.pack(">I", 8)
+    one_layer, jpeg = bytes([1, 0]), bytes([5])
+    fields = field(3, 60, one_layer) + field(3, 20, size) + field(3, 30, size) + field(3, 120, jpeg)
+    return fields + field(8, 10, data)
+
+
 def others() -> list[Animal]:
     image = picture()
     pixels, grey = rgb(image), np.asarray(image.convert("L"))
@@ -246,7 +258,7 @@ def others() -> list[Animal]:
     upside_down = bytes(bmp[:22]) + struct.pack("<i", -image.height) + bytes(bmp[26:])
     pgm = b"P5 %d %d 65535\n" % image.size + ((grey.astype(np.uint16) << 8) | 77).astype(">u2").tobytes()
     ascii_ppm = b"P3 # a comment\n%d %d 255\n" % image.size + " ".join(map(str, pixels.ravel())).encode()
-    small = encode(image, "GIF")
+    small, eps = encode(image, "GIF"), encode(image, "EPS")
     webp = encode(image, "WEBP", quality=90)
     bits = image.convert("1")
     icon = image.resize((64, 64))
@@ -277,11 +289,20 @@ def others() -> list[Animal]:
         Animal("qoi-plain", encode(image, "QOI"), pixels),
         Animal("sgi-plain", encode(image, "SGI"), pixels),
         Animal("pcx-palette", encode(palette, "PCX"), rgb(palette)),
-        Animal("spider-float", encode(image.convert("F"), "SPIDER"), reason=r"floating-point samples \(SPIDER\)"),
-        Animal("eps-program", encode(image, "EPS"), reason=r"EPS is a program that would be run"),
+        Animal("spider-float", encode(image.convert("F"), "SPIDER"), reason=r"not an image"),
+        Animal("eps-program", eps, reason=r"EPS is a program that would be run"),
+        Animal(
+            "eps-with-preview",
+            b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(eps)) + bytes(20) + eps,
+            reason=r"EPS is",
+        ),
+        Animal("eps-after-a-space", b" " + eps, reason=r"not an image"),
+        Animal("eps-in-iptc", iptc(eps), reason=r"not an image"),
+        Animal("wmf-drawing", b"\xd7\xcd\xc6\x9a\x00\x00" + bytes(4) + bytes(90), reason=r"not an image"),
+        Animal("fits-table", b"SIMPLE  =                    T" + bytes(3000), reason=r"not an image"),
         Animal("pdf-page", encode(image, "PDF"), reason=r"not an image"),
         Animal("svg-drawing", b'<svg xmlns="http://www.w3.org/2000/svg"/>', reason=r"not an image"),
-        Animal("hdf5-no-loader", b"\x89HDF\r\n\x1a\n" + bytes(2000), reason=r"no pixels: 0×0"),
+        Animal("hdf5-no-loader", b"\x89HDF\r\n\x1a\n" + bytes(2000), reason=r"not an image"),
         Animal("text-empty", b"", reason=r"empty file \(0 bytes\)"),
         Animal("text-one-byte", b"\xff", reason=r"not an image"),
         Animal("text-html", b"<!DOCTYPE html><title>404 Not Found</title>", reason=r"not an image.*DOCTY"),

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
-from trainer.evaluation.evaluate import read_record
+from trainer.evaluation.alike import Evaluated, evaluated
+from trainer.evaluation.evaluate import Evaluation, read_record
 from trainer.evaluation.hidden_states import checkpoints_of, open_run
+from trainer.evaluation.measured import read_measured
 from trainer.evaluation.plots import Panel, Series, Style, write_figure
-from trainer.evaluation.run_record import names_of, read_measure
+from trainer.evaluation.run_record import names_of
 from trainer.evaluation.sweep import Measure, SweepConfig, open_samples, sweep
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
@@ -58,14 +60,15 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     middle = min(config.times, key=lambda t: abs(t - 0.5))
     config = _one_target(runs, config)
     names = names_of(runs)
-    beside = {(run, measure): read_measure(run, measure) for run in runs for measure in MEASURES}
+    beside = {(run, measure): read_measured(run, measure) for run in runs for measure in MEASURES}
+    records = [read_record(run) for run in runs]
     found = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
     paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
-    records = [read_record(run) for run in runs]
     paths += write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})
     for run, measured in zip(runs, found, strict=True):
         for measure in MEASURES:
-            if not beside[run, measure] or beside[run, measure].get("by") == ANALYSE:
+            there = beside[run, measure]
+            if there is None or there.by == ANALYSE:
                 paths += _write_measure(run, {**measured, "by": ANALYSE}, measure, config.times)
     return paths
 
@@ -73,7 +76,8 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
 def _one_target(runs: Sequence[Path], config: SweepConfig) -> SweepConfig:
     """The configuration with the features that every run is compared with; hours are not spent on runs that differ.
 
-    Raises UserError when a run is none, and when stores or targets differ and neither --store nor --features decides.
+    Raises UserError when a run is none, and when stores, targets or the samples that can be measured differ and neither
+    --store nor --features decides.
     """
     targets: dict[str, str] = {}
     for path in runs:
@@ -87,16 +91,23 @@ def _one_target(runs: Sequence[Path], config: SweepConfig) -> SweepConfig:
         raise UserError(f"the runs are aligned with different features ({shown}); choose one by --features NAME")
     config = dataclasses.replace(config, features=next(iter(targets), config.features))
     digests: dict[str, str] = {}
+    rows: dict[str, str] = {}
     for path in runs:
         run = open_run(path)
         samples = open_samples(run, config)
         digests.setdefault(samples.features.identity_digest, path.name)
+        rows.setdefault(samples.digest, path.name)
         samples.close()
         run.data.close()
     if len(digests) > 1:
         raise UserError(
             f"{' and '.join(digests.values())} are of stores whose {samples.features.path} differ (other images or "
             "another encoder); name one --store for all"
+        )
+    if len(rows) > 1:
+        raise UserError(
+            f"{' and '.join(rows.values())} would be measured on other samples than one another (those that failed in "
+            "their stores differ); name one --store for all"
         )
     return config
 
@@ -141,8 +152,11 @@ def motivation(found: list[dict[str, Any]], times: Sequence[float], middle: floa
     ]
 
 
-def key_idea(found: list[dict[str, Any]], records: list[list[dict[str, Any]]], middle: float) -> list[Panel]:
-    """The panels of figure 3, of what was measured of each run and what `evaluate` recorded of it."""
+def key_idea(found: list[dict[str, Any]], records: list[list[Evaluation]], middle: float) -> list[Panel]:
+    """The panels of figure 3, of what was measured of each run and what `evaluate` recorded of it.
+
+    Of the distances, those that were measured as most runs' were (`alike.py`); how many others there are, is noted.
+    """
     panels = []
     for measure in MEASURES:
         series = [
@@ -150,7 +164,7 @@ def key_idea(found: list[dict[str, Any]], records: list[list[dict[str, Any]]], m
         ]
         panels.append(_over_depth(measure, f"Over depth, t = {middle:g}", series, found))
     against = []
-    distances = [_distances(record) for record in records]
+    distances, n_left_out = _alike([_distances(record) for record in records])
     encoders = sorted({encoder for distance in distances for encoder, _ in distance})
     for group, (run, distance) in enumerate(zip(found, distances, strict=True)):
         best = _best_alignment(run, middle)
@@ -168,7 +182,7 @@ def key_idea(found: list[dict[str, Any]], records: list[list[dict[str, Any]]], m
             y_label="Fréchet distance",
             series=against,
             whole_x=False,
-            note="" if against else "no Fréchet distance was measured of these checkpoints\n(evaluate … --run RUN)",
+            note=_note(bool(against), n_left_out),
         ),
     ]
 
@@ -207,13 +221,46 @@ def _best_alignment(run: dict[str, Any], t: float) -> dict[int, float]:
     return {step: max(point["cknna"] for point in points if point["step"] == step) for step in steps}
 
 
-def _distances(record: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """(encoder, step) → Fréchet distance, the last measured."""
+def _note(drawn: bool, n_left_out: int) -> str:
+    others = f"{n_left_out} measured otherwise, left out\n(`report` says how they differ)" if n_left_out else ""
+    if drawn:
+        return others
+    return "\n".join(
+        filter(None, ["no Fréchet distance was measured of these checkpoints", "(evaluate … --run RUN)", others])
+    )
+
+
+def _distances(record: list[Evaluation]) -> dict[tuple[Evaluated, int], float]:
+    """(how, step) → Fréchet distance, the last measured."""
     found = {}
     for line in record:
-        metric = line["metrics"].get("fid") or line["metrics"]["fd"]
-        found[line["name"], line["step"]] = metric["value"]
+        for metric in ("fid", "fd"):
+            if metric in line.metrics and line.step is not None:
+                found[evaluated(line, metric), line.step] = line.metrics[metric].value
     return found
+
+
+def _alike(of_runs: list[dict[tuple[Evaluated, int], float]]) -> tuple[list[dict[tuple[str, int], float]], int]:
+    """Of each run, (encoder, step) → what was measured as it was of most runs; and how many others there are.
+
+    What is not known to be alike is taken of one run only.
+    """
+    ways: dict[tuple[Evaluated, int], list[int]] = {}
+    for i, found in enumerate(of_runs):
+        for way in dict.fromkeys(way for way, _ in found):
+            ways.setdefault((way, i if way.not_known else -1), []).append(i)
+    chosen: dict[str, tuple[Evaluated, int]] = {}
+    for key in sorted(ways, key=lambda key: (len(ways[key]), key[0].n_generated or 0), reverse=True):
+        chosen.setdefault(key[0].name, key)
+    kept = [
+        {
+            (way.name, step): value
+            for (way, step), value in found.items()
+            if chosen[way.name] == (way, i if way.not_known else -1)
+        }
+        for i, found in enumerate(of_runs)
+    ]
+    return kept, sum(map(len, of_runs)) - sum(map(len, kept))
 
 
 def _described(run: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from storage.boundary import shown
+
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36
 TICKS = 5
@@ -32,11 +34,17 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Lines over one pair of axes."""
+    """Lines over one pair of axes. `note` says how all of them were measured."""
 
     title: str
     x_label: str
     lines: Sequence[Line]
+    note: str = ""
+
+
+def escaped(text: str) -> str:
+    """Text for HTML, its control and bidirectional characters spelled out."""
+    return html.escape(shown(text))
 
 
 def colour(number: int) -> str:
@@ -68,7 +76,7 @@ def figure(chart: Chart) -> str:
         px, _ = at(x, y_low)
         parts.append(f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(x)}</text>')
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(chart.x_label)}</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escaped(chart.x_label)}</text>')
     data = []
     for line in lines:
         places = [at(x, y) for x, y in zip(line.x, line.y, strict=True)]
@@ -78,12 +86,12 @@ def figure(chart: Chart) -> str:
         if len(places) == 1:
             parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" style="fill:{own}"/>')
         points = [[x, y, round(px, 1), round(py, 1)] for (x, y), (px, py) in zip(_points(line), places, strict=True)]
-        data.append({"label": line.label, "colour": own, "points": points})
-    title = html.escape(chart.title)
-    described = f"{title} over {html.escape(chart.x_label)}, {len(lines)} lines; arrow keys read the values"
+        data.append({"label": shown(line.label), "colour": own, "points": points})
+    title, note = escaped(chart.title), f"<small>{escaped(chart.note)}</small>" if chart.note else ""
+    described = f"{title} over {escaped(chart.x_label)}, {len(lines)} lines; arrow keys read the values"
     payload = json.dumps({"x": chart.x_label, "lines": data}).replace("<", "\\u003c")
     return (
-        f'<figure class="chart"><figcaption>{title}</figcaption>'
+        f'<figure class="chart"><figcaption>{title}{note}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{described}">{"".join(parts)}'
         f'<line class="guide" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
         f'<div class="tip" role="status" hidden></div>'
@@ -124,5 +132,6 @@ def short(value: float) -> str:
 def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     """Ends of an axis, never equal."""
     low, high = min(values), max(values)
-    wider = (high - low) * margin if high > low else max(abs(high), 1) * 0.5
+    size = max(abs(low), abs(high))
+    wider = (high - low) * margin if high - low > size * 1e-9 + 1e-90 else max(size, 1) * 0.5
     return low - wider, high + wider

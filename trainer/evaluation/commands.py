@@ -48,6 +48,15 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         "--n-reference", type=int, default=0, help="at most so many reference images, evenly spread (default: all)"
     )
     evaluate.add_argument("--out", type=Path, help="folder of the result (default IMAGES-evaluation)")
+    evaluate.add_argument(
+        "--cache", type=Path, help="folder that keeps a reference's features (default reference-features, by the runs)"
+    )
+    evaluate.add_argument(
+        "--max-failures",
+        type=float,
+        default=0.001,
+        help="end when more than this share of the images (but at least 10) cannot be read (default 0.001)",
+    )
     evaluate.add_argument("--run", type=Path, help="record the result in this run, for analyse and the report")
     evaluate.add_argument("--step", type=int, help="step that the images are of (default: what generate noted)")
     evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
@@ -91,7 +100,9 @@ def run(command: str, values: dict[str, Any]) -> int:
     if command == "evaluate":
         from trainer.evaluation.evaluate import Description, evaluate, table
 
-        described = {name: values.pop(name) for name in ("encoder", "weights", "token", "resolution", "device")}
+        described = {
+            name: values.pop(name) for name in ("encoder", "weights", "token", "resolution", "device", "max_failures")
+        }
         print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
         return EXIT_OK
     from trainer.evaluation.analyse import write_analysis, write_measure

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storage.errors import UserError
-from storage.files import make_directories, partial_name, publish
+from storage.files import follow_umask, make_directories, partial_name, publish
 from trainer.checkpoint import load_ema_weights
 from trainer.config import spelled
 from trainer.config_tree import flatten
@@ -54,6 +54,7 @@ def export(run: Path, to: str, out: Path | None, checkpoint: str) -> list[Path]:
             save_file(weights, aside / "ema.safetensors", metadata={"step": str(step_of(chosen)), **described})
         else:
             write_diffusers(opened, weights, step_of(chosen), aside)
+        follow_umask(aside)  # safetensors' own are private
         publish(aside, folder.absolute())
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -30,7 +30,7 @@ class Gaussian:
     covariance: np.ndarray
 
     def __post_init__(self) -> None:
-        width = self.mean.shape[0]
+        width = self.mean.size
         if self.mean.shape != (width,) or self.covariance.shape != (width, width):
             raise UserError(
                 f"a mean of shape {self.mean.shape} and a covariance of {self.covariance.shape} are no Gaussian's; "

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from storage.boundary import parse_json, read_regular, shown
 from storage.console import progress_bar
 from storage.errors import UserError
 from storage.files import write_atomic
@@ -34,7 +35,7 @@ from trainer import random_keys
 from trainer.arithmetic import set_arithmetic
 from trainer.checkpoint import EMA_WEIGHTS
 from trainer.config import TrainConfig
-from trainer.config_tree import flatten, override
+from trainer.config_tree import LONGEST, flatten, override
 from trainer.distributed import World, world_of_ranks
 from trainer.evaluation.decode import decode_latents, load_decoder, write_grid
 from trainer.evaluation.draw import draw_latents
@@ -250,9 +251,13 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     if not n_written(folder):
         return
-    before = json.loads(path.read_text())
+    before = parse_json(dict[str, Any], read_regular(path), str(path), "name another --out")
     names = sorted({*before, *settings})
-    differing = [f"{n}: were {before.get(n)}, are {settings.get(n)}" for n in names if before.get(n) != settings.get(n)]
+    differing = [
+        f"{shown(n)}: were {shown(str(before.get(n)))[:LONGEST]}, are {settings.get(n)}"
+        for n in names
+        if before.get(n) != settings.get(n)
+    ]
     if differing:
         raise UserError(f"{folder} holds images of other settings ({'; '.join(differing)}); name another --out")
 

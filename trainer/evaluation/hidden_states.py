@@ -11,6 +11,7 @@ float32 for one t, 1.3 GB for 10,000 rows of SiT-XL's 28 blocks.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from storage import GroupReader
-from storage.errors import UserError
+from storage.boundary import open_regular
+from storage.errors import StoreError, UserError
 from trainer import random_keys
 from trainer.arithmetic import model_arithmetic
-from trainer.checkpoint import EMA_WEIGHTS, STATE, WEIGHTS, latest_checkpoint, read_state
+from trainer.checkpoint import EMA_WEIGHTS, STATE, STEP, WEIGHTS, latest_checkpoint, read_state
 from trainer.config import TrainConfig
 from trainer.config_tree import from_yaml
 from trainer.data import TrainingData, model_config, open_data
@@ -65,8 +67,8 @@ def open_run(path: Path) -> OpenRun:
 
 def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
     """The run's checkpoints, oldest first: `latest`, `all`, or steps separated by commas. Raises UserError."""
-    there = {int(path.name.removeprefix("step-")): path for path in sorted((run / "checkpoints").glob("step-*"))}
-    there = {step: path for step, path in there.items() if (path / STATE).is_file()}
+    named = [path for path in sorted((run / "checkpoints").glob("step-*")) if STEP.fullmatch(path.name)]
+    there = {int(path.name.removeprefix("step-")): path for path in named if (path / STATE).is_file()}
     latest = latest_checkpoint(run)
     if latest is None or not there:
         raise UserError(
@@ -78,7 +80,7 @@ def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
         return [there[step] for step in sorted(there)]
     chosen = []
     for text in which.split(","):
-        if not text.strip().isdigit() or int(text) not in there:
+        if not text.strip().isdecimal() or int(text) not in there:
             raise UserError(
                 f"run {run} has no checkpoint of step {text.strip()!r}; it has {', '.join(map(str, sorted(there)))} "
                 "(--checkpoint.keep says how many stay)"
@@ -90,15 +92,29 @@ def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
 def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.device) -> nn.Module:
     """The run's model with a checkpoint's averaged (ema) or last (raw) weights. Raises UserError if they do not fit."""
     file = checkpoint / (EMA_WEIGHTS if weights == "ema" else WEIGHTS)
-    model = DiffusionTransformer(run.geometry)
     try:
+        _refuse_larger_model(run.geometry, file)
+        model = DiffusionTransformer(run.geometry)
         model.load_state_dict(load_file(file))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, StoreError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(
             f"{file} cannot be loaded into the model of {run.path} ({first}); name another checkpoint"
         ) from None
     return model.to(device).eval().requires_grad_(False)
+
+
+def _refuse_larger_model(geometry: Geometry, file: Path) -> None:
+    """Raise RuntimeError when the configuration names a model larger than the file, before memory is taken for it.
+
+    Counted are the square matrices of blocks and projectors and the table of classes, at a byte a number.
+    """
+    with os.fdopen(open_regular(file), "rb") as opened:
+        there = os.fstat(opened.fileno()).st_size
+    width, projector = geometry.width, geometry.projector_width * bool(geometry.targets)
+    least = geometry.depth * width**2 + geometry.n_classes * width + projector**2
+    if least > there:
+        raise RuntimeError(f"it has {there:,} bytes, the model that config.yaml describes {least:,} or more")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -11,19 +11,29 @@ the PNGs one at a time: 50,000 images of 256 px are 10 GB, of which one is in me
 from __future__ import annotations
 
 import io
-import json
 import os
+import warnings
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from storage.boundary import Count, parse_json, read_regular, shown
+from storage.errors import UserError
 from storage.files import partial_name, publish, write_atomic
 
 SETTINGS_FILE = "settings.json"
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 NAME_DIGITS = 6
+PICTURES = ("PNG",)  # what is written here, and all that is read: of others, EPS would start a program
+MAX_PICTURE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    step: Count | None = None
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -34,7 +44,10 @@ def image_path(folder: Path, i: int) -> Path:
 def step_drawn_at(images: Path) -> int | None:
     """The step of the run that generated images, a folder or its `.npz`, are of; None where nothing says so."""
     settings = (images if images.is_dir() else images.with_name(images.stem)) / SETTINGS_FILE
-    return json.loads(settings.read_text(encoding="utf-8")).get("step") if settings.is_file() else None
+    try:
+        return parse_json(_Drawn, read_regular(settings), str(settings), "pass --step, or remove the file").step
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
@@ -47,11 +60,21 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Pixels uint8 (H, W, 3)."""
+    """Pixels uint8 (H, W, 3) of a PNG. Raises UserError for what is none, or too large for one, and OSError."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    data = io.BytesIO(read_regular(path, MAX_PICTURE_BYTES))
+    try:
+        with (
+            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+            Image.open(data, formats=PICTURES) as image,
+        ):
+            return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, zlib.error …
+        reason = shown(" ".join(str(error).split()))[:120]
+        raise UserError(f"{shown(str(path))} cannot be read as a PNG ({reason}); make it again") from None
 
 
 def is_whole(path: Path) -> bool:

@@ -69,7 +69,8 @@ def write_figure(panels: list[Panel], path: Path, record: dict[str, Any]) -> lis
         if panel.series or panel.levels:
             axes.legend(fontsize=7)
         if panel.note:
-            axes.text(0.5, 0.5, panel.note, transform=axes.transAxes, ha="center", va="center", color="0.4", wrap=True)
+            y = 0.02 if panel.series else 0.5  # below the points, or in their place
+            axes.text(0.5, y, panel.note, transform=axes.transAxes, ha="center", va="bottom", color="0.4", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = path.name.removesuffix(".png").removesuffix(".json")  # the name may have other points: probe-t0.5
     picture, data = path.with_name(f"{stem}.png"), path.with_name(f"{stem}.json")

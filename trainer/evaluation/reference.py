@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.errors import UserError
-from storage.feature_file import FEATURES, npz_names
+from storage.feature_file import FEATURES, held, npz_names, read_npz_array
 from storage.roots import is_url
 from trainer.evaluation.frechet import Gaussian
 
@@ -46,20 +46,29 @@ def contents(where: Path | str) -> Contents:
         statistics={MEAN, COVARIANCE} <= names, features={FEATURES, "identity"} <= names, images=IMAGES in names
     )
     if found == Contents():
-        raise UserError(f"{path} holds {', '.join(sorted(names))}; {_choices()}")
+        raise UserError(f"{path} holds {held(names)}; {_choices()}")
     return found
 
 
 def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None]:
-    """A reference batch's statistics: of the pooled features, and of the spatial ones if it has them."""
-    with np.load(path, allow_pickle=False) as file:
-        pooled = Gaussian(mean=file[MEAN].astype(np.float64), covariance=file[COVARIANCE].astype(np.float64))
-        if SPATIAL_MEAN not in file.files or SPATIAL_COVARIANCE not in file.files:
-            return pooled, None
-        spatial = Gaussian(
-            mean=file[SPATIAL_MEAN].astype(np.float64), covariance=file[SPATIAL_COVARIANCE].astype(np.float64)
-        )
-    return pooled, spatial
+    """A reference batch's statistics: of the pooled features, and of the spatial ones if it has them.
+
+    Raises UserError for what is no mean and covariance.
+    """
+    spatial = None
+    if {SPATIAL_MEAN, SPATIAL_COVARIANCE} <= npz_names(path):
+        spatial = _gaussian(path, SPATIAL_MEAN, SPATIAL_COVARIANCE)
+    return _gaussian(path, MEAN, COVARIANCE), spatial
+
+
+def _gaussian(path: Path, mean: str, covariance: str) -> Gaussian:
+    arrays = [read_npz_array(path, name) for name in (mean, covariance)]
+    if any(array.dtype.kind not in "fiu" or array.size == 0 for array in arrays):
+        raise UserError(f"{mean} and {covariance} in {path} are not numbers; restore the file")
+    try:
+        return Gaussian(mean=arrays[0].astype(np.float64), covariance=arrays[1].astype(np.float64))
+    except UserError as error:
+        raise UserError(f"{mean} and {covariance} in {path}: {error}") from None
 
 
 def _choices() -> str:

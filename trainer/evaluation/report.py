@@ -1,8 +1,11 @@
 """`python -m trainer report`: one HTML page about any number of runs, which loads nothing and needs no network.
 
 A table of the runs (of their settings, those that differ), curves, sample grids, and the stores that they read with
-their identities. What was not measured is left out. Page and script are `report_page.html`; pictures are in the page,
-at most PICTURE_SIDE pixels a side.
+their identities. What was not measured is left out. What was measured otherwise than that of other runs stands in
+columns and charts of its own, or is left out and named with the command that measures it alike (`alike.py`). Page and
+script are `report_page.html`; pictures are in the page, at most PICTURE_SIDE pixels a side.
+
+Runs come from anywhere: every text of theirs is escaped, for HTML and for what a terminal or a reader would obey.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import base64
 import dataclasses
 import html
 import io
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +23,17 @@ from typing import Any
 
 from storage import StoreError, UserError, open_store
 from storage.files import write_atomic
-from trainer.evaluation.charts import Chart, Line, colour, dash, figure
+from trainer.evaluation.alike import (
+    Group,
+    Protocol,
+    command,
+    evaluate_command,
+    evaluated_alike,
+    measured_alike,
+)
+from trainer.evaluation.charts import Chart, Line, colour, dash, escaped, figure
+from trainer.evaluation.image_files import read_image
+from trainer.evaluation.measured import Point
 from trainer.evaluation.run_record import RunRecord, read_runs
 
 PAGE = Path(__file__).with_name("report_page.html")
@@ -57,6 +71,9 @@ def write_report(runs: Sequence[Path], out: Path, title: str) -> list[Path]:
     """Write the page and return its path. Raises UserError."""
     records = read_runs(runs)
     write_atomic(out, page(records, title or _title(records)).encode(), "report")
+    n_apart = len(not_compared(records))
+    if n_apart:
+        print(f"{n_apart} measurements were made otherwise than others; the page says how to compare", file=sys.stderr)
     return [out]
 
 
@@ -66,9 +83,10 @@ def page(records: Sequence[RunRecord], title: str) -> str:
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     plural = "s" if len(records) > 1 else ""
     parts = {
-        "title": html.escape(title),
+        "title": escaped(title),
         "summary": f"{len(records)} run{plural} · {html.escape(made)}",
         "runs": runs_table(records),
+        "apart": apart(records),
         "shared": shared_settings(records),
         "legend": legend(records),
         "charts": "".join(figure(chart) for chart in charts(records)) or "<p>Nothing is logged yet.</p>",
@@ -106,13 +124,18 @@ def runs_table(records: Sequence[RunRecord]) -> str:
         *(_setting_column(name) for name in differing(records)),
         Column(title="Steps", cell=lambda run: _number(run.steps, ",", note=_unfinished(run))),
         *(_loss_column(name, title) for name, title in LOSSES.items()),
-        *(_measure_column(records, measure, title) for measure, title in ANALYSES.items()),
-        *(_metric_column(encoder, metric) for encoder, metric in _measured(records)),
+        *(column for measure, title in ANALYSES.items() for column in _measure_columns(records, measure, title)),
+        *(column for name, metric in _measured(records) for column in _metric_columns(records, name, metric)),
         Column(title="Images/s", cell=lambda run: _number(run.images_per_s, ".1f")),
         Column(title="GPU-hours", cell=_hours),
     ]
-    cells = {column.title: [column.cell(record) for record in records] for column in columns}
-    kept = {name: column for name, column in cells.items() if any(cell.text != NOTHING for cell in column)}
+    kept: dict[str, list[Cell]] = {}
+    for column in columns:
+        cells, title = [column.cell(record) for record in records], column.title
+        while title in ("Run", *kept):  # told apart by what a heading does not say
+            title += " ′"
+        if any(cell.text != NOTHING for cell in cells):
+            kept[title] = cells
     names = [Cell(text=record.name, key=record.name) for record in records]
     return table({"Run": names, **kept}, swatches=True, label="Runs")
 
@@ -142,52 +165,100 @@ def _setting_cell(run: RunRecord, name: str) -> Cell:
 def _loss_column(name: str, title: str) -> Column:
     def cell(run: RunRecord) -> Cell:
         applies = run.config.aligns or name != "alignment_loss"
-        return _number(run.lines[-1].get(name) if run.lines and applies else None, ".4f")
+        return _number(getattr(run.lines[-1], name) if run.lines and applies else None, ".4f")
 
     return Column(title=title, cell=cell)
 
 
-def common_times(records: Sequence[RunRecord], measure: str) -> set[float]:
-    """The times t at which every run that was measured was, so that like is compared with like; maybe none."""
-    of_runs = [{point["t"] for point in run.newest(measure)} for run in records]
-    return set.intersection(*(times for times in of_runs if times)) if any(of_runs) else set()
+def compared(records: Sequence[RunRecord], measure: str) -> list[Group[Protocol, list[Point]]]:
+    """The groups that have a column and a chart: the largest, and every other with two runs to compare."""
+    groups = measured_alike(records, measure)
+    return groups[:1] + [group for group in groups[1:] if len(group.values) > 1]
 
 
-def _measure_column(records: Sequence[RunRecord], measure: str, title: str) -> Column:
-    times = common_times(records, measure)
-    differ = len({run.n_samples.get(measure) for run in records if run.points.get(measure)}) > 1
+def _measure_columns(records: Sequence[RunRecord], measure: str, title: str) -> list[Column]:
+    places = {id(record): i for i, record in enumerate(records)}
 
-    def cell(run: RunRecord) -> Cell:
-        best = run.best(measure, times)
-        if best is None:
-            return Cell(text=NOTHING)
-        late = "" if best["step"] == run.checkpoint_step else f", step {best['step']:,}"
-        features = f" with {run.compared_with}" if measure == "cknna" and run.compared_with else ""
-        on = f" on {run.n_samples[measure]:,} samples" if differ and measure in run.n_samples else ""
-        note = f"block {best['block']}, t = {best['t']:g}{features}{on}{late}"
-        return _number(best[measure], ".1%" if measure == "probe" else ".3f", note=note)
+    def column(group: Group[Protocol, list[Point]], title: str) -> Column:
+        def cell(run: RunRecord) -> Cell:
+            points = group.values.get(places[id(run)])
+            if points is None:
+                return Cell(text=NOTHING)
+            best = max(points, key=lambda point: point.value(measure) or 0)
+            late = "" if best.step == run.checkpoint_step else f", step {best.step:,}"
+            features = f" with {group.protocol.features}" if group.protocol.features else ""
+            note = f"block {best.block}, t = {best.t:g}{features}{late}"
+            return _number(best.value(measure), ".1%" if measure == "probe" else ".3f", note=note)
 
-    return Column(title=title, cell=cell)
+        return Column(title=title, cell=cell)
+
+    groups = compared(records, measure)
+    how = ["", *(f" [{group.protocol.apart(groups[0].protocol)}]" for group in groups[1:])]
+    return [column(group, title + told) for group, told in zip(groups, how, strict=False)]
 
 
 def _measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """(encoder, metric) of every evaluation, in METRICS' order."""
-    found = {(line["name"], metric) for run in records for line in run.evaluations for metric in line["metrics"]}
-    return sorted(found, key=lambda pair: (pair[0], list(METRICS).index(pair[1]) if pair[1] in METRICS else 99))
+    found = {(line.name, metric) for run in records for line in run.evaluations for metric in line.metrics}
+    return sorted(
+        found, key=lambda pair: (pair[0], list(METRICS).index(pair[1]) if pair[1] in METRICS else 99, pair[1])
+    )
 
 
-def _metric_column(encoder: str, metric: str) -> Column:
+def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> list[Column]:
     title = METRICS.get(metric, metric.replace("_", " ").capitalize())
+    title = title if name == "inception" else f"{title} ({name})"
+    first, *others = evaluated_alike(records, name, metric)
+    groups = [first, *(group for group in others if len(group.values) > 1)]
+    places = {id(record): i for i, record in enumerate(records)}
 
-    def cell(run: RunRecord) -> Cell:
-        lines = [line for line in run.evaluations if line["name"] == encoder and metric in line["metrics"]]
-        if not lines:
-            return Cell(text=NOTHING)
-        found = lines[-1]["metrics"][metric]
-        late = "" if lines[-1]["step"] == run.checkpoint_step else f", step {lines[-1]['step']:,}"
-        return _number(found["value"], ".3f", note=f"{found['n_generated']:,} images{late}")
+    def column(number: int) -> Column:
+        def cell(run: RunRecord) -> Cell:
+            line = groups[number].values.get(places[id(run)])
+            if line is None:
+                return Cell(text=NOTHING)
+            found = line.metrics[metric]
+            late = "" if line.step == run.checkpoint_step else f", step {line.step or 0:,}"
+            images = "number of images not known" if found.n_generated is None else f"{found.n_generated:,} images"
+            return _number(found.value, ".3f", note=f"{images}{late}")
 
-    return Column(title=title if encoder == "inception" else f"{title} ({encoder})", cell=cell)
+        other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""
+        return Column(title=f"{title}{other}", cell=cell)
+
+    return [column(number) for number in range(len(groups))]
+
+
+def not_compared(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """What was measured otherwise than that of most runs: what and how, and the command that measures it alike."""
+    found = []
+    for measure, title in ANALYSES.items():
+        groups = measured_alike(records, measure)
+        for main, group in [(groups[0], group) for group in groups[1:]]:
+            for i, points in group.values.items():
+                best = max(point.value(measure) or 0 for point in points)
+                value = f"{best:.1%}" if measure == "probe" else f"{best:.3f}"
+                differs = main.protocol.apart(group.protocol) if main.protocol.not_known else ""
+                why = differs or group.protocol.apart(main.protocol)
+                found.append((f"{records[i].name}: {title} {value} ({why})", command(records[i], main.protocol)))
+    for name, metric in _measured(records):
+        main_way, *others = evaluated_alike(records, name, metric)
+        like = next(iter(main_way.values.values()))
+        for way in others:
+            for i, line in way.values.items():
+                if i in main_way.values:
+                    continue
+                value = f"{METRICS.get(metric, metric)} {line.metrics[metric].value:.3f} by {name}"
+                why = way.protocol.apart(main_way.protocol) or main_way.protocol.apart(way.protocol)
+                alike = evaluate_command(records[i], line, like, main_way.protocol)
+                found.append((f"{records[i].name}: {value} ({why})", alike))
+    return found
+
+
+def apart(records: Sequence[RunRecord]) -> str:
+    """What does not compare with the first column or chart of its kind, and what to run so that it does."""
+    items = "".join(f"<li>{escaped(what)}<br><code>{escaped(line)}</code></li>" for what, line in not_compared(records))
+    heading = "Measured otherwise than most runs, and so not compared with them; measured alike by"
+    return f'<p class="apart">{heading}</p><ul class="apart">{items}</ul>' if items else ""
 
 
 def _hours(run: RunRecord) -> Cell:
@@ -212,7 +283,7 @@ def table(columns: dict[str, list[Cell]], *, label: str, swatches: bool = False)
     )
     rows = []
     for i, name in enumerate(first):
-        key = f'scope="row" data-key="{html.escape(str(name.key))}"'
+        key = f'scope="row" data-key="{escaped(str(name.key))}"'
         head = f"<th {key}>{_swatch(i) if swatches else ''}{_shown(name)}</th>"
         rows.append(f"<tr>{head}{''.join(_cell(cells[i], _alignment(cells)) for cells in others)}</tr>")
     return (
@@ -223,7 +294,7 @@ def table(columns: dict[str, list[Cell]], *, label: str, swatches: bool = False)
 
 def _heading(title: str) -> str:
     """A dotted setting may be broken after its dots and underscores, so that columns are as narrow as their values."""
-    return html.escape(title).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    return escaped(title).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _alignment(cells: Sequence[Cell]) -> str:
@@ -231,12 +302,12 @@ def _alignment(cells: Sequence[Cell]) -> str:
 
 
 def _cell(cell: Cell, alignment: str) -> str:
-    key = "" if cell.key is None else f' data-key="{html.escape(str(cell.key))}"'
+    key = "" if cell.key is None else f' data-key="{escaped(str(cell.key))}"'
     return f"<td{alignment}{key}>{_shown(cell)}</td>"
 
 
 def _shown(cell: Cell) -> str:
-    return html.escape(cell.text) + (f"<small>{html.escape(cell.note)}</small>" if cell.note else "")
+    return escaped(cell.text) + (f"<small>{escaped(cell.note)}</small>" if cell.note else "")
 
 
 def _swatch(number: int) -> str:
@@ -251,8 +322,7 @@ def shared_settings(records: Sequence[RunRecord]) -> str:
     varying = set(differing(records))
     same = {name: value for name, value in records[0].settings.items() if name not in varying and name != "steps"}
     items = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value)) or NOTHING}</dd></div>"
-        for name, value in same.items()
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(str(value)) or NOTHING}</dd></div>" for name, value in same.items()
     )
     summary = f"Settings that are the same in every run ({len(same)})" if len(records) > 1 else "Settings"
     return f"<details><summary>{summary}</summary><dl>{items}</dl></details>"
@@ -263,7 +333,7 @@ def shared_settings(records: Sequence[RunRecord]) -> str:
 
 def legend(records: Sequence[RunRecord]) -> str:
     """Which line is which run."""
-    return "".join(f"<li>{_swatch(i)}{html.escape(record.name)}</li>" for i, record in enumerate(records))
+    return "".join(f"<li>{_swatch(i)}{escaped(record.name)}</li>" for i, record in enumerate(records))
 
 
 def charts(records: Sequence[RunRecord]) -> list[Chart]:
@@ -272,22 +342,23 @@ def charts(records: Sequence[RunRecord]) -> list[Chart]:
     for name, title in LOSSES.items():
         lines = []
         for i, run in enumerate(records):
-            logged = [line for line in run.lines if line.get(name) is not None]
+            logged = [(line.step, value) for line in run.lines if (value := getattr(line, name)) is not None]
             if logged and (run.config.aligns or name != "alignment_loss"):
-                x, y = [line["step"] for line in logged], [line[name] for line in logged]
+                x, y = zip(*logged, strict=True)
                 lines.append(Line(label=run.name, number=i, x=x, y=y))
         found.append(Chart(title=title, x_label="step", lines=lines))
     for measure, title in ANALYSES.items():
-        lines = []
-        times = common_times(records, measure)
-        for i, run in enumerate(records):
-            best = run.best(measure, times)
-            if best is not None:
-                same = [p for p in run.newest(measure) if p["t"] == best["t"]]
-                same.sort(key=lambda point: point["block"])
-                x, y = [point["block"] for point in same], [point[measure] for point in same]
-                lines.append(Line(label=f"{run.name}, t = {best['t']:g}", number=i, x=x, y=y))
-        found.append(Chart(title=title, x_label="block", lines=lines))
+        for group in compared(records, measure):
+            lines = [
+                Line(
+                    label=records[i].name,
+                    number=i,
+                    x=[point.block for point in points],
+                    y=[point.value(measure) or 0.0 for point in points],
+                )
+                for i, points in sorted(group.values.items())
+            ]
+            found.append(Chart(title=title, note=str(group.protocol), x_label="block", lines=lines))
     return [chart for chart in found if chart.lines]
 
 
@@ -296,21 +367,22 @@ def samples(records: Sequence[RunRecord]) -> str:
     figures = []
     for i, run in enumerate(records):
         if run.picture is not None:
-            name, what = html.escape(run.name), html.escape(run.picture.stem)
-            figures.append(
-                f'<figure><img src="{_data_uri(run.picture)}" alt="Images drawn from {name}">'
-                f"<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>"
-            )
+            name, what = escaped(run.name), escaped(run.picture.stem)
+            try:
+                image = f'<img src="{_data_uri(run.picture)}" alt="Images drawn from {name}">'
+            except (UserError, OSError) as error:
+                image, what = "", f"not shown: {escaped(str(error))}"
+            figures.append(f"<figure>{image}<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>")
     return "".join(figures) or "<p>No run has drawn images yet.</p>"
 
 
 def _data_uri(path: Path) -> str:
     from PIL import Image
 
-    with Image.open(path) as image:
-        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        encoded = io.BytesIO()
-        image.save(encoded, format="png", optimize=True)
+    image = Image.fromarray(read_image(path))
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    encoded = io.BytesIO()
+    image.save(encoded, format="png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 

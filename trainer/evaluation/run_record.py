@@ -5,49 +5,43 @@ Hours are those of the log: each line's share of the steps over its images a sec
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.boundary import parse_json, read_regular
 from storage.errors import UserError
 from trainer.checkpoint import latest_checkpoint, read_state
 from trainer.config import TrainConfig
 from trainer.config_tree import flatten, free_fields, from_yaml
-from trainer.evaluation.evaluate import read_record
-from trainer.metrics import read_metrics
+from trainer.evaluation.evaluate import Evaluation, read_record
+from trainer.evaluation.measured import MEASURES, Measured, read_measured
+from trainer.metrics import Logged, read_logged
 
 ALWAYS_COMPARED = ("preset", "steps", "store")  # free to change on resume, and part of what a run is
 BELOW = ("*/config.yaml", "*/*/config.yaml")  # runs/NAME, and runs/ablations/STUDY/NAME of `runs/*`
-MEASURES = ("probe", "cknna")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run. `points` holds what `probe` and `cknna` measured, and `n_samples` on how many samples; `evaluations` the
-    lines of `evaluate --run`.
-
-    `compared_with` is the path of the features that CKNNA compares with; empty where it was not measured.
-    """
+    """One run. `measured` holds what `probe` and `cknna` wrote, `evaluations` the lines of `evaluate --run`."""
 
     name: str
     path: Path
     config: TrainConfig
-    lines: list[dict[str, Any]]
+    lines: list[Logged]
     device: str
     checkpoint_step: int
     identities: dict[str, str]
-    points: dict[str, list[dict[str, Any]]]
-    n_samples: dict[str, int]
-    compared_with: str
-    evaluations: list[dict[str, Any]]
+    measured: dict[str, Measured | None]
+    evaluations: list[Evaluation]
     picture: Path | None
 
     @property
     def steps(self) -> int:
         """Steps done, as far as the log or a checkpoint tells."""
-        return max(self.lines[-1]["step"] if self.lines else 0, self.checkpoint_step)
+        return max(self.lines[-1].step if self.lines else 0, self.checkpoint_step)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,28 +54,17 @@ class RunRecord:
         """Hours of all its devices together; None before the first line."""
         seconds, before = 0.0, 0
         for line in self.lines:
-            if line["images_per_s"]:
-                images = (line["step"] - before) * self.config.batch
-                seconds += images / line["images_per_s"] * line.get("ranks", 1)
-            before = line["step"]
+            if line.images_per_s:
+                images = (line.step - before) * self.config.batch
+                seconds += images / line.images_per_s * line.ranks
+            before = line.step
         return seconds / 3600 if self.lines else None
 
     @property
     def images_per_s(self) -> float | None:
         """Median over the log's lines."""
-        rates = sorted(line["images_per_s"] for line in self.lines)
+        rates = sorted(line.images_per_s for line in self.lines if line.images_per_s)
         return rates[len(rates) // 2] if rates else None
-
-    def newest(self, measure: str) -> list[dict[str, Any]]:
-        """The points of the newest step."""
-        points = self.points.get(measure, [])
-        newest = max((point["step"] for point in points), default=0)
-        return [point for point in points if point["step"] == newest]
-
-    def best(self, measure: str, times: Collection[float] = ()) -> dict[str, Any] | None:
-        """The point of the newest step at which the measure is largest, at one of the times if any are given."""
-        points = [point for point in self.newest(measure) if not times or point["t"] in times]
-        return max(points, key=lambda point: point[measure], default=None)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -114,40 +97,38 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 def _read(run: Path, name: str) -> RunRecord:
     checkpoint = latest_checkpoint(run)
     state = read_state(checkpoint) if checkpoint is not None else None
-    measured = {measure: read_measure(run, measure) for measure in MEASURES}
     return RunRecord(
         name=name,
         path=run,
         config=from_yaml(run / "config.yaml"),
-        lines=[line for line in read_metrics(run) if line.get("images_per_s")],
-        device=str(_json(run / "summary.json").get("device", "")),
+        lines=[line for line in read_logged(run) if line.images_per_s and line.images_per_s > 0],
+        device=_device(run),
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
-        points={measure: found.get("points", []) for measure, found in measured.items()},
-        n_samples={measure: found["n"] for measure, found in measured.items() if "n" in found},
-        compared_with=measured["cknna"].get("features", {}).get("path", "").removeprefix("features/"),
+        measured={measure: read_measured(run, measure) for measure in MEASURES},
         evaluations=read_record(run),
         picture=_picture(run),
     )
 
 
-def read_measure(run: Path, measure: str) -> dict[str, Any]:
-    """What was written of a measure beside the run; nothing when it was not. Raises UserError when it is damaged."""
-    return _json(run / "analysis" / f"{measure}.json")
+@dataclass(frozen=True)
+class _Summary:
+    device: str = ""
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing when it is not there. Raises UserError when it is damaged."""
+def _device(run: Path) -> str:
+    """What the run was trained on, as its summary says. Raises StoreError when that is damaged."""
+    path = run / "summary.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(_Summary, read_regular(path), str(path), "remove it; training writes it again").device
     except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, and run the command that wrote it again") from error
+        return ""
 
 
 def _picture(run: Path) -> Path | None:
     """The newest grid that `generate` wrote, else the newest that training did."""
-    drawn = sorted(run.glob("samples-*.png"), key=lambda path: path.stat().st_mtime)
+    drawn = sorted(
+        (path for path in run.glob("samples-*.png") if path.is_file()), key=lambda path: path.stat().st_mtime
+    )
     previews = sorted((run / "samples").glob("step-*.png"))
     return next(reversed(drawn or previews), None)

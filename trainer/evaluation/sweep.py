@@ -10,6 +10,7 @@ Cost: a forward pass of n images a checkpoint and time; per block a probe (see `
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,12 @@ class Samples:
     rows: np.ndarray  # int64, sorted
     labels: Tensor  # int64, −1 where the store has none
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of which samples they are: the store's index, and the rows in it."""
+        index = str(self.store.attributes["index_digest"])
+        return hashlib.sha256(index.encode() + np.asarray(self.rows, dtype="<i8").tobytes()).hexdigest()
+
     def close(self) -> None:
         """Close every file."""
         self.latents.close()
@@ -157,6 +164,7 @@ def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collec
             "identity_digest": samples.features.identity_digest,
             **of_features,
         },
+        "rows": samples.digest,
         "n": n,
         "k": config.k,
         "c": config.c,
@@ -235,7 +243,7 @@ def parse_blocks(text: str, depth: int) -> list[int]:
     """`all`, or numbers from 1 separated by commas. Raises UserError."""
     if text == "all":
         return list(range(1, depth + 1))
-    blocks = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    blocks = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if not all(1 <= block <= depth for block in blocks):
         raise UserError(f"--blocks must be `all` or numbers from 1 to {depth} separated by commas, got {text!r}")
     return sorted(set(blocks))

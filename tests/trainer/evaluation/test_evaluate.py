@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from PIL import Image
 
 from storage.errors import UserError
 from storage.feature_file import open_feature_file, write_feature_file
+from storage.files import append_line
+from tests.archives import write_npz
 from tests.inception import write_random_inception
 from tests.stores import make_store
 from trainer.__main__ import main
@@ -21,7 +25,6 @@ from trainer.evaluation.image_files import SETTINGS_FILE, step_drawn_at
 from trainer.evaluation.inception_score import inception_score
 from trainer.evaluation.precision_recall import precision_recall
 
-NAMES = ("generated", "reference")
 VIT = {"name": "vit", "encoder": "test", "weights_sha256": "0", "vector": "cls"}
 INCEPTION = {"name": "inception", "encoder": "v3", "weights_sha256": "1", "vector": "pool_3", "published_weights": True}
 
@@ -113,8 +116,8 @@ def test_a_result_is_recorded_in_the_run_it_is_of(files: tuple[Path, Path], tmp_
     for step in (None, 2):
         evaluate(*files, Description(encoder="vit"), out=tmp_path, run=run, step=step)
     record = read_record(run)
-    assert [line["step"] for line in record] == [3, 2]  # the newest checkpoint's unless it is said
-    assert record[0]["metrics"]["fd"]["n_generated"] == 60
+    assert [line.step for line in record] == [3, 2]  # the newest checkpoint's unless it is said
+    assert record[0].metrics["fd"].n_generated == 60
     with pytest.raises(UserError, match="pass --run RUN as well"):
         evaluate(*files, Description(encoder="vit"), out=tmp_path, step=2)
     with pytest.raises(UserError, match="is not a run"):
@@ -142,7 +145,7 @@ def test_images_are_of_the_step_that_generate_noted(micro_run: Path, tmp_path: P
         (run / name).symlink_to(micro_run / name)
     evaluate(tmp_path / "f.npz", described, Description(encoder="vit"), out=tmp_path, run=run)
     evaluate(tmp_path / "f.npz", described, Description(encoder="vit"), out=tmp_path, run=run, step=1)
-    assert [line["step"] for line in read_record(run)] == [2, 1]
+    assert [line.step for line in read_record(run)] == [2, 1]
 
 
 def test_what_cannot_be_compared_is_refused(
@@ -191,11 +194,106 @@ def test_one_command_from_pictures_to_numbers_without_a_network(tmp_path: Path) 
     assert result["reference"]["path"] == str(tmp_path / "store")
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines that were started instead of describing; none of them does anything."""
+    lines: list[list[str]] = []
+
+    def note(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+        lines.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr("trainer.evaluation.evaluate.subprocess.run", note)
+    return lines
+
+
+def test_a_bad_reference_is_found_before_any_image_is_described(tmp_path: Path, asked: list[list[str]]) -> None:
+    np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
+    np.savez(tmp_path / "text.npz", mu=np.array("a"), sigma=np.eye(2048))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "narrow.npz").read_bytes()[:300])
+    write_npz(tmp_path / "declared.npz", mu=("<f8", (10**12,)), sigma=("<f8", (10**6, 10**6)))
+    identity = {"name": "inception", "vector": "pool_3"}
+    feature_file(tmp_path / "broken.npz", identity, features=np.full((9, 3), np.nan, np.float32))
+    for name in ("narrow", "nan", "shape", "text", "cut", "declared", "broken", "nowhere"):
+        with pytest.raises(UserError) as refused:
+            evaluate(tmp_path / "images.npz", tmp_path / f"{name}.npz", Description(encoder="inception"))
+        assert "\n" not in str(refused.value)
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="statistics and no images; tiny-vit needs them"):
+        evaluate(tmp_path / "images.npz", tmp_path / "statistics.npz", Description(encoder="tiny-vit"))
+    assert asked == []
+    reference = feature_file(tmp_path / "reference.npz", identity, features=numbers(0, 9, 3))
+    for against in (reference, tmp_path / "images.npz"):  # both sets are one command's, which looks at all before
+        with pytest.raises(SystemExit):
+            evaluate(tmp_path / "images.npz", against, Description(encoder="inception"))
+    assert f"--like={reference}" in asked[0]
+    assert asked[1][4:6] == [str(tmp_path / "images.npz")] * 2
+
+
+def test_a_reference_is_described_once_for_all_runs(tmp_path: Path, asked: list[list[str]], micro_run: Path) -> None:
+    """Beside the runs; by --cache elsewhere; and another crop of it is another file."""
+    places = []
+    for name, options in (("a", {}), ("b", {}), ("b", {"cache": tmp_path / "kept"})):
+        run = tmp_path / "runs" / name
+        shutil.copytree(micro_run, run, dirs_exist_ok=True)
+        (run / "samples-1").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit):
+            evaluate(run / "samples-1", tmp_path, Description(encoder="tiny-vit"), **options)  # type: ignore[arg-type]
+        places.append(Path(asked[-1][asked[-1].index("--out") + 2]))
+    assert places[0] == places[1]
+    assert places[0].parent == tmp_path / "runs" / "reference-features"
+    assert places[2] == tmp_path / "kept" / places[0].name
+    with pytest.raises(SystemExit):
+        evaluate(run / "samples-1", tmp_path, Description(encoder="tiny-vit", resolution=8))
+    assert Path(asked[-1][asked[-1].index("--out") + 2]) != places[0]
+
+
+def test_broken_images_and_links_in_a_reference(tmp_path: Path) -> None:
+    """A folder with links and a broken JPEG gives the distance of the same folder without; the broken one is named."""
+    rng = np.random.default_rng(0)
+    for name in ("generated", "plain"):
+        (tmp_path / name / "class0").mkdir(parents=True)
+        for i in range(8):
+            picture = Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8))
+            picture.save(tmp_path / name / "class0" / f"{i}.png")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "class0").symlink_to(tmp_path / "plain" / "class0")
+    (tmp_path / "linked" / "again").symlink_to(".")
+    (tmp_path / "linked" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    results = []
+    for name in ("plain", "linked"):
+        options = ["--reference", str(tmp_path / name), "--encoder", "tiny-vit", "--device", "cpu"]
+        assert main(["evaluate", str(tmp_path / "generated"), *options]) == 0
+        results.append(json.loads((tmp_path / "generated-evaluation" / "tiny-vit.json").read_text()))
+    plain, linked = results
+    assert plain["metrics"] == linked["metrics"]
+    assert plain["reference"]["digest"] == linked["reference"]["digest"]
+    assert [name for name, _ in linked["reference"]["failed"]] == ["broken.jpg"]
+    assert any("1 reference images could not be read" in text for text in linked["warnings"])
+
+
+def test_a_line_that_a_kill_cut_short_is_lost_and_no_other(tmp_path: Path) -> None:
+    line = {"name": "vit", "step": 1, "metrics": {"fd": {"value": 1.0}}}
+    (tmp_path / RUN_RECORD).write_text(json.dumps(line) + '\n{"name": "v')
+    assert len(read_record(tmp_path)) == 1
+    append_line(tmp_path / RUN_RECORD, json.dumps({**line, "step": 2}))
+    assert [found.step for found in read_record(tmp_path)] == [1, 2]
+    (tmp_path / RUN_RECORD).write_text(json.dumps(line))  # by hand, without an end
+    append_line(tmp_path / RUN_RECORD, json.dumps({**line, "step": 2}))
+    assert [found.step for found in read_record(tmp_path)] == [1, 2]
+    (tmp_path / RUN_RECORD).write_text('{"name": "v\n' + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"evaluations\.jsonl line 1 is damaged.*remove the line"):
+        read_record(tmp_path)
+
+
 def test_missing_weights_are_one_line_that_says_what_to_fetch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    np.savez(tmp_path / "a.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.npz")])
     assert ended.value.code == 2
@@ -223,7 +321,9 @@ def test_inception_against_a_reference_batch_with_images_and_statistics(tmp_path
     assert main(["evaluate", str(tmp_path / "generated.npz"), "--reference", str(tmp_path / "adm.npz"), *options]) == 0
     result = json.loads((tmp_path / "out" / "inception.json").read_text())
     assert list(result["metrics"]) == ["fid", "sfid", "inception_score", "precision", "recall"]
-    generated, reference = (open_feature_file(tmp_path / "out" / f"{name}-inception.npz") for name in NAMES)
+    generated = open_feature_file(tmp_path / "out" / "generated-inception.npz")
+    (path,) = (tmp_path / "out").glob("adm-*-inception.npz")
+    reference = open_feature_file(path)
     x, y = generated.read("features"), reference.read("features")
     mine = np.cov(
         x.astype(np.float64), rowvar=False

@@ -29,7 +29,7 @@ from trainer.evaluation.hidden_states import (
     pooled_hidden_states,
 )
 from trainer.evaluation.probe import probe
-from trainer.evaluation.run_record import read_runs
+from trainer.evaluation.run_record import RunRecord, read_runs
 from trainer.evaluation.sweep import SweepConfig, open_samples, parse_blocks, pooled_features, sweep
 from trainer.train import train
 
@@ -169,6 +169,16 @@ def test_the_commands_write_json_and_a_picture(micro_run: Path, tmp_path: Path) 
         assert (tmp_path / f"{out.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def points_of(record: RunRecord, measure: str) -> list[dict[str, object]]:
+    found = record.measured[measure]
+    assert found is not None
+    written = json.loads((record.path / "analysis" / f"{measure}.json").read_text())["points"]
+    assert [(p.step, p.t, p.block, p.value(measure)) for p in found.points] == [
+        (p["step"], p["t"], p["block"], p[measure]) for p in written
+    ]
+    return written
+
+
 def linked(run: Path, to: Path) -> Path:
     """The same run in a folder that may be written to."""
     to.mkdir()
@@ -179,7 +189,11 @@ def linked(run: Path, to: Path) -> Path:
 
 def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> None:
     run, plain = linked(micro_run, tmp_path / "recorded"), linked(micro_run, tmp_path / "micro")
-    lines = [{"name": "vit", "step": step, "metrics": {"fd": {"value": 10.0 - step}}} for step in (2, 3, 99)]
+    vit = {"name": "vit", "encoder": {"name": "vit"}, "reference": {"path": "/reference"}}
+    lines = [
+        {**vit, "step": step, "metrics": {"fd": {"value": 10.0 - step, "n_generated": 9, "n_reference": 9}}}
+        for step in (2, 3, 99)
+    ]
     (run / RUN_RECORD).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
     config = SweepConfig(times=(0.3, 0.6), k=5, device="cpu")
     write_analysis([plain, run], config, tmp_path / "figures")
@@ -197,14 +211,16 @@ def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> 
     assert against["y"] == [8.0, 7.0]
     assert against["x"] == over_training["y"][1:]
     for record in read_runs([plain, run]):  # and the report finds it
-        assert record.points["probe"] == [point for point in measured if "probe" in point]
-        assert record.points["cknna"] == measured
-        assert record.compared_with == "tiny-vit"
+        assert points_of(record, "probe") == [point for point in measured if "probe" in point]
+        assert points_of(record, "cknna") == measured
+        found = record.measured["cknna"]
+        assert found is not None
+        assert found.features.path == FEATURES
     (run / "analysis/probe.json").write_text('{"by": "probe", "points": []}')  # with other options, and hours of work
     (plain / "analysis/cknna.json").write_text('{"by": "analyse", "points": []}')
     write_analysis([plain, run], config, tmp_path / "figures")
-    assert read_runs([run])[0].points["probe"] == []
-    assert read_runs([plain])[0].points["cknna"] == measured
+    assert points_of(read_runs([run])[0], "probe") == []
+    assert points_of(read_runs([plain])[0], "cknna") == measured
     with pytest.raises(UserError, match="named twice"):
         write_analysis([run, run], config, tmp_path / "figures")
 
