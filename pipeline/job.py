@@ -137,6 +137,7 @@ class _Driver:
         )(decode_unit)
         self.decoding: dict[Any, tuple[int, Any, float]] = {}  # meta ref → unit, images ref, deadline
         self.decoded: deque[Decoded] = deque()
+        self.suspects: deque[Decoded] = deque()  # decoded, too: they need an encoder that has nothing in hand
         self.meter = Meter(resources.encoders, resources.decoders)
         self.store_peak_bytes = 0
         self.looked_s = 0.0
@@ -161,15 +162,17 @@ class _Driver:
                     said = True
                     display.say(f"no encoder is up for {PATIENCE_S:.0f} s: {self._why_waiting()}")
                 self._hand_out_decodes()
-                self.decoded = deque(decoded for decoded in self.decoded if not self.pool.offer(decoded))
+                self._offer()
                 self.meter.step(now_s, self.pool.n_up, self.pool.n_idle)
                 for ref in self._wait():
                     if ref in self.decoding:
                         self._settle_decode(ref)
                     else:
                         self._settle_encode(ref, display)
-                self._end_overdue()
-                self._look_at_cluster()
+                if now_s - self.looked_s > POLL_S:  # what goes by the clock costs something for all that is out
+                    self.looked_s = now_s
+                    self._end_overdue()
+                    self._look_at_cluster()
         return Outcome(
             n_images=self.meter.n_images,
             n_failed=self.n_failed,
@@ -198,12 +201,21 @@ class _Driver:
             )
             self.decoding[meta] = (unit, images, time.monotonic() + self.config.unit_timeout_s)
 
+    def _offer(self) -> None:
+        """Hand decoded units to encoders until none has room; suspects first, which few can take."""
+        for queue in (self.suspects, self.decoded):
+            while queue and self.pool.offer(queue[0]):
+                queue.popleft()
+
     def _wait(self) -> list[Any]:
+        """What is back, waiting for the first. All of it: asking costs as much for one as for all that is out."""
         refs = [*self.decoding, *self.pool.refs]
         if not refs:
             time.sleep(POLL_S)
             return []
-        done, _ = ray.wait(refs, num_returns=1, timeout=POLL_S, fetch_local=False)
+        done, rest = ray.wait(refs, num_returns=1, timeout=POLL_S, fetch_local=False)
+        if done and rest:
+            done += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         return done
 
     def _settle_decode(self, ref: Any) -> None:
@@ -219,7 +231,8 @@ class _Driver:
             timings_s=timings_s,
             paths=self.plan.missing[unit],
         )
-        self.decoded.append(Decoded(block, images, self.ledger.is_suspect(unit)))
+        suspect = self.ledger.is_suspect(unit)
+        (self.suspects if suspect else self.decoded).append(Decoded(block, images, suspect))
 
     def _settle_encode(self, ref: Any, display: Display) -> None:
         settled = self.pool.settle(ref)
@@ -251,15 +264,12 @@ class _Driver:
                 ray.cancel(ref, force=True)
 
     def _look_at_cluster(self) -> None:
-        now_s = time.perf_counter()
-        if now_s - self.looked_s > POLL_S:
-            self.looked_s = now_s
-            if not self.resources.encoder_gpus:
-                # Encoders of a lost node, started again beside the others, would take the CPUs that decode.
-                n_cpus = int(ray.cluster_resources().get("CPU", 0))
-                self.pool.fit((n_cpus - self.resources.decode_cpus) // self.resources.encoder_cpus)
-            free = ray.available_resources().get("object_store_memory", self.resources.store_bytes)
-            self.store_peak_bytes = max(self.store_peak_bytes, int(self.resources.store_bytes - free))
+        if not self.resources.encoder_gpus:
+            # Encoders of a lost node, started again beside the others, would take the CPUs that decode.
+            n_cpus = int(ray.cluster_resources().get("CPU", 0))
+            self.pool.fit((n_cpus - self.resources.decode_cpus) // self.resources.encoder_cpus)
+        free = ray.available_resources().get("object_store_memory", self.resources.store_bytes)
+        self.store_peak_bytes = max(self.store_peak_bytes, int(self.resources.store_bytes - free))
 
     def _check_budget(self) -> None:
         allowed = allowed_failures(self.config.max_failures, len(self.plan.index))
