@@ -4,9 +4,9 @@
 
 `pipeline.job._Driver` runs as it is, on a stand-in for Ray whose tasks and calls are done as soon as they are asked
 for: what is measured is the driver's own bookkeeping, and no Ray. Refs come back in the order of `ray.wait`'s argument,
-decodes before encodes, so that decoded units queue up before encoders that have no room, as they do where encoding holds
-the run back. `--real` adds runs on a cluster of this machine with decoders and encoders that do nothing: there Ray's
-own cost of two calls a unit comes in.
+decodes before encodes, so that decoded units queue up before encoders that have no room, as they do where encoding
+holds the run back. `--real` adds a run on a cluster of this machine with decoders and encoders that do nothing: there
+Ray's own cost of two calls a unit comes in.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-s", type=float, default=60.0, help="cut a case short after so long (default 60)")
     parser.add_argument("--real", type=int, default=0, metavar="UNITS", help="so many units on Ray as well")
-    parser.add_argument("--out", type=Path, default=RESULTS / "driver.md", help="(default benchmarks/results/driver.md)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "driver.md", help="(default benchmarks/results/driver.md)"
+    )
     args = parser.parse_args()
     prepare_ray("")
     header = ["what", "units", "encoders", "decoders", "units driven", "units/s", "ms a unit"]

@@ -22,8 +22,8 @@ MIN_UNITS_AN_ENCODER = 3  # before anything is concluded: the first ones load mo
 class Meter:
     """Counts; no clock of its own, so that it is tested by itself. Times are seconds of one monotonic clock.
 
-    What was lately is a sum over a window that is kept up as entries come and go, so that neither a unit nor a question
-    costs more after a hundred thousand units. The sums are of whole nanoseconds: what leaves them leaves nothing behind.
+    What was lately is a sum over a window, kept up as entries come and go: neither a unit nor a question costs more
+    after a hundred thousand units. The sums are of whole nanoseconds, so that what leaves them leaves nothing behind.
     """
 
     def __init__(self, n_encoders: int, n_decoders: int) -> None:
