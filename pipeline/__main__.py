@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
     if command == "tasks":
         from pipeline.ray_environment import prepare_ray
 
-        prepare_ray(args["ray_address"])
+        args["ray_address"] = prepare_ray(args["ray_address"])
         from pipeline.tasks import run_tasks  # imports Ray
 
         return run_tasks(**args)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 import pipeline
 import storage
 from pipeline.ray_environment import LOOPBACK
+from pipeline.ray_folder import ray_folder
 from pipeline.resources import cores
 from storage.errors import UserError
 
@@ -27,7 +29,7 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
     """Connect to the cluster at `address` ("auto", "host:port", "ray://host:port"), or start and stop one when empty.
 
     `packages` reach the workers of a cluster that is joined beside our own two, and are not imported here.
-    Raises UserError when nothing answers at the address.
+    Raises UserError when nothing answers at the address, or when Ray cannot work on this machine.
     """
     options: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -36,30 +38,32 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
     }
     if not verbose:
         _silence_raylets()
-    if address:
-        del options["include_dashboard"]
-        modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)]
-        modules += [_location(package) for package in packages]
-        options |= {"address": address, "runtime_env": {"py_modules": modules}}
-    else:
-        # "local" starts a cluster of our own even where the machine already runs one. Two cores at least, so that an
-        # encoder and a decoder can be placed side by side.
-        options |= {
-            "address": "local",
-            "_node_ip_address": LOOPBACK,
-            "num_cpus": max(2, cores()),
-        }
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"cannot join the Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:400]}; start "
-            "one with `ray start --head`, or leave RAY_ADDRESS empty to have one started for this run"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        if address:
+            del options["include_dashboard"]
+            modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)]
+            modules += [_location(package) for package in packages]
+            options |= {"address": address, "runtime_env": {"py_modules": modules}}
+            failed = f"cannot join the Ray cluster at {address}"
+            fix = "start one with `ray start --head`, or leave RAY_ADDRESS empty to have one started for this run"
+        else:
+            # "local" starts a cluster of our own even where the machine already runs one. Two cores at least, so that
+            # an encoder and a decoder can be placed side by side.
+            folder = stack.enter_context(ray_folder())
+            options |= {
+                "address": "local",
+                "_node_ip_address": LOOPBACK,
+                "_temp_dir": folder,
+                "num_cpus": max(2, cores()),
+            }
+            failed = "Ray cannot be started on this machine"
+            fix = "set RAY_TMPDIR to a folder, and look there for its logs"
+        stack.callback(ray.shutdown)  # what it has started before it failed, too
+        try:
+            ray.init(**options)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise UserError(f"{failed}: {' '.join(str(error).split())[:400]}; {fix}") from error
         yield
-    finally:
-        ray.shutdown()
 
 
 def _location(package: str) -> str:

@@ -10,7 +10,6 @@ times and given up, and a node that is lost costs its units one attempt. Blocks 
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from pipeline.cluster import ray_cluster
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.dispatch import Ledger
@@ -31,7 +29,7 @@ from pipeline.plan import Plan
 from pipeline.progress import Display, Meter
 from pipeline.resources import Node, Resources, share_out
 from pipeline.sources import Source
-from storage.console import Stop, stop_on_signals
+from storage.console import Stop
 from storage.errors import UserError
 
 POLL_S = 0.5
@@ -53,16 +51,6 @@ class Outcome:
     store_peak_bytes: int
 
 
-def run(config: PrecomputeConfig, plan: Plan, source: Source, run_id: str) -> Outcome:
-    """Encode and publish every missing unit of the plan, on the cluster that the configuration names.
-
-    Raises UserError when too many samples fail, the disk is full or the encoders cannot be loaded; units that fail
-    three times are in the outcome. On Ctrl-C the cluster is left or stopped, and what was published stays.
-    """
-    with stop_on_signals(signal.SIGINT) as stop, ray_cluster(config.ray_address, verbose=config.verbose):
-        return run_on_cluster(config, plan, source, run_id, stop=stop)
-
-
 def run_on_cluster(
     config: PrecomputeConfig,
     plan: Plan,
@@ -72,7 +60,11 @@ def run_on_cluster(
     stop: Stop | None = None,
     encoder: type[UnitEncoder] = UnitEncoder,
 ) -> Outcome:
-    """`run` on the cluster that Ray is connected to, with any kind of encoding actor."""
+    """Encode and publish every missing unit of the plan on the cluster that Ray is connected to.
+
+    Raises UserError when too many samples fail, the disk is full or the encoders cannot be loaded, KeyboardInterrupt
+    when `stop` says so; units that fail three times are in the outcome. What was published stays, however it ends.
+    """
     nodes = [
         Node(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
         for node in ray.nodes()
