@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 import pipeline
 import storage
@@ -22,6 +23,8 @@ from pipeline.ray_environment import LOOPBACK
 from pipeline.ray_folder import ray_folder
 from pipeline.resources import cores
 from storage.errors import UserError
+
+SHARED_MEMORY = "/dev/shm"
 
 
 @contextlib.contextmanager
@@ -56,12 +59,16 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
                 "_temp_dir": folder,
                 "num_cpus": max(2, cores()),
             }
+            if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):  # Ray would wait for a raylet that cannot start
+                print(f"{SHARED_MEMORY} cannot be written: decoded units pass through {folder}", file=sys.stderr)
+                os.makedirs(folder, exist_ok=True)
+                options["_plasma_directory"] = folder
             failed = "Ray cannot be started on this machine"
             fix = "set RAY_TMPDIR to a folder, and look there for its logs"
         stack.callback(ray.shutdown)  # what it has started before it failed, too
         try:
             ray.init(**options)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
+        except Exception as error:  # Ray raises it as such where a process of its own does not come up
             raise UserError(f"{failed}: {' '.join(str(error).split())[:400]}; {fix}") from error
         yield
 

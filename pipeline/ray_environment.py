@@ -23,7 +23,7 @@ from storage.errors import UserError
 PROBE_TIMEOUT_S = 5.0
 LOOPBACK = "127.0.0.1"
 HERE = "local"  # as an address: a cluster of this run's own, also where RAY_ADDRESS names another
-ADDRESS = re.compile(r"(ray://)?(\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:/\[\]@]+)):(?P<port>[0-9]{1,5})")
+ADDRESS = re.compile(r"(ray://)?(\[(?P<v6>[\w:.%]+)\]|(?P<host>[^\s:/\[\]@]+)):(?P<port>[0-9]{1,5})")
 ASK = """
 import sys
 from ray._private.services import canonicalize_bootstrap_address
