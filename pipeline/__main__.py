@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
     add_features_options(commands.add_parser("features", help="one vector an image, for the trainer's evaluate"))
     tasks = commands.add_parser("tasks", help="run command lines as Ray tasks")
     tasks.add_argument("listed", type=Path, help="JSON file of tasks")
-    tasks.add_argument("--ray-address", default="", help="cluster to join; empty: start one here and stop it")
+    tasks.add_argument("--ray-address", default="", help="cluster to join; empty or local: start one here and stop it")
     demo = commands.add_parser("demo", help="both stages on the built-in photographs")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
     demo.add_argument("--steps", type=int, default=None, help="training steps (default 500)")
@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     if command == "tasks":
         from pipeline.ray_environment import prepare_ray
 
-        prepare_ray(args["ray_address"])
+        args["ray_address"] = prepare_ray(args["ray_address"])
         from pipeline.tasks import run_tasks  # imports Ray
 
         return run_tasks(**args)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ import ray
 import pipeline
 import storage
 from pipeline.ray_environment import LOOPBACK
+from pipeline.ray_folder import ray_folder
 from pipeline.resources import cores
 from storage.errors import UserError
+
+SHARED_MEMORY = "/dev/shm"
 
 
 @contextlib.contextmanager
@@ -27,7 +32,7 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
     """Connect to the cluster at `address` ("auto", "host:port", "ray://host:port"), or start and stop one when empty.
 
     `packages` reach the workers of a cluster that is joined beside our own two, and are not imported here.
-    Raises UserError when nothing answers at the address.
+    Raises UserError when nothing answers at the address, or when Ray cannot work on this machine.
     """
     options: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -36,30 +41,36 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
     }
     if not verbose:
         _silence_raylets()
-    if address:
-        del options["include_dashboard"]
-        modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)]
-        modules += [_location(package) for package in packages]
-        options |= {"address": address, "runtime_env": {"py_modules": modules}}
-    else:
-        # "local" starts a cluster of our own even where the machine already runs one. Two cores at least, so that an
-        # encoder and a decoder can be placed side by side.
-        options |= {
-            "address": "local",
-            "_node_ip_address": LOOPBACK,
-            "num_cpus": max(2, cores()),
-        }
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"cannot join the Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:400]}; start "
-            "one with `ray start --head`, or leave RAY_ADDRESS empty to have one started for this run"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        if address:
+            del options["include_dashboard"]
+            modules = [str(Path(module.__path__[0])) for module in (pipeline, storage)]
+            modules += [_location(package) for package in packages]
+            options |= {"address": address, "runtime_env": {"py_modules": modules}}
+            failed = f"cannot join the Ray cluster at {address}"
+            fix = "start one with `ray start --head`, or leave RAY_ADDRESS empty to have one started for this run"
+        else:
+            # "local" starts a cluster of our own even where the machine already runs one. Two cores at least, so that
+            # an encoder and a decoder can be placed side by side.
+            folder = stack.enter_context(ray_folder())
+            options |= {
+                "address": "local",
+                "_node_ip_address": LOOPBACK,
+                "_temp_dir": folder,
+                "num_cpus": max(2, cores()),
+            }
+            if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):  # Ray would wait for a raylet that cannot start
+                print(f"{SHARED_MEMORY} cannot be written: decoded units pass through {folder}", file=sys.stderr)
+                os.makedirs(folder, exist_ok=True)
+                options["_plasma_directory"] = folder
+            failed = "Ray cannot be started on this machine"
+            fix = "set RAY_TMPDIR to a folder, and look there for its logs"
+        stack.callback(ray.shutdown)  # what it has started before it failed, too
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray raises it as such where a process of its own does not come up
+            raise UserError(f"{failed}: {' '.join(str(error).split())[:400]}; {fix}") from error
         yield
-    finally:
-        ray.shutdown()
 
 
 def _location(package: str) -> str:

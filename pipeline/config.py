@@ -62,7 +62,7 @@ class PrecomputeConfig:
     redo_failed: bool = option(
         "do every unit again that holds failed images and whose images have changed or can be decoded now", False
     )
-    ray_address: str = option("Ray cluster to join (auto, host:port); empty: start one here and stop it", "")
+    ray_address: str = option("Ray cluster to join (auto, host:port); empty or local: start one here and stop it", "")
     encoders: int = option("encoding actors; 0: one a GPU, or one a node when there is none", 0)
     encoder_cpus: int = option("CPU cores of an encoding actor; 0: 1 with a GPU, else half of the smallest node", 0)
     decode_cpus: int = option("CPU cores that a decode task reserves; it uses one", 1)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import ray
@@ -65,40 +66,38 @@ class EncoderPool:
         self._asked: dict[Any, _Encoder] = {}
         self._ask_at: list[tuple[float, _Encoder]] = []
         self._deadline_s: dict[Any, float] = {}
+        self._holder: dict[Any, _Encoder] = {}  # of each call
+        # Kept up to date by `_book`, so that a question costs the same for one encoder and for a hundred.
+        self._up: set[_Encoder] = set()
+        self._free: list[dict[_Encoder, None]] = [{} for _ in range(CALLS_IN_HAND)]  # position = calls in hand
         for encoder in self._encoders:
             self._ask(encoder)
 
     @property
     def n_up(self) -> int:
         """Encoders that have answered."""
-        return sum(encoder.up for encoder in self._encoders)
+        return len(self._up)
 
     @property
     def n_idle(self) -> int:
         """Encoders that are up and have nothing in hand."""
-        return sum(encoder.up and not encoder.in_hand for encoder in self._encoders)
+        return len(self._free[0])
 
     @property
     def refs(self) -> list[Any]:
         """What to wait for."""
-        return [*self._asked, *(ref for encoder in self._encoders for ref in encoder.in_hand)]
+        return [*self._asked, *self._holder]
 
     def offer(self, decoded: Decoded) -> bool:
         """Hand a unit to the encoder with the least in hand; false when none has room."""
-        limit = 1 if decoded.suspect else CALLS_IN_HAND
-        candidates = [
-            encoder
-            for encoder in self._encoders
-            if encoder.up
-            and len(encoder.in_hand) < limit
-            and not any(other.suspect for other in encoder.in_hand.values())
-        ]
-        if not candidates:
+        encoder = next(chain.from_iterable(self._free[: 1 if decoded.suspect else CALLS_IN_HAND]), None)
+        if encoder is None:
             return False
-        encoder = min(candidates, key=lambda encoder: len(encoder.in_hand))
         ref = encoder.actor.encode_and_publish.remote(decoded.images, decoded.block, time.time())
         encoder.in_hand[ref] = decoded
+        self._holder[ref] = encoder
         self._deadline_s[ref] = time.monotonic() + self._timeout_s
+        self._book(encoder)
         return True
 
     def settle(self, ref: Any) -> Settled | None:
@@ -106,15 +105,16 @@ class EncoderPool:
         if ref in self._asked:
             self._settle_ready(self._asked.pop(ref), ref)
             return None
-        encoder = next(encoder for encoder in self._encoders if ref in encoder.in_hand)
+        encoder = self._holder.pop(ref)
         decoded = encoder.in_hand.pop(ref)
         self._deadline_s.pop(ref, None)
+        self._book(encoder)
         try:
             return Settled(decoded=decoded, encode_s=ray.get(ref))
         except RayTaskError as error:  # raised inside the actor, which lives
             if encoder.up and GPU_FAILED.search(str(error)):
                 ray.kill(encoder.actor, no_restart=False)
-                encoder.up = False
+                self._book(encoder, up=False)
                 self._ask_at.append((time.monotonic() + ASK_AGAIN_S, encoder))  # not at once: it may live to answer
             return Settled(decoded=decoded, error=error)
         except RayError as error:
@@ -130,7 +130,7 @@ class EncoderPool:
         for encoder in due:
             self._ask(encoder)
         for ref in [ref for ref, deadline_s in self._deadline_s.items() if deadline_s < now_s]:
-            encoder = next(encoder for encoder in self._encoders if ref in encoder.in_hand)
+            encoder = self._holder[ref]
             for other in encoder.in_hand:
                 self._deadline_s.pop(other, None)
             ray.kill(encoder.actor, no_restart=False)
@@ -140,6 +140,7 @@ class EncoderPool:
         spare = sorted((encoder for encoder in self._encoders if not encoder.in_hand), key=lambda encoder: encoder.up)
         for encoder in spare[: max(0, len(self._encoders) - max(1, room))]:
             self._encoders.remove(encoder)
+            self._book(encoder, up=False)
             ray.kill(encoder.actor)
         for _ in range(min(room, self._wanted) - len(self._encoders)):
             encoder = _Encoder(self._make())
@@ -151,8 +152,20 @@ class EncoderPool:
         for encoder in self._encoders:
             ray.kill(encoder.actor)
 
+    def _book(self, encoder: _Encoder, *, up: bool | None = None) -> None:
+        """Note whether the encoder is up, where that is news, and what room it has."""
+        if up is not None:
+            encoder.up = up
+            (self._up.add if up else self._up.discard)(encoder)
+        for free in self._free:
+            free.pop(encoder, None)
+        n_in_hand = len(encoder.in_hand)
+        has_suspect = any(decoded.suspect for decoded in encoder.in_hand.values())
+        if encoder.up and n_in_hand < CALLS_IN_HAND and not has_suspect:
+            self._free[n_in_hand][encoder] = None
+
     def _ask(self, encoder: _Encoder) -> None:
-        encoder.up = False
+        self._book(encoder, up=False)
         self._asked[encoder.actor.ready.remote()] = encoder
 
     def _settle_ready(self, encoder: _Encoder, ref: Any) -> None:
@@ -178,7 +191,8 @@ class EncoderPool:
                 raise UserError(f"{what}; no other is left") from error
             print(f"{what}; {len(self._encoders)} are left", file=sys.stderr)
             return
-        encoder.up, encoder.failed_loads, encoder.restarts = True, 0, 0
+        encoder.failed_loads = encoder.restarts = 0
+        self._book(encoder, up=True)
 
 
 def _is_dead(error: RayActorError) -> bool:

@@ -10,7 +10,6 @@ times and given up, and a node that is lost costs its units one attempt. Blocks 
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from pipeline.cluster import ray_cluster
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.dispatch import Ledger
@@ -31,7 +29,7 @@ from pipeline.plan import Plan
 from pipeline.progress import Display, Meter
 from pipeline.resources import Node, Resources, share_out
 from pipeline.sources import Source
-from storage.console import Stop, stop_on_signals
+from storage.console import Stop
 from storage.errors import UserError
 
 POLL_S = 0.5
@@ -53,16 +51,6 @@ class Outcome:
     store_peak_bytes: int
 
 
-def run(config: PrecomputeConfig, plan: Plan, source: Source, run_id: str) -> Outcome:
-    """Encode and publish every missing unit of the plan, on the cluster that the configuration names.
-
-    Raises UserError when too many samples fail, the disk is full or the encoders cannot be loaded; units that fail
-    three times are in the outcome. On Ctrl-C the cluster is left or stopped, and what was published stays.
-    """
-    with stop_on_signals(signal.SIGINT) as stop, ray_cluster(config.ray_address, verbose=config.verbose):
-        return run_on_cluster(config, plan, source, run_id, stop=stop)
-
-
 def run_on_cluster(
     config: PrecomputeConfig,
     plan: Plan,
@@ -72,7 +60,11 @@ def run_on_cluster(
     stop: Stop | None = None,
     encoder: type[UnitEncoder] = UnitEncoder,
 ) -> Outcome:
-    """`run` on the cluster that Ray is connected to, with any kind of encoding actor."""
+    """Encode and publish every missing unit of the plan on the cluster that Ray is connected to.
+
+    Raises UserError when too many samples fail, the disk is full or the encoders cannot be loaded, KeyboardInterrupt
+    when `stop` says so; units that fail three times are in the outcome. What was published stays, however it ends.
+    """
     nodes = [
         Node(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
         for node in ray.nodes()
@@ -137,6 +129,7 @@ class _Driver:
         )(decode_unit)
         self.decoding: dict[Any, tuple[int, Any, float]] = {}  # meta ref → unit, images ref, deadline
         self.decoded: deque[Decoded] = deque()
+        self.suspects: deque[Decoded] = deque()  # decoded, too: they need an encoder that has nothing in hand
         self.meter = Meter(resources.encoders, resources.decoders)
         self.store_peak_bytes = 0
         self.looked_s = 0.0
@@ -161,15 +154,17 @@ class _Driver:
                     said = True
                     display.say(f"no encoder is up for {PATIENCE_S:.0f} s: {self._why_waiting()}")
                 self._hand_out_decodes()
-                self.decoded = deque(decoded for decoded in self.decoded if not self.pool.offer(decoded))
+                self._offer()
                 self.meter.step(now_s, self.pool.n_up, self.pool.n_idle)
                 for ref in self._wait():
                     if ref in self.decoding:
                         self._settle_decode(ref)
                     else:
                         self._settle_encode(ref, display)
-                self._end_overdue()
-                self._look_at_cluster()
+                if now_s - self.looked_s > POLL_S:  # what goes by the clock costs something for all that is out
+                    self.looked_s = now_s
+                    self._end_overdue()
+                    self._look_at_cluster()
         return Outcome(
             n_images=self.meter.n_images,
             n_failed=self.n_failed,
@@ -198,12 +193,21 @@ class _Driver:
             )
             self.decoding[meta] = (unit, images, time.monotonic() + self.config.unit_timeout_s)
 
+    def _offer(self) -> None:
+        """Hand decoded units to encoders until none has room; suspects first, which few can take."""
+        for queue in (self.suspects, self.decoded):
+            while queue and self.pool.offer(queue[0]):
+                queue.popleft()
+
     def _wait(self) -> list[Any]:
+        """What is back, waiting for the first. All of it: asking costs as much for one as for all that is out."""
         refs = [*self.decoding, *self.pool.refs]
         if not refs:
             time.sleep(POLL_S)
             return []
-        done, _ = ray.wait(refs, num_returns=1, timeout=POLL_S, fetch_local=False)
+        done, rest = ray.wait(refs, num_returns=1, timeout=POLL_S, fetch_local=False)
+        if done and rest:
+            done += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         return done
 
     def _settle_decode(self, ref: Any) -> None:
@@ -221,7 +225,8 @@ class _Driver:
             crcs=crcs,
             redo=self.plan.redo.get(unit, ()),
         )
-        self.decoded.append(Decoded(block, images, self.ledger.is_suspect(unit)))
+        suspect = self.ledger.is_suspect(unit)
+        (self.suspects if suspect else self.decoded).append(Decoded(block, images, suspect))
 
     def _settle_encode(self, ref: Any, display: Display) -> None:
         settled = self.pool.settle(ref)
@@ -253,15 +258,12 @@ class _Driver:
                 ray.cancel(ref, force=True)
 
     def _look_at_cluster(self) -> None:
-        now_s = time.perf_counter()
-        if now_s - self.looked_s > POLL_S:
-            self.looked_s = now_s
-            if not self.resources.encoder_gpus:
-                # Encoders of a lost node, started again beside the others, would take the CPUs that decode.
-                n_cpus = int(ray.cluster_resources().get("CPU", 0))
-                self.pool.fit((n_cpus - self.resources.decode_cpus) // self.resources.encoder_cpus)
-            free = ray.available_resources().get("object_store_memory", self.resources.store_bytes)
-            self.store_peak_bytes = max(self.store_peak_bytes, int(self.resources.store_bytes - free))
+        if not self.resources.encoder_gpus:
+            # Encoders of a lost node, started again beside the others, would take the CPUs that decode.
+            n_cpus = int(ray.cluster_resources().get("CPU", 0))
+            self.pool.fit((n_cpus - self.resources.decode_cpus) // self.resources.encoder_cpus)
+        free = ray.available_resources().get("object_store_memory", self.resources.store_bytes)
+        self.store_peak_bytes = max(self.store_peak_bytes, int(self.resources.store_bytes - free))
 
     def _check_budget(self) -> None:
         refuse_too_many(self.n_failed, len(self.plan.index), self.config.max_failures, self.plan.root)

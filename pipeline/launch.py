@@ -35,7 +35,7 @@ def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, r
         raise UserError(f"--workers and --cpus must be at least 1, got {workers} and {cpus}")
     if not arguments:
         raise UserError("nothing to launch; end the command with -- train --store ROOT --run FOLDER")
-    prepare_ray(address)
+    address = prepare_ray(address)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
     import ray

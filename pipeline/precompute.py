@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from pipeline.plan import create, describe_plan, make_plan, require_space
 from pipeline.ray_environment import prepare_ray
 from pipeline.sources import open_source
 from storage import Staging
+from storage.console import stop_on_signals
 from storage.roots import absolute, open_root
 from storage.samples import REDO
 from storage.staging import refuse_foreign
@@ -85,18 +87,26 @@ def precompute(config: PrecomputeConfig) -> Summary:
         budget(plan.failed_standing)
         return dataclasses.replace(summary, device=DRY)
     groups = [*((group.layout, plan.digests[group.layout.path]) for group in plan.groups), *plan.others]
-    with Staging(root) as staging:
-        create(plan, source, staging)
-        if plan.failed_standing or not plan.missing:
+    if plan.failed_standing or not plan.missing:
+        with Staging(root) as staging:
+            create(plan, source, staging)
             write_failures(root, groups, plan.index, staging.run_id)  # a killed run has not
         budget(plan.failed_standing)
-        if not plan.missing:
-            return summary
-        prepare_ray(config.ray_address)
-        from pipeline.job import run  # imports Ray
+    if not plan.missing:
+        return summary
+    address = prepare_ray(config.ray_address)
+    from pipeline.cluster import ray_cluster  # imports Ray
+    from pipeline.job import run_on_cluster
 
+    # The cluster first: nothing is made on disk before it is there. On Ctrl-C it is left or stopped.
+    with (
+        stop_on_signals(signal.SIGINT) as stop,
+        ray_cluster(address, verbose=config.verbose),
+        Staging(root) as staging,
+    ):
+        create(plan, source, staging)
         try:
-            outcome = run(config, plan, source, staging.run_id)
+            outcome = run_on_cluster(config, plan, source, staging.run_id, stop=stop)
         finally:
             n_failed = write_failures(root, groups, plan.index, staging.run_id)
     for unit, history in outcome.given_up.items():

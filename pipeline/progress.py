@@ -20,25 +20,28 @@ MIN_UNITS_AN_ENCODER = 3  # before anything is concluded: the first ones load mo
 
 
 class Meter:
-    """Counts; no clock of its own, so that it is tested by itself. Times are seconds of one monotonic clock."""
+    """Counts; no clock of its own, so that it is tested by itself. Times are seconds of one monotonic clock.
+
+    What was lately is a sum over a window, kept up as entries come and go: neither a unit nor a question costs more
+    after a hundred thousand units. The sums are of whole nanoseconds, so that what leaves them leaves nothing behind.
+    """
 
     def __init__(self, n_encoders: int, n_decoders: int) -> None:
         self.n_encoders, self.n_decoders = n_encoders, n_decoders
         self.n_units = self.n_images = 0
         self.decode_s = self.encode_s = 0.0
-        self._steps: deque[tuple[float, float, float]] = deque()  # (until, encoder-seconds up, of which idle)
-        self._encoded: deque[tuple[float, float, int]] = deque()  # (at, seconds of encoding, images)
+        self._steps = _Recent()  # nanoseconds that encoders were up, of which idle
+        self._encoded = _Recent()  # nanoseconds of encoding, images
         self._at_s: float | None = None
 
     def step(self, now_s: float, n_up: int, n_idle: int) -> None:
         """Since the last step, `n_up` encoders were up and `n_idle` of them had nothing in hand."""
         if self._at_s is not None:
-            took_s = now_s - self._at_s
-            self._steps.append((now_s, took_s * n_up, took_s * n_idle))
+            took_ns = _ns(now_s - self._at_s)
+            self._steps.add(now_s, took_ns * n_up, took_ns * n_idle)
         self._at_s = now_s
-        for recent in (self._steps, self._encoded):
-            while recent and recent[0][0] < now_s - RECENT_S:
-                recent.popleft()
+        self._steps.forget(now_s - RECENT_S)
+        self._encoded.forget(now_s - RECENT_S)
 
     def unit_done(self, now_s: float, n_images: int, decode_s: float, encode_s: float) -> None:
         """A unit was published."""
@@ -46,19 +49,19 @@ class Meter:
         self.n_images += n_images
         self.decode_s += decode_s
         self.encode_s += encode_s
-        self._encoded.append((now_s, encode_s, n_images))
+        self._encoded.add(now_s, _ns(encode_s), n_images)
 
     @property
     def busy(self) -> float:
         """Share of the time that encoders were up and encoding, lately."""
-        up_s = sum(up_s for _, up_s, _ in self._steps)
-        return min(1.0, sum(encode_s for _, encode_s, _ in self._encoded) / up_s) if up_s else 0.0
+        up_ns, _ = self._steps.sums
+        return min(1.0, self._encoded.sums[0] / up_ns) if up_ns else 0.0
 
     @property
     def starved(self) -> float:
         """Share of the time that encoders were up with nothing in hand, lately."""
-        up_s = sum(up_s for _, up_s, _ in self._steps)
-        return sum(idle_s for _, _, idle_s in self._steps) / up_s if up_s else 0.0
+        up_ns, idle_ns = self._steps.sums
+        return idle_ns / up_ns if up_ns else 0.0
 
     @property
     def settled(self) -> bool:
@@ -73,15 +76,35 @@ class Meter:
     @property
     def images_per_s(self) -> float:
         """The rate lately: images after the first unit, over the time since it."""
-        if len(self._encoded) < 2:
-            return 0.0
-        span_s = self._encoded[-1][0] - self._encoded[0][0]
-        return sum(n for _, _, n in list(self._encoded)[1:]) / span_s if span_s else 0.0
+        entries = self._encoded.entries
+        span_s = entries[-1][0] - entries[0][0] if entries else 0.0
+        return (self._encoded.sums[1] - entries[0][2]) / span_s if span_s else 0.0
 
     @property
     def decoders_wanted(self) -> int:
         """Decoders that would keep every encoder busy."""
         return math.ceil(self.n_encoders * self.decode_s / self.encode_s) if self.encode_s else self.n_decoders
+
+
+class _Recent:
+    """Entries (when, a number, another), oldest first, and the sums of their numbers."""
+
+    def __init__(self) -> None:
+        self.entries: deque[tuple[float, int, int]] = deque()
+        self.sums = (0, 0)
+
+    def add(self, at_s: float, first: int, second: int) -> None:
+        self.entries.append((at_s, first, second))
+        self.sums = (self.sums[0] + first, self.sums[1] + second)
+
+    def forget(self, before_s: float) -> None:
+        while self.entries and self.entries[0][0] < before_s:
+            _, first, second = self.entries.popleft()
+            self.sums = (self.sums[0] - first, self.sums[1] - second)
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
 
 
 class Display:

@@ -7,6 +7,8 @@ input is one clear line and never a traceback, wherever it was found.
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import os
 import signal
 import sys
@@ -45,11 +47,13 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
 
     Ctrl-C, whenever it comes, ends with status 130 and one line; what was published before it stays.
     """
+    _make_output_safe()
     # Also where SIGINT was ignored at the start, as it is for what a script puts into the background.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupt)
     _interrupted.clear()
     try:
+        _require_directory()
         status = main(sys.argv[1:] if argv is None else argv)
         if _interrupted.is_set():
             raise KeyboardInterrupt
@@ -83,6 +87,43 @@ def say(*lines: str, flush: bool = False) -> None:
 
 def _text(name: object) -> str:
     return os.fsdecode(name) if isinstance(name, str | bytes) else str(name or "")
+
+
+def _require_directory() -> None:
+    """Raises UserError when the current directory was deleted: relative paths mean nothing, and libraries crash."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory is gone; cd into one that is there") from None
+
+
+SPELLED = str.maketrans({"×": "x", "·": "|", "→": "->", "…": "...", "−": "-"})
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """An error handler: what an output cannot take in other letters, or as an escape."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(SPELLED)
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def _make_output_safe() -> None:
+    """Let nothing that is printed end the work: an output of another encoding, or one that is closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would take its place, and be printed into
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+    codecs.register_error("spelled", _spell)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")  # None: Python has found it closed
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="spelled")
 
 
 _interrupted = threading.Event()  # what is raised inside a callback or a finaliser is lost, the note is not

@@ -44,7 +44,8 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     ablate.add_argument(
         "--ray-address",
-        default=os.environ.get("RAY_ADDRESS", ""),
+        type=str.strip,
+        default=os.environ.get("RAY_ADDRESS", "").strip(),
         help="Ray cluster to train on: auto, host:port or local (default RAY_ADDRESS); empty: runs in turn, here",
     )
 

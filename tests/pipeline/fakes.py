@@ -167,13 +167,13 @@ def main(argv: Sequence[str]) -> int:
     plan = plan_of(store, source.listing().index, shard_rows=config.shard_rows, width=options.get("width", 24))
     from pipeline.ray_environment import prepare_ray
 
-    prepare_ray(config.ray_address)
+    address = prepare_ray(config.ray_address)
     from pipeline.cluster import ray_cluster
     from pipeline.job import run_on_cluster
 
     with Staging(plan.root) as staging:
         create(plan, source, staging)
-        with ray_cluster(config.ray_address, verbose=config.verbose):
+        with ray_cluster(address, verbose=config.verbose):
             outcome = run_on_cluster(config, plan, source, staging.run_id, encoder=NumpyEncoder)
     print("OUTCOME", json.dumps(dataclasses.asdict(outcome)))
     return 1 if outcome.given_up else 0

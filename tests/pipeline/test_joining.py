@@ -97,7 +97,7 @@ def test_a_port_that_nobody_listens_on_is_named_at_once(monkeypatch: pytest.Monk
         port = probe.getsockname()[1]
     with pytest.raises(UserError, match=f"nothing answers at RAY_ADDRESS 127.0.0.1:{port}"):
         prepare_ray(f"127.0.0.1:{port}")
-    with pytest.raises(UserError, match="must be auto, host:port or ray://host:port, got 'somewhere'"):
+    with pytest.raises(UserError, match=r"must be auto, local, host:port or ray://host:port .*, got 'somewhere'"):
         prepare_ray("somewhere")
 
 
@@ -118,6 +118,7 @@ def test_a_driver_takes_the_clusters_mode_where_a_token_lies(
         (tmp_path / ".ray/auth_token").write_text("secret")
         prepare_ray(address)
         assert os.environ["RAY_AUTH_MODE"] == mode
-        monkeypatch.setenv("RAY_AUTH_MODE", "as the user says")
+        said = "disabled" if mode == "token" else "token"
+        monkeypatch.setenv("RAY_AUTH_MODE", said)
         prepare_ray(address)
-        assert os.environ["RAY_AUTH_MODE"] == "as the user says"
+        assert os.environ["RAY_AUTH_MODE"] == said  # as the user says

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import progress
 from pipeline.progress import Display, Meter
@@ -72,3 +76,49 @@ def test_short_runs_are_spared_the_advice(capsys: pytest.CaptureFixture[str]) ->
         display.unit_done(10, n_failed=0)
     assert "starves" not in capsys.readouterr().err
     assert progress.WORTH_SAYING_S > 60 / 7.5
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.floats(0, 90),  # seconds since the last event
+        st.integers(0, 128),  # encoders that are up
+        st.integers(0, 128),  # of which idle
+        st.lists(st.tuples(st.integers(1, 512), st.floats(0, 60)), max_size=3),  # units: images, seconds of encoding
+    ),
+    max_size=30,
+)
+
+
+@given(EVENTS)
+def test_what_was_lately_is_the_plain_sum_over_the_window(events: list[tuple[float, int, int, list]]) -> None:
+    meter, now_s = Meter(128, 4), 1e6
+    steps: list[tuple[float, float, float]] = []
+    encoded: list[tuple[float, int, float]] = []
+    for i, (took_s, n_up, n_idle, units) in enumerate(events):
+        before_s, now_s = now_s, now_s + took_s
+        meter.step(now_s, n_up, min(n_up, n_idle))
+        if i:
+            steps.append((now_s, n_up * (now_s - before_s), min(n_up, n_idle) * (now_s - before_s)))
+        for n_images, encode_s in units:
+            meter.unit_done(now_s, n_images, 1.0, encode_s)
+        lately = [entry for entry in steps if entry[0] >= now_s - progress.RECENT_S]
+        encoded = [entry for entry in encoded if entry[0] >= now_s - progress.RECENT_S]
+        encoded += [(now_s, *unit) for unit in units]
+        up_s = math.fsum(up for _, up, _ in lately)
+        if up_s > 1e-3 or up_s == 0:  # a whole nanosecond is nothing beside it
+            busy = min(1.0, math.fsum(s for _, _, s in encoded) / up_s) if up_s else 0.0
+            assert meter.busy == pytest.approx(busy, rel=1e-4, abs=1e-4)
+            starved = math.fsum(idle for _, _, idle in lately) / up_s if up_s else 0.0
+            assert meter.starved == pytest.approx(starved, rel=1e-4, abs=1e-4)
+        span_s = encoded[-1][0] - encoded[0][0] if encoded else 0.0
+        rate = sum(n for _, n, _ in encoded[1:]) / span_s if span_s else 0.0
+        assert meter.images_per_s == pytest.approx(rate, rel=1e-9)
+
+
+def test_an_empty_window_leaves_nothing_behind() -> None:
+    meter = Meter(1, 1)
+    for i in range(10_000):
+        meter.step(i * 0.1, 3, 1)
+        meter.unit_done(i * 0.1, 7, 0.1, 0.1)
+    meter.step(1e6, 0, 0)
+    assert (meter.busy, meter.starved, meter.images_per_s) == (0, 0, 0)
