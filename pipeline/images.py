@@ -90,22 +90,9 @@ def _of_folder(root: Path, resolution: int, limit: int) -> Images:
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
-    """Paths of the image files at any depth, sorted, and the links that lead to a folder which holds them."""
-    place = LocalFiles(str(root))
-    found: list[str] = []
-    circles: list[str] = []
-    folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
-    while folders:
-        folder, above = folders.pop()
-        below, files = place.entries(folder)
-        found += [file.path for file in files if os.path.splitext(file.path)[1].lower() in EXTENSIONS]
-        for path in below:
-            real = os.path.realpath(root / path)
-            if real in above:
-                circles.append(path)
-            else:
-                folders.append((path, (*above, real)))
-    return sorted(found), circles
+    """Paths of the image files at any depth, sorted, and what is nobody's image: leftovers, links in circles."""
+    files, leftovers = walk(LocalFiles(str(root)), "")
+    return [file.path for file in files if os.path.splitext(file.path)[1].lower() in EXTENSIONS], leftovers
 
 
 def _changed(path: Path) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import zipfile
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -270,3 +271,27 @@ def test_shards_with_all_pictures_first_are_not_taken_for_class_tars(tmp_path: P
     for name in classes(SAMPLES):
         (tmp_path / "c" / f"{name}.tar").write_bytes(class_tar(name, SAMPLES))
     assert open_source(str(tmp_path / "c")).listing().index.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_zips_without_labels_or_with_some(tmp_path: Path) -> None:
+    path = tmp_path / "z.zip"
+
+    def write(names: Sequence[str], table: str | None) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"x")
+            if table is not None:
+                archive.writestr("dataset.json", table)
+
+    unlabelled = LabelOptions(unlabelled=True)
+    write(["a.png", "b.png"], None)
+    assert open_source(str(path)).listing(unlabelled).index.labels.tolist() == [-1, -1]
+    write(["a.png", "b.png"], '{"labels": null}')
+    with pytest.raises(UserError, match=r"no image has a label: dataset.json in z.zip has none"):
+        open_source(str(path)).listing()
+    assert open_source(str(path)).listing(unlabelled).index.labels.tolist() == [-1, -1]
+    write(["a.png", "b.png"], '{"labels": [["a.png", "3.0"], ["../../etc/passwd", 4]]}')  # only members are looked up
+    with pytest.raises(UserError, match=r"1 of 2 images have no label, first b.png"):
+        open_source(str(path)).listing()
+    write(["a.png"], '{"labels": [["a.png", "3.0"]]}')
+    assert open_source(str(path)).listing().index.labels.tolist() == [3]

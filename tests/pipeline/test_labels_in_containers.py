@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,19 @@ def test_a_table_names_no_file_outside(tmp_path: Path, table: str, path: str) ->
     (data / table).write_text(text)
     refused(data, r"leads out of the folder; paths are relative to it and without \.\.")
     refused(data, "leads out of the folder", unlabelled=True)
+
+
+def test_a_table_names_no_folder_and_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("a.png", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"a")
+    for name in ("sub", "pipe.png"):
+        (tmp_path / "labels.csv").write_text(f"file,label\na.png,0\n{name},1\n")
+        refused(tmp_path, f"'{name}' is named as an image and is no file")
+    (tmp_path / "labels.csv").write_text("file,label\na.png,0\n.hidden.png,1\n")
+    listing = open_source(str(tmp_path)).listing()
+    assert (len(listing.index), listing.warnings) == (2, ())
 
 
 def test_what_a_table_names_twice_or_not_at_all(tmp_path: Path) -> None:

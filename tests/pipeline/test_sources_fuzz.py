@@ -178,19 +178,23 @@ def test_parquet(
     check(tmp_path / "a.parquet", wanted)
 
 
-H5_TYPES = ["i1", "u8", "f2", "f8", ">f4", "S3", "c8", "?", "i4,S2", "(2,)i4", h5py.string_dtype(), h5py.ref_dtype,
-            h5py.vlen_dtype("i4"), h5py.enum_dtype({"cat": 0, "dog": 1}),
-            h5py.opaque_dtype(np.dtype("M8[s]"))]  # fmt: skip
+H5_TYPES: list[Any] = [
+    *["i1", "u8", "f2", "f8", ">f4", "S3", "c8", "?", "i4,S2", "(2,)i4"],
+    h5py.string_dtype(),
+    h5py.ref_dtype,
+    h5py.vlen_dtype("i4"),
+    h5py.enum_dtype({"cat": 0, "dog": 1}),
+    h5py.opaque_dtype(np.dtype("M8[s]")),
+]
 
 
 def make_h5(path: Path, members: dict[str, tuple[Any, tuple[int, ...], bool]]) -> None:
     with h5py.File(path, "w") as file:
         file["images"] = np.zeros((3, 2, 2, 3), np.uint8)
         for name, (kind, shape, written) in members.items():
-            dataset = file.create_dataset(
-                name, shape, kind, chunks=shape if 0 < np.prod(shape) < 100 and written else None
-            )
-            if written and np.prod(shape) < 100 and dataset.dtype.kind in "iufb" and shape:
+            small = bool(shape) and 0 < np.prod(shape) < 100
+            dataset = file.create_dataset(name, shape, kind, chunks=shape if small and written else None)
+            if small and written and dataset.dtype.kind in "iufb":
                 dataset[...] = np.arange(np.prod(shape)).reshape(shape) % 2
 
 
