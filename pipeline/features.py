@@ -106,8 +106,9 @@ def write_features(jobs: Sequence[Job], config: FeaturesConfig) -> list[str]:
 
 def _look(job: Job, images: Images, config: FeaturesConfig) -> tuple[int, int]:
     """(height, width) of a set's images, as far as some tell, evenly spread. Raises UserError."""
-    for path in images.left_out:
-        print(f"left out: {shown(path)} in {job.where} leads back to a folder that holds it", file=sys.stderr)
+    if images.left_out:
+        what = f"{len(images.left_out)} leftovers of systems, or links that lead back to a folder that holds them"
+        print(f"left out of {job.where}: {what}, such as {shown(images.left_out[0])}", file=sys.stderr)
     n = len(images.names)
     if n < config.at_least:
         raise UserError(f"{job.where} holds {n} images, and at least {config.at_least} are needed; name another place")

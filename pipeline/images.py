@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.sources.files import LocalFiles, Part
+from pipeline.sources.files import LocalFiles, Part, walk
 from pipeline.sources.listing import EXTENSIONS
 from pipeline.sources.protocol import Unreadable
 from pipeline.transforms import DecodeError, center_crop, decode_rgb
@@ -43,7 +43,7 @@ Image = np.ndarray | Unreadable  # uint8 (H, W, 3)
 class Images:
     """`read(places)` yields the images at ascending places of `names`, in order; `record` says which images they are.
 
-    `left_out` are folders that are not entered, since a link in them leads back to where they are.
+    `left_out` are what operating systems and file servers leave, and links that lead back to where they are.
     """
 
     names: Sequence[str]
@@ -74,7 +74,7 @@ def open_images(where: Path | str, *, resolution: int = 0, limit: int = 0) -> Im
 
 
 def _of_folder(root: Path, resolution: int, limit: int) -> Images:
-    found, circles = _walk(root)
+    found, leftovers = _walk(root)
     if not found:
         raise UserError(f"{root} holds no image (by extension: {' '.join(sorted(EXTENSIONS))})")
     names = [found[i] for i in spread(len(found), limit)]
@@ -86,7 +86,7 @@ def _of_folder(root: Path, resolution: int, limit: int) -> Images:
 
     keys = [_key(name, resolution, *_changed(root / name)) for name in names]
     record = _record("folder", root, resolution=resolution)
-    return Images(names=names, keys=keys, record=record, read=read, left_out=circles)
+    return Images(names=names, keys=keys, record=record, read=read, left_out=leftovers)
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
