@@ -1,4 +1,4 @@
-"""README's examples of reading a store run as they are printed; only the place of the store is another."""
+"""The examples of docs/reading.md run as they are printed; only the place of the store is another."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 from tests.stores import make_store
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reading.md"
 PLACE = "runs/demo/store"
-EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "storage" in block]
+EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "storage" in block]
 # What each example names, looked at afterwards.
 AFTERWARDS = {
     "RowDataset": "assert (moments.shape, labels.shape, patches.shape[0]) == ((64, 8, 16, 16), (64,), 64)",
