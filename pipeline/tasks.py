@@ -61,7 +61,7 @@ def run_tasks(listed: Path, ray_address: str) -> int:
     """Run every task of the file; returns the exit status. Raises UserError, and KeyboardInterrupt after Ctrl-C."""
     try:
         tasks = parse_json(
-            list[Task], read_regular(listed), str(listed), "it is a list of tasks, as `ablate` writes it"
+            list[Task], read_regular(listed), str(listed), "it is no list of tasks, as `ablate` writes one"
         )
     except OSError as error:
         raise UserError(f"{listed} is no list of tasks ({error})") from error

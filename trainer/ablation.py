@@ -18,6 +18,7 @@ A run without alignment does not vary along the axes of the alignment, so it is 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from trainer.presets import DEFAULT_PRESET, preset
 
 OF_THE_ALIGNMENT = ("data.features", "model.align_block", "model.projector_width")
 NOT_AXES = {"run": "the runs are named after their settings", "store": "pass --store", "seed": "write seeds: [0, 1]"}
+MAX_RUNS = 10_000
 AUTOMATIC: tuple[object, ...] = ("", [], "auto")  # settings that a run resolves as it starts
 
 
@@ -92,6 +94,9 @@ def read_ablation(path: Path, store: str, out: Path) -> Ablation:
         base = {"preset": str(tree.get("preset", DEFAULT_PRESET)), **_settings(_mapping(tree, "set"))}
         axes = {name: _texts(name, values) for name, values in _flat(_mapping(tree, "axes")).items()}
         seeds = _texts("seeds", tree.get("seeds", [0]))
+        n_runs = math.prod(map(len, axes.values())) * len(seeds)
+        if n_runs > MAX_RUNS:
+            raise UserError(f"the axes and seeds make {n_runs:,} runs, more than {MAX_RUNS:,}; leave some out")
         runs: dict[str, Run] = {}
         for values in itertools.product(*axes.values(), seeds):
             *chosen, seed = values

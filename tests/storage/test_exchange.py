@@ -22,6 +22,9 @@ from storage.codec import INT8, decode
 from storage.console import EXIT_USAGE
 from storage.diff import diff_stores
 from storage.errors import UserError
+from storage.exchange import from_repa_npy
+from storage.exchange.incoming import ImportOptions
+from storage.files import walk_files
 from storage.verify import verify
 from tests.stores import FEATURES, LATENTS, make_store
 
@@ -263,6 +266,20 @@ def test_the_public_repa_folder_becomes_a_store_that_trains(tmp_path: Path) -> N
     train = [sys.executable, "-m", "trainer", "train", "--store", str(tmp_path / "t"), "--preset", "sit-tiny-2"]
     train += ["--run", str(tmp_path / "run"), "--loss.projection-weight", "0", "--steps", "2", "--batch", "4"]
     subprocess.run(train, check=True, capture_output=True)
+
+
+def test_links_in_a_repa_folder_are_followed(tmp_path: Path) -> None:
+    """A folder that is a link, a file that is one, and a link back up, which leads nowhere new."""
+    root = tmp_path / "vae-sd"
+    make_repa_folder(root)
+    (root / "00001").rename(tmp_path / "elsewhere")
+    (root / "00001").symlink_to(tmp_path / "elsewhere")
+    (root / "00002" / "img-mean-std-00000021.npy").rename(tmp_path / "one.npy")
+    (root / "00002" / "img-mean-std-00000021.npy").symlink_to(tmp_path / "one.npy")
+    (root / "00002" / "up").symlink_to("..")
+    found = from_repa_npy.read(root, ImportOptions(name="x", resolution=128))
+    assert len(found.keys) == 23
+    assert sorted(walk_files(root)) == sorted([*found.keys, "dataset.json"])
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,17 @@ def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> Non
         ("set: {store: /a}", "store is not set here: pass --store"),
         ("axis: {seed: [1]}", "unknown entry axis; did you mean axes"),
         ("axes: [a]", "axes must be a mapping"),
+        (
+            f"axes: {{batch: {list(range(1, 101))}}}\nseeds: {list(range(101))}",
+            "make 10,100 runs, more than 10,000",
+        ),
+        (
+            "a: &a [1, 1]\nb: &b [*a, *a]\n"
+            + "\n".join(
+                f"c{i}: &c{i} [*{'b' if i == 0 else f'c{i - 1}'}, *{'b' if i == 0 else f'c{i - 1}'}]" for i in range(40)
+            ),
+            "spells more than 100,000 values",
+        ),
         ("seeds: 3", "seeds must be a list"),
         ("gpus: none", "gpus must be a number"),
         ("axes: {data.features: ['a:b', 'a-b']}", "two runs would be named features-a-b_seed-0"),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.boundary import Count, parse_json, read_regular, shown
+from storage.boundary import Count, open_regular, parse_json, read_regular, shown
 from storage.errors import UserError
 from storage.files import partial_name, publish, write_atomic
 
@@ -80,10 +80,10 @@ def read_image(path: Path) -> np.ndarray:
 def is_whole(path: Path) -> bool:
     """Whether a PNG is there to its end; one that a power cut shortened is not."""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             file.seek(-len(END_OF_PNG), os.SEEK_END)
             return file.read() == END_OF_PNG
-    except OSError:  # absent, or shorter than its end
+    except (OSError, UserError):  # absent, or shorter than its end, or no file
         return False
 
 
