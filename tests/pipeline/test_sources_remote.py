@@ -116,7 +116,8 @@ def test_s3(containers: dict[str, str], bucket: str) -> None:
                 decode_all(source, listing), decode_all(local := open_source(containers[name]), local.listing())
             )
     check(f"{bucket}/sets/parquet/train-*.parquet", SAMPLES)
-    file_system.pipe_file(f"{bucket}/empty/a.tar", tar_bytes([("no.jpg", b""), ("no.cls", b"0"), ("b.jpg", b"B")]))
+    members = [("no.jpg", b""), ("no.cls", b"0"), ("b.jpg", b"B"), ("b.cls", b"1")]
+    file_system.pipe_file(f"{bucket}/empty/a.tar", tar_bytes(members))
     source = open_source(f"{bucket}/empty/a.tar")
     assert read_all(source, source.listing()) == [b"", b"B"]
     with pytest.raises(UserError, match="does not exist"):
