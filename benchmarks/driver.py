@@ -54,7 +54,7 @@ class StandIn:
         return refs[:num_returns], refs[num_returns:]
 
     def get(self, ref: Any) -> Any:
-        return ([], {"read": 0.0, "decode": 0.0, "crop": 0.0}) if ref[0] == "decode" else 0.0
+        return ([], {"read": 0.0, "decode": 0.0, "crop": 0.0}, None) if ref[0] == "decode" else 0.0
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 1e6}
@@ -75,7 +75,9 @@ def plan_of(n_units: int) -> Any:
     index = make_index(keys, [0] * n_units, [""] * n_units, keys, [0] * n_units)
     layout = StoreLayout(n_rows=n_units, views=("original",), resolution=8, shard_rows=1)
     missing = dict.fromkeys(range(n_units), ("features/f",))
-    return SimpleNamespace(index=index, layout=layout, missing=missing, n_images_missing=n_units, failed_before=0)
+    return SimpleNamespace(
+        index=index, layout=layout, missing=missing, redo={}, n_images_missing=n_units, failed_before=0, root=None
+    )
 
 
 def alone(n_units: int, n_encoders: int, n_decoders: int, limit_s: float) -> tuple[int, float]:

@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import IO, Any, NamedTuple, Protocol
 
-from pipeline.sources.leftovers import leftover
+from pipeline.sources.leftovers import is_settings, leftover
 from pipeline.sources.protocol import Unreadable
 from storage.errors import UserError
 
@@ -116,7 +116,8 @@ class LocalFiles:
         for entry in os.scandir(os.path.join(self.root, folder)):
             path = f"{folder}/{entry.name}" if folder else entry.name
             if leftover(entry.name):
-                leftovers.append(path)
+                if entry.is_dir(follow_symlinks=False) or not is_settings(entry.name):
+                    leftovers.append(path)
             elif _is_folder(entry):
                 if entry.is_symlink() and self._leads_back(folder, entry.path):
                     leftovers.append(path)

@@ -84,7 +84,7 @@ class LabelsFile:
             locations=paths,
             nbytes=[sizes.get(path, UNKNOWN_BYTES) for path in paths],
             data_bytes=sum(max(0, sizes.get(path, 0)) for path in paths),
-            left_out=sorted([*(path for path in sizes if path not in known), *found.leftovers, *leftovers]),
+            left_out=sorted(path for path in [*sizes, *found.leftovers, *leftovers] if path not in known),
             warnings=[f"{len(absent)} images of {name} are not there, such as {shown(absent[0])}"] if absent else [],
             wanted=wanted,
             looked_in=f"{table.where}, {table.column}, is empty throughout",

@@ -7,6 +7,7 @@ class may be called "trash". Names that begin with a dot are hidden, and are nob
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 
@@ -33,6 +34,7 @@ NAMES = frozenset(
     }
 )
 HIDDEN = "."  # .DS_Store, ._cat.png, .Trash-1000, .ipynb_checkpoints, .snapshot, .thumbnails, …
+SETTINGS = (".json", ".yaml", ".yml", ".toml", ".txt", ".cfg", ".lock")
 SHOWN = 5  # names in a message
 
 
@@ -42,6 +44,11 @@ def leftover(path: str) -> str:
         if part.casefold() in NAMES or (part.startswith(HIDDEN) and part not in (".", "..")):
             return part
     return ""
+
+
+def is_settings(name: str) -> bool:
+    """Whether a hidden file is a program's own, which nobody takes for a picture or asks after."""
+    return name.startswith(HIDDEN) and not name.startswith("._") and os.path.splitext(name)[1] in SETTINGS
 
 
 def described(paths: Iterable[str]) -> str:

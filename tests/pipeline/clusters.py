@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
+
+from pipeline.ray_environment import prepare_ray
 
 OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -15,7 +16,7 @@ OBJECT_STORE_BYTES = 100 * 2**20
 @contextlib.contextmanager
 def cluster(**head: Any) -> Iterator[Any]:
     """A cluster whose head has these resources; nodes are added to it by `add`."""
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before Ray is imported: stay on 127.0.0.1
+    prepare_ray("")  # before Ray is imported: stay on 127.0.0.1, with a token
     from ray.cluster_utils import Cluster
 
     made = Cluster()

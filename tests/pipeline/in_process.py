@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipeline.job
 from pipeline.__main__ import main
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.encode import Block, UnitEncoder
 from pipeline.failures import refuse_too_many
-from pipeline.job import Outcome
 from pipeline.plan import Plan
+from pipeline.ray_environment import prepare_ray
 from pipeline.sources import Source
+from storage.console import Stop
 from storage.errors import UserError
 
 
@@ -37,8 +38,10 @@ class PixelEncoder(UnitEncoder):
         }
 
 
-def run(config: PrecomputeConfig, plan: Plan, source: Source, run_id: str) -> Outcome:
-    """`pipeline.job.run`, a unit after the other."""
+def run_on_cluster(config: PrecomputeConfig, plan: Plan, source: Source, run_id: str, *, stop: Stop) -> Any:
+    """`pipeline.job.run_on_cluster`, a unit after the other."""
+    from pipeline.job import Outcome  # imports Ray, whose environment other tests settle before
+
     encoder = PixelEncoder(plan.root, plan.groups, plan.digests, config.batch, 1, run_id)
     n_failed = plan.failed_before
     for unit, paths in plan.missing.items():
@@ -65,8 +68,10 @@ Precompute = Callable[..., str]
 @pytest.fixture
 def precompute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Precompute:
     """`precompute(data, store, *options, shard_rows=4)`: what it printed, or the line that it was refused with."""
-    monkeypatch.setattr(pipeline.job, "run", run)
-    monkeypatch.setattr("pipeline.precompute.prepare_ray", lambda address: None)
+    monkeypatch.setattr("pipeline.precompute.prepare_ray", lambda address: "")
+    prepare_ray("")  # before Ray is imported, for the tests that come after
+    monkeypatch.setattr("pipeline.cluster.ray_cluster", lambda address, **options: contextlib.nullcontext())
+    monkeypatch.setattr("pipeline.job.run_on_cluster", run_on_cluster)
 
     def command(data: Path | str, store: Path, *more: Any, shard_rows: int = 4) -> str:
         capsys.readouterr()

@@ -287,7 +287,7 @@ def test_zips_without_labels_or_with_some(tmp_path: Path) -> None:
     write(["a.png", "b.png"], None)
     assert open_source(str(path)).listing(unlabelled).index.labels.tolist() == [-1, -1]
     write(["a.png", "b.png"], '{"labels": null}')
-    with pytest.raises(UserError, match=r"no image has a label: dataset.json in z.zip has none"):
+    with pytest.raises(UserError, match=r"no image has a label: dataset.json in z.zip in DATA has none"):
         open_source(str(path)).listing()
     assert open_source(str(path)).listing(unlabelled).index.labels.tolist() == [-1, -1]
     write(["a.png", "b.png"], '{"labels": [["a.png", "3.0"], ["../../etc/passwd", 4]]}')  # only members are looked up

@@ -45,7 +45,7 @@ def test_nothing_of_the_zoo_starts_a_program(started: Path, tmp_path: Path) -> N
     samples = sorted(Labelled("a", f"{animal.name}.jpg", animal.data) for animal in ZOO if not animal.is_good)
     source = open_source(write_image_folder(tmp_path / "zoo", samples))
     index = source.listing().index
-    _, (failures, _) = decode_unit(source, 0, index.keys, index.locations, 128)
+    _, (failures, *_) = decode_unit(source, 0, index.keys, index.locations, 128)
     reasons = {Path(failure.key).stem: failure.reason for failure in failures}
     assert len(reasons) == len(samples)
     assert "EPS is a program" in reasons["eps-program"]

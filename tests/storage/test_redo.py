@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from storage import Failure, GroupLayout, Staging, StoreError, open_store, publish_unit
-from storage.receipts import read_receipt, seal, unseal, write_receipt
+from storage.receipts import read_receipt, seal, write_receipt
 from storage.roots import open_root
 from storage.verify import verify
 from tests.storage.servers import s3_server
@@ -164,8 +164,8 @@ def test_receipts_of_before_are_read_and_know_nothing(tmp_path: Path, capsys: py
 
     make(tmp_path)
     for path in tmp_path.glob("receipts/*/*/0*.json"):
-        fields = unseal(path.read_bytes(), "")
-        del fields["sample_crc32c"]
+        fields = json.loads(path.read_bytes())
+        del fields["sample_crc32c"], fields["sha256"]
         path.write_bytes(seal(fields))
     assert not list(verify(tmp_path, deep=True, n_workers=1))
     assert main(["info", str(tmp_path)]) == 0
