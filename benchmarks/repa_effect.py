@@ -38,11 +38,14 @@ from benchmarks.effect.measure import Setting, measure, write_references
 from benchmarks.effect.report import write_report
 from benchmarks.report import RESULTS, machine
 from pipeline.encoders.registry import resolve_features
+from storage.console import Parser, run_command
 from storage.errors import UserError
 from trainer.checkpoint import latest_checkpoint, read_state
 
+PROG = "python -m benchmarks.repa_effect"
 MILESTONES = (1000, 2000, 3000, 4000, 6000, 8000)
 DRAWN_AT = (2000, 4000, 8000)  # images of other milestones would cost more than the training
+SAVED_EVERY = 250  # steps that a kill loses at most
 CONTROL = "other-photograph"
 POLL_S = 0.5
 
@@ -91,7 +94,7 @@ class Commands:
 
 
 def train_command(run: Run, arm: Arm, setting: Setting, step: int, every: int) -> list[str]:
-    """The trainer's command line to a step; the same with a larger step goes on from there."""
+    """The trainer's command line to a step; a larger one goes on. Checkpoints of multiples of `every` are kept."""
     options = {
         **COMMON,
         **arm.options,
@@ -99,6 +102,7 @@ def train_command(run: Run, arm: Arm, setting: Setting, step: int, every: int) -
         "steps": str(step),
         "store": str(setting.train_store),
         "run": str(setting.out / "runs" / run.name),
+        "checkpoint.every": str(math.gcd(every, SAVED_EVERY)),
         "checkpoint.keep": "1",
         "checkpoint.milestone-every": str(every),
     }
@@ -116,11 +120,12 @@ def stage(run: Run, arm: Arm, setting: Setting, step: int, milestones: Sequence[
 
 def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> None:
     """Both stores, the control's features, the references."""
+    features = ",".join(dict.fromkeys((args.encoder, args.final)))
     for data, store in ((args.data, setting.train_store), (args.heldout, setting.heldout_store)):
         weights = [f"--features-weights={args.encoder_weights}"] if args.encoder_weights else []
         command(
             ["pipeline", "precompute", "--data", data, "--store", str(store), "--latents", str(args.vae), "--features",
-             f"{args.encoder},{args.final}", "--resolution", str(args.resolution), "--flip", *weights]
+             features, "--resolution", str(args.resolution), "--flip", *weights]
         )  # fmt: skip
     if not is_whole(setting.train_store, CONTROL):
         write_control(setting.train_store, setting.features, CONTROL)
@@ -153,8 +158,9 @@ def work(
     return list(failed.values())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    """Work, then report; returns the exit status."""
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="images to train on")
     parser.add_argument("--heldout", required=True, help="images of the same classes to measure on")
     parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the autoencoder")
@@ -172,7 +178,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after so many, and save")
     parser.add_argument("--report", action="store_true", help="write the results that are there, and end")
     parser.add_argument("--results", type=Path, default=RESULTS / "repa_effect", help="results, without suffix")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out: Path = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     features, final = (resolve_features(name).store_name for name in (args.encoder, args.final))
@@ -214,4 +220,4 @@ def _about(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, PROG)

@@ -21,7 +21,6 @@ COMMON: dict[str, str] = {
     "optim.lr": "1e-3",
     "ema-decay": "0.999",
     "precision": "bf16",
-    "checkpoint.every": "250",
     "log.every": "50",
     "log.samples-every": "0",
     "log.tensorboard": "false",
