@@ -36,8 +36,10 @@ from storage.console import progress_bar, stop_on_signals
 from storage.errors import UserError
 from storage.files import write_atomic
 from storage.roots import absolute
+from trainer.distributed import device_named
 from trainer.evaluation.decode import grid
 
+CPU = torch.device("cpu")
 SEED = 0
 KL_WEIGHT = 0.01
 PEAK_LR = 2e-3
@@ -88,18 +90,24 @@ def learning_rate(step: int, steps: int) -> float:
 class Training:
     """An autoencoder, its optimiser and the steps done, in one file that is whole or absent."""
 
-    def __init__(self, out: Path, resolution: int) -> None:
+    def __init__(self, out: Path, resolution: int, start: Path | None = None, device: torch.device = CPU) -> None:
         from diffusers import AutoencoderKL
 
         torch.manual_seed(SEED)
-        self.vae: Any = AutoencoderKL(**VAE_CONFIG, sample_size=resolution).to(memory_format=torch.channels_last)
+        vae: Any
+        if start is None:
+            vae = AutoencoderKL(**VAE_CONFIG, sample_size=resolution)
+        else:
+            vae = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        self.device = device
+        self.vae = vae.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
             self.vae.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), fused=True
         )
         self.file = out / STATE_FILE
         self.step = 0
         if self.file.is_file():
-            saved = torch.load(self.file, weights_only=True)
+            saved = torch.load(self.file, map_location=self.device, weights_only=True)
             self.vae.load_state_dict(saved["vae"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step = saved["step"]
@@ -112,10 +120,10 @@ class Training:
 
     def take(self, images: torch.Tensor, steps: int) -> float:
         """One step; returns the mean PSNR of the batch, dB."""
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.to(self.device, memory_format=torch.channels_last)
         torch.manual_seed(self.step)  # of the posterior's draws
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, steps)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
             posterior = self.vae.encode(images).latent_dist
             decoded = self.vae.decode(posterior.sample()).sample
         log_mse = (decoded.float() - images).square().mean((1, 2, 3)).clamp(min=1e-8).log().mean()
@@ -130,7 +138,7 @@ class Training:
     @torch.no_grad()
     def write(self, out: Path, images: np.ndarray) -> None:
         """The diffusers folder, with the scale of its latents on these images; float32."""
-        drawn = [self.vae.encode(part).latent_dist.sample() for part in to_float(images).split(32)]
+        drawn = [self.vae.encode(part.to(self.device)).latent_dist.sample() for part in to_float(images).split(32)]
         self.vae.register_to_config(scaling_factor=round(1 / torch.cat(drawn).std().item(), 5))
         self.vae.save_pretrained(out)
 
@@ -139,7 +147,7 @@ def train(args: argparse.Namespace, images: np.ndarray) -> bool:
     """Take the steps that are missing; returns whether all are done."""
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
-    training = Training(out, args.resolution)
+    training = Training(out, args.resolution, args.start, args.device)
     shown = 0.0
     with (
         stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
@@ -161,9 +169,9 @@ def train(args: argparse.Namespace, images: np.ndarray) -> bool:
     return True
 
 
-def measure(out: Path, images: np.ndarray) -> dict[str, float]:
+def measure(out: Path, images: np.ndarray, device: torch.device = CPU) -> dict[str, float]:
     """PSNR of images through the encoder that the pipeline loads from `out`; writes psnr.json and the contact sheet."""
-    vae = VAE(out, torch.device("cpu"))
+    vae = VAE(out, device)
     decoded = []
     for part in np.array_split(images, max(1, len(images) // 32)):
         moments = vae.encode(torch.from_numpy(part))["moments"].float().numpy()
@@ -185,15 +193,18 @@ def main() -> None:
     parser.add_argument("--heldout", required=True, help="images to measure on")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--start", type=Path, help="diffusers folder of an AutoencoderKL to go on from, its size too")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=16, help="crops of half the side a step; a quarter as many wholes")
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--only-measure", action="store_true", help="measure what is in the folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.device = device_named(args.device)
     if args.only_measure or train(args, read_images(args.data, args.resolution)):
-        print(json.dumps(measure(args.out, read_images(args.heldout, args.resolution))))
+        print(json.dumps(measure(args.out, read_images(args.heldout, args.resolution), args.device)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from storage import open_store
 from storage.files import write_atomic
 from trainer import random_keys
 from trainer.arithmetic import model_arithmetic
+from trainer.distributed import device_named
 from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, load_model, open_run
 from trainer.loader import Batch
 from trainer.objectives import OBJECTIVES
@@ -30,28 +31,30 @@ BATCH = 64
 
 
 @torch.inference_mode()
-def heldout_loss(run: OpenRun, checkpoint: Path, store_path: str, precision: str = "fp32") -> dict[float, float]:
+def heldout_loss(run: OpenRun, checkpoint: Path, store_path: str, device: torch.device) -> dict[float, float]:
     """t → mean loss over the rows of a store that has the run's latents."""
     store = open_store(store_path)
     latents = store.group(run.data.latents.path, expect=None)
     rows = np.setdiff1d(np.arange(store.n_rows), latents.failed_rows)
     labels = store.classes.labels
-    model = load_model(run, checkpoint, "ema", torch.device("cpu"))
+    model = load_model(run, checkpoint, "ema", device)
     objective, config = OBJECTIVES[run.config.model.kind], run.config.loss
     sums = dict.fromkeys(TIMES, 0.0)
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         stored = np.empty((len(part), *latents["moments"].row_shape), dtype=latents["moments"].dtype)
         latents["moments"].read_into(part, 0, stored)
-        index = torch.from_numpy(part)
-        batch = Batch(step=0, rows=index, labels=index, moments=torch.from_numpy(stored), targets=(), stall_s=0.0)
+        index = torch.from_numpy(part).to(device)
+        batch = Batch(
+            step=0, rows=index, labels=index, moments=torch.from_numpy(stored).to(device), targets=(), stall_s=0.0
+        )
         x = sample_latents(batch, run.scale, SEED)
         noise = random_keys.normal(SEED, "noise", 0, index, x.shape[1:])
-        y = torch.from_numpy(labels[part].astype(np.int64))
+        y = torch.from_numpy(labels[part].astype(np.int64)).to(device)
         for t in TIMES:
-            times = objective.model_times(torch.full((len(x),), t))
+            times = objective.model_times(torch.full((len(x),), t, device=device))
             x_t = objective.perturb(x, noise, times, config)
-            with model_arithmetic(precision, torch.device("cpu")):
+            with model_arithmetic("fp32", device):
                 output, _ = model(x_t, times, y, with_projections=False)
             sums[t] += objective.denoising_loss(output, x, noise, x_t, times, config).sum().item()
     latents.close()
@@ -63,11 +66,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--store", required=True)
     parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     run = open_run(args.run)
-    found = heldout_loss(run, checkpoints_of(args.run, str(args.step))[0], args.store, args.precision)
+    found = heldout_loss(run, checkpoints_of(args.run, str(args.step))[0], args.store, device_named(args.device))
     run.data.close()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"mean": sum(found.values()) / len(found), "by_t": found}

@@ -23,6 +23,7 @@ from pipeline.images import open_images
 from storage.console import progress_bar
 from storage.errors import UserError
 from storage.feature_file import FEATURES, open_feature_file, write_feature_file
+from trainer.distributed import device_named
 
 NAME = "efficientnet-lite0"
 SIDE = 224  # pixels that it was trained at
@@ -48,14 +49,14 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def prepare(images: np.ndarray) -> torch.Tensor:
+def prepare(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """uint8 (B, H, W, 3) as the network takes them, float32 (B, 3, 224, 224)."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
     x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 255)
     return (x - MEAN) / DEVIATION
 
 
-def describe(where: str, weights: Path, out: Path, limit: int = 0) -> None:
+def describe(where: str, weights: Path, out: Path, limit: int, device: torch.device) -> None:
     """Write the feature file, unless it describes these images already."""
     images = open_images(where, limit=limit)
     identity = {
@@ -69,11 +70,13 @@ def describe(where: str, weights: Path, out: Path, limit: int = 0) -> None:
         there = open_feature_file(out)
         if there.identity == identity and there.images == images.record:
             return
-    model = load(weights)
+    model = load(weights).to(device)
     parts = []
     with progress_bar(images.n, unit="img", description=NAME) as bar, torch.inference_mode():
         for part in images.read(BATCH):
-            parts.append(model.forward_head(model.forward_features(prepare(part)), pre_logits=True).numpy())
+            parts.append(
+                model.forward_head(model.forward_features(prepare(part, device)), pre_logits=True).cpu().numpy()
+            )
             bar.update(len(part))
     write_feature_file(out, {FEATURES: np.concatenate(parts)}, identity, images.record)
 
@@ -84,8 +87,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args()
-    describe(args.images, args.weights, args.out, args.n)
+    describe(args.images, args.weights, args.out, args.n, device_named(args.device))
 
 
 if __name__ == "__main__":

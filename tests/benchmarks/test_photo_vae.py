@@ -28,7 +28,9 @@ def images() -> np.ndarray:
 
 
 def options(out: Path, steps: int) -> argparse.Namespace:
-    return argparse.Namespace(out=out, resolution=SIDE, steps=steps, batch=8, save_every=2)
+    return argparse.Namespace(
+        out=out, resolution=SIDE, start=None, device=photo_vae.CPU, steps=steps, batch=8, save_every=2
+    )
 
 
 def test_a_batch_is_a_function_of_the_step_crops_first_then_wholes(images: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,7 +110,7 @@ def test_the_loss_of_a_model_that_says_nothing_is_the_velocity_s_square_at_every
     make_store(tmp_path / "heldout", n_rows=70)
     train(micro(tmp_path / "store", tmp_path / "run", **{"optim.lr": 1e-30, "steps": 1}))
     run = open_run(tmp_path / "run")
-    found = heldout_loss(run, checkpoints_of(tmp_path / "run")[0], str(tmp_path / "heldout"))
+    found = heldout_loss(run, checkpoints_of(tmp_path / "run")[0], str(tmp_path / "heldout"), torch.device("cpu"))
     run.data.close()
     assert tuple(found) == TIMES
     assert np.ptp(list(found.values())) < 1e-5
