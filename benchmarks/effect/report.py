@@ -128,15 +128,16 @@ def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[st
             if name in figures
         ]
         differences = [pairs(figures, step) for step in steps]
-        rows.append(["REPA − vanilla", *(_difference(values, quantity) for values in differences)])
-        vanilla, repa = means(figures, VANILLA), means(figures, REPA)
-        reached = [
-            _reached(steps_to_reach(vanilla, repa[step], less_is_better=quantity.less_is_better), vanilla)
-            if step in repa and vanilla
-            else "–"
-            for step in steps
-        ]
-        rows.append(["steps vanilla needs for REPA's", *reached])
+        if any(differences):
+            vanilla, repa = means(figures, VANILLA), means(figures, REPA)
+            reached = [
+                _reached(steps_to_reach(vanilla, repa[step], less_is_better=quantity.less_is_better), vanilla)
+                if step in repa and vanilla
+                else "–"
+                for step in steps
+            ]
+            rows.append(["REPA − vanilla", *(_difference(values, quantity) for values in differences)])
+            rows.append(["steps vanilla needs for REPA's", *reached])
         lines += [f"### {quantity.title[0].upper()}{quantity.title[1:]}", ""]
         lines += [table(["", *(f"{step:,} steps" for step in steps)], rows), ""]
     return lines
@@ -172,7 +173,10 @@ def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_a
     import matplotlib.pyplot as plt
 
     shown = [quantity for quantity in QUANTITIES if found[quantity.key]]
-    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(4 * (len(shown) + 1), 3.6), layout="constrained")
+    figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    axes = panels.flatten()
+    for unused in axes[len(shown) : -1]:
+        unused.set_visible(False)
     for panel, quantity in zip(axes, shown, strict=False):
         for number, (name, arm) in enumerate(of_arms.items()):
             of_steps = found[quantity.key].get(name, {})
