@@ -1,113 +1,223 @@
-"""What REPA does to training, measured where it can be: the built-in photographs and encoders, at equal steps.
+"""What REPA does to training, measured on real photographs with a real encoder, along training, at equal steps.
 
-    python -m benchmarks.repa_effect [--steps 1000] [--seeds 0 1 2]
+    python -m benchmarks.repa_effect --data TRAIN --heldout HELDOUT --vae FOLDER --encoder dinov2-vits14:layer=8 \
+        --final dinov2-vits14 --encoder-weights FILE [--second-weights FILE.pth] --out FOLDER [--jobs 2] [--minutes 60]
 
-Every seed trains `sit-tiny-2` twice from the same store, with the alignment loss and without (λ = 0). Initial weights
-of the transformer, order, noise, times and dropped labels of both are equal, since all are keyed by the seed: a
-difference within a pair is the alignment's.
+TRAIN and HELDOUT are what `python -m pipeline precompute --data` takes, FOLDER an autoencoder of them
+(`benchmarks/photo_vae.py`). Both become stores with flips. Then every arm of `effect/arms.py` trains to the first
+milestone, is measured there (`effect/measure.py`), and goes on to the next, so that what is there compares whenever the
+work is stopped. Weights, order, noise, times and dropped labels of the arms of one seed are equal, since all are keyed
+by the seed: a difference within a pair is the alignment's.
 
-- denoising loss: mean of the last tenth of the steps, over the training crops
-- alignment: mean cosine between projection and features over the same steps; a run without has no projector
-- CKNNA and linear probe: of each block's hidden states (raw weights, t = 0.5) against the stored features and labels of
-  held-out crops, which share no pixel with the training crops; the best block, and the mean over blocks
+- vanilla and REPA with a middle block's features, three seeds each
+- REPA with the final norm's features; and with a middle block's of another photograph of the same class, a control that
+  must not help as much
 
-Models of 1.4 M parameters on 16 photographs say whether the mechanism works, not what it gains on ImageNet. A run that
-is there is reused. Cost: about 2 minutes a run on two cores.
+Everything but the held-out loss and the second encoder is a command that a user types. All of it goes on where it was
+after any kill; SIGTERM, Ctrl-C and the end of `--minutes` let the commands in hand save. Results so far are written by
+`--report` alone, too. Cost: some seven hours of two cores to the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import math
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from benchmarks.report import RESULTS, machine, table
-from pipeline.sources.photos import write_photos
+from benchmarks.effect.arms import COMMON, Arm, Run, arms, interleaved
+from benchmarks.effect.control import is_whole, write_control
+from benchmarks.effect.measure import Setting, measure, write_references
+from benchmarks.effect.report import write_report
+from benchmarks.report import RESULTS, machine
+from pipeline.encoders.registry import resolve_features
+from storage.console import Parser, run_command
+from storage.errors import UserError
+from trainer.checkpoint import latest_checkpoint, read_state
 
-WEIGHTS = {"REPA": "0.5", "vanilla": "0"}
-HELD_OUT_A_CLASS = 25
-MEASURES = ("denoising loss", "alignment", "probe, best", "probe, mean", "CKNNA, best", "CKNNA, mean")
-
-
-def command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", *arguments], check=True)
-
-
-def make_stores(out: Path) -> tuple[Path, Path]:
-    """The demo's store, and one of held-out crops with the same encoders."""
-    command("pipeline", "demo", "--out", str(out), "--only-precompute")
-    photos, store = out / "heldout-photographs", out / "heldout"
-    write_photos(photos, n_per_class=HELD_OUT_A_CLASS, split="heldout")
-    command(
-        "pipeline", "precompute", "--data", str(photos), "--store", str(store), "--latents", "tiny-vae",
-        "--features", "tiny-vit", "--resolution", "128", "--shard-rows", "128",
-    )  # fmt: skip
-    return out / "store", store
+PROG = "python -m benchmarks.repa_effect"
+MILESTONES = (1000, 2000, 3000, 4000, 6000, 8000)
+DRAWN_AT = (2000, 4000, 8000)  # images of other milestones would cost more than the training
+SAVED_EVERY = 250  # steps that a kill loses at most
+CONTROL = "other-photograph"
+POLL_S = 0.5
 
 
-def measure(out: Path, stores: tuple[Path, Path], kind: str, seed: int, steps: int) -> dict[str, float]:
-    """Train one run, unless it is there, and measure it."""
-    run = out / f"{kind.lower()}-{seed}"
-    command(
-        "trainer", "train", "--store", str(stores[0]), "--preset", "sit-tiny-2", "--run", str(run), "--seed", str(seed),
-        "--steps", str(steps), "--loss.projection-weight", WEIGHTS[kind], "--log.tensorboard", "false",
-    )  # fmt: skip
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    tail = [line for line in lines if line["step"] > steps * 0.9]
-    found = {"denoising loss": statistics.mean(line["denoising_loss"] for line in tail)}
-    if kind == "REPA":
-        found["alignment"] = -statistics.mean(line["alignment_loss"] for line in tail)
-    for name, title in (("probe", "probe"), ("cknna", "CKNNA")):
-        target = run / f"{name}-heldout"
-        command(
-            "trainer", name, str(run), "--store", str(stores[1]), "--features", "tiny-vit", "--weights", "raw",
-            "--out", str(target),
-        )  # fmt: skip
-        values = [point[name] for point in json.loads(target.with_suffix(".json").read_text())["points"]]
-        found |= {f"{title}, best": max(values), f"{title}, mean": statistics.mean(values)}
-    return found
+class StoppedError(Exception):
+    """The work was told to end."""
 
 
-def report(found: dict[str, list[dict[str, float]]], seeds: Sequence[int], steps: int) -> str:
-    """The table: a row a run, then the mean difference and how many seeds agree in its sign."""
+class Commands:
+    """Runs modules as commands, each on `threads` threads; all end when told to."""
 
-    def shown(values: dict[str, float], sign: str = "") -> list[str]:
-        return [f"{values[name]:{sign}.4f}" if name in values else "–" for name in MEASURES]
+    def __init__(self, log: Path, threads: int, deadline_s: float) -> None:
+        self.log, self.deadline_s = log, deadline_s
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.told = threading.Event()
 
-    rows = [[f"{kind}, seed {seed}", *shown(runs[i])] for i, seed in enumerate(seeds) for kind, runs in found.items()]
-    pairs: dict[str, Any] = {
-        name: [a[name] - b[name] for a, b in zip(found["REPA"], found["vanilla"], strict=True)]
-        for name in MEASURES
-        if name != "alignment"
+    def stop(self, *signal_and_frame: object) -> None:
+        """Let every command save and end, and start no other."""
+        self.told.set()
+
+    def __call__(self, arguments: Sequence[str]) -> None:
+        """Run `python -m …`. Raises StoppedError, or UserError when it fails."""
+        if self.is_over:
+            raise StoppedError
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%H:%M:%S')} {' '.join(arguments)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments], stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
+            told = False
+            while process.poll() is None:
+                if self.is_over and not told:
+                    process.send_signal(signal.SIGTERM)
+                    told = True
+                time.sleep(POLL_S)
+        if told:
+            raise StoppedError
+        if process.returncode:
+            raise UserError(f"{' '.join(arguments[:3])} ended with status {process.returncode}; see {self.log}")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the work is to end."""
+        return self.told.is_set() or time.monotonic() > self.deadline_s
+
+
+def train_command(run: Run, arm: Arm, setting: Setting, step: int, every: int) -> list[str]:
+    """The trainer's command line to a step; a larger one goes on. Checkpoints of multiples of `every` are kept."""
+    options = {
+        **COMMON,
+        **arm.options,
+        "seed": str(run.seed),
+        "steps": str(step),
+        "store": str(setting.train_store),
+        "run": str(setting.out / "runs" / run.name),
+        "checkpoint.every": str(math.gcd(every, SAVED_EVERY)),
+        "checkpoint.keep": "1",
+        "checkpoint.milestone-every": str(every),
     }
-    rows.append(["REPA − vanilla, mean", *shown({name: statistics.mean(d) for name, d in pairs.items()}, "+")])
-    signs = {name: f"{max(sum(d > 0 for d in ds), sum(d < 0 for d in ds))} of {len(ds)}" for name, ds in pairs.items()}
-    rows.append(["seeds of the same sign", *(signs.get(name, "–") for name in MEASURES)])
-    heading = f"REPA against vanilla, sit-tiny-2 on the built-in photographs, {steps:,} steps"
-    return "\n".join(
-        [f"## {heading}", "", machine(Path(), ("torch", "numpy")), "", table(["run", *MEASURES], rows), ""]
-    )
+    return ["trainer", "train", *(f"--{name}={value}" for name, value in options.items())]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/repa-effect"), help="folder of stores and runs")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = parser.parse_args()
+def stage(run: Run, arm: Arm, setting: Setting, step: int, milestones: Sequence[int], command: Commands) -> None:
+    """Train one run to one milestone and measure it there; nothing that is there is done again."""
+    folder = setting.out / "runs" / run.name
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None or read_state(checkpoint).step < step:
+        command(train_command(run, arm, setting, step, math.gcd(*milestones)))
+    measure(setting, folder, step, command, draws=step in DRAWN_AT or step == max(milestones))
+
+
+def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> None:
+    """Both stores, the control's features, the references."""
+    features = ",".join(dict.fromkeys((args.encoder, args.final)))
+    for data, store in ((args.data, setting.train_store), (args.heldout, setting.heldout_store)):
+        weights = [f"--features-weights={args.encoder_weights}"] if args.encoder_weights else []
+        command(
+            ["pipeline", "precompute", "--data", data, "--store", str(store), "--latents", str(args.vae), "--features",
+             features, "--resolution", str(args.resolution), "--flip", *weights]
+        )  # fmt: skip
+    if not is_whole(setting.train_store, CONTROL):
+        write_control(setting.train_store, setting.features, CONTROL)
+    write_references(setting, command)
+
+
+def work(
+    setting: Setting, of_arms: Mapping[str, Arm], milestones: Sequence[int], jobs: int, command: Commands
+) -> list[str]:
+    """Every stage in turn, `jobs` at once, one at a time of each run; returns what failed."""
+    locks = {run: threading.Lock() for _, run in interleaved(of_arms, tuple(milestones))}
+    failed: dict[Run, str] = {}
+
+    def do(step: int, run: Run) -> None:
+        with locks[run]:
+            if run in failed or command.is_over:
+                return
+            try:
+                stage(run, of_arms[run.arm], setting, step, milestones, command)
+                print(f"{time.strftime('%H:%M:%S')} {run.name} measured at step {step:,}", flush=True)
+            except StoppedError:
+                return
+            except (UserError, OSError) as error:
+                failed[run] = f"{run.name}: {error}"
+                print(failed[run], file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(do, step, run) for step, run in interleaved(of_arms, tuple(milestones))]:
+            future.result()
+    return list(failed.values())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Work, then report; returns the exit status."""
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="images to train on")
+    parser.add_argument("--heldout", required=True, help="images of the same classes to measure on")
+    parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the autoencoder")
+    parser.add_argument("--encoder", default="dinov2-vits14:layer=8", help="vision encoder of the arms `repa`")
+    parser.add_argument("--final", default="dinov2-vits14", help="the encoder to its last layer, of `repa-final`")
+    parser.add_argument("--encoder-weights", type=Path, help="their weight file")
+    parser.add_argument("--second-weights", type=Path, help="EfficientNet-Lite0's weights; without, one distance only")
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True, help="folder of stores, runs and measures")
+    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--milestones", type=int, nargs="+", default=list(MILESTONES))
+    parser.add_argument("--images", type=int, default=2000, help="images drawn for a Fréchet distance")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after so many, and save")
+    parser.add_argument("--report", action="store_true", help="write the results that are there, and end")
+    parser.add_argument("--results", type=Path, default=RESULTS / "repa_effect", help="results, without suffix")
+    args = parser.parse_args(argv)
     out: Path = args.out.absolute()
-    stores = make_stores(out)
-    found = {kind: [measure(out, stores, kind, seed, args.steps) for seed in args.seeds] for kind in WEIGHTS}
-    text = report(found, args.seeds, args.steps)
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "repa_effect.md").write_text(text)
+    out.mkdir(parents=True, exist_ok=True)
+    features, final = (resolve_features(name).store_name for name in (args.encoder, args.final))
+    of_arms = arms(features, final, CONTROL)
+    if args.arms:
+        of_arms = {name: of_arms[name] for name in args.arms}
+    setting = Setting(
+        out=out,
+        train_store=out / "train",
+        heldout_store=out / "heldout",
+        features=features,
+        encoder=args.encoder,
+        encoder_weights=args.encoder_weights,
+        second_weights=args.second_weights,
+        n_images=args.images,
+    )
+    failed: list[str] = []
+    if not args.report:
+        command = Commands(out / "commands.log", args.threads, time.monotonic() + args.minutes * 60)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, command.stop)
+        try:
+            stage_one(args, setting, command)
+            failed = work(setting, of_arms, args.milestones, args.jobs, command)
+        except StoppedError:
+            pass
+    about = [machine(out, ("torch", "numpy")), "", *_about(args)]
+    print(write_report(args.results, out / "measures", of_arms, "REPA against vanilla on real photographs", about))
+    return 1 if failed else 0
+
+
+def _about(args: argparse.Namespace) -> list[str]:
+    options = " ".join(f"`{name} {value}`" for name, value in COMMON.items())
+    return [
+        f"Features: {args.encoder}; final layer: {args.final}. {args.images:,} images a Fréchet distance, which falls "
+        "with their number too. Several seeds: mean (least to most).",
+        f"Options of every run: {options}.",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, PROG)

@@ -1,0 +1,81 @@
+"""Denoising loss of images that were not trained on, over times, with the same noise at every step of every run.
+
+    python -m benchmarks.effect.heldout_loss RUN --store HELDOUT --step 1000 --out FILE.json
+
+The model's averaged weights are given the image's own class. Posterior draws and noise are keyed by (0, row), times are
+the middles of tenths, so that the mean over them estimates the loss under uniform t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from storage import open_store
+from storage.files import write_atomic
+from trainer import random_keys
+from trainer.arithmetic import model_arithmetic
+from trainer.distributed import device_named
+from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, load_model, open_run
+from trainer.loader import Batch
+from trainer.objectives import OBJECTIVES
+from trainer.step import sample_latents
+
+TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
+SEED = 0
+BATCH = 64
+
+
+@torch.inference_mode()
+def heldout_loss(run: OpenRun, checkpoint: Path, store_path: str, device: torch.device) -> dict[float, float]:
+    """t → mean loss over the rows of a store that has the run's latents."""
+    store = open_store(store_path)
+    latents = store.group(run.data.latents.path, expect=None)
+    rows = np.setdiff1d(np.arange(store.n_rows), latents.failed_rows)
+    labels = store.classes.labels
+    model = load_model(run, checkpoint, "ema", device)
+    objective, config = OBJECTIVES[run.config.model.kind], run.config.loss
+    sums = dict.fromkeys(TIMES, 0.0)
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        stored = np.empty((len(part), *latents["moments"].row_shape), dtype=latents["moments"].dtype)
+        latents["moments"].read_into(part, 0, stored)
+        index = torch.from_numpy(part).to(device)
+        batch = Batch(
+            step=0, rows=index, labels=index, moments=torch.from_numpy(stored).to(device), targets=(), stall_s=0.0
+        )
+        x = sample_latents(batch, run.scale, SEED)
+        noise = random_keys.normal(SEED, "noise", 0, index, x.shape[1:])
+        y = torch.from_numpy(labels[part].astype(np.int64)).to(device)
+        for t in TIMES:
+            times = objective.model_times(torch.full((len(x),), t, device=device))
+            x_t = objective.perturb(x, noise, times, config)
+            with model_arithmetic("fp32", device):
+                output, _ = model(x_t, times, y, with_projections=False)
+            sums[t] += objective.denoising_loss(output, x, noise, x_t, times, config).sum().item()
+    latents.close()
+    return {t: total / len(rows) for t, total in sums.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    run = open_run(args.run)
+    found = heldout_loss(run, checkpoints_of(args.run, str(args.step))[0], args.store, device_named(args.device))
+    run.data.close()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    record = {"mean": sum(found.values()) / len(found), "by_t": found}
+    write_atomic(args.out, json.dumps(record, indent=1).encode(), "heldout_loss")
+
+
+if __name__ == "__main__":
+    main()

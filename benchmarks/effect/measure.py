@@ -1,0 +1,112 @@
+"""What is measured of one run at one step, by the commands that a user types; one JSON file a measure, made once.
+
+MEASURES/RUN/STEP/heldout_loss.json   denoising loss of held-out images, by t
+MEASURES/RUN/STEP/probe.json          linear probe of every block at t = 0.5, on the training images
+MEASURES/RUN/STEP/cknna.json          alignment of every block with the features, on the held-out images
+MEASURES/RUN/STEP/NAME.json           Fréchet distance, precision, recall in an encoder's features, of the first
+                                      images of the run at this step
+MEASURES/RUN/STEP/samples.png         the first 64 of them
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.effect.arms import SAMPLING
+
+ALIGNED_EYES, OTHER_EYES = "aligned-encoder", "other-encoder"
+Command = Callable[[Sequence[str]], None]  # runs a module with arguments, raises where it fails
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all measurements of a study share."""
+
+    out: Path
+    train_store: Path
+    heldout_store: Path
+    features: str  # the group that CKNNA compares with
+    encoder: str  # as `python -m pipeline features` takes it
+    encoder_weights: Path | None
+    second_weights: Path | None
+    n_images: int
+
+    def folder(self, run: str, step: int) -> Path:
+        """Where the measures of a run at a step lie."""
+        return self.out / "measures" / run / f"{step:07d}"
+
+    def reference(self, name: str) -> Path:
+        """The feature file of the training images."""
+        return self.out / f"reference-{name}.npz"
+
+
+def write_references(setting: Setting, command: Command) -> None:
+    """Describe the training images by both encoders, once."""
+    if not setting.reference(ALIGNED_EYES).is_file():
+        command([*_describe(setting, setting.train_store, setting.reference(ALIGNED_EYES))])
+    if setting.second_weights is not None and not setting.reference(OTHER_EYES).is_file():
+        command([*_describe_otherwise(setting, setting.train_store, setting.reference(OTHER_EYES))])
+
+
+def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: bool) -> None:
+    """Everything of one run at one step that is missing; `draws`: images and their distances as well."""
+    folder = setting.folder(run.name, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "heldout_loss.json").is_file():
+        command(
+            ["benchmarks.effect.heldout_loss", str(run), "--store", str(setting.heldout_store), "--step", str(step),
+             "--out", str(folder / "heldout_loss.json")]
+        )  # fmt: skip
+    for name, store in (("probe", setting.train_store), ("cknna", setting.heldout_store)):
+        if not (folder / f"{name}.json").is_file():
+            command(
+                ["trainer", name, str(run), "--store", str(store), "--features", setting.features,
+                 "--checkpoints", str(step), "--out", str(folder / name)]
+            )  # fmt: skip
+    if draws:
+        _distances(setting, run, step, folder, command)
+
+
+def _distances(setting: Setting, run: Path, step: int, folder: Path, command: Command) -> None:
+    """Draw images, describe them, compare, and remove them."""
+    eyes = {ALIGNED_EYES: _describe}
+    if setting.second_weights is not None:
+        eyes[OTHER_EYES] = _describe_otherwise
+    missing = [name for name in eyes if not (folder / f"{name}.json").is_file()]
+    if not missing:
+        return
+    images = folder / "samples"
+    options = [f"--{name}={value}" for name, value in SAMPLING.items()]
+    command(
+        ["trainer", "generate", str(run), "--n", str(setting.n_images), "--checkpoint", str(step),
+         "--out", str(images), *options]
+    )  # fmt: skip
+    for name in missing:
+        described, compared = folder / f"{name}.npz", folder / f"{name}-evaluation"
+        command([*eyes[name](setting, images, described)])
+        command(
+            ["trainer", "evaluate", str(described), "--reference", str(setting.reference(name)), "--out", str(compared),
+             "--run", str(run), "--step", str(step)]
+        )  # fmt: skip
+        result = next(compared.glob("*.json"))
+        result.rename(folder / f"{name}.json")
+        shutil.rmtree(compared)
+        described.unlink()
+    shutil.rmtree(images)
+
+
+def _describe(setting: Setting, images: Path, out: Path) -> list[str]:
+    weights = ["--weights", str(setting.encoder_weights)] if setting.encoder_weights else []
+    return [
+        "pipeline", "features", str(images), "--encoder", setting.encoder, "--token", "mean", "--out", str(out),
+        *weights,
+    ]  # fmt: skip
+
+
+def _describe_otherwise(setting: Setting, images: Path, out: Path) -> list[str]:
+    return [
+        "benchmarks.effect.second_encoder", str(images), "--weights", str(setting.second_weights), "--out", str(out)
+    ]  # fmt: skip

@@ -1,0 +1,206 @@
+"""From the measures that are there: figures by arm and step, what vanilla needs to reach REPA, tables and curves.
+
+Every figure is that of the averaged weights. Of several seeds: mean, least and most. "Steps to reach" reads the step at
+which the line through vanilla's means first is as good as REPA's mean.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.effect.arms import REPA, VANILLA, Arm
+from benchmarks.effect.measure import ALIGNED_EYES, OTHER_EYES
+from benchmarks.report import table
+
+Figures = dict[str, dict[int, dict[int, float]]]  # arm → step → seed → value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """A figure of a run at a step. `less_is_better` says whether a sign is a gain."""
+
+    key: str
+    title: str
+    less_is_better: bool
+    digits: int = 3
+
+
+QUANTITIES = (
+    Quantity(key="loss", title="held-out denoising loss", less_is_better=True, digits=4),
+    Quantity(key="fd_aligned", title="Fréchet distance, aligned encoder", less_is_better=True, digits=2),
+    Quantity(key="fd_other", title="Fréchet distance, other encoder", less_is_better=True, digits=2),
+    Quantity(key="probe", title="linear probe, best block", less_is_better=False),
+    Quantity(key="cknna", title="CKNNA, best block", less_is_better=False),
+)
+
+
+def read_measures(folder: Path) -> dict[str, float]:
+    """The figures of one run at one step, those that are there."""
+    found: dict[str, float] = {}
+    for key, name, read in (
+        ("loss", "heldout_loss", lambda record: record["mean"]),
+        ("fd_aligned", ALIGNED_EYES, lambda record: record["metrics"]["fd"]["value"]),
+        ("fd_other", OTHER_EYES, lambda record: record["metrics"]["fd"]["value"]),
+        ("probe", "probe", lambda record: max(point["probe"] for point in record["points"])),
+        ("cknna", "cknna", lambda record: max(point["cknna"] for point in record["points"])),
+    ):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            found[key] = read(json.loads(path.read_text()))
+    return found
+
+
+def collect(measures: Path, of_arms: Mapping[str, Arm]) -> dict[str, Figures]:
+    """Quantity → figures of all runs."""
+    found: dict[str, Figures] = {quantity.key: {} for quantity in QUANTITIES}
+    for name, arm in of_arms.items():
+        for seed in arm.seeds:
+            for folder in sorted((measures / f"{name}-seed{seed}").glob("[0-9]*")):
+                for key, value in read_measures(folder).items():
+                    found[key].setdefault(name, {}).setdefault(int(folder.name), {})[seed] = value
+    return found
+
+
+def steps_to_reach(curve: Mapping[int, float], value: float, *, less_is_better: bool) -> float | None:
+    """The step at which the line through the curve's points first is as good as `value`; None: not within it."""
+    sign = 1 if less_is_better else -1
+    before: tuple[int, float] | None = None
+    for step, at in sorted(curve.items()):
+        gap = sign * (at - value)
+        if gap <= 0:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * before[1] / (before[1] - gap)
+        before = step, gap
+    return None
+
+
+def means(figures: Figures, arm: str) -> dict[int, float]:
+    """Step → mean over the seeds that are there."""
+    return {step: statistics.mean(of.values()) for step, of in sorted(figures.get(arm, {}).items())}
+
+
+def pairs(figures: Figures, step: int) -> list[float]:
+    """REPA − vanilla, seed by seed, at a step."""
+    ours, theirs = (figures.get(arm, {}).get(step, {}) for arm in (REPA, VANILLA))
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading: str, about: Sequence[str]) -> str:
+    """OUT.md, OUT.json, OUT.svg; returns the text."""
+    found = collect(measures, of_arms)
+    by_t = {name: read_by_t(measures, name, arm.seeds) for name, arm in of_arms.items()}
+    text = "\n".join([f"## {heading}", "", *about, "", *_tables(found, of_arms), ""])
+    out.parent.mkdir(exist_ok=True)
+    out.with_suffix(".md").write_text(text)
+    out.with_suffix(".json").write_text(json.dumps({"figures": found, "heldout_loss_by_t": by_t}, indent=1) + "\n")
+    if any(found.values()):
+        draw(out.with_suffix(".svg"), found, by_t, of_arms)
+    return text
+
+
+def read_by_t(measures: Path, name: str, seeds: Iterable[int]) -> dict[int, dict[float, float]]:
+    """Step → t → held-out loss, mean over seeds."""
+    found: dict[int, dict[float, list[float]]] = {}
+    for seed in seeds:
+        for path in sorted((measures / f"{name}-seed{seed}").glob("[0-9]*/heldout_loss.json")):
+            at = found.setdefault(int(path.parent.name), {})
+            for t, value in json.loads(path.read_text())["by_t"].items():
+                at.setdefault(float(t), []).append(value)
+    return {step: {t: statistics.mean(values) for t, values in of.items()} for step, of in found.items()}
+
+
+def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[str]:
+    lines: list[str] = []
+    for quantity in QUANTITIES:
+        figures = found[quantity.key]
+        steps = sorted({step for of in figures.values() for step in of})
+        if not steps:
+            continue
+        rows = [
+            [of_arms[name].title, *(_spread(figures[name].get(step, {}), quantity.digits) for step in steps)]
+            for name in of_arms
+            if name in figures
+        ]
+        differences = [pairs(figures, step) for step in steps]
+        if any(differences):
+            vanilla, repa = means(figures, VANILLA), means(figures, REPA)
+            reached = [
+                _reached(steps_to_reach(vanilla, repa[step], less_is_better=quantity.less_is_better), vanilla)
+                if step in repa and vanilla
+                else "–"
+                for step in steps
+            ]
+            rows.append(["REPA − vanilla", *(_difference(values, quantity) for values in differences)])
+            rows.append(["steps vanilla needs for REPA's", *reached])
+        lines += [f"### {quantity.title[0].upper()}{quantity.title[1:]}", ""]
+        lines += [table(["", *(f"{step:,} steps" for step in steps)], rows), ""]
+    return lines
+
+
+def _spread(of_seeds: Mapping[int, float], digits: int) -> str:
+    """mean (least to most)."""
+    values = list(of_seeds.values())
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _difference(values: Sequence[float], quantity: Quantity) -> str:
+    if not values:
+        return "–"
+    gains = sum((value < 0) == quantity.less_is_better for value in values if value)
+    return f"{statistics.mean(values):+.{quantity.digits}f}, better in {gains} of {len(values)}"
+
+
+def _reached(step: float | None, vanilla: Mapping[int, float]) -> str:
+    if step is None:
+        return f"> {max(vanilla):,}"
+    return f"≤ {min(vanilla):,}" if step <= min(vanilla) else f"{step:,.0f}"
+
+
+def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_arms: Mapping[str, Arm]) -> None:
+    """A panel a quantity over steps, seeds as a band; and the loss by t at the newest step that all have."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [quantity for quantity in QUANTITIES if found[quantity.key]]
+    figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    axes = panels.flatten()
+    for unused in axes[len(shown) : -1]:
+        unused.set_visible(False)
+    for panel, quantity in zip(axes, shown, strict=False):
+        for number, (name, arm) in enumerate(of_arms.items()):
+            of_steps = found[quantity.key].get(name, {})
+            steps = sorted(of_steps)
+            if not steps:
+                continue
+            values = [list(of_steps[step].values()) for step in steps]
+            panel.plot(steps, [statistics.mean(v) for v in values], "o-", ms=3, color=f"C{number}", label=arm.title)
+            panel.fill_between(
+                steps, [min(v) for v in values], [max(v) for v in values], color=f"C{number}", alpha=0.2, lw=0
+            )
+        panel.set(title=quantity.title, xlabel="training step")
+        panel.grid(alpha=0.3)
+    common = [step for step in by_t.get(VANILLA, {}) if step in by_t.get(REPA, {})]
+    if common:
+        newest = max(common)
+        base = by_t[VANILLA][newest]
+        for number, (name, arm) in enumerate(of_arms.items()):
+            if newest in by_t[name]:
+                times = sorted(base)
+                y = [by_t[name][newest][t] - base[t] for t in times]
+                axes[-1].plot(times, y, "o-", ms=3, color=f"C{number}", label=arm.title)
+        axes[-1].set(title=f"held-out loss − vanilla's, step {newest:,}", xlabel="t (0 image, 1 noise)")
+        axes[-1].grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

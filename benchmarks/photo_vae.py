@@ -1,0 +1,211 @@
+"""An autoencoder for photographs that no built-in one knows: train it, measure it on others, look at it.
+
+    python -m benchmarks.photo_vae --data TRAIN --heldout HELDOUT --out FOLDER [--steps 8000] [--threads 2]
+
+TRAIN and HELDOUT are whatever `python -m pipeline precompute --data` takes; images are cropped as it crops them. FOLDER
+becomes a diffusers AutoencoderKL (8× downsampling, 4 latent channels) that `precompute --latents FOLDER` loads, with
+PSNR of the held-out images in `psnr.json` and originals beside reconstructions in `contact-sheet.png`.
+
+What is minimised is the mean over images of log MSE, which is −PSNR up to a factor, plus KL_WEIGHT times the mean KL of
+a latent element. Only the ratio of noise to signal costs reconstruction, so the KL term settles the scale near one;
+`scaling_factor` is 1 / the deviation of draws from the posterior, measured on the training images (arXiv 2112.10752).
+
+Crops of half the side are cheaper and as good to learn textures from; the last quarter of the steps sees whole images,
+since attention and group norms work over all pixels, while the learning rate falls to zero. What a step sees is a
+function of (SEED, step), and the state is saved every `--save-every` steps and on SIGTERM or Ctrl-C: the same command
+goes on. Cost: 8,000 steps of 16 crops of 64 px took about two hours of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.decode import decode_unit
+from pipeline.encoders.tiny.train import psnr_db, to_float
+from pipeline.encoders.vae import VAE
+from pipeline.sources import open_source
+from storage.console import progress_bar, stop_on_signals
+from storage.errors import UserError
+from storage.files import write_atomic
+from storage.roots import absolute
+from trainer.distributed import device_named
+from trainer.evaluation.decode import grid
+
+CPU = torch.device("cpu")
+SEED = 0
+KL_WEIGHT = 0.01
+PEAK_LR = 2e-3
+WARMUP_STEPS = 100
+WHOLE_IMAGES = 0.25  # the last share of the steps: whole images, falling learning rate
+N_SHOWN = 48
+STATE_FILE = "training.pt"
+VAE_CONFIG: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (16, 48, 128, 192),  # full resolution costs most and gains least
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+}
+
+
+def read_images(data: str, resolution: int) -> np.ndarray:
+    """Every image of a source as the pipeline crops it, uint8 (N, side, side, 3). Raises UserError if one fails."""
+    source = open_source(absolute(data))
+    index = source.listing().index
+    images, (failures, _) = decode_unit(source, 0, index.keys, index.locations, resolution)
+    if failures:
+        raise UserError(f"{data}: {failures[0].key} cannot be decoded ({failures[0].reason}); leave such images out")
+    return images
+
+
+def batch_of(images: np.ndarray, step: int, steps: int, batch: int) -> torch.Tensor:
+    """What a step sees, float32 (B, 3, s, s) in [−1, 1], flipped by coin: crops, later as many pixels of wholes."""
+    rng = np.random.default_rng([SEED, step])
+    resolution = images.shape[1]
+    is_whole = step >= steps * (1 - WHOLE_IMAGES)
+    side, n = (resolution, max(1, batch // 4)) if is_whole else (resolution // 2, batch)
+    crops = np.empty((n, side, side, 3), dtype=np.uint8)
+    for i, picked in enumerate(rng.integers(0, len(images), n)):
+        x, y = rng.integers(0, resolution - side + 1, 2)
+        crop = images[picked, y : y + side, x : x + side]
+        crops[i] = crop[:, ::-1] if rng.random() < 0.5 else crop
+    return to_float(crops)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, constant, then linear to zero: a run that is given other --steps before it falls only goes on."""
+    left = (steps - step) / (steps * WHOLE_IMAGES)
+    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, left)
+
+
+class Training:
+    """An autoencoder, its optimiser and the steps done, in one file that is whole or absent."""
+
+    def __init__(self, out: Path, resolution: int, start: Path | None = None, device: torch.device = CPU) -> None:
+        from diffusers import AutoencoderKL
+
+        torch.manual_seed(SEED)
+        vae: Any
+        if start is None:
+            vae = AutoencoderKL(**VAE_CONFIG, sample_size=resolution)
+        else:
+            vae = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        self.device = device
+        self.vae = vae.to(self.device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.AdamW(
+            self.vae.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), fused=True
+        )
+        self.file = out / STATE_FILE
+        self.step = 0
+        if self.file.is_file():
+            saved = torch.load(self.file, map_location=self.device, weights_only=True)
+            self.vae.load_state_dict(saved["vae"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
+
+    def save(self) -> None:
+        """Write all of it aside, then rename."""
+        aside = self.file.with_suffix(".partial")
+        torch.save({"vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}, aside)
+        aside.rename(self.file)
+
+    def take(self, images: torch.Tensor, steps: int) -> float:
+        """One step; returns the mean PSNR of the batch, dB."""
+        images = images.to(self.device, memory_format=torch.channels_last)
+        torch.manual_seed(self.step)  # of the posterior's draws
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, steps)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            posterior = self.vae.encode(images).latent_dist
+            decoded = self.vae.decode(posterior.sample()).sample
+        log_mse = (decoded.float() - images).square().mean((1, 2, 3)).clamp(min=1e-8).log().mean()
+        kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+        self.optimizer.zero_grad()
+        (log_mse + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return 10 * (np.log10(4.0) - log_mse.item() / np.log(10))
+
+    @torch.no_grad()
+    def write(self, out: Path, images: np.ndarray) -> None:
+        """The diffusers folder, with the scale of its latents on these images; float32."""
+        drawn = [self.vae.encode(part.to(self.device)).latent_dist.sample() for part in to_float(images).split(32)]
+        self.vae.register_to_config(scaling_factor=round(1 / torch.cat(drawn).std().item(), 5))
+        self.vae.save_pretrained(out)
+
+
+def train(args: argparse.Namespace, images: np.ndarray) -> bool:
+    """Take the steps that are missing; returns whether all are done."""
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    training = Training(out, args.resolution, args.start, args.device)
+    shown = 0.0
+    with (
+        stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
+        progress_bar(args.steps, unit="step", done=training.step, description="photo-vae") as bar,
+    ):
+        while training.step < args.steps and stop.signal is None:
+            db = training.take(batch_of(images, training.step, args.steps, args.batch), args.steps)
+            shown = db if shown == 0.0 else 0.99 * shown + 0.01 * db
+            bar.update()
+            bar.set_postfix_str(f"{shown:.2f} dB")
+            if training.step % args.save_every == 0:
+                training.save()
+                with open(out / "training.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": training.step, "psnr_db": round(shown, 3)}) + "\n")
+        training.save()
+    if training.step < args.steps:
+        return False
+    training.write(out, images[:: max(1, len(images) // 1000)])
+    return True
+
+
+def measure(out: Path, images: np.ndarray, device: torch.device = CPU) -> dict[str, float]:
+    """PSNR of images through the encoder that the pipeline loads from `out`; writes psnr.json and the contact sheet."""
+    vae = VAE(out, device)
+    decoded = []
+    for part in np.array_split(images, max(1, len(images) // 32)):
+        moments = vae.encode(torch.from_numpy(part))["moments"].float().numpy()
+        decoded.append(vae.decode(moments[:, : moments.shape[1] // 2]))
+    reconstructions = np.concatenate(decoded)
+    db = psnr_db(images, reconstructions)
+    found = {"n": len(db), "mean_db": db.mean(), "least_db": db.min(), "median_db": np.median(db), "most_db": db.max()}
+    found = {name: round(float(value), 3) for name, value in found.items()}
+    write_atomic(out / "psnr.json", json.dumps(found, indent=1).encode(), "photo_vae")
+    shown = np.linspace(0, len(images) - 1, min(N_SHOWN, len(images))).astype(int)
+    pairs = np.concatenate([images[shown], reconstructions[shown]], axis=2)
+    Image.fromarray(grid(pairs, columns=min(4, len(shown)))).save(out / "contact-sheet.png")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="images to learn from")
+    parser.add_argument("--heldout", required=True, help="images to measure on")
+    parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--start", type=Path, help="diffusers folder of an AutoencoderKL to go on from, its size too")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=16, help="crops of half the side a step; a quarter as many wholes")
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--only-measure", action="store_true", help="measure what is in the folder")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.device = device_named(args.device)
+    if args.only_measure or train(args, read_images(args.data, args.resolution)):
+        print(json.dumps(measure(args.out, read_images(args.heldout, args.resolution), args.device)))
+
+
+if __name__ == "__main__":
+    main()

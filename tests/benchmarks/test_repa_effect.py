@@ -1,0 +1,196 @@
+"""The study of REPA: arms are runs that the trainer takes, the control is what it says, figures are read right."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import repa_effect
+from benchmarks.effect import arms as arms_module
+from benchmarks.effect.arms import Run, arms, interleaved
+from benchmarks.effect.control import is_whole, others_of_the_class, write_control
+from benchmarks.effect.heldout_loss import TIMES, heldout_loss
+from benchmarks.effect.measure import ALIGNED_EYES, Setting
+from benchmarks.effect.report import collect, steps_to_reach, write_report
+from benchmarks.repa_effect import Commands, StoppedError, train_command
+from storage import open_store
+from storage.errors import UserError
+from tests.stores import FEATURES, make_store
+from tests.trainer.runs import micro
+from trainer.cli import train_config
+from trainer.evaluation.hidden_states import checkpoints_of, open_run
+from trainer.train import train
+
+OF_ARMS = arms("middle", "final", "other")
+
+
+def setting(out: Path) -> Setting:
+    return Setting(
+        out=out,
+        train_store=out / "train",
+        heldout_store=out / "heldout",
+        features="middle",
+        encoder="tiny-vit",
+        encoder_weights=None,
+        second_weights=None,
+        n_images=8,
+    )
+
+
+@pytest.mark.parametrize("name", OF_ARMS)
+def test_every_arm_is_a_run_that_differs_from_vanilla_in_its_alignment_only(name: str, tmp_path: Path) -> None:
+    def config(arm: str) -> Any:
+        options = train_command(Run(arm=arm, seed=0), OF_ARMS[arm], setting(tmp_path), 100, 50)[2:]
+        pairs = (option.removeprefix("--").split("=", 1) for option in options)
+        return train_config({name.replace("-", "_"): text for name, text in pairs})
+
+    mine, vanilla = config(name), config("vanilla")
+    assert mine.model == vanilla.model
+    assert (mine.optim, mine.batch, mine.seed, mine.steps) == (vanilla.optim, vanilla.batch, vanilla.seed, 100)
+    assert not vanilla.aligns
+    assert mine.aligns == (name != "vanilla")
+
+
+def test_all_runs_reach_a_milestone_before_any_goes_on_and_first_seeds_go_first() -> None:
+    order = interleaved(OF_ARMS, (2000, 1000))
+    runs = [Run(arm=name, seed=seed) for name, arm in OF_ARMS.items() for seed in arm.seeds]
+    assert [step for step, _ in order] == [1000] * len(runs) + [2000] * len(runs)
+    assert {run for _, run in order[: len(runs)]} == set(runs)
+    assert [run.seed for _, run in order[: len(runs)]] == sorted(run.seed for run in runs)
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=40), usable=st.data(), seed=st.integers(0, 100)
+)  # fmt: skip
+def test_a_row_is_given_another_of_its_class_and_each_is_given_once(labels: list[int], usable: Any, seed: int) -> None:
+    flags = np.array(usable.draw(st.lists(st.booleans(), min_size=len(labels), max_size=len(labels))))
+    of = np.array(labels)
+    donors = others_of_the_class(of, flags, seed)
+    assert (donors[~flags] == -1).all()
+    assert sorted(donors[flags]) == np.flatnonzero(flags).tolist()
+    assert (of[donors[flags]] == of[flags]).all()
+    alone = {row for row in np.flatnonzero(flags) if (of[flags] == of[row]).sum() == 1}
+    assert {row for row in np.flatnonzero(flags) if donors[row] == row} == alone
+
+
+def test_the_control_holds_another_row_s_features_in_every_view(tmp_path: Path) -> None:
+    where = tmp_path / "store"
+    made = make_store(where, n_rows=20, n_views=2, shard_rows=8, n_classes=3, failed_rows=[4])[FEATURES]
+    assert not is_whole(where, "other")
+    write_control(where, "tiny-vit", "other", seed=1)
+    write_control(where, "tiny-vit", "other", seed=1)  # again: nothing to do
+    assert is_whole(where, "other")
+    store = open_store(where)
+    group = store.group("features/other")
+    assert group.failed_rows.tolist() == [4]
+    assert group.identity_digest != store.group(FEATURES).identity_digest
+    labels = store.classes.labels
+    donors = others_of_the_class(labels, np.arange(20) != 4, 1)
+    rows = np.flatnonzero(donors >= 0)
+    assert (donors[rows] != rows).all()
+    for name, array in made.items():
+        for view in range(2):
+            read = np.empty((len(rows), *array.shape[2:]), dtype=array.dtype)
+            group[name].read_into(rows, view, read)
+            np.testing.assert_array_equal(read, array[donors[rows], view])
+    group.close()
+
+
+def test_the_loss_of_a_model_that_says_nothing_is_the_velocity_s_square_at_every_time(tmp_path: Path) -> None:
+    """A model's output begins as zero, so the loss is E‖ε − x‖², whatever t is."""
+    make_store(tmp_path / "store", n_rows=12)
+    make_store(tmp_path / "heldout", n_rows=70)
+    train(micro(tmp_path / "store", tmp_path / "run", **{"optim.lr": 1e-30, "steps": 1}))
+    run = open_run(tmp_path / "run")
+    found = heldout_loss(run, checkpoints_of(tmp_path / "run")[0], str(tmp_path / "heldout"), torch.device("cpu"))
+    run.data.close()
+    assert tuple(found) == TIMES
+    assert np.ptp(list(found.values())) < 1e-5
+    # Mean and deviation are standard normal, halved: x has variance (1 + 1) / 4, the noise one.
+    assert found[TIMES[0]] == pytest.approx(1.5, rel=0.03)
+
+
+@given(
+    values=st.lists(st.floats(0, 10), min_size=2, max_size=8),
+    target=st.floats(0, 10),
+    less_is_better=st.booleans(),
+)
+def test_steps_to_reach_is_where_the_line_first_is_as_good(
+    values: list[float], target: float, less_is_better: bool
+) -> None:
+    curve = {1000 * (i + 1): value for i, value in enumerate(values)}
+    good = [step for step, value in curve.items() if (value <= target if less_is_better else value >= target)]
+    step = steps_to_reach(curve, target, less_is_better=less_is_better)
+    assert (step is None) == (not good)
+    if step is not None and good[0] > 1000:
+        assert good[0] - 1000 <= step <= good[0]
+        assert np.interp(step, list(curve), values) == pytest.approx(target, abs=1e-6)
+
+
+def write_loss(measures: Path, run: str, step: int, mean: float) -> None:
+    folder = measures / run / f"{step:07d}"
+    folder.mkdir(parents=True)
+    by_t = dict.fromkeys(TIMES, mean)
+    (folder / "heldout_loss.json").write_text(json.dumps({"mean": mean, "by_t": by_t}))
+
+
+def test_the_report_has_what_is_there_with_signs_and_steps_to_reach(tmp_path: Path) -> None:
+    measures = tmp_path / "measures"
+    for seed, gain in ((0, 0.1), (1, -0.02)):
+        for step, loss in ((1000, 0.9), (2000, 0.7)):
+            write_loss(measures, f"vanilla-seed{seed}", step, loss)
+            write_loss(measures, f"repa-seed{seed}", step, loss - gain)
+    figures = collect(measures, OF_ARMS)
+    assert figures["loss"]["repa"][1000] == {0: pytest.approx(0.8), 1: pytest.approx(0.92)}
+    text = write_report(tmp_path / "results" / "effect", measures, OF_ARMS, "title", ["about"])
+    assert "-0.0400, better in 1 of 2" in text
+    assert "| steps vanilla needs for REPA's | 1,200 | > 2,000 |" in text
+    assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".md", ".json", ".svg"}
+    assert json.loads((tmp_path / "results" / "effect.json").read_text())["figures"]["loss"]["vanilla"]["1000"]
+
+
+def test_a_report_of_nothing_says_nothing(tmp_path: Path) -> None:
+    assert "###" not in write_report(tmp_path / "r" / "effect", tmp_path, OF_ARMS, "title", [])
+
+
+def test_commands_end_when_told_and_say_what_failed(tmp_path: Path) -> None:
+    command = Commands(tmp_path / "log", 1, math.inf)
+    command(["this"])
+    with pytest.raises(UserError, match="status 1"):
+        command(["no_such_module_at_all"])
+    command.stop()
+    with pytest.raises(StoppedError):
+        command(["this"])
+
+
+@pytest.mark.slow
+def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arms, two milestones, all measures; then a later milestone only adds to them."""
+    from pipeline.encoders.tiny import TINY_VAE
+    from pipeline.sources.photos import write_photos
+
+    small = {"model.depth": "2", "model.width": "32", "model.heads": "2", "model.projector-width": "32", "batch": "8"}
+    monkeypatch.setattr(repa_effect, "COMMON", arms_module.COMMON | small)
+    for split, n in (("train", 4), ("heldout", 2)):
+        write_photos(tmp_path / split, n_per_class=n, split=split)
+    options = [
+        f"--data={tmp_path}/train", f"--heldout={tmp_path}/heldout", f"--vae={TINY_VAE}", "--encoder=tiny-vit",
+        "--final=tiny-vit", f"--out={tmp_path}/out", "--images=4", "--arms", "vanilla", "repa",
+        f"--results={tmp_path}/results/effect", "--milestones",
+    ]  # fmt: skip
+    assert repa_effect.main([*options, "2"]) == 0
+    first = sorted((tmp_path / "out" / "measures").rglob("*.json"))
+    assert len(first) == 6 * 4
+    times = [path.stat().st_mtime_ns for path in first]
+    assert repa_effect.main([*options, "2", "4"]) == 0
+    assert [path.stat().st_mtime_ns for path in first] == times
+    assert (tmp_path / "out" / "measures" / "repa-seed2" / "0000004" / f"{ALIGNED_EYES}.json").is_file()
+    assert "4 steps" in (tmp_path / "results" / "effect.md").read_text()
