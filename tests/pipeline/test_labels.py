@@ -290,7 +290,10 @@ def test_zips_without_labels_or_with_some(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no image has a label: dataset.json in z.zip in DATA has none"):
         open_source(str(path)).listing()
     assert open_source(str(path)).listing(unlabelled).index.labels.tolist() == [-1, -1]
-    write(["a.png", "b.png"], '{"labels": [["a.png", "3.0"], ["../../etc/passwd", 4]]}')  # only members are looked up
+    write(["a.png", "b.png"], '{"labels": [["a.png", "3.0"], ["../../etc/passwd", 4]]}')
+    with pytest.raises(UserError, match=r"'../../etc/passwd' leads out of the folder"):
+        open_source(str(path)).listing()
+    write(["a.png", "b.png"], '{"labels": [["a.png", "3.0"]]}')
     with pytest.raises(UserError, match=r"1 of 2 images have no label, first b.png"):
         open_source(str(path)).listing()
     write(["a.png"], '{"labels": [["a.png", "3.0"]]}')

@@ -240,7 +240,7 @@ def test_containers_that_are_packed_again(kind: str, tmp_path: Path, precompute:
     assert made_of(store, FEATURES) == [sample_crc32c(data) for data in mended.values()]
     assert len(open_originals(store)(np.arange(N))) == N  # though the index says where they lay when they were listed
     pack({**mended, 7: picture(70)})
-    with pytest.raises(UserError, match="is another image than row 7 was made of; restore it"):
+    with pytest.raises(UserError, match=r"is another image than row 7 was made of\); restore it"):
         open_originals(store)(np.arange(N))
 
 
