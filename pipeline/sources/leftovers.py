@@ -30,6 +30,12 @@ NAMES = frozenset(
         "@recently-snapshot",
         "@transcode",
         "@upload_cache",
+        "@__thumb",
+        "~snapshot",  # NetApp
+        "found.000",  # Windows' chkdsk
+        "network trash folder",  # AFP
+        "temporary items",
+        "__pycache__",
     }
 )
 HIDDEN = "."  # .DS_Store, ._cat.png, .Trash-1000, .ipynb_checkpoints, .snapshot, .thumbnails, …
