@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import IO, Any, NamedTuple, Protocol
 
-from pipeline.sources.leftovers import leftover
+from pipeline.sources.leftovers import OWN_FILE, leftover
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Unreadable, too_large
 from storage.boundary import open_regular, shown
 from storage.errors import StoreError, UserError
@@ -125,6 +125,8 @@ class LocalFiles:
         leftovers: list[str] = []
         for entry in os.scandir(os.path.join(self.root, folder)):
             path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name == OWN_FILE:
+                continue
             if leftover(entry.name):
                 leftovers.append(path)
             elif _is_folder(entry):

@@ -38,6 +38,7 @@ NAMES = frozenset(
         "__pycache__",
     }
 )
+OWN_FILE = ".recipe.json"  # of the built-in photographs (`photos.py`), not worth a word
 HIDDEN = "."  # .DS_Store, ._cat.png, .Trash-1000, .ipynb_checkpoints, .snapshot, .thumbnails, …
 SHOWN = 5  # names in a message
 
