@@ -43,11 +43,11 @@ def refuse_files_of_labels(names: Iterable[str], data: str, kind: str) -> None:
     """Raise UserError where one of the names is a file of labels, which folders would silently overrule."""
     for name in names:
         if posixpath.basename(name).lower() in LABEL_FILES and not leftover(name):
-            folder = posixpath.dirname(name)
-            inner = f"DATA={data}/{folder}" if folder else f"DATA={data}"
+            folder, base = posixpath.split(name)
+            fix = f"name DATA={data}/{folder}" if folder else f"rename it {base.lower()}"
             raise UserError(
-                f"DATA {data} holds a file of labels, {shown(name)}, and folders that would be classes; name "
-                f"{shown(inner)} to read the labels from it, or pass --source {kind} to number the folders"
+                f"DATA {data} holds a file of labels, {shown(name)}, and folders that would be classes; {shown(fix)} "
+                f"to read the labels from it, or pass --source {kind} to number the folders"
             )
 
 

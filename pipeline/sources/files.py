@@ -25,15 +25,18 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import IO, Any, NamedTuple, Protocol
 
-from pipeline.sources.leftovers import is_settings, leftover
-from pipeline.sources.protocol import Unreadable
-from storage.errors import UserError
+from pipeline.sources.leftovers import OWN_FILE, leftover
+from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Unreadable, too_large
+from storage.boundary import open_regular, shown
+from storage.errors import StoreError, UserError
 
 REQUESTS = 32  # range requests in flight; an answer takes tens of milliseconds, whatever its size
 CONNECTIONS = 4  # the same where a request in flight may be a connection of its own
 OBSTORE_PROTOCOLS = frozenset("s3 s3a gs az abfs http https".split())
 WHOLE = -1
 UNKNOWN_BYTES = -1  # a size that cannot be known without reading the images
+LINKS_WITHIN_LINKS = 5000  # folders; mutual links of ten folders are ten million paths
+ABSENT = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})  # one file is
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,20 @@ def walk(files: Files, folder: str) -> tuple[list[File], list[str]]:
     return sorted(found, key=lambda file: file.path), sorted(leftovers)
 
 
-def matches(files: Files, pattern: str, folder: str = "") -> list[File]:
-    """The files below a folder whose path matches a shell pattern, level by level; sorted."""
+def matches(files: Files, pattern: str, folder: str = "") -> tuple[list[File], list[str]]:
+    """(the files below a folder whose path matches a shell pattern, level by level; the leftovers that do), sorted."""
     first, _, rest = pattern.partition("/")
-    below, here, _ = files.entries(folder)
+    below, here, others = files.entries(folder)
+    leftovers = [path for path in others if fnmatchcase(posixpath.basename(path), first)]
     if not rest:
-        return [file for file in here if fnmatchcase(posixpath.basename(file.path), first)]
-    folders = [path for path in below if fnmatchcase(posixpath.basename(path), first)]
-    return [file for path in folders for file in matches(files, rest, path)]
+        return [file for file in here if fnmatchcase(posixpath.basename(file.path), first)], leftovers
+    found: list[File] = []
+    for path in below:
+        if fnmatchcase(posixpath.basename(path), first):
+            deeper, deeper_leftovers = matches(files, rest, path)
+            found += deeper
+            leftovers += deeper_leftovers
+    return found, leftovers
 
 
 class LocalFiles:
@@ -107,6 +116,7 @@ class LocalFiles:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._n_within_links = 0
 
     def entries(self, folder: str) -> Entries:
         """One directory scan, and one stat a file."""
@@ -115,9 +125,10 @@ class LocalFiles:
         leftovers: list[str] = []
         for entry in os.scandir(os.path.join(self.root, folder)):
             path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name == OWN_FILE:
+                continue
             if leftover(entry.name):
-                if entry.is_dir(follow_symlinks=False) or not is_settings(entry.name):
-                    leftovers.append(path)
+                leftovers.append(path)
             elif _is_folder(entry):
                 if entry.is_symlink() and self._leads_back(folder, entry.path):
                     leftovers.append(path)
@@ -130,14 +141,25 @@ class LocalFiles:
         return Entries(sorted(folders), sorted(found, key=lambda file: file.path), sorted(leftovers))
 
     def _leads_back(self, folder: str, link: str) -> bool:
-        """Whether a link in a folder leads to that folder or to one that the path to it passes through."""
+        """Whether a link in a folder leads to that folder, to one that the path to it passes through, or above these.
+
+        Raises UserError where links that lead into each other have more paths than anybody wants.
+        """
         parts = folder.split("/") if folder else []
         passed = [os.path.join(self.root, *parts[:n]) for n in range(len(parts) + 1)]
-        return os.path.realpath(link) in {os.path.realpath(path) for path in passed}
+        if sum(map(os.path.islink, passed[1:])) > 1:
+            self._n_within_links += 1
+        if self._n_within_links > LINKS_WITHIN_LINKS:
+            raise UserError(
+                f"DATA {shown(self.root)}: more than {LINKS_WITHIN_LINKS} folders are reached over links within links, "
+                f"such as {shown(folder)}; remove links of folders that lead into each other"
+            )
+        target = os.path.join(os.path.realpath(link), "")
+        return any(os.path.join(os.path.realpath(path), "").startswith(target) for path in passed)
 
     def open(self, path: str) -> IO[bytes]:
-        """A buffered file."""
-        return open(os.path.join(self.root, path), "rb")
+        """A buffered file. Raises StoreError for a pipe or device, which would have no end."""
+        return os.fdopen(open_regular(os.path.join(self.root, path)), "rb")
 
     def read_many(self, parts: Sequence[Part]) -> Iterator[bytes | Unreadable]:
         """Consecutive parts of one file share its handle."""
@@ -151,7 +173,7 @@ class LocalFiles:
                     if fd >= 0:
                         os.close(fd)
                     container, fd = "", -1
-                    fd = os.open(os.path.join(self.root, part.path), os.O_RDONLY | os.O_CLOEXEC)
+                    fd = open_regular(os.path.join(self.root, part.path))
                     container = part.path
                 yield _whole(os.pread(fd, part.nbytes, part.start), part, self.root)
         finally:
@@ -160,9 +182,14 @@ class LocalFiles:
 
     def _read_file(self, path: str) -> bytes | Unreadable:
         try:
-            with open(os.path.join(self.root, path), "rb", buffering=0) as file:
-                return file.read()
-        except (FileNotFoundError, PermissionError) as error:
+            with os.fdopen(open_regular(os.path.join(self.root, path)), "rb", buffering=0) as file:
+                nbytes = os.fstat(file.fileno()).st_size
+                return file.read() if nbytes <= MAX_SAMPLE_BYTES else too_large(nbytes)
+        except StoreError:
+            return Unreadable("cannot be read: a folder, pipe or device")
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
             os.stat(self.root)  # an unmounted disk is not a million missing images
             return Unreadable(f"cannot be read: {error.strerror}")
 

@@ -52,7 +52,7 @@ class ImageFolder:
         paths = [file.path for _, file in images]
         refuse_splits(self.data, found.folders, paths)
         if not self.named and not wanted.unlabelled:
-            refuse_files_of_labels(left_out, self.data, self.kind)
+            refuse_files_of_labels([*(file.path for file in found.files), *left_out], self.data, self.kind)
             self._refuse_one_folder(found, paths)
         return make_listing(
             keys=paths,

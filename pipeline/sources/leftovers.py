@@ -7,7 +7,6 @@ class may be called "trash". Names that begin with a dot are hidden, and are nob
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 
@@ -31,10 +30,16 @@ NAMES = frozenset(
         "@recently-snapshot",
         "@transcode",
         "@upload_cache",
+        "@__thumb",
+        "~snapshot",  # NetApp
+        "found.000",  # Windows' chkdsk
+        "network trash folder",  # AFP
+        "temporary items",
+        "__pycache__",
     }
 )
+OWN_FILE = ".recipe.json"  # of the built-in photographs (`photos.py`), not worth a word
 HIDDEN = "."  # .DS_Store, ._cat.png, .Trash-1000, .ipynb_checkpoints, .snapshot, .thumbnails, …
-SETTINGS = (".json", ".yaml", ".yml", ".toml", ".txt", ".cfg", ".lock")
 SHOWN = 5  # names in a message
 
 
@@ -44,11 +49,6 @@ def leftover(path: str) -> str:
         if part.casefold() in NAMES or (part.startswith(HIDDEN) and part not in (".", "..")):
             return part
     return ""
-
-
-def is_settings(name: str) -> bool:
-    """Whether a hidden file is a program's own, which nobody takes for a picture or asks after."""
-    return name.startswith(HIDDEN) and not name.startswith("._") and os.path.splitext(name)[1] in SETTINGS
 
 
 def described(paths: Iterable[str]) -> str:

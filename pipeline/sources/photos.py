@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.sources.leftovers import OWN_FILE
 from pipeline.transforms import formats
 from storage.files import write_atomic
 
@@ -88,7 +89,7 @@ def write_photos(directory: Path, *, n_per_class: int = 72, split: str = "train"
     Does nothing when a complete set of the same recipe is there; completes an interrupted one. Raises OSError.
     """
     recipe = {"version": RECIPE_VERSION, "split": split, "n_per_class": n_per_class, "side": JPEG_SIDE}
-    manifest = directory / ".recipe.json"
+    manifest = directory / OWN_FILE
     if not manifest.exists() or json.loads(manifest.read_text()) != recipe:
         for name, number, crop in crops(split, n_per_class):
             buffer = io.BytesIO()

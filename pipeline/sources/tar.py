@@ -8,11 +8,14 @@ with those of the unpacked ImageFolder tree. Listing reads every member's header
 from __future__ import annotations
 
 import posixpath
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
-from pipeline.sources.class_folders import refuse_files_of_labels
+from pipeline.sources.class_folders import listed, refuse_files_of_labels
 from pipeline.sources.found import LISTING_THREADS, Found, look
 from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.leftovers import leftover
@@ -22,6 +25,7 @@ from pipeline.sources.tar_members import Member, first_names, location, members,
 from storage.boundary import shown
 from storage.errors import UserError
 
+SHARD = re.compile(r"((?:.*[-_.])?)(\d{4,})")  # train-000017: prefix and number
 LABEL_SUFFIX = ".cls"  # WebDataset's, which is recognised by the first members only
 
 
@@ -74,8 +78,11 @@ class ClassTars:
                     left_out.append(key)
         if not images:
             raise UserError(f"DATA {self.data} has {len(tars)} class tars and no image in them")
+        if not wanted.unlabelled:
+            self._refuse_names_that_come_twice(tars)
         if not self.named and not wanted.unlabelled:
             refuse_files_of_labels(left_out, self.data, self.kind)
+            self._refuse_what_is_no_class(tars, [(label, member.name) for label, _, member in images])
         return make_listing(
             keys=[key for _, key, _ in images],
             labels=[label for label, _, _ in images],
@@ -102,8 +109,46 @@ class ClassTars:
             found.left_out(tars)
         )
 
+    def _refuse_names_that_come_twice(self, tars: Sequence[_ClassTar]) -> None:
+        """Raise UserError where two tars are called alike, in different folders: one class, or two?"""
+        for before, tar in pairwise(tars):  # sorted by name
+            if tar.name == before.name:
+                raise UserError(
+                    f"DATA {self.data} has two tars called {shown(tar.name)}.tar, and a class is named after its tar; "
+                    "join them with `tar -A`, or rename one"
+                )
+
+    def _refuse_what_is_no_class(self, tars: Sequence[_ClassTar], images: Sequence[tuple[int, str]]) -> None:
+        """Raise UserError where tars seem to be parts of a data set: numbered, or with the same folders in several."""
+        shards = [SHARD.fullmatch(tar.name) for tar in tars]
+        numbers = [int(shard[2]) for shard in shards if shard]
+        if len({shard and shard[1] for shard in shards}) == 1 and numbers == [*range(len(tars))] and len(tars) > 1:
+            raise UserError(
+                f"DATA {self.data} has {len(tars)} tars that are numbered as shards are ({shown(tars[0].name)}, …) and "
+                f"no labels in them; pass --source {self.kind} if each is a class, or --unlabelled"
+            )
+        names: list[list[str]] = [[] for _ in tars]
+        for label, name in images:
+            names[label].append(name)
+        folders = [_folders(below) for below in names]
+        times = Counter(folder for below in folders for folder in below)
+        shared = sorted(folder for folder, n in times.items() if n > 1)
+        if shared and max(map(len, folders)) > 1:
+            raise UserError(
+                f"DATA {self.data}: the same folders are in several tars ({listed(shared)}), so that these may be the "
+                f"classes; unpack the tars into one folder, or pass --source {self.kind} if each tar is a class"
+            )
+
     def _members(self, tar: _ClassTar) -> list[Member]:
         return list(members(self.place, tar.path, tar.start, tar.end))
+
+
+def _folders(names: Sequence[str]) -> set[str]:
+    """The folders that names lie in, below those that all of them share."""
+    parts = [name.split("/")[:-1] for name in names]
+    while parts and all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    return {part[0] for part in parts if part}
 
 
 class TarOfTars(ClassTars):

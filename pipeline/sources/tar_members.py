@@ -5,13 +5,14 @@ bytes of what it names; a sparse member (GNU's format, and PAX 0.0, 0.1 and 1.0)
 zeros between. Members are in the order of the archive. An archive with links has its headers read three times, once in
 all, twice more for what links name and where that lies.
 
-Compressed tars have no offsets and are refused. A damaged header ends `tarfile`'s scan without a word, which would lose
-the rest of the archive; here it is an error. Nothing that a header declares takes memory or time beyond what the file
-itself holds.
+Compressed tars have no offsets and are refused. A damaged header, an end that is missing and a second archive after the
+first end `tarfile`'s scan without a word, which would lose samples; here they are errors. Nothing that a header
+declares takes memory or time beyond what the file itself holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ PEEK = 64  # members that a kind is recognised by
 MAX_HEADER_BYTES = 16 << 20  # of one member, long names and PAX records included
 MAX_EXTENTS = 100_000  # of a sparse member
 LINKS_FOLLOWED = 40  # as the kernel does
+MAX_BYTES = (1 << 63) - 1  # of a member, as file systems have it
+TAIL_BYTES = 1 << 20  # after the end of an archive, looked through for another one: `tar` pads to 10 KiB
 
 Extents = tuple[tuple[int, int], ...]  # (offset in the sample, bytes), of what is stored of a sparse member
 
@@ -113,13 +116,11 @@ def _scan(files: Files, path: str, start: int, end: int | None, where: str) -> I
                 extents = _extents(info)
                 stored = sum(nbytes for _, nbytes in extents) if info.sparse is not None else info.size
                 stop = info.offset_data + (stored if info.isreg() else 0)
-                if min(info.size, stored) < 0 or stop > end:
+                if min(info.size, stored) < 0 or info.size > MAX_BYTES or stop > end:
                     raise tarfile.ReadError(f"{shown(info.name)} ends at byte {stop} of {end}")
                 if not info.isdir():
                     yield _member(info, extents, where)
-            handle.seek(archive.offset)
-            if handle.read(min(BLOCK_BYTES, end - archive.offset)).strip(b"\0"):
-                raise tarfile.ReadError(f"no header at byte {archive.offset}, where one should be")
+            _check_end(handle, archive.offset, end, where)
         except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
@@ -127,6 +128,27 @@ def _scan(files: Files, path: str, start: int, end: int | None, where: str) -> I
                 f"{where} is no whole, uncompressed tar ({shown(str(error))[:200]}); fetch it again, or repack it "
                 "without compression"
             ) from error
+
+
+def _check_end(handle: IO[bytes], at: int, end: int, where: str) -> None:
+    """Raise tarfile.ReadError and UserError where the archive does not end at byte `at`, as its empty blocks say."""
+    handle.seek(at)
+    tail = handle.read(max(0, min(TAIL_BYTES, end - at)))
+    if not tail:
+        raise UserError(
+            f"{where} lacks the empty blocks that end a tar, so samples may be missing; fetch it again, or, where it "
+            "is whole, append them (head -c 1024 /dev/zero)"
+        )
+    if tail[:BLOCK_BYTES].strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {at}, where one should be")
+    rest = len(tail) - len(tail.lstrip(b"\0"))
+    rest -= rest % BLOCK_BYTES
+    with contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(tail[rest : rest + BLOCK_BYTES], tarfile.ENCODING, "surrogateescape")
+        raise UserError(
+            f"{where} goes on after its end, at byte {at + rest}: tars that were joined, of which only the first would "
+            "be read; join them with `tar -A`, or keep them as files of their own"
+        )
 
 
 def _member(info: tarfile.TarInfo, extents: Extents, where: str) -> Member | _Link:

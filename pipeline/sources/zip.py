@@ -10,11 +10,13 @@ against the directory's CRC-32. A member is never inflated beyond the size that 
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
+import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.sources.class_folders import LABEL_FILES, class_folders
@@ -33,7 +35,11 @@ SIGNATURE = b"PK\x03\x04"
 ENCRYPTED = 1
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 TABLE_BYTES, TABLE_BYTES_A_NAME = 1 << 20, 32  # more than labels of the members need, escaped and indented
-MADE_ON_WINDOWS = 0  # `create_system`: MS-DOS and its heirs
+MADE_ON_UNIX = 3  # `create_system`, whose upper attributes are the file's mode
+MAX_LINK_BYTES, LINKS_FOLLOWED = 4096, 40  # as the kernel has it
+SAYS_UTF8 = 1 << 11  # a flag
+EXTRA_FIELD = struct.Struct("<HH")  # kind, bytes
+UNICODE_PATH = 0x7075
 
 
 class _Record(NamedTuple):
@@ -50,7 +56,7 @@ class _Record(NamedTuple):
     unpacked_nbytes: int = -1
 
 
-NO_RECORD = _Record(0, 0, 0, 0, 0)  # of a leftover, which is not read
+_Member = tuple[str, _Record | None]  # no record: a leftover, or what is no file
 
 
 class Zip:
@@ -76,7 +82,7 @@ class Zip:
         where = f"{shown(zips[0].path)} in DATA"
         members, table = self._read_directory(zips[0], wanted)
         of_labels = {table.name} if table is not None else set()
-        images = sorted((name, record) for name, record in members if is_image(name) and not leftover(name))
+        images = sorted((name, record) for name, record in members if record is not None and is_image(name))
         taken = {name for name, _ in images} | of_labels
         left_out = [*found.left_out(zips), *(name for name, _ in members if name not in taken)]
         warnings = []
@@ -127,26 +133,31 @@ class Zip:
         """Kind and absolute path or URL."""
         return {"kind": self.kind, "path": self.data}
 
-    def _read_directory(self, file: File, wanted: LabelOptions) -> tuple[list[tuple[str, _Record]], _Table | None]:
-        """Name and record of each member that is no folder, and the labels where a file of the zip holds them."""
+    def _read_directory(self, file: File, wanted: LabelOptions) -> tuple[list[_Member], _Table | None]:
+        """Every member that is no folder, and the labels where a file of the zip holds them."""
         where = shown(f"{self.place.root}/{file.path}")
         try:
             with self.place.open(file.path) as handle, zipfile.ZipFile(handle) as archive:
-                infos = [info for info in archive.infolist() if not info.is_dir()]
-                names = {id(info): _name(info, where) for info in infos}
-                samples = [info for info in infos if not leftover(names[id(info)])]
-                refused = [i.filename for i in samples if i.flag_bits & ENCRYPTED or i.compress_type not in METHODS]
+                infos = [(_name(info, where), info) for info in archive.infolist() if not _spelled(info).endswith("/")]
+                if not infos:
+                    raise UserError(f"{where} holds no file")
+                samples = [(name, info) for name, info in infos if not leftover(name)]
+                refused = [n for n, i in samples if i.flag_bits & ENCRYPTED or i.compress_type not in METHODS]
                 if refused:
                     raise UserError(
                         f"{where}: {shown(refused[0])} is encrypted or neither stored nor deflated; repack it"
                     )
-                starts = sorted({info.header_offset for info in infos})
+                starts = sorted({info.header_offset for info in archive.infolist()})
                 ends = dict(zip(starts, [*starts[1:], archive.start_dir], strict=True))
-                members = [(names[id(info)], _record(info, ends[info.header_offset], where)) for info in samples]
-                members += [(names[id(info)], NO_RECORD) for info in infos if leftover(names[id(info)])]
+                by_name = dict(samples)  # the last of a name, which unpacking leaves
+                members: list[_Member] = []
+                for name, info in infos:
+                    found = None if leftover(name) else _followed(archive, name, info, by_name)
+                    record = None if found is None else _record(found, ends[found.header_offset], where)
+                    members.append((name, record))
                 if wanted.unlabelled:
                     return members, _Table("", {})
-                return members, _read_table(archive, [(names[id(info)], info) for info in samples], where, wanted)
+                return members, _read_table(archive, samples, where, wanted)
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, OverflowError, EOFError) as error:
             if isinstance(error, UserError):
                 raise
@@ -164,7 +175,7 @@ def _read_table(
     archive: zipfile.ZipFile, members: Sequence[tuple[str, zipfile.ZipInfo]], where: str, wanted: LabelOptions
 ) -> _Table | None:
     """The labels of the zip's `dataset.json`, wherever it lies; None without one. Raises UserError for two of them."""
-    tables = [(name, info) for name, info in members if posixpath.basename(name) in LABEL_FILES]
+    tables = [(name, info) for name, info in members if posixpath.basename(name).lower() in LABEL_FILES]
     if not tables:
         return None
     (name, info), *others = tables
@@ -187,11 +198,48 @@ def _read_table(
     return _Table(name, {posixpath.join(folder, clean_path(path, at)): label for path, label in labelled.items()})
 
 
+def _spelled(info: zipfile.ZipInfo) -> str:
+    """A member's name as its maker meant it: macOS writes UTF-8 without saying so, old tools of Windows cat\\0.png."""
+    name = info.filename
+    if not info.flag_bits & SAYS_UTF8 and not name.isascii():
+        raw = name.encode("cp437")  # which `zipfile` took it for
+        stated = _stated_name(info.extra, raw)
+        with contextlib.suppress(UnicodeDecodeError):
+            name = (raw if stated is None else stated).decode()
+    return name if "/" in name else name.replace("\\", "/")
+
+
+def _stated_name(extra: bytes, raw: bytes) -> bytes | None:
+    """UTF-8 of Info-ZIP's extra field 0x7075, where it belongs to this name."""
+    while len(extra) >= EXTRA_FIELD.size:
+        kind, nbytes = EXTRA_FIELD.unpack_from(extra)
+        body, extra = extra[EXTRA_FIELD.size :][:nbytes], extra[EXTRA_FIELD.size + nbytes :]
+        if kind == UNICODE_PATH and body[1:5] == zlib.crc32(raw).to_bytes(4, "little"):
+            return body[5:]
+    return None
+
+
+def _followed(
+    archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo, by_name: Mapping[str, zipfile.ZipInfo]
+) -> zipfile.ZipInfo | None:
+    """The file that a member is, over symbolic links as Unix stores them; None where it is or leads to none."""
+    for _ in range(LINKS_FOLLOWED):
+        mode = info.external_attr >> 16 if info.create_system == MADE_ON_UNIX else 0
+        if not stat.S_ISLNK(mode):
+            return info if stat.S_IFMT(mode) in (0, stat.S_IFREG) else None
+        if info.file_size > MAX_LINK_BYTES:
+            return None
+        target = archive.read(info).decode(errors="replace")
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+        if name not in by_name:
+            return None
+        info = by_name[name]
+    return None
+
+
 def _name(info: zipfile.ZipInfo, where: str) -> str:
     """A member's name as unpacking makes it. Raises UserError for one that leads out of the folder."""
-    name = info.filename
-    if info.create_system == MADE_ON_WINDOWS and "/" not in name:  # whose old tools write cat\\0.png
-        name = name.replace("\\", "/")
+    name = _spelled(info)
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         raise UserError(f"{where}: the member {shown(name)} leads out of the folder that it is unpacked in; repack it")
