@@ -12,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.encode import CALLS_IN_HAND, Block
+from pipeline.ray_environment import prepare_ray
 from storage.errors import UserError
 
 ANSWERS = st.sampled_from(["fine", "fine", "fine", "raised", "CUDA error", "lost"])
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_ray() -> None:
+    """Ray reads it when it is imported, here first of all tests; those that come after start clusters."""
+    prepare_ray("")
 
 
 class Answers:
