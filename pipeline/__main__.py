@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
             renumber=args["renumber_labels"],
         )
         source = open_source(absolute(args["data"]), args["source"])
-        print(report(source, source.listing(wanted)))
+        say(*report(source, source.listing(wanted)).splitlines())
         return EXIT_OK
     if command == "tasks":
         from pipeline.ray_environment import prepare_ray

@@ -8,6 +8,7 @@ too many have failed, in this run or in any before.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -39,13 +40,22 @@ def refuse_too_many(n_failed: int, n_images: int, share: float, root: Root) -> N
         )
 
 
-def write_failures(root: Root, groups: Iterable[Group], index: Index, run_id: str) -> int:
-    """Write the failures that the groups' receipts name, one line an image, by row; returns how many."""
+def write_failures(root: Root, groups: Iterable[Group], index: Index, run_id: str) -> tuple[int, int]:
+    """Write the failures that the groups' receipts name, one line an image, by row.
+
+    Returns (how many there are, how many of those no group has stored: what the limit counts).
+    """
     failures: dict[int, Failure] = {}
+    times: Counter[int] = Counter()
+    n_groups: Counter[int] = Counter()  # unit → groups that have it
+    unit_of: dict[int, int] = {}
     for layout, digest in groups:
-        for _, receipt, reason in scan(root, layout, digest):
+        for unit, receipt, reason in scan(root, layout, digest):
             if receipt is not None and reason is None:
+                n_groups[unit] += 1
                 failures |= {failure.row: failure for failure in receipt.failed}
+                times.update(failure.row for failure in receipt.failed)
+                unit_of |= {failure.row: unit for failure in receipt.failed}
     rows = sorted(failures)
     table = pa.table(
         {
@@ -59,4 +69,4 @@ def write_failures(root: Root, groups: Iterable[Group], index: Index, run_id: st
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     root.write(FAILURES_FILE, [buffer.getvalue()], run_id)
-    return len(rows)
+    return len(rows), sum(n == n_groups[unit_of[row]] for row, n in times.items())

@@ -14,7 +14,7 @@ from pipeline.plan import create, describe_plan, make_plan, require_space
 from pipeline.ray_environment import prepare_ray
 from pipeline.sources import open_source
 from storage import Staging
-from storage.console import stop_on_signals
+from storage.console import say, stop_on_signals
 from storage.roots import absolute, open_root
 from storage.samples import REDO
 from storage.staging import refuse_foreign
@@ -53,16 +53,16 @@ def precompute(config: PrecomputeConfig) -> Summary:
     """
     config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
     source = open_source(config.data, config.source)
-    print(f"listing {config.data} ({source.kind})", flush=True)  # minutes, for a million headers far away
+    say(f"listing {config.data} ({source.kind})", flush=True)  # minutes, for a million headers far away
     found = source.listing(config.labels)
     if found.left_out:
-        print(f"{len(found.left_out)} files hold no image of this kind, such as {found.left_out[0]}; left out")
+        say(f"{len(found.left_out)} files hold no image of this kind, such as {found.left_out[0]}; left out")
     for warning in found.warnings:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     root = open_root(config.store)
     refuse_foreign(root)
     plan = make_plan(config, source, found.index, root)
-    print(describe_plan(plan), flush=True)
+    say(*describe_plan(plan).splitlines(), flush=True)
     summary = Summary(
         store=config.store,
         images=len(plan.index),
@@ -90,7 +90,8 @@ def precompute(config: PrecomputeConfig) -> Summary:
     if plan.failed_standing or not plan.missing:
         with Staging(root) as staging:
             create(plan, source, staging)
-            write_failures(root, groups, plan.index, staging.run_id)  # a killed run has not
+            n_failed, _ = write_failures(root, groups, plan.index, staging.run_id)  # a killed run has not
+        summary = dataclasses.replace(summary, images_failed=n_failed, failures_mended=REDO if n_failed else "")
         budget(plan.failed_standing)
     if not plan.missing:
         return summary
@@ -108,10 +109,10 @@ def precompute(config: PrecomputeConfig) -> Summary:
         try:
             outcome = run_on_cluster(config, plan, source, staging.run_id, stop=stop)
         finally:
-            n_failed = write_failures(root, groups, plan.index, staging.run_id)
+            n_failed, n_standing = write_failures(root, groups, plan.index, staging.run_id)
     for unit, history in outcome.given_up.items():
         print(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}", file=sys.stderr)
-    budget(n_failed)
+    budget(n_standing)
     return dataclasses.replace(
         summary,
         units_encoded=len(plan.missing) - len(outcome.given_up),

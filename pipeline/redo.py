@@ -10,6 +10,7 @@ is decoded (`storage/samples.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -40,11 +41,13 @@ class Done:
     resized: np.ndarray  # int64, rows whose size is not the index's
     failed: dict[tuple[int, str], dict[int, Recorded]] = field(default_factory=dict)  # (unit, group) → by row
     stored: dict[int, tuple[str, Recorded]] = field(default_factory=dict)  # resized rows → a group that stores them
+    n_groups: dict[int, int] = field(default_factory=dict)  # unit → how many groups have it
 
     def add(self, path: str, receipt: Receipt) -> None:
         """Note what a receipt says."""
         crcs = receipt.sample_crcs()
         start, stop = receipt.rows
+        self.n_groups[receipt.unit] = self.n_groups.get(receipt.unit, 0) + 1
         recorded = {f.row: None if crcs is None else int(crcs[f.row - start]) for f in receipt.failed}
         if recorded:
             self.failed[receipt.unit, path] = recorded
@@ -54,8 +57,19 @@ class Done:
                 self.stored[row] = (path, None if crcs is None else int(crcs[row - start]))
 
     def failed_rows(self, redo: Mapping[int, Sequence[str]] = MappingProxyType({})) -> set[int]:
-        """Rows that failed in some group, but for the units and groups in `redo`."""
-        return {row for (unit, path), rows in self.failed.items() if path not in redo.get(unit, ()) for row in rows}
+        """Rows that failed in every group that has their unit, but for those that a group in `redo` does again.
+
+        A row that one group has stored can be decoded: the others lag behind, since it was mended.
+        """
+        times: Counter[int] = Counter()
+        unit_of: dict[int, int] = {}
+        again: set[int] = set()
+        for (unit, path), rows in self.failed.items():
+            times.update(rows.keys())
+            unit_of |= dict.fromkeys(rows, unit)
+            if path in redo.get(unit, ()):
+                again |= rows.keys()
+        return {row for row, n in times.items() if n == self.n_groups[unit_of[row]] and row not in again}
 
 
 def resized_rows(root: Root, index: Index) -> np.ndarray:

@@ -97,7 +97,7 @@ def _require_directory() -> None:
         raise UserError("the current directory is gone; cd into one that is there") from None
 
 
-SPELLED = str.maketrans({"×": "x", "·": "|", "→": "->", "…": "...", "−": "-"})
+SPELLED = str.maketrans({"×": "x", "·": "#", "→": "->", "…": "...", "−": "-"})
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from storage.errors import UserError
 
+LINKS_WITHIN_FOLDERS = 5000  # mutual links of ten folders are ten million paths
 IOV_MAX = 1024  # buffers a single writev or preadv takes on Linux
 WRITE_BYTES = 1 << 20  # fits a core's cache
 
@@ -48,8 +49,9 @@ def walk_files(root: Path) -> Iterator[str]:
     """Paths below a folder of its regular files, at any depth, with "/" between the parts; not in order.
 
     Links are followed, to files and to folders, but not into a folder that holds the link; names that begin with a dot
-    are left out, as where images are listed.
+    are left out. Raises UserError where folders that lead into each other by links would have no end.
     """
+    n_within_links = 0
     folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while folders:
         folder, above = folders.pop()
@@ -60,6 +62,12 @@ def walk_files(root: Path) -> Iterator[str]:
             if entry.is_file():
                 yield path
             elif entry.is_dir() and (real := os.path.realpath(entry)) not in above:
+                n_within_links += entry.is_symlink() and len(above) > 1
+                if n_within_links > LINKS_WITHIN_FOLDERS:
+                    raise UserError(
+                        f"{root}: more than {LINKS_WITHIN_FOLDERS} links lead to folders below others, such as {path}; "
+                        "remove links of folders that lead into each other"
+                    )
                 folders.append((f"{path}/", (*above, real)))
 
 

@@ -11,6 +11,7 @@ Cost: a CRC-32C pass of the encoded bytes, 4/3 · 4 bytes a row and group.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -74,9 +75,10 @@ def refuse_other_samples(root: Root, paths: Sequence[str], unit: int, crcs: np.n
         others = np.flatnonzero((theirs != crcs) & stored & ~(unread & (crcs == UNREAD)))
         if len(others):
             rows = [receipt.rows[0] + int(i) for i in others]
+            fix = HEAL_SAMPLES.format(receipts=shlex.quote(root.at(RECEIPTS_DIR)), unit=unit)
             raise StoreError(
                 f"{len(rows)} of {len(crcs)} images of unit {unit} are others than {root.at(path)} was made of: "
-                f"{name_rows(root, rows)}; {HEAL_SAMPLES.format(receipts=root.at(RECEIPTS_DIR), unit=unit)}"
+                f"{name_rows(root, rows)}; {fix}"
             )
 
 

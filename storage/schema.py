@@ -68,7 +68,7 @@ class StoreAttributes:
 
     format_version: int
     n_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
-    views: tuple[str, ...]
+    views: tuple[Literal["original"]] | tuple[Literal["original"], Literal["hflip"]]
     resolution: Annotated[int, Field(ge=8, le=2**20)]
     shard_rows: Annotated[int, Field(ge=1, le=2**24)]  # more would make a receipt larger than any is read
     index_digest: str

@@ -278,6 +278,8 @@ def _value_of(name: str) -> tuple[float, ...] | None:
     """What orders a name without letters, `10` after `2`: its number, else the numbers in it; None for other names."""
     if len(name) > SHOWN_CHARACTERS or any(character.isalpha() for character in name):
         return None
+    if re.fullmatch(r"\s*[+-]?\d+(\.\d*)?\s*", name):  # −1 too, which is no label
+        return (float(name),)
     digits = re.findall(r"\d+", name)
     number = _read_text(name)
     return (float(number),) if isinstance(number, int | float) else tuple(map(float, digits)) if digits else None

@@ -170,9 +170,10 @@ def parse_csv(content: bytes, where: str, wanted: LabelOptions = AS_FOUND) -> Ta
         header = [name.strip() for name in next(reader, [])]
         needed = {FILE} if wanted.unlabelled else {FILE, column}
         if not needed <= set(header):
+            fix = f"call the column of paths {FILE!r}, and separate columns by commas"
             raise UserError(
                 f"{where} must begin with a header line that has {' and '.join(sorted(needed))}, got "
-                f"{shown(repr(header))[:200]}; name another column of labels by --label-column"
+                f"{shown(repr(header))[:200]}; {fix if FILE not in header else 'name another column by --label-column'}"
             )
         if len(set(header)) < len(header):
             raise UserError(f"{where} has two columns of one name, {shown(repr(header))[:200]}; rename one")

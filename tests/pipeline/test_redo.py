@@ -160,6 +160,23 @@ def test_groups_are_mended_one_after_the_other_and_agree(data: Path, tmp_path: P
     assert not list(verify(tmp_path / "s"))
 
 
+@pytest.mark.parametrize("options", [(), ("--redo-failed",)])
+def test_what_one_encoder_has_stored_does_not_count_though_another_lags_behind(
+    data: Path, tmp_path: Path, precompute: Precompute, options: tuple[str, ...]
+) -> None:
+    write(data, dict.fromkeys(range(14), BROKEN))
+    precompute(data, tmp_path / "s", "--max-failures", "1")
+    assert "14 of 16 images cannot be decoded" in precompute(data, tmp_path / "s", "--max-failures", "0")
+    write(data, {row: picture(row) for row in range(9)})
+    said = precompute(data, tmp_path / "s", "--features", "none", "--max-failures", "0", *options)
+    assert not said.startswith("refused"), said
+    assert failed(tmp_path / "s") == list(range(9, 14))
+    said = precompute(data, tmp_path / "s", "--latents", "none", "--max-failures", "0", *options)
+    assert '"images_failed": 5' in said
+    assert failed(tmp_path / "s", FEATURES) == list(range(9, 14))
+    assert not list(verify(tmp_path / "s"))
+
+
 def test_what_is_stored_is_not_lost_and_not_replaced_by_a_redo(
     data: Path, tmp_path: Path, precompute: Precompute
 ) -> None:
