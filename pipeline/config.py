@@ -60,7 +60,8 @@ class PrecomputeConfig:
         "end the run when more than this share of the images (but at least 10) cannot be decoded", 0.001
     )
     redo_failed: bool = option(
-        "do every unit again that holds failed images and whose images have changed or can be decoded now", False
+        "try every failed image again, not only those whose files have changed; what stays the same is left alone",
+        False,
     )
     ray_address: str = option("Ray cluster to join (auto, host:port); empty or local: start one here and stop it", "")
     encoders: int = option("encoding actors; 0: one a GPU, or one a node when there is none", 0)

@@ -28,8 +28,8 @@ from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
 from storage import Failure, publish_unit
 from storage.codec import codec_of, refusal, unquantisable
-from storage.errors import StoreError, UserError
-from storage.receipts import Receipt, read_receipt, why_not_done
+from storage.errors import UserError
+from storage.receipts import Receipt, look_at
 from storage.roots import Root, open_root
 from storage.samples import group_paths, is_of_samples, refuse_lost_rows, refuse_other_samples
 from storage.statistics import unit_sums
@@ -126,7 +126,7 @@ class UnitEncoder:
         with self._encoding:
             pixels = self.upload(images) if uploaded is None else uploaded
             for path in block.paths:
-                before, done = self._receipt(path, block.unit)
+                before, done = look_at(self._root, self._groups[path].layout, block.unit, self._digests[path])
                 if done and (path not in block.redo or is_of_samples(before, block.crcs, block.failures)):
                     continue
                 if before is not None and (done or not before.shards):
@@ -219,15 +219,6 @@ class UnitEncoder:
             paths = {*group_paths(self._root), *self._groups}
             failed = [failure.row for failure in block.failures]
             refuse_other_samples(self._root, sorted(paths), block.unit, block.crcs, failed)
-
-    def _receipt(self, path: str, unit: int) -> tuple[Receipt | None, bool]:
-        """The unit's receipt, None when it is damaged or not there, and whether the unit is done."""
-        layout = self._groups[path].layout
-        try:
-            receipt = read_receipt(self._root, layout, unit)
-        except StoreError:
-            return None, False
-        return receipt, why_not_done(self._root, layout, unit, self._digests[path], receipt, None) is None
 
     def _encode_unit(self, path: str, images: Array, block: Block) -> tuple[Mapping[str, Array], np.ndarray]:
         """(arrays (n, V, *row_shape) by name, positions of the rows that decoded), in batches that the memory holds."""

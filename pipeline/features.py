@@ -30,10 +30,10 @@ from pipeline.encoders import registry
 from pipeline.failures import allowed_failures
 from pipeline.images import KEY_BYTES, Images, open_images, spread
 from pipeline.sources.protocol import Unreadable
-from storage.boundary import shown
 from storage.console import progress_bar
 from storage.errors import UserError
 from storage.feature_file import FEATURES, FeatureFile, open_feature_file, write_feature_file
+from storage.shown import shown
 
 INCEPTION = "inception"
 OF_A_STORE = ("kind", "crop", "dtype")  # of an encoder's identity, what says how a store keeps its features
@@ -108,7 +108,7 @@ def _look(job: Job, images: Images, config: FeaturesConfig) -> tuple[int, int]:
     """(height, width) of a set's images, as far as some tell, evenly spread. Raises UserError."""
     if images.left_out:
         what = f"{len(images.left_out)} leftovers of systems, or links that lead back to a folder that holds them"
-        print(f"left out of {job.where}: {what}, such as {shown(images.left_out[0])}", file=sys.stderr)
+        print(shown(f"left out of {job.where}: {what}, such as {images.left_out[0]}"), file=sys.stderr)
     n = len(images.names)
     if n < config.at_least:
         raise UserError(f"{job.where} holds {n} images, and at least {config.at_least} are needed; name another place")

@@ -17,6 +17,7 @@ from storage import Staging
 from storage.console import say, stop_on_signals
 from storage.roots import absolute, open_root
 from storage.samples import REDO
+from storage.shown import shown
 from storage.staging import refuse_foreign
 
 NOTHING = "none: everything was there"
@@ -111,7 +112,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
         finally:
             n_failed, n_standing = write_failures(root, groups, plan.index, staging.run_id)
     for unit, history in outcome.given_up.items():
-        print(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}", file=sys.stderr)
+        print(shown(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}"), file=sys.stderr)
     budget(n_standing)
     return dataclasses.replace(
         summary,

@@ -17,8 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from storage.boundary import shown
 from storage.errors import UserError
+from storage.shown import shown
 
 PROBE_TIMEOUT_S = 5.0
 LOOPBACK = "127.0.0.1"

@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from storage.boundary import shown
 from storage.errors import UserError
+from storage.shown import shown
 
 SOCKET_BYTES = 107  # of a path, at most
 ROOM_BYTES = 2**20  # that a folder must have left at the least

@@ -21,9 +21,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from storage.errors import StoreError
-from storage.shown import OBEYED, shown
-
-__all__ = ["OBEYED", "checked", "not_regular", "open_regular", "parse_json", "read_regular", "shown"]
+from storage.shown import shown
 
 T = TypeVar("T")
 MAX_JSON_BYTES = 64 << 20  # no file of ours is larger: a receipt of 100,000 rows has 2 MB

@@ -53,7 +53,8 @@ class ChunkChecks:
         """What checks a read of these chunks; None when nothing is left to check."""
         if self._policy == "never":
             return None
-        if self._policy == "first" and self._all_seen(units, slots) and self.each_time.isdisjoint(units.tolist()):
+        again = self.each_time and not self.each_time.isdisjoint(units.tolist())
+        if self._policy == "first" and not again and self._all_seen(units, slots):
             return None
         return self._check
 

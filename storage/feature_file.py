@@ -27,9 +27,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from storage.boundary import Count, open_regular, parse_json, shown
+from storage.boundary import Count, open_regular, parse_json
 from storage.errors import UserError
 from storage.files import make_directories, partial_name, publish
+from storage.shown import shown
 
 FEATURES, SPATIAL, LOGITS = "features", "spatial", "logits"
 RECORDS = ("identity", "images")

@@ -6,8 +6,8 @@ read under the usual limit of 1,024. The reader may be used from several threads
 reader) and pickles (a worker process opens its own files).
 
 Costs: a row is one range of one `preadv` straight into the caller's memory, which releases the GIL; rows that touch in
-the file are read by one call. What is kept does not grow with the epochs: a byte a shard that was seen, a bit a chunk
-that was checked, and three bounded caches (open files, irregular shard indexes, checksums from receipts). What is
+the file are read by one call. What is kept does not grow with the epochs: nine bytes a shard, a bit a chunk that
+was checked, and three bounded caches (open files, irregular shard indexes, checksums from receipts). What is
 checked, and when, is in `checks.py`.
 """
 

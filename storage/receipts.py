@@ -270,13 +270,13 @@ def _damage(layout: GroupLayout, receipt: Receipt) -> str | None:
     return None
 
 
-def is_done(root: Root, layout: GroupLayout, unit: int, digest: str) -> bool:
-    """Whether the unit is done at this moment; a damaged receipt counts as not done."""
+def look_at(root: Root, layout: GroupLayout, unit: int, digest: str) -> tuple[Receipt | None, bool]:
+    """(the unit's receipt, None when it is damaged or not there; whether the unit is done at this moment)."""
     try:
         receipt = read_receipt(root, layout, unit)
     except StoreError:
-        return False
-    return why_not_done(root, layout, unit, digest, receipt, None) is None
+        return None, False
+    return receipt, why_not_done(root, layout, unit, digest, receipt, None) is None
 
 
 def scan(root: Root, layout: GroupLayout, digest: str) -> Iterator[tuple[int, Receipt | None, str | None]]:

@@ -10,7 +10,7 @@ import numpy as np
 from storage import ArrayLayout, Failure, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
 from storage.codec import Int8Codec, encode
 from storage.index import make_index
-from storage.receipts import is_done
+from storage.receipts import look_at
 
 LATENTS = "latents/tiny-vae"
 FEATURES = "features/tiny-vit"
@@ -115,7 +115,7 @@ def publish_all(
     digest = create_group(root, layout, identity, {}, staging.run_id)
     staging.prepare(layout.path)
     for unit in range(layout.store.n_units):
-        if missing_only and is_done(staging.root, layout, unit, digest):
+        if missing_only and look_at(staging.root, layout, unit, digest)[1]:
             continue
         rows = layout.store.unit_rows(unit)
         failed = [Failure(row=row, key=keys[row], reason="test") for row in failed_rows if row in rows]

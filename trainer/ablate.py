@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from storage import Store, StoreError, UserError, open_store
-from storage.console import EXIT_FAILED, EXIT_OK, Stop, stop_on_signals
+from storage.console import EXIT_FAILED, EXIT_OK, Stop, say, stop_on_signals
 from storage.files import write_atomic
 from storage.roots import absolute
+from storage.shown import shown
 from trainer.ablation import Ablation, Run, read_ablation
 from trainer.data import model_config, open_data
 from trainer.metrics import METRICS_FILE
@@ -37,7 +38,7 @@ def ablate(file: Path, store: str, out: Path | None, ray_address: str) -> int:
     ablation = read_ablation(file, absolute(store), folder)
     opened = open_store(absolute(store))
     lacking = [name for name in ablation.features if not _has_features(opened, name)]
-    print(describe(ablation, folder, lacking), flush=True)
+    say(*describe(ablation, folder, lacking).splitlines(), flush=True)
     address = "" if ray_address == HERE else ray_address
     with stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop:
         if lacking:
@@ -49,9 +50,9 @@ def ablate(file: Path, store: str, out: Path | None, ray_address: str) -> int:
         todo = [run for run in ablation.runs if not run.is_complete]
         failed = _on_ray(todo, ablation, folder, address, stop) if ray_address else _in_turn(todo, ablation, stop)
     n_done = len(ablation.runs) - len(failed)
-    print(f"{n_done} of {len(ablation.runs)} runs are complete in {folder}")
+    say(f"{n_done} of {len(ablation.runs)} runs are complete in {folder}")
     for name in failed:
-        print(f"failed: {name}, see {folder / name}", file=sys.stderr)
+        print(shown(f"failed: {name}, see {folder / name}"), file=sys.stderr)
     print(f"next: python -m trainer report {shlex.quote(str(folder))}")
     return EXIT_FAILED if failed else EXIT_OK
 
@@ -120,7 +121,7 @@ def _in_turn(runs: Sequence[Run], ablation: Ablation, stop: Stop) -> list[str]:
     """Train one after another; returns the names of those that failed."""
     failed = []
     for number, run in enumerate(runs, start=1):
-        print(f"run {number} of {len(runs)}: {run.name}", flush=True)
+        say(f"run {number} of {len(runs)}: {run.name}", flush=True)
         run.config.run.mkdir(parents=True, exist_ok=True)
         with open(run.config.run / "train.log", "a", encoding="utf-8") as log:
             _attend(train_command(run, ablation.gpus), stop, stdout=log)

@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from storage.boundary import Count, Number, parse_json, read_regular, shown
+from storage.boundary import Count, Number, parse_json, read_regular
 from storage.errors import UserError
 from storage.files import follow_umask, fsync_directory, partial_name, publish, write_atomic
+from storage.shown import shown
 from trainer.ema import EMA
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
 from trainer.parallel import gather_state, load_state

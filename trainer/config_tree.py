@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from storage.boundary import parse_yaml, read_regular, shown
+from storage.boundary import parse_yaml, read_regular
 from storage.errors import UserError
+from storage.shown import shown
 from trainer.config import TrainConfig
 
 C = TypeVar("C")

@@ -9,7 +9,7 @@ s = 1 − t, v(x, t) = −u(x, 1 − t), and the embedding cos ω(1 − t), sin 
 first layer that reads it takes the rotation, the last one the sign, and the weights are SiT's function exactly.
 
 Names that DistributedDataParallel, torch.compile or FSDP made longer are cut, and sets below other names are found. A
-file is read as data (`storage/weight_file.py`): nothing in it is run. A run made from it is at step 0, with a fresh
+file is read as data (`storage/weights/`): nothing in it is run. A run made from it is at step 0, with a fresh
 optimiser: it can be sampled from, and trained on.
 """
 
@@ -24,10 +24,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from storage.boundary import shown
 from storage.errors import UserError
 from storage.files import write_atomic
-from storage.weight_file import Stored, bare, not_a_tensor, open_weights
+from storage.shown import shown
+from storage.weights.file import open_weights
+from storage.weights.names import bare, not_a_tensor
+from storage.weights.tensors import Stored
 from trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.config_tree import flatten, override, to_yaml

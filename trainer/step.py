@@ -54,9 +54,7 @@ class Losses:
     denoising: Tensor  # (B,)
     alignments: Tensor  # (B, K)
     times: Tensor  # (B,) in [0, 1], from image to noise
-    cosines: Tensor = field(
-        default_factory=lambda: torch.empty(0, 0)
-    )  # (B, K); (B, 0) where the losses are minus these
+    cosines: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (B, K); (B, 0): minus the losses
 
     @classmethod
     def joined(cls, parts: Sequence[Losses]) -> Losses:
@@ -117,12 +115,16 @@ def compare(
     denoising = OBJECTIVES[config.model.kind].denoising_loss(output, x, noise, x_t, t, config.loss)
     align = ALIGNMENTS[config.loss.alignment]
     aligned = [align(h, target) for h, target in zip(projections, targets, strict=True)]
-    none = denoising.new_empty(len(denoising), 0)
     cosines = []
     if n_cosines(config):
         with torch.no_grad():
             cosines = [-alignment_loss(h, target) for h, target in zip(projections, targets, strict=True)]
-    return denoising, *(torch.stack(columns, dim=1) if columns else none for columns in (aligned, cosines))  # type: ignore[return-value]
+    return denoising, _columns(aligned, denoising), _columns(cosines, denoising)
+
+
+def _columns(losses: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Losses (B,) side by side, (B, K); (B, 0) where there is none."""
+    return torch.stack(list(losses), dim=1) if losses else like.new_empty(len(like), 0)
 
 
 def n_cosines(config: TrainConfig) -> int:

@@ -24,9 +24,10 @@ from torch import Tensor
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.weights import file_sha256, hub_file
-from storage.boundary import parse_json, read_regular, shown
+from storage.boundary import parse_json, read_regular
 from storage.errors import UserError
-from storage.weight_file import plain_folder
+from storage.shown import shown
+from storage.weights.names import plain_folder
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.boundary import shown
 from storage.errors import UserError
+from storage.shown import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     A TorchScript archive (OpenAI's CLIP) gives its tensors as float32. Raises UserError.
     """
-    from storage.weight_file import Stored, bare, not_a_tensor, open_weights
+    from storage.weights.file import open_weights
+    from storage.weights.names import bare, not_a_tensor
+    from storage.weights.tensors import Stored
 
     with open_weights(path) as file:
         entries = bare(file.entries() if file.scripted else _unwrapped(file.tree), path)

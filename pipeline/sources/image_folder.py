@@ -16,8 +16,8 @@ from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
-from storage.boundary import shown
 from storage.errors import UserError
+from storage.shown import shown
 
 
 class ImageFolder:

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from storage.boundary import shown
 from storage.errors import UserError
 from storage.index import MAX_LABEL, far_apart
+from storage.shown import shown
 
 NO_LABEL = -1
 SHOWN_CHARACTERS = 60
@@ -276,6 +276,7 @@ def _ordered(labels: list[Any], spelled: Mapping[Any, str]) -> list[Any]:
 
 def _value_of(name: str) -> tuple[float, ...] | None:
     """What orders a name without letters, `10` after `2`: its number, else the numbers in it; None for other names."""
+    name = unicodedata.normalize("NFKC", name)  # ² is 2
     if len(name) > SHOWN_CHARACTERS or any(character.isalpha() for character in name):
         return None
     if re.fullmatch(r"\s*[+-]?\d+(\.\d*)?\s*", name):  # −1 too, which is no label

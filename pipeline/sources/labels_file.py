@@ -28,8 +28,8 @@ from pipeline.sources.labels import AS_FOUND, Label, LabelOptions, read_label
 from pipeline.sources.listing import CLASS_NAMES_FILE, Listing, decode_text, is_image, make_listing
 from pipeline.sources.protocol import Sample
 from storage import boundary
-from storage.boundary import shown
 from storage.errors import UserError
+from storage.shown import shown
 
 CSV_FILE, JSON_FILE = "labels.csv", "dataset.json"
 FILE, LABEL, CLASS_NAME = "file", "label", "class_name"

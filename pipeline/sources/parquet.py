@@ -24,11 +24,23 @@ from pipeline.sources.found import LISTING_THREADS, Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
 from pipeline.sources.listing import Listing, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
-from storage.boundary import parse_json, shown
+from storage.boundary import parse_json
 from storage.errors import StoreError, UserError
+from storage.shown import shown
 
 IMAGE, LABEL = "image", "label"
 BATCH_ROWS = 64
+PAGE_BYTES = 1 << 20  # read at once while listing: what is looked at is a small part of a row group
+LABEL_TYPES = (
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_boolean,
+    pa.types.is_null,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+)
 LABEL_BATCH_ROWS = 65536
 SHOWN_COLUMNS, SHOWN_CHARACTERS = 20, 60  # in a message
 HUGGING_FACE = b"huggingface"  # key of the schema's metadata
@@ -98,7 +110,11 @@ class Parquet:
     ) -> tuple[list[tuple[int, int]], list[Label], list[str], list[str]]:
         """(row group, row) and label of each row, the class names, and the names of all columns."""
         where, column = self._name(file), wanted.column or LABEL
-        with _parquet_errors(where), self.place.open(file.path) as handle, pq.ParquetFile(handle) as table:
+        with (
+            _parquet_errors(where),
+            self.place.open(file.path) as handle,
+            pq.ParquetFile(handle, buffer_size=PAGE_BYTES) as table,
+        ):
             schema = table.schema_arrow
             _check_images(schema, where)
             sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
@@ -185,18 +201,7 @@ def _check_labels(schema: pa.Schema, column: str, wanted: LabelOptions, where: s
             raise UserError(f"{where} has {n} column {column!r} (--label-column); it has {_listed(schema.names)}")
         return False
     kind = _plain(schema.field(column).type)
-    types = pa.types
-    if not (
-        types.is_integer(kind)
-        or types.is_floating(kind)
-        or types.is_decimal(kind)
-        or types.is_boolean(kind)
-        or types.is_null(kind)
-        or types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-        or _is_bytes(kind)
-    ):
+    if not (any(is_one(kind) for is_one in LABEL_TYPES) or _is_bytes(kind)):
         raise UserError(
             f"{where}: the column {column!r} must hold numbers or names, it holds {_short(kind)}; name another of "
             f"{_listed(schema.names)} by --label-column, or pass --unlabelled"

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from storage.boundary import parse_json, shown
+from storage.boundary import parse_json
 from storage.errors import UserError
 from storage.exchange.incoming import (
     SD_VAE_SCALE,
@@ -26,6 +26,7 @@ from storage.exchange.incoming import (
     whole_labels,
 )
 from storage.hdf5 import find_dataset, find_member, hdf5_errors, read_column
+from storage.shown import shown
 
 ABOUT = "offline_repa"
 GROUP = re.compile(r"(latents|features)/[^/.][^/]*")

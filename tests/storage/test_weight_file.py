@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from pipeline.encoders.weights import read_weights
 from storage.errors import UserError
-from storage.weight_file import Stored, open_weights
+from storage.weights.file import open_weights
+from storage.weights.tensors import Stored
 
 FLAT = torch.randn(40)
 STATE: dict[str, Tensor] = {

@@ -30,7 +30,9 @@ from trainer.presets import preset
 from trainer.readback import Readback
 from trainer.update import Parts, build, train_step
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: streams, pinned copies, fused kernels, TF32"
+)
 GPU = torch.device("cuda", 0)
 BUSY_CYCLES = 20_000_000  # some 10 ms of a GPU's clock
 

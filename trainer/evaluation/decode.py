@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import UserError
-from storage.weight_file import plain_folder
+from storage.weights.names import plain_folder
 
 DECODE_BATCH = 16
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

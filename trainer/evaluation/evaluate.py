@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.boundary import Count, Number, read_lines, shown
+from storage.boundary import Count, Number, read_lines
 from storage.errors import UserError
 from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_feature_file
 from storage.files import append_line, write_atomic
 from storage.roots import absolute
+from storage.shown import shown
 from trainer.checkpoint import latest_checkpoint, read_state
 from trainer.distributed import device_named
 from trainer.evaluation.frechet import Gaussian, frechet_distance, gaussian_of

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from storage.boundary import parse_json, read_regular, shown
+from storage.boundary import parse_json, read_regular
 from storage.console import progress_bar
 from storage.errors import UserError
 from storage.files import write_atomic
+from storage.shown import shown
 from trainer import random_keys
 from trainer.arithmetic import set_arithmetic
 from trainer.checkpoint import EMA_WEIGHTS

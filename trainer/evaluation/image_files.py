@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.boundary import Count, open_regular, parse_json, read_regular, shown
+from storage.boundary import Count, open_regular, parse_json, read_regular
 from storage.errors import UserError
 from storage.files import partial_name, publish, write_atomic
+from storage.shown import shown
 
 SETTINGS_FILE = "settings.json"
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"

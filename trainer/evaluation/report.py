@@ -31,9 +31,10 @@ from trainer.evaluation.alike import (
     evaluated_alike,
     measured_alike,
 )
-from trainer.evaluation.charts import Chart, Line, colour, dash, escaped, figure
+from trainer.evaluation.charts import Chart, Line, escaped, figure
 from trainer.evaluation.image_files import read_image
 from trainer.evaluation.measured import Point
+from trainer.evaluation.report_table import NOTHING, Cell, number_cell, swatch, table
 from trainer.evaluation.run_record import RunRecord, read_runs
 
 PAGE = Path(__file__).with_name("report_page.html")
@@ -47,16 +48,6 @@ METRICS = {
     "precision": "Precision",
     "recall": "Recall",
 }
-NOTHING = "–"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """What a table shows, what it is sorted by (None: last), and a smaller line below."""
-
-    text: str
-    key: float | str | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +113,11 @@ def runs_table(records: Sequence[RunRecord]) -> str:
     """Every run a row; columns that say nothing of any run are left out."""
     columns = [
         *(_setting_column(name) for name in differing(records)),
-        Column(title="Steps", cell=lambda run: _number(run.steps, ",", note=_unfinished(run))),
+        Column(title="Steps", cell=lambda run: number_cell(run.steps, ",", note=_unfinished(run))),
         *(_loss_column(name, title) for name, title in LOSSES.items()),
         *(column for measure, title in ANALYSES.items() for column in _measure_columns(records, measure, title)),
         *(column for name, metric in _measured(records) for column in _metric_columns(records, name, metric)),
-        Column(title="Images/s", cell=lambda run: _number(run.images_per_s, ".1f")),
+        Column(title="Images/s", cell=lambda run: number_cell(run.images_per_s, ".1f")),
         Column(title="GPU-hours", cell=_hours),
     ]
     kept: dict[str, list[Cell]] = {}
@@ -165,7 +156,7 @@ def _setting_cell(run: RunRecord, name: str) -> Cell:
 def _loss_column(name: str, title: str) -> Column:
     def cell(run: RunRecord) -> Cell:
         applies = run.config.aligns or name != "alignment_loss"
-        return _number(getattr(run.lines[-1], name) if run.lines and applies else None, ".4f")
+        return number_cell(getattr(run.lines[-1], name) if run.lines and applies else None, ".4f")
 
     return Column(title=title, cell=cell)
 
@@ -188,7 +179,7 @@ def _measure_columns(records: Sequence[RunRecord], measure: str, title: str) -> 
             late = "" if best.step == run.checkpoint_step else f", step {best.step:,}"
             features = f" with {group.protocol.features}" if group.protocol.features else ""
             note = f"block {best.block}, t = {best.t:g}{features}{late}"
-            return _number(best.value(measure), ".1%" if measure == "probe" else ".3f", note=note)
+            return number_cell(best.value(measure), ".1%" if measure == "probe" else ".3f", note=note)
 
         return Column(title=title, cell=cell)
 
@@ -220,7 +211,7 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
             found = line.metrics[metric]
             late = "" if line.step == run.checkpoint_step else f", step {line.step or 0:,}"
             images = "number of images not known" if found.n_generated is None else f"{found.n_generated:,} images"
-            return _number(found.value, ".3f", note=f"{images}{late}")
+            return number_cell(found.value, ".3f", note=f"{images}{late}")
 
         other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""
         return Column(title=f"{title}{other}", cell=cell)
@@ -263,58 +254,11 @@ def apart(records: Sequence[RunRecord]) -> str:
 
 def _hours(run: RunRecord) -> Cell:
     on_gpu = run.device not in ("cpu", "")
-    return _number(run.hours, ".3g", note=run.device if on_gpu else "CPU")
+    return number_cell(run.hours, ".3g", note=run.device if on_gpu else "CPU")
 
 
 def _unfinished(run: RunRecord) -> str:
     return "" if run.steps >= run.config.steps else f"of {run.config.steps:,}"
-
-
-def _number(value: float | None, form: str, note: str = "") -> Cell:
-    return Cell(text=NOTHING) if value is None else Cell(text=format(value, form), key=value, note=note)
-
-
-def table(columns: dict[str, list[Cell]], *, label: str, swatches: bool = False) -> str:
-    """A table that scrolls in itself, the first column being the rows' headings; the page's script sorts it."""
-    first, *others = columns.values()
-    heads = "".join(
-        f'<th scope="col" aria-sort="none"{_alignment(cells)}><button type="button">{_heading(title)}</button></th>'
-        for title, cells in columns.items()
-    )
-    rows = []
-    for i, name in enumerate(first):
-        key = f'scope="row" data-key="{escaped(str(name.key))}"'
-        head = f"<th {key}>{_swatch(i) if swatches else ''}{_shown(name)}</th>"
-        rows.append(f"<tr>{head}{''.join(_cell(cells[i], _alignment(cells)) for cells in others)}</tr>")
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table class="sortable">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _heading(title: str) -> str:
-    """A dotted setting may be broken after its dots and underscores, so that columns are as narrow as their values."""
-    return escaped(title).replace(".", ".<wbr>").replace("_", "_<wbr>")
-
-
-def _alignment(cells: Sequence[Cell]) -> str:
-    return "" if any(isinstance(cell.key, str) for cell in cells) else ' class="number"'
-
-
-def _cell(cell: Cell, alignment: str) -> str:
-    key = "" if cell.key is None else f' data-key="{escaped(str(cell.key))}"'
-    return f"<td{alignment}{key}>{_shown(cell)}</td>"
-
-
-def _shown(cell: Cell) -> str:
-    return escaped(cell.text) + (f"<small>{escaped(cell.note)}</small>" if cell.note else "")
-
-
-def _swatch(number: int) -> str:
-    """A piece of a run's line."""
-    style = f"stroke:{colour(number)}"
-    line = f'<line x1="1" x2="19" y1="5" y2="5" style="{style}" stroke-dasharray="{dash(number)}"/>'
-    return f'<svg class="swatch" viewBox="0 0 20 10" aria-hidden="true">{line}</svg>'
 
 
 def shared_settings(records: Sequence[RunRecord]) -> str:
@@ -333,7 +277,7 @@ def shared_settings(records: Sequence[RunRecord]) -> str:
 
 def legend(records: Sequence[RunRecord]) -> str:
     """Which line is which run."""
-    return "".join(f"<li>{_swatch(i)}{escaped(record.name)}</li>" for i, record in enumerate(records))
+    return "".join(f"<li>{swatch(i)}{escaped(record.name)}</li>" for i, record in enumerate(records))
 
 
 def charts(records: Sequence[RunRecord]) -> list[Chart]:
@@ -372,7 +316,7 @@ def samples(records: Sequence[RunRecord]) -> str:
                 image = f'<img src="{_data_uri(run.picture)}" alt="Images drawn from {name}">'
             except (UserError, OSError) as error:
                 image, what = "", f"not shown: {escaped(str(error))}"
-            figures.append(f"<figure>{image}<figcaption>{_swatch(i)}{name}<small>{what}</small></figcaption></figure>")
+            figures.append(f"<figure>{image}<figcaption>{swatch(i)}{name}<small>{what}</small></figcaption></figure>")
     return "".join(figures) or "<p>No run has drawn images yet.</p>"
 
 
@@ -402,7 +346,7 @@ def stores(records: Sequence[RunRecord]) -> str:
             value = str(identity.get(field, NOTHING))
             columns[title].append(Cell(text=value[:12] if field == "weights_sha256" else value, key=value))
         columns["Identity"].append(Cell(text=digest[:12], key=digest))
-        columns["Rows"].append(_number(n_rows, ","))
+        columns["Rows"].append(number_cell(n_rows, ","))
         columns["Store"].append(Cell(text=root, key=root))
         columns["Runs"].append(Cell(text=str(len(names)), key=len(names)))
     return table(columns, label="Stores")
