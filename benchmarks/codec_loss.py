@@ -36,17 +36,17 @@ from pipeline.quantise import quantise
 from pipeline.sources import open_source
 from pipeline.sources.photos import write_photos
 from pipeline.transforms import center_crop
-from storage.console import progress_bar
+from storage.base.console import progress_bar
 from storage.order import Order
-from trainer.config_tree import override
-from trainer.dequantise import dequantise
-from trainer.distributed import World
-from trainer.loader import Batch
+from trainer.alignment.cosine import alignment_loss
+from trainer.config.presets import preset
+from trainer.config.tree import override
+from trainer.data.codes import dequantise
+from trainer.data.loader import Batch
+from trainer.loop.losses import LatentScale, losses
+from trainer.loop.step import build, train_step
 from trainer.models.transformer import Geometry
-from trainer.objectives.alignment import alignment_loss
-from trainer.presets import preset
-from trainer.step import LatentScale, losses
-from trainer.update import build, train_step
+from trainer.ranks.world import World
 
 CPU = torch.device("cpu")
 N_CLASSES = 8

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import RESULTS, machine, table
+from pipeline.cluster.environment import prepare_ray
+from pipeline.cluster.resources import Resources
 from pipeline.config import PrecomputeConfig
-from pipeline.ray_environment import prepare_ray
-from pipeline.resources import Resources
 from storage import StoreLayout
 from storage.index import make_index
 

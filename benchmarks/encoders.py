@@ -31,8 +31,8 @@ from benchmarks.online import (
     vision_flops,
 )
 from benchmarks.report import RESULTS, machine, table
-from storage.console import EXIT_OK, run_command
-from trainer.distributed import world_of_ranks
+from storage.base.console import EXIT_OK, run_command
+from trainer.ranks.world import world_of_ranks
 
 PROG = "python -m benchmarks.encoders"
 IMAGENET = 1_281_167

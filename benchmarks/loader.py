@@ -34,10 +34,10 @@ def measure(root: str, prefetch: int, threads: int, batch: int, seconds: float, 
     """One run, in this process."""
     import torch
 
-    from trainer.config_tree import override
-    from trainer.data import open_data
-    from trainer.loader import Loader
-    from trainer.presets import preset
+    from trainer.config.presets import preset
+    from trainer.config.tree import override
+    from trainer.data.groups import open_data
+    from trainer.data.loader import Loader
 
     torch.set_num_threads(1)
     data = open_data(override(preset("sit-b-2"), {"store": root, "data.threads": threads}))

@@ -32,12 +32,12 @@ from pipeline.decode import decode_unit
 from pipeline.encoders.tiny.train import psnr_db, to_float
 from pipeline.encoders.vae import VAE
 from pipeline.sources import open_source
-from storage.console import progress_bar, stop_on_signals
-from storage.errors import UserError
-from storage.files import write_atomic
+from storage.base.console import progress_bar, stop_on_signals
+from storage.base.errors import UserError
+from storage.base.files import write_atomic
 from storage.roots import absolute
-from trainer.distributed import device_named
-from trainer.evaluation.decode import grid
+from trainer.evaluation.generate.decode import grid
+from trainer.ranks.world import device_named
 
 CPU = torch.device("cpu")
 SEED = 0

@@ -116,9 +116,9 @@ def one_process(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
 
 def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
-    from pipeline.cluster import ray_cluster
+    from pipeline.cluster.connection import ray_cluster
+    from pipeline.cluster.environment import prepare_ray
     from pipeline.job import run_on_cluster
-    from pipeline.ray_environment import prepare_ray
 
     prepare_ray("")
     with ray_cluster("", verbose=False):
@@ -131,8 +131,8 @@ def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
 
 def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
-    from pipeline.cluster import ray_cluster
-    from pipeline.ray_environment import prepare_ray
+    from pipeline.cluster.connection import ray_cluster
+    from pipeline.cluster.environment import prepare_ray
 
     prepare_ray("")
     resolution = case.resolution
@@ -169,8 +169,8 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
 def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     """No contestant: CPU time by stage, without the first unit."""
-    from pipeline.cluster import ray_cluster
-    from pipeline.ray_environment import prepare_ray
+    from pipeline.cluster.connection import ray_cluster
+    from pipeline.cluster.environment import prepare_ray
 
     encoder = make_encoder(case, plan, run_id)
     encoder.ready()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cluster.resources import cores
 from pipeline.config import PrecomputeConfig
 from pipeline.encode import UnitEncoder
-from pipeline.resources import cores
 from pipeline.sources.photos import crops, write_photos
 
 SHARD_ROWS = 64

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.online import make_vision, random_images
-from storage.errors import UserError
-from trainer.config import ModelConfig
+from storage.base.errors import UserError
+from trainer.config.schema import ModelConfig
 
 LATENT_SCALE = 0.18215
 # What its train.py imports at the top and the step never calls, made up where it is not installed.

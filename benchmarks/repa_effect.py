@@ -38,9 +38,9 @@ from benchmarks.effect.measure import Setting, measure, write_references
 from benchmarks.effect.report import write_report
 from benchmarks.report import RESULTS, machine
 from pipeline.encoders.registry import resolve_features
-from storage.console import Parser, run_command
-from storage.errors import UserError
-from trainer.checkpoint import latest_checkpoint, read_state
+from storage.base.console import Parser, run_command
+from storage.base.errors import UserError
+from trainer.run.checkpoint import latest_checkpoint, read_state
 
 PROG = "python -m benchmarks.repa_effect"
 MILESTONES = (1000, 2000, 3000, 4000, 6000, 8000)

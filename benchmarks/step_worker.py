@@ -4,8 +4,9 @@ It is started with a `Task` as JSON, answers each line of its standard input, a 
 and ends with its input. Between requests it holds the weights and the optimiser's state on the GPU and nothing more, so
 that two workers can take turns and a worker's peak memory is its own.
 
-Ours is `trainer.update.train_step` with the numbers read back a step later, as in `trainer.train`; where a batch comes
-from is all that differs between the variants. Steps too large for the memory are taken in 2, 4, … micro-batches.
+Ours is `trainer.loop.step.train_step` with the numbers read back a step later, as in `trainer.loop.train`; where a
+batch comes from is all that differs between the variants. Steps too large for the memory are taken in 2, 4, …
+micro-batches.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ import torch
 
 from benchmarks.online import Encoders, encode_moments, encode_tokens, random_images
 from benchmarks.public_repa import PublicStep
-from storage.errors import UserError
-from trainer.arithmetic import set_arithmetic
-from trainer.config_tree import override
-from trainer.data import model_config, open_data
-from trainer.distributed import world_of_ranks
-from trainer.loader import Batch, Loader
-from trainer.presets import preset
-from trainer.readback import Readback
-from trainer.resume import resolve
-from trainer.step import LatentScale
-from trainer.update import build, compile_blocks, train_step
+from storage.base.errors import UserError
+from trainer.config.presets import preset
+from trainer.config.tree import override
+from trainer.data.groups import model_config, open_data
+from trainer.data.loader import Batch, Loader
+from trainer.loop.losses import LatentScale
+from trainer.loop.readback import Readback
+from trainer.loop.step import build, compile_blocks, train_step
+from trainer.ranks.arithmetic import set_arithmetic
+from trainer.ranks.world import world_of_ranks
+from trainer.run.resume import resolve
 
 N_CLASSES = 1000
 FEWEST_STEPS, WARM_UP_STEPS, PROFILED_STEPS = 3, 3, 3

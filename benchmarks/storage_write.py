@@ -30,7 +30,7 @@ from zarr.codecs import Crc32cCodec
 from benchmarks.contestants import SPECS, make_rows
 from benchmarks.report import RESULTS, bars, machine, table
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
-from storage.files import write_all
+from storage.base.files import write_all
 from storage.index import make_index
 
 N_SHARDS, ROWS = 3, 256

@@ -42,13 +42,13 @@ from benchmarks.online import ENCODERS, vae_flops, vision_flops
 from benchmarks.random_store import LATENT_CHANNELS, LATENT_SIDE, write
 from benchmarks.report import RESULTS, machine, table
 from benchmarks.step_worker import N_CLASSES, RESULT, Request, Task
-from storage.console import EXIT_OK, run_command
-from storage.errors import UserError
-from trainer.arithmetic import peak_flops
-from trainer.config_tree import close_matches
-from trainer.distributed import world_of_ranks
+from storage.base.console import EXIT_OK, run_command
+from storage.base.errors import UserError
+from trainer.config.presets import PRESETS, preset
+from trainer.config.tree import close_matches
 from trainer.models.transformer import Geometry, forward_flops_per_image
-from trainer.presets import PRESETS, preset
+from trainer.ranks.arithmetic import peak_flops
+from trainer.ranks.world import world_of_ranks
 
 PROG = "python -m benchmarks.train_step"
 PACKAGES = ("torch", "triton", "numpy", "timm", "diffusers", "accelerate")

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import PrecomputeConfig
-from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command, say
-from storage.errors import UserError
+from storage.base.console import EXIT_FAILED, EXIT_OK, Parser, run_command, say
+from storage.base.errors import UserError
 from storage.roots import absolute
 
 PROG = "python -m pipeline"
@@ -151,14 +151,14 @@ def main(argv: Sequence[str]) -> int:
         say(*report(source, source.listing(wanted)).splitlines())
         return EXIT_OK
     if command == "tasks":
-        from pipeline.ray_environment import prepare_ray
+        from pipeline.cluster.environment import prepare_ray
 
         args["ray_address"] = prepare_ray(args["ray_address"])
-        from pipeline.tasks import run_tasks  # imports Ray
+        from pipeline.launching.tasks import run_tasks  # imports Ray
 
         return run_tasks(**args)
     if command == "launch":
-        from pipeline.launch import launch
+        from pipeline.launching.ranks import launch
 
         return launch(
             [argument for i, argument in enumerate(args["arguments"]) if i or argument != "--"],

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.encoders.precision import ARITHMETIC
 from pipeline.sources.labels import LabelOptions
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 
 def option(help_text: str, default: object) -> Any:

@@ -18,7 +18,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.precompute import Summary, precompute
 from pipeline.preview import write_preview
 from pipeline.sources.photos import write_photos
-from storage.console import EXIT_FAILED, EXIT_OK
+from storage.base.console import EXIT_FAILED, EXIT_OK
 
 RESOLUTION, SHARD_ROWS = 128, 128
 FEATURES = "tiny-vit"

@@ -27,8 +27,8 @@ import numpy as np
 from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
 from storage import Failure, publish_unit
+from storage.base.errors import UserError
 from storage.codec import codec_of, refusal, unquantisable
-from storage.errors import UserError
 from storage.receipts import Receipt, look_at
 from storage.roots import Root, open_root
 from storage.samples import group_paths, is_of_samples, refuse_lost_rows, refuse_other_samples

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.encode import CALLS_IN_HAND, Block
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 ASK_AGAIN_S = 0.5
 MAX_LOADS = 3  # models that cannot be loaded will not get better

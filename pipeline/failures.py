@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.index import Index
 from storage.receipts import Failure, scan
 from storage.roots import Root

@@ -30,10 +30,10 @@ from pipeline.encoders import registry
 from pipeline.failures import allowed_failures
 from pipeline.images import KEY_BYTES, Images, open_images, spread
 from pipeline.sources.protocol import Unreadable
-from storage.console import progress_bar
-from storage.errors import UserError
+from storage.base.console import progress_bar
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.feature_file import FEATURES, FeatureFile, open_feature_file, write_feature_file
-from storage.shown import shown
 
 INCEPTION = "inception"
 OF_A_STORE = ("kind", "crop", "dtype")  # of an encoder's identity, what says how a store keeps its features

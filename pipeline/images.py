@@ -26,11 +26,11 @@ from pipeline.sources.listing import EXTENSIONS
 from pipeline.sources.protocol import Unreadable
 from pipeline.transforms import DecodeError, center_crop, decode_rgb
 from storage import Store, UserError, open_store
-from storage.boundary import open_regular
+from storage.base.boundary import open_regular
+from storage.base.shown import shown
 from storage.feature_file import held, npy_header, npz_names
 from storage.layout import METADATA
 from storage.roots import absolute, is_url
-from storage.shown import shown
 
 IMAGES_ARRAY = "arr_0"
 KEY_BYTES = 16

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.decode import to_rgb
 from pipeline.sources import Listing, Source
 from pipeline.transforms import DecodeError
-from storage.shown import shown
+from storage.base.shown import shown
 
 SHOWN_CLASSES, SHOWN_LEFT_OUT = 5, 10
 

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from pipeline.cluster.resources import Node, Resources, share_out
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.dispatch import Ledger
@@ -27,10 +28,9 @@ from pipeline.encoder_pool import Decoded, EncoderPool, first_line
 from pipeline.failures import refuse_too_many
 from pipeline.plan import Plan
 from pipeline.progress import Display, Meter
-from pipeline.resources import Node, Resources, share_out
 from pipeline.sources import Source
-from storage.console import Stop
-from storage.errors import UserError
+from storage.base.console import Stop
+from storage.base.errors import UserError
 
 POLL_S = 0.5
 PATIENCE_S = 120.0  # after this long without an encoder the user is told what is missing

@@ -22,7 +22,7 @@ from pipeline.encoders import registry
 from pipeline.redo import Done, changed_images, refuse_changed, resized_rows, units_to_redo
 from pipeline.sources import Source
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store, open_store
-from storage.errors import StoreError
+from storage.base.errors import StoreError
 from storage.identity import identity_digest
 from storage.index import Index
 from storage.receipts import scan

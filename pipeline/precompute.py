@@ -8,16 +8,16 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
+from pipeline.cluster.environment import prepare_ray
 from pipeline.config import PrecomputeConfig
 from pipeline.failures import FAILURES_FILE, refuse_too_many, write_failures
 from pipeline.plan import create, describe_plan, make_plan, require_space
-from pipeline.ray_environment import prepare_ray
 from pipeline.sources import open_source
 from storage import Staging
-from storage.console import say, stop_on_signals
+from storage.base.console import say, stop_on_signals
+from storage.base.shown import shown
 from storage.roots import absolute, open_root
 from storage.samples import REDO
-from storage.shown import shown
 from storage.staging import refuse_foreign
 
 NOTHING = "none: everything was there"
@@ -97,7 +97,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     if not plan.missing:
         return summary
     address = prepare_ray(config.ray_address)
-    from pipeline.cluster import ray_cluster  # imports Ray
+    from pipeline.cluster.connection import ray_cluster  # imports Ray
     from pipeline.job import run_on_cluster
 
     # The cluster first: nothing is made on disk before it is there. On Ctrl-C it is left or stopped.

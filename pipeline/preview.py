@@ -20,11 +20,11 @@ from pipeline.sources import KINDS, LabelOptions, open_source
 from pipeline.sources.protocol import Sample, Unreadable
 from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
+from storage.base.shown import shown
 from storage.codec import codec_of, decode
 from storage.layout import GroupLayout
 from storage.receipts import read_receipt
 from storage.samples import sample_crc32c, stored_samples
-from storage.shown import shown
 
 GAP = 2  # pixels between pictures
 DECODE_BATCH = 8  # images; the decoder of a large VAE would need tens of gigabytes for a long row of them

@@ -11,7 +11,7 @@ import math
 import sys
 from collections import deque
 
-from storage.console import progress_bar
+from storage.base.console import progress_bar
 
 STARVED = 0.1
 WORTH_SAYING_S = 60.0  # what is over sooner needs neither estimate nor advice

@@ -19,13 +19,13 @@ import numpy as np
 
 from pipeline.sources import Source
 from pipeline.sources.protocol import Unreadable
-from storage.errors import StoreError, UserError
+from storage.base.errors import StoreError, UserError
+from storage.base.shown import shown
 from storage.index import Index, read_sizes
 from storage.layout import STORE_RECEIPT
 from storage.receipts import Receipt, check_metadata
 from storage.roots import Root
 from storage.samples import name_rows, sample_crc32c
-from storage.shown import shown
 
 LOOKED_AT = 4096  # failed images that are read again
 COMPARED = 64  # stored images of another size that are read again

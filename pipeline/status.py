@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from storage import Store, open_store
-from storage.errors import StoreError
+from storage.base.errors import StoreError
 from storage.receipts import Failure, scan
 from storage.staging import living_runs
 

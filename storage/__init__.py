@@ -4,8 +4,8 @@ Imports numpy, zarr, pyarrow and h5py only; never torch, ray or an encoder libra
 writer needs `create_store`, `create_group`, `Staging` and `publish_unit`.
 """
 
+from storage.base.errors import StoreError, UserError
 from storage.cache import CacheConfig
-from storage.errors import StoreError, UserError
 from storage.gather import ArrayReader, gather_into
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
 from storage.reader import GroupReader, RowReader, Store, open_array, open_store

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from storage import exchange
-from storage.console import EXIT_FAILED, EXIT_OK, Parser, progress_bar, run_command, say
+from storage.base.console import EXIT_FAILED, EXIT_OK, Parser, progress_bar, run_command, say
+from storage.base.errors import StoreError
+from storage.base.shown import shown
 from storage.diff import diff_groups, diff_stores
-from storage.errors import StoreError
 from storage.layout import GROUP_KINDS, METADATA
 from storage.reader import Store, open_store
 from storage.receipts import Failure, scan
 from storage.roots import Root, absolute, open_root
 from storage.samples import REDO
-from storage.shown import shown
 from storage.statistics import describe, group_sums
 from storage.verify import verify
 

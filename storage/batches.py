@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
+from storage.base.errors import UserError
 from storage.checks import ChecksumPolicy
 from storage.codec import codec_of, decode
-from storage.errors import UserError
 from storage.gather import gather_into
 from storage.order import Order, ValidRows, rank_slice
 from storage.reader import GroupReader, open_store

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from crc32c import crc32c
 
-from storage.boundary import open_regular
-from storage.errors import StoreError, UserError
+from storage.base.boundary import open_regular
+from storage.base.errors import StoreError, UserError
 from storage.layout import GroupLayout
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from crc32c import crc32c
 
-from storage.errors import StoreError
+from storage.base.errors import StoreError
 from storage.layout import ArrayLayout, GroupLayout
 from storage.receipts import HEAL_RECEIPT, read_receipt
 from storage.roots import Root

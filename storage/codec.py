@@ -8,7 +8,7 @@ largest magnitude in a group, the stored numbers are
     y = q · s                                               what is read back
 
 Both definitions are of real numbers, so every implementation that is right gives the same bits: this one, the torch
-twins in `pipeline/quantise.py` and `trainer/dequantise.py`, on any device. In float32 they come out exactly:
+twins in `pipeline/quantise.py` and `trainer/data/codes.py`, on any device. In float32 they come out exactly:
 
   s   a float16 near m/127, however that was rounded, moved up one step if 127 · s < m. A product of 7 and 11 bits is
       exact, so the comparison decides; a fused or a reciprocal multiplication could not change it.
@@ -44,8 +44,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from storage.boundary import parse_json
-from storage.errors import StoreError, UserError
+from storage.base.boundary import parse_json
+from storage.base.errors import StoreError, UserError
 
 Q_MAX = 127
 LARGEST = Q_MAX * float(np.finfo(np.float16).max)  # the largest magnitude that a float16 factor can carry

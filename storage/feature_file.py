@@ -27,10 +27,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from storage.boundary import Count, open_regular, parse_json
-from storage.errors import UserError
-from storage.files import make_directories, partial_name, publish
-from storage.shown import shown
+from storage.base.boundary import Count, open_regular, parse_json
+from storage.base.errors import UserError
+from storage.base.files import make_directories, partial_name, publish
+from storage.base.shown import shown
 
 FEATURES, SPATIAL, LOGITS = "features", "spatial", "logits"
 RECORDS = ("identity", "images")

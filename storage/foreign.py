@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from storage.errors import StoreError
+from storage.base.errors import StoreError
+from storage.base.shown import shown
 from storage.layout import checked_rows
 from storage.roots import Root
 from storage.schema import MAX_ROWS, MAX_SAMPLE_BYTES
-from storage.shown import shown
 
 MAX_CHUNK_BYTES = 1 << 30
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")

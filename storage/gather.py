@@ -25,9 +25,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from storage.base.errors import StoreError
 from storage.cache import DiskCache
 from storage.checks import ChecksumPolicy, ChunkChecks, sample_at
-from storage.errors import StoreError
 from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout, StoreLayout, checked_rows
 from storage.roots import Root
 from storage.shard import HEAL, parse_shard_index

@@ -17,8 +17,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 MAX_CHUNK_BYTES = 512 << 20  # a chunk is unpacked whole, however little of it is asked for
 MAX_SOFT_LINKS = 16

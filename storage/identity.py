@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from storage.errors import StoreError
+from storage.base.errors import StoreError
 
 
 def canonical_json(value: Any) -> str:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.errors import StoreError, UserError
+from storage.base.errors import StoreError, UserError
 from storage.layout import INDEX_FILE
 from storage.roots import Root
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 FORMAT_VERSION = 1
 CRC_BYTES = 4

@@ -18,9 +18,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from storage.boundary import parse_json
+from storage.base.boundary import parse_json
+from storage.base.errors import StoreError
 from storage.codec import codec_of
-from storage.errors import StoreError
 from storage.identity import canonical_json
 from storage.layout import METADATA, ArrayLayout, GroupLayout, StoreLayout
 from storage.roots import Root

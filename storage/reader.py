@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from storage.base.errors import StoreError
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
-from storage.errors import StoreError
 from storage.foreign import ZarrArrayReader, open_foreign
 from storage.gather import ArrayReader, EmptyRows
 from storage.identity import identity_digest, require_same

@@ -28,8 +28,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from pydantic import FiniteFloat
 
-from storage.boundary import parse_json
-from storage.errors import StoreError
+from storage.base.boundary import parse_json
+from storage.base.errors import StoreError
 from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, RECEIPTS_DIR, STORE_RECEIPT, GroupLayout
 from storage.roots import Root
 from storage.schema import Base64, Count, Made, MetadataReceipt, PackedSums, Row, Version

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.boundary import MAX_JSON_BYTES
-from storage.errors import StoreError, UserError
+from storage.base.boundary import MAX_JSON_BYTES
+from storage.base.errors import StoreError, UserError
 
 try:
     import obstore

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from storage.boundary import not_regular, open_regular, read_regular
-from storage.errors import StoreError
-from storage.files import fsync_directory, make_directories, partial_name, publish, write_all
+from storage.base.boundary import not_regular, open_regular, read_regular
+from storage.base.errors import StoreError
+from storage.base.files import fsync_directory, make_directories, partial_name, publish, write_all
 
 Buffer = bytes | np.ndarray
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")

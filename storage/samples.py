@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from crc32c import crc32c
 
-from storage.errors import StoreError
+from storage.base.errors import StoreError
+from storage.base.shown import shown
 from storage.index import read_index
 from storage.layout import GROUP_KINDS, METADATA, RECEIPTS_DIR, GroupLayout
 from storage.receipts import Failure, Receipt, read_receipt, scan
 from storage.roots import Root
-from storage.shown import shown
 
 UNREAD = 0  # the checksum of what cannot be read, and of an empty file: both have failed
 NAMED = 3  # rows in a message

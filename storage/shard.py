@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from crc32c import crc32c
 
-from storage.errors import StoreError
+from storage.base.errors import StoreError
 from storage.layout import CRC_BYTES, EMPTY, INDEX_ENTRY_BYTES, ArrayLayout
 from storage.receipts import ShardRecord
 from storage.roots import Root

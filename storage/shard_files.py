@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from storage.boundary import open_regular
+from storage.base.boundary import open_regular
+from storage.base.errors import StoreError
 from storage.cache import DiskCache
-from storage.errors import StoreError
 from storage.layout import ArrayLayout
 from storage.roots import Root
 from storage.shard import HEAL

@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from storage.errors import UserError
-from storage.files import make_directories
+from storage.base.errors import UserError
+from storage.base.files import make_directories
 from storage.layout import GROUP_KINDS, INDEX_FILE, RECEIPTS_DIR
 from storage.roots import Root, open_root
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from storage.base.errors import StoreError
 from storage.codec import Int8Codec, decode
-from storage.errors import StoreError
 from storage.layout import GroupLayout
 from storage.receipts import HEAL_RECEIPT, Receipt, scan
 from storage.roots import Root

@@ -24,7 +24,7 @@ from multiprocessing import get_context
 import numpy as np
 from crc32c import crc32c
 
-from storage.errors import StoreError
+from storage.base.errors import StoreError
 from storage.layout import (
     EMPTY,
     GROUP_KINDS,

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from storage.errors import StoreError
+from storage.base.errors import StoreError
 from storage.identity import identity_digest, require_same
 from storage.index import Index, index_bytes
 from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, STORE_RECEIPT, GroupLayout, StoreLayout

@@ -28,16 +28,16 @@ from pipeline.plan import plan_groups
 from pipeline.quantise import quantise
 from storage import StoreLayout
 from tests.trainer.test_transformer import imagenet_config
-from trainer import update
-from trainer.config_tree import override
-from trainer.dequantise import dequantise
-from trainer.distributed import World
-from trainer.loader import Batch
+from trainer.config.presets import preset
+from trainer.config.tree import override
+from trainer.data.codes import dequantise
+from trainer.data.loader import Batch
+from trainer.loop import step as update
+from trainer.loop.losses import LatentScale
 from trainer.models.transformer import DiffusionTransformer
-from trainer.objectives import diffusion
-from trainer.presets import preset
-from trainer.sampling import sample
-from trainer.step import LatentScale
+from trainer.objectives import dit as diffusion
+from trainer.objectives.sampling import sample
+from trainer.ranks.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda", 0)

@@ -11,10 +11,11 @@ import pytest
 ENCODERS = {"ray", "diffusers", "timm", "torchvision", "PIL"}
 FORBIDDEN = {  # modules that are imported by one process, and what must then not be loaded
     "storage, storage.__main__": ENCODERS | {"torch", "pipeline", "trainer"},
-    "pipeline, pipeline.job, pipeline.encode, pipeline.tasks": {"trainer", "torch"},
+    "pipeline, pipeline.job, pipeline.encode, pipeline.launching.tasks": {"trainer", "torch"},
     "pipeline.preview": {"trainer"},
-    "trainer, trainer.train, trainer.__main__, trainer.ablate, trainer.evaluation.generate, trainer.evaluation.export, "
-    "trainer.evaluation.report, trainer.evaluation.analyse": ENCODERS | {"pipeline", "torch_fidelity", "matplotlib"},
+    "trainer, trainer.loop.train, trainer.__main__, trainer.study.runs, trainer.evaluation.generate.generate, "
+    "trainer.evaluation.export.export, trainer.evaluation.report.page, trainer.evaluation.probing.analyse": ENCODERS
+    | {"pipeline", "torch_fidelity", "matplotlib"},
 }
 
 

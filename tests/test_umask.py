@@ -14,14 +14,14 @@ from pipeline.features import FeaturesConfig, Job, write_features
 from storage.exchange import EXPORTS, export_store
 from tests.stores import LATENTS, make_store
 from tests.trainer.evaluation.conftest import MICRO
-from trainer.cli import train_config
-from trainer.evaluation.analyse import write_measure
-from trainer.evaluation.evaluate import Description, evaluate
-from trainer.evaluation.export import export
-from trainer.evaluation.generate import GenerateConfig, generate
-from trainer.evaluation.report import write_report
-from trainer.evaluation.sweep import SweepConfig
-from trainer.train import train
+from trainer.config.command_line import train_config
+from trainer.evaluation.export.export import export
+from trainer.evaluation.generate.generate import GenerateConfig, generate
+from trainer.evaluation.probing.analyse import write_measure
+from trainer.evaluation.probing.sweep import SweepConfig
+from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.report.page import write_report
+from trainer.loop.train import train
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage.console import EXIT_FAILED, EXIT_OK, Parser, run_command
+from storage.base.console import EXIT_FAILED, EXIT_OK, Parser, run_command
 
 PROG = "python -m trainer"
 
@@ -30,7 +30,7 @@ PROG = "python -m trainer"
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     from trainer import outputs
-    from trainer.cli import add_train_options, refuse_unknown, train_config
+    from trainer.config.command_line import add_train_options, refuse_unknown, train_config
     from trainer.evaluation import commands as evaluation
 
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     values = vars(args)
     command = values.pop("command")
     if command == "import":
-        from trainer.releases import import_checkpoint
+        from trainer.run.releases import import_checkpoint
 
         file, release = values.pop("file"), values.pop("release")
         config = train_config(values)
@@ -63,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
         return evaluation.run(command, values)
     if command in outputs.COMMANDS:
         return outputs.run(command, values)
-    from trainer.guard import NonFiniteError
-    from trainer.train import train
+    from trainer.loop.non_finite import NonFiniteError
+    from trainer.loop.train import train
 
     accept = values.pop("resume_with_changes")
     try:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from storage.console import EXIT_OK, Parser
+from storage.base.console import EXIT_OK, Parser
 
 COMMANDS = ("generate", "export", "report", "ablate")
 
@@ -82,19 +82,19 @@ def _add_generate(parser: Parser) -> None:
 def run(command: str, values: dict[str, Any]) -> int:
     """Run one of COMMANDS with its parsed options; returns the exit status."""
     if command == "ablate":
-        from trainer.ablate import ablate
+        from trainer.study.runs import ablate
 
         return ablate(**values)
     if command == "generate":
-        from trainer.evaluation.generate import GenerateConfig, generate
+        from trainer.evaluation.generate.generate import GenerateConfig, generate
 
         written = generate(GenerateConfig(**values))
     elif command == "export":
-        from trainer.evaluation.export import export
+        from trainer.evaluation.export.export import export
 
         written = export(**values)
     else:
-        from trainer.evaluation.report import write_report
+        from trainer.evaluation.report.page import write_report
 
         written = write_report(**values)
     for path in written:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from storage import open_store
-from storage.files import write_atomic
-from trainer import random_keys
-from trainer.arithmetic import model_arithmetic
-from trainer.distributed import device_named
-from trainer.evaluation.hidden_states import OpenRun, checkpoints_of, load_model, open_run
-from trainer.loader import Batch
+from storage.base.files import write_atomic
+from trainer.data.loader import Batch
+from trainer.evaluation.probing.hidden_states import OpenRun, checkpoints_of, load_model, open_run
+from trainer.loop import random_keys
+from trainer.loop.losses import sample_latents
 from trainer.objectives import OBJECTIVES
-from trainer.step import sample_latents
+from trainer.ranks.arithmetic import model_arithmetic
+from trainer.ranks.world import device_named
 
 TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 SEED = 0

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 from pipeline.encoders.weights import file_sha256
 from pipeline.images import open_images
-from storage.console import progress_bar
-from storage.errors import UserError
+from storage.base.console import progress_bar
+from storage.base.errors import UserError
 from storage.feature_file import FEATURES, open_feature_file, write_feature_file
-from trainer.distributed import device_named
+from trainer.ranks.world import device_named
 
 NAME = "efficientnet-lite0"
 SIDE = 224  # pixels that it was trained at

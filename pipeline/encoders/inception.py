@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.weights import file_sha256, read_weights
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.feature_file import FEATURES, LOGITS, SPATIAL
 
 SPATIAL_CHANNELS = 7

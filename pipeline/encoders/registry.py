@@ -29,8 +29,8 @@ import numpy as np
 
 from pipeline.encoders.catalogue import VAES, VISION, VisionModel
 from pipeline.encoders.precision import ARITHMETIC
+from storage.base.errors import UserError
 from storage.codec import INT8, Int8Codec, codec_of
-from storage.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

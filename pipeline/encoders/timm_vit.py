@@ -20,7 +20,7 @@ from pipeline.encoders.catalogue import CLIP, HALF, IMAGENET, Normalisation, Pre
 from pipeline.encoders.registry import TIMM, EncoderSpec
 from pipeline.encoders.vision import VisionTransformerEncoder, preprocess
 from pipeline.encoders.weights import file_sha256, find_weights, read_weights
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 State = dict[str, Tensor]
 NOT_OF_THE_ENCODER = ("head.", "head_dist.", "decoder", "mask_token")  # classifiers; MAE's other half

@@ -14,7 +14,7 @@ from pipeline.encoders.timm_vit import cut
 from pipeline.encoders.tiny import RESOLUTION
 from pipeline.encoders.vision import VisionTransformerEncoder, normalize
 from pipeline.encoders.weights import file_sha256, read_weights
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 
 def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:

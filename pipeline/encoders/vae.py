@@ -24,9 +24,9 @@ from torch import Tensor
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.weights import file_sha256, hub_file
-from storage.boundary import parse_json, read_regular
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.boundary import parse_json, read_regular
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.weights.names import plain_folder
 
 CONFIG_FILE = "config.json"

@@ -16,7 +16,7 @@ from pipeline.sources.protocol import Sample, Source, Unreadable
 from pipeline.sources.tar import ClassTars, TarOfTars
 from pipeline.sources.webdataset import WebDataset
 from pipeline.sources.zip import Zip
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 __all__ = ["KINDS", "LabelOptions", "Listing", "Sample", "Source", "Unreadable", "open_source"]
 

@@ -10,8 +10,8 @@ import posixpath
 from collections.abc import Iterable, Sequence
 
 from pipeline.sources.leftovers import leftover
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 LABEL_FILES = ("labels.csv", "dataset.json")
 SHOWN = 4  # folders in a message

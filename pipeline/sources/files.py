@@ -27,9 +27,9 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from pipeline.sources.leftovers import OWN_FILE, leftover
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Unreadable, too_large
-from storage.boundary import open_regular
-from storage.errors import StoreError, UserError
-from storage.shown import shown
+from storage.base.boundary import open_regular
+from storage.base.errors import StoreError, UserError
+from storage.base.shown import shown
 
 REQUESTS = 32  # range requests in flight; an answer takes tens of milliseconds, whatever its size
 CONNECTIONS = 4  # the same where a request in flight may be a connection of its own

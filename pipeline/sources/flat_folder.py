@@ -14,7 +14,7 @@ from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.labels_file import CSV_FILE, JSON_FILE
 from pipeline.sources.listing import Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 
 class FlatFolder:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pipeline.sources.files import File, Files, LocalFiles, RemoteFiles, matches, walk
 from pipeline.sources.listing import CLASS_NAMES_FILE, decode_text
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.roots import is_url
 
 PATTERN = re.compile(r"[*?\[]")

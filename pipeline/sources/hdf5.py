@@ -23,7 +23,7 @@ from pipeline.sources.found import Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
 from pipeline.sources.listing import Listing, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.hdf5 import (
     MAX_CHUNK_BYTES,
     describe,

@@ -16,8 +16,8 @@ from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 
 class ImageFolder:

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from storage.errors import UserError
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.index import MAX_LABEL, far_apart
-from storage.shown import shown
 
 NO_LABEL = -1
 SHOWN_CHARACTERS = 60

@@ -27,9 +27,9 @@ from pipeline.sources.found import Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions, read_label
 from pipeline.sources.listing import CLASS_NAMES_FILE, Listing, decode_text, is_image, make_listing
 from pipeline.sources.protocol import Sample
-from storage import boundary
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base import boundary
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 CSV_FILE, JSON_FILE = "labels.csv", "dataset.json"
 FILE, LABEL, CLASS_NAME = "file", "label", "class_name"

@@ -22,9 +22,9 @@ from pipeline.sources.labels import (
     refuse_lost,
 )
 from pipeline.sources.leftovers import described
-from storage.errors import UserError
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.index import Index, make_index
-from storage.shown import shown
 
 EXTENSIONS = frozenset(
     ".jpeg .jpg .jpe .jfif .mpo .png .apng .bmp .gif .webp .avif .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm .tga "

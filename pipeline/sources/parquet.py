@@ -24,9 +24,9 @@ from pipeline.sources.found import LISTING_THREADS, Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
 from pipeline.sources.listing import Listing, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
-from storage.boundary import parse_json
-from storage.errors import StoreError, UserError
-from storage.shown import shown
+from storage.base.boundary import parse_json
+from storage.base.errors import StoreError, UserError
+from storage.base.shown import shown
 
 IMAGE, LABEL = "image", "label"
 BATCH_ROWS = 64

@@ -22,7 +22,7 @@ from PIL import Image
 
 from pipeline.sources.leftovers import OWN_FILE
 from pipeline.transforms import formats
-from storage.files import write_atomic
+from storage.base.files import write_atomic
 
 RECIPE_VERSION = 1
 SPLITS = {"train": (0.0, 0.72), "heldout": (0.75, 1.0)}  # share of the width that crops may lie in

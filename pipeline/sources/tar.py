@@ -22,8 +22,8 @@ from pipeline.sources.leftovers import leftover
 from pipeline.sources.listing import Listing, is_image, make_listing
 from pipeline.sources.protocol import Sample
 from pipeline.sources.tar_members import Member, first_names, location, members, read_members
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 SHARD = re.compile(r"((?:.*[-_.])?)(\d{4,})")  # train-000017: prefix and number
 LABEL_SUFFIX = ".cls"  # WebDataset's, which is recognised by the first members only

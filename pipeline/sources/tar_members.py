@@ -22,8 +22,8 @@ from typing import IO, Any, NamedTuple
 from pipeline.sources.files import Files, Part
 from pipeline.sources.leftovers import leftover
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Sample, Unreadable, too_large
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 BLOCK_BYTES = 512
 PEEK = 64  # members that a kind is recognised by

@@ -26,9 +26,9 @@ from pipeline.sources.leftovers import leftover
 from pipeline.sources.listing import EXTENSIONS, Listing, make_listing
 from pipeline.sources.protocol import Sample
 from pipeline.sources.tar_members import Member, first_names, location, members, read_members
-from storage.boundary import parse_json
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.boundary import parse_json
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 LABEL_SUFFIXES = ("cls", "json", "txt")
 LABEL_KEYS = ("label", "cls")  # of .json

@@ -27,8 +27,8 @@ from pipeline.sources.labels_file import JSON_FILE, MAX_TABLE_BYTES, clean_path,
 from pipeline.sources.leftovers import leftover
 from pipeline.sources.listing import Listing, is_image, make_listing
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Sample, Unreadable, too_large
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.errors import UserError
+from storage.base.shown import shown
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, bytes of the name, bytes of the extra field
 SIGNATURE = b"PK\x03\x04"

@@ -14,8 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from storage.console import EXIT_OK, progress_bar, say
-from storage.errors import UserError
+from storage.base.console import EXIT_OK, progress_bar, say
+from storage.base.errors import UserError
 from storage.exchange.content import make_content
 from storage.exchange.incoming import ImportOptions, import_store
 from storage.reader import open_store

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from storage.base.errors import UserError
 from storage.codec import codec_of, decode
-from storage.errors import UserError
 from storage.index import Index
 from storage.reader import GroupReader, Store
 

@@ -14,8 +14,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from storage.boundary import parse_json
-from storage.errors import UserError
+from storage.base.boundary import parse_json
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.exchange.incoming import (
     SD_VAE_SCALE,
     ImportOptions,
@@ -26,7 +27,6 @@ from storage.exchange.incoming import (
     whole_labels,
 )
 from storage.hdf5 import find_dataset, find_member, hdf5_errors, read_column
-from storage.shown import shown
 
 ABOUT = "offline_repa"
 GROUP = re.compile(r"(latents|features)/[^/.][^/]*")

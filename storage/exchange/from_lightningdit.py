@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from storage.boundary import open_regular
-from storage.errors import UserError
+from storage.base.boundary import open_regular
+from storage.base.errors import UserError
 from storage.exchange.incoming import (
     ImportOptions,
     Incoming,

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from storage.boundary import open_regular, parse_json, read_regular
-from storage.errors import UserError
+from storage.base.boundary import open_regular, parse_json, read_regular
+from storage.base.errors import UserError
+from storage.base.files import walk_files
 from storage.exchange.incoming import (
     SD_VAE_SCALE,
     ImportOptions,
@@ -26,7 +27,6 @@ from storage.exchange.incoming import (
     sha256_of_listing,
     whole_labels,
 )
-from storage.files import walk_files
 
 MAX_DATASET_JSON_BYTES = 256 << 20  # 200 bytes an image of ImageNet
 

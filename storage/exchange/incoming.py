@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.console import progress_bar, say
-from storage.errors import UserError
+from storage.base.console import progress_bar, say
+from storage.base.errors import UserError
 from storage.index import make_index
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
 from storage.receipts import scan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.exchange.content import Content
 
 

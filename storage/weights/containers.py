@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
-from storage.shown import shown
+from storage.base.shown import shown
 from storage.weights.tensors import DamagedError, Storage, Stored, bytes_of, is_count, product, size_of
 from storage.weights.unpickle import Named, Unpickled
 

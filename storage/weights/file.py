@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from storage.boundary import open_regular
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.boundary import open_regular
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.weights.containers import NAMED_AT_MOST, is_safetensors, read_pickles, read_safetensors, read_zip
 from storage.weights.tensors import DamagedError, Stored, product, stored
 from storage.weights.unpickle import Made

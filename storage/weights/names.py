@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from storage.errors import UserError
-from storage.shown import shown
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.weights.file import open_weights
 from storage.weights.tensors import Stored, kind_of
 from storage.weights.unpickle import Made

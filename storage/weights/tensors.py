@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.shown import shown
+from storage.base.shown import shown
 from storage.weights.unpickle import Made, Named
 
 REBUILT = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}

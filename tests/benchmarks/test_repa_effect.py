@@ -22,12 +22,12 @@ from benchmarks.effect.measure import ALIGNED_EYES, Setting
 from benchmarks.effect.report import collect, steps_to_reach, write_report
 from benchmarks.repa_effect import Commands, StoppedError, train_command
 from storage import open_store
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.stores import FEATURES, make_store
 from tests.trainer.runs import micro
-from trainer.cli import train_config
-from trainer.evaluation.hidden_states import checkpoints_of, open_run
-from trainer.train import train
+from trainer.config.command_line import train_config
+from trainer.evaluation.probing.hidden_states import checkpoints_of, open_run
+from trainer.loop.train import train
 
 OF_ARMS = arms("middle", "final", "other")
 

@@ -14,8 +14,8 @@ from benchmarks import train_step
 from benchmarks.public_repa import PublicStep
 from benchmarks.step_worker import Request, Step, Timer
 from benchmarks.train_step import Case, Row, parse, ratio
-from storage.errors import UserError
-from trainer.presets import preset
+from storage.base.errors import UserError
+from trainer.config.presets import preset
 
 CPU = torch.device("cpu")
 

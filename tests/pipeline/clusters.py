@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.ray_environment import prepare_ray
+from pipeline.cluster.environment import prepare_ray
 
 OBJECT_STORE_BYTES = 100 * 2**20
 

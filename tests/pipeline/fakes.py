@@ -26,7 +26,7 @@ from pipeline.plan import GroupPlan, Plan, create
 from pipeline.sources.listing import Listing
 from pipeline.sources.protocol import Sample
 from storage import Staging, StoreLayout
-from storage.console import run_command
+from storage.base.console import run_command
 from storage.identity import identity_digest
 from storage.index import Index, make_index
 from storage.receipts import scan
@@ -165,10 +165,10 @@ def main(argv: Sequence[str]) -> int:
         **options.get("config", {}),
     )
     plan = plan_of(store, source.listing().index, shard_rows=config.shard_rows, width=options.get("width", 24))
-    from pipeline.ray_environment import prepare_ray
+    from pipeline.cluster.environment import prepare_ray
 
     address = prepare_ray(config.ray_address)
-    from pipeline.cluster import ray_cluster
+    from pipeline.cluster.connection import ray_cluster
     from pipeline.job import run_on_cluster
 
     with Staging(plan.root) as staging:

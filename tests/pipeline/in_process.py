@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.cluster.environment import prepare_ray
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.encode import Block, UnitEncoder
 from pipeline.failures import refuse_too_many
 from pipeline.plan import Plan
-from pipeline.ray_environment import prepare_ray
 from pipeline.sources import Source
-from storage.console import Stop
-from storage.errors import UserError
+from storage.base.console import Stop
+from storage.base.errors import UserError
 
 
 class PixelEncoder(UnitEncoder):
@@ -70,7 +70,7 @@ def precompute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     """`precompute(data, store, *options, shard_rows=4)`: what it printed, or the line that it was refused with."""
     monkeypatch.setattr("pipeline.precompute.prepare_ray", lambda address: "")
     prepare_ray("")  # before Ray is imported, for the tests that come after
-    monkeypatch.setattr("pipeline.cluster.ray_cluster", lambda address, **options: contextlib.nullcontext())
+    monkeypatch.setattr("pipeline.cluster.connection.ray_cluster", lambda address, **options: contextlib.nullcontext())
     monkeypatch.setattr("pipeline.job.run_on_cluster", run_on_cluster)
 
     def command(data: Path | str, store: Path, *more: Any, shard_rows: int = 4) -> str:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.sources import LabelOptions, open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 N = 6
 

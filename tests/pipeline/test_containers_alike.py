@@ -25,7 +25,7 @@ from pipeline.sources import LabelOptions, Unreadable, open_source
 from pipeline.sources.files import LocalFiles
 from pipeline.sources.leftovers import leftover
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 LEFTOVERS = [
     "Thumbs.db",

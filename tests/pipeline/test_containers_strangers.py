@@ -24,7 +24,7 @@ from pipeline.sources import LabelOptions, Unreadable, open_source
 from pipeline.sources.files import Entries, File, RemoteFiles
 from pipeline.sources.found import Found
 from pipeline.sources.leftovers import leftover
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 BASE = [("cat/0.png", b"c0"), ("cat/1.png", b"c1"), ("dog/0.png", b"d0")]
 

@@ -13,8 +13,8 @@ import pytest
 from pipeline import sources
 from pipeline.__main__ import main
 from pipeline.decode import decode_unit
-from storage.console import EXIT_OK
-from storage.errors import UserError
+from storage.base.console import EXIT_OK
+from storage.base.errors import UserError
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.cluster.environment import prepare_ray
 from pipeline.encode import CALLS_IN_HAND, Block
-from pipeline.ray_environment import prepare_ray
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 ANSWERS = st.sampled_from(["fine", "fine", "fine", "raised", "CUDA error", "lost"])
 

@@ -24,7 +24,7 @@ from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
 from pipeline.encoders.weights import read_weights
 from pipeline.plan import plan_groups
 from storage import StoreLayout, open_store
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.encoding import encode_store, read_all
 from tests.pipeline.hub import empty_cache, put_in_cache
 

@@ -16,7 +16,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from pipeline.encoders import registry
 from pipeline.encoders.inception import Inception, describe
 from pipeline.features import FeaturesConfig, Job, write_features
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.feature_file import FeatureFile, open_feature_file
 from tests.inception import write_random_inception
 

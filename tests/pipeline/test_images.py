@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.images import Images, open_images, spread
 from pipeline.sources.protocol import Unreadable
 from pipeline.transforms import center_crop
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.archives import write_npz
 from tests.stores import make_store
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.sources import KINDS
-from storage.console import EXIT_OK, run_command
+from storage.base.console import EXIT_OK, run_command
 from tests.pipeline.containers import WRITERS, photographs
 
 SAMPLES = photographs(3, 4)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ray_environment import prepare_ray
+from pipeline.cluster.environment import prepare_ray
 from storage import UserError
 from storage.verify import verify
 from tests.pipeline.test_what_the_user_sees import ENCODERS, write_pictures
@@ -109,7 +109,7 @@ def test_a_driver_takes_the_clusters_mode_where_a_token_lies(
         monkeypatch.setenv(name, "")  # so that it is put back, absent or not
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("pipeline.ray_environment._takes_anyone", lambda address: answers)
+    monkeypatch.setattr("pipeline.cluster.environment._takes_anyone", lambda address: answers)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         prepare_ray(address)

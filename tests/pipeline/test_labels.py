@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from pipeline.__main__ import main
 from pipeline.sources import LabelOptions, Listing, open_source
 from pipeline.sources.listing import make_listing
-from storage.console import EXIT_OK
-from storage.errors import UserError
+from storage.base.console import EXIT_OK
+from storage.base.errors import UserError
 from storage.index import FREE_LABELS, ClassNames, far_apart
 from tests.pipeline.containers import class_tar, classes, photographs, tar_bytes, write_image_folder
 from tests.stores import make_store
-from trainer.config import TrainConfig
-from trainer.config_tree import override
-from trainer.data import model_config, open_data
-from trainer.presets import preset
+from trainer.config.presets import preset
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import override
+from trainer.data.groups import model_config, open_data
 
 SAMPLES = photographs(3, 4)
 RENUMBER = LabelOptions(renumber=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.sources import LabelOptions, open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.labelled import NAMES, NUMBERS, SECRET, N, refused
 
 PIXELS = np.arange(N * 4 * 5 * 3, dtype=np.uint8).reshape(N, 4, 5, 3)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.sources import LabelOptions, open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.labelled import NAMES, NUMBERS, PICTURES, STRUCT, N, refused
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.sources import LabelOptions, Listing, open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.containers import tar_bytes
 
 

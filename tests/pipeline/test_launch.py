@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, start_ranks
-from trainer.train import train
+from trainer.loop.train import train
 
 
 def launch(tmp_path: Path, trainer: list[str], workers: int = 2) -> tuple[int, str, str]:

@@ -13,10 +13,10 @@ from pipeline.next_step import train_command
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_store
 from storage.index import make_index
 from tests.stores import FEATURES, LATENTS, make_identities, publish_all
-from trainer.cli import train_config
-from trainer.config import TrainConfig
-from trainer.data import model_config, open_data
-from trainer.presets import preset
+from trainer.config.command_line import train_config
+from trainer.config.presets import preset
+from trainer.config.schema import TrainConfig
+from trainer.data.groups import model_config, open_data
 
 
 def make_groups(root: Path, resolution: int, groups: dict[str, dict[str, Any]]) -> None:

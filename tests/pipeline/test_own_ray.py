@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import ray_folder as folders
-from pipeline.ray_environment import NICENESS, prepare_ray
-from pipeline.ray_folder import ray_folder, why_not
+from pipeline.cluster import folder as folders
+from pipeline.cluster.environment import NICENESS, prepare_ray
+from pipeline.cluster.folder import ray_folder, why_not
 from storage import UserError
 from storage.verify import verify
 from tests.pipeline.test_what_the_user_sees import ENCODERS, write_pictures
@@ -30,10 +30,10 @@ NOWHERE = "/proc/nowhere"  # in which nobody can make anything, not even root
 LOOKS = """
 import json, os, sys
 os.nice(3)
-from pipeline.ray_environment import prepare_ray
+from pipeline.cluster.environment import prepare_ray
 address = prepare_ray(sys.argv[1])
 import ray
-from pipeline.cluster import ray_cluster
+from pipeline.cluster.connection import ray_cluster
 def looks():
     return os.nice(0), os.path.realpath(ray._private.worker._global_node.get_session_dir_path())
 with ray_cluster(address, verbose=False):

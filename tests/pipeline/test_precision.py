@@ -14,7 +14,7 @@ from pipeline.encoders import precision, registry
 from pipeline.encoders.tiny.train import split_images
 from pipeline.plan import plan_groups
 from storage import StoreLayout
-from storage.errors import UserError
+from storage.base.errors import UserError
 
 CPU = torch.device("cpu")
 BOUNDS = {"tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2}  # those of precision.py's docstring

@@ -21,7 +21,7 @@ from pipeline.__main__ import main
 from pipeline.encoders.tiny import TINY_VAE
 from pipeline.failures import FAILURES_FILE
 from storage import open_store
-from storage.console import run_command
+from storage.base.console import run_command
 from tests.storage.test_store import array_files
 
 N_CLASSES, N_PER_CLASS, N_UNITS = 4, 20, 10

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.resources import Node, Resources, cores, share_out
-from storage.errors import UserError
+from pipeline.cluster.resources import Node, Resources, cores, share_out
+from storage.base.errors import UserError
 
 UNIT_BYTES = 512 * 256 * 256 * 3  # 100.7 MB
 GB = 10**9

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.sources import open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.containers import (
     WRITERS,
     Labelled,

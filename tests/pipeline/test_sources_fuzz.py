@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.sources import LabelOptions, open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.exchange import from_hdf5
 from storage.exchange.incoming import ImportOptions
-from storage.shown import shown
 from tests.pipeline.containers import WRITERS, photographs, tar_bytes
 
 MEMORY = 256 << 20

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.decode import decode_unit
 from pipeline.sources import KINDS, LabelOptions, Unreadable, open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.containers import (
     WRITERS,
     Labelled,

@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.sources import Unreadable, open_source
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.containers import (
     WRITERS,
     tar_bytes,

@@ -82,8 +82,8 @@ def test_an_interrupt_reaches_every_command_and_is_waited_for(tmp_path: Path) ->
 
 
 def test_a_file_that_lists_no_tasks_is_refused(tmp_path: Path) -> None:
-    from pipeline.tasks import run_tasks
-    from storage.errors import UserError
+    from pipeline.launching.tasks import run_tasks
+    from storage.base.errors import UserError
 
     for text in ("{", "[{}]"):
         (tmp_path / "tasks.json").write_text(text)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.encoders import registry, vae
 from pipeline.encoders.catalogue import VAES
 from pipeline.encoders.tiny import TINY_VAE
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.hub import empty_cache, put_in_cache
-from trainer.evaluation.decode import load_decoder
+from trainer.evaluation.generate.decode import load_decoder
 
 CPU = torch.device("cpu")
 KL: dict[str, Any] = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.encoders import mocov3, registry, timm_vit
 from pipeline.encoders.catalogue import VISION
 from pipeline.encoders.weights import read_weights
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.pipeline.original_vits import (
     State,
     clip_forward,

@@ -25,7 +25,7 @@ from pipeline.preview import find_decoder, psnr, write_preview
 from pipeline.status import rate
 from pipeline.status import status as status_lines
 from storage import Staging, UserError, open_store
-from storage.console import run_command
+from storage.base.console import run_command
 from storage.receipts import Failure
 from storage.staging import living_runs
 from storage.verify import verify

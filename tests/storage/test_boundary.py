@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.boundary import parse_json, read_regular
-from storage.errors import StoreError
-from storage.shown import OBEYED, shown
+from storage.base.boundary import parse_json, read_regular
+from storage.base.errors import StoreError
+from storage.base.shown import OBEYED, shown
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

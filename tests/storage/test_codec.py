@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from storage.base.errors import StoreError, UserError
 from storage.codec import INT8, LARGEST, Int8Codec, codec_of, cosine_bound, decode, encode, unquantisable
-from storage.errors import StoreError, UserError
 from tests.features import DISTRIBUTIONS, WIDTHS, cosines, gaussian, outlier_channels
 
 SMALLEST_NORMAL = Fraction(127, 2**14)  # of a group's largest magnitude, from which on its factor is normal

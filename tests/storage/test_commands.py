@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from storage.__main__ import main
+from storage.base.console import EXIT_NOBODY_READS
 from storage.codec import INT8
-from storage.console import EXIT_NOBODY_READS
 from tests.stores import FEATURES, LATENTS, make_store
 
 

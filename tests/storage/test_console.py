@@ -36,7 +36,7 @@ SWALLOWED_BEFORE_THE_LOOP = SWALLOWED.replace(
 )
 RUN = """
 import os, signal, sys, time
-from storage.console import run_command, stop_on_signals
+from storage.base.console import run_command, stop_on_signals
 {main}
 run_command(main, "python -m test", [])
 """

@@ -18,13 +18,13 @@ from safetensors.numpy import save_file
 
 from storage import open_store
 from storage.__main__ import main
+from storage.base.console import EXIT_USAGE
+from storage.base.errors import UserError
+from storage.base.files import walk_files
 from storage.codec import INT8, decode
-from storage.console import EXIT_USAGE
 from storage.diff import diff_stores
-from storage.errors import UserError
 from storage.exchange import from_repa_npy
 from storage.exchange.incoming import ImportOptions
-from storage.files import walk_files
 from storage.verify import verify
 from tests.stores import FEATURES, LATENTS, make_store
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.feature_file import open_feature_file, write_feature_file
 
 IDENTITY = {"name": "vit", "encoder": "test", "vector": "cls"}

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PRINTS = """
 import os, sys
-from storage.console import progress_bar, run_command
+from storage.base.console import progress_bar, run_command
 def main(argv):
     with progress_bar(3, unit="img") as bar:
         bar.set_postfix_str("σ × →")
@@ -59,7 +59,8 @@ def test_a_closed_output_is_none(tmp_path: Path, closed: str) -> None:
 
 
 def test_a_current_directory_that_is_gone_is_one_line(tmp_path: Path) -> None:
-    code = "import os, sys; os.mkdir('d'); os.chdir('d'); os.rmdir('../d'); from storage.console import run_command; "
+    code = "import os, sys; os.mkdir('d'); os.chdir('d'); os.rmdir('../d'); "
+    code += "from storage.base.console import run_command; "
     code += "run_command(lambda argv: 0, 'prog', [])"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)

@@ -31,14 +31,14 @@ from pipeline.__main__ import main as pipeline
 from pipeline.preview import open_originals, principal_components
 from storage import UserError, open_array, open_store
 from storage.__main__ import main
+from storage.base.shown import OBEYED
 from storage.batches import iterate_batches
-from storage.shown import OBEYED
 from tests.storage import edits
 from tests.storage.edits import STEERS, Edit
 from tests.stores import FEATURES, LATENTS
-from trainer.config_tree import override
-from trainer.data import model_config, open_data
-from trainer.presets import preset
+from trainer.config.presets import preset
+from trainer.config.tree import override
+from trainer.data.groups import model_config, open_data
 
 SECONDS = 20
 LONGEST = 3000  # characters of a line
@@ -314,7 +314,8 @@ def test_the_command_itself(good: Path, edit: str) -> None:
     else:
         edits.FILE_EDITS[edit](root / "zarr.json")
     code = (
-        "import resource, os, sys; from storage.console import run_command; from storage.__main__ import main, PROG; "
+        "import resource, os, sys; from storage.base.console import run_command; "
+        "from storage.__main__ import main, PROG; "
         "n = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE'); "
         f"resource.setrlimit(resource.RLIMIT_AS, (n + {MORE_MEMORY},) * 2); run_command(main, PROG)"
     )

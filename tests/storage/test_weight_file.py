@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.encoders.weights import read_weights
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.weights.file import open_weights
 from storage.weights.tensors import Stored
 

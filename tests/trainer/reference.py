@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config import Kind
+from trainer.config.schema import Kind
 from trainer.models.transformer import DiffusionTransformer, Geometry
 
 FILES = {"sit": "sit_linear.npz", "dit": "dit.npz"}

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from storage.errors import UserError
-from trainer.config import TrainConfig, spelled
-from trainer.config_tree import override
-from trainer.guard import NonFiniteError
-from trainer.metrics import read_metrics
-from trainer.presets import preset
-from trainer.train import train
+from storage.base.errors import UserError
+from trainer.config.presets import preset
+from trainer.config.schema import TrainConfig, spelled
+from trainer.config.tree import override
+from trainer.loop.non_finite import NonFiniteError
+from trainer.loop.train import train
+from trainer.run.metrics import read_metrics
 
 MICRO: dict[str, Any] = {
     "device": "cpu",

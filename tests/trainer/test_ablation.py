@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import UserError
-from trainer.ablate import ablate as go_on
-from trainer.ablate import precompute_command, train_command
-from trainer.ablation import read_ablation
-from trainer.checkpoint import latest_checkpoint, read_state
-from trainer.cli import add_train_options, train_config
+from storage.base.errors import UserError
+from trainer.config.command_line import add_train_options, train_config
+from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.study.file import read_ablation
+from trainer.study.runs import ablate as go_on
+from trainer.study.runs import precompute_command, train_command
 
 BASE = """
 preset: sit-tiny-2
@@ -71,7 +71,7 @@ def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> Non
     (run,) = read_ablation(write(tmp_path, text), "/stores/a", tmp_path / "runs").runs
     command = train_command(run, gpus=1)
     assert command[1:4] == ["-m", "trainer", "train"]
-    from storage.console import Parser
+    from storage.base.console import Parser
 
     parser = Parser()
     add_train_options(parser)
@@ -142,7 +142,7 @@ def test_a_run_that_is_stopped_from_outside_is_not_complete(
     shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Told to stop, training saves and ends with status 0, which says nothing of the steps it has left."""
-    monkeypatch.setattr("trainer.ablate._attend", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("trainer.study.runs._attend", lambda *args, **kwargs: 0)
     file = write(tmp_path, BASE + "axes: {loss.projection_weight: [0.5]}")
     assert go_on(file, str(shared_tiny_store), tmp_path / "runs", "") == 1
     said = capsys.readouterr()

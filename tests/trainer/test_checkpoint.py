@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storage.errors import UserError
-from trainer import checkpoint
-from trainer.checkpoint import RunState, latest_checkpoint, load_ema_weights, read_state, restore, save_checkpoint
-from trainer.config import OptimConfig
-from trainer.config_tree import override
-from trainer.ema import EMA
-from trainer.metrics import MetricsLog, read_metrics
+from storage.base.errors import UserError
+from trainer.config.presets import preset
+from trainer.config.schema import OptimConfig
+from trainer.config.tree import override
+from trainer.loop.ema import EMA
+from trainer.loop.optimiser import make_optimizer, optimizer_tensors
 from trainer.models.transformer import DiffusionTransformer, Geometry
-from trainer.optim import make_optimizer, optimizer_tensors
-from trainer.presets import preset
+from trainer.run import checkpoint
+from trainer.run.checkpoint import RunState, latest_checkpoint, load_ema_weights, read_state, restore, save_checkpoint
+from trainer.run.metrics import MetricsLog, read_metrics
 
 
 class Parts(NamedTuple):

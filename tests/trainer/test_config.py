@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.console import Parser
-from storage.errors import UserError
-from trainer.cli import add_train_options, train_config
-from trainer.config import TrainConfig
-from trainer.config_tree import flatten, free_fields, from_yaml, leaves, override, to_yaml
-from trainer.presets import PRESETS, SIZES, preset
+from storage.base.console import Parser
+from storage.base.errors import UserError
+from trainer.config.command_line import add_train_options, train_config
+from trainer.config.presets import PRESETS, SIZES, preset
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import flatten, free_fields, from_yaml, leaves, override, to_yaml
 
 
 def parse(*argv: str) -> TrainConfig:

@@ -13,12 +13,13 @@ import torch
 
 from tests.trainer.test_step import SCALE, batch_of, config_of
 from tests.trainer.test_transformer import SMALL, randomised
-from trainer import objectives, presets
-from trainer.config import Kind, LossConfig
+from trainer import objectives
+from trainer.alignment.cosine import ALIGNMENTS
+from trainer.config import presets
+from trainer.config.schema import Kind, LossConfig
+from trainer.loop.losses import losses
 from trainer.models.transformer import OUTPUTS_PER_CHANNEL
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.alignment import ALIGNMENTS
-from trainer.step import losses
 
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -46,11 +47,11 @@ def test_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_alignment_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """‖a − b‖² = 2 − 2 cos for unit vectors, so a step with it shows twice one plus the cosine's."""
-    monkeypatch.setattr("trainer.objectives.alignment.ALIGNMENTS", dict(ALIGNMENTS))
+    monkeypatch.setattr("trainer.alignment.cosine.ALIGNMENTS", dict(ALIGNMENTS))
     example = run_example("Adding an alignment loss")
     model, batch, config = randomised(SMALL), batch_of(SMALL, 3), config_of("sit")
     cosine = losses(model, batch, SCALE, config, SMALL.n_classes).alignments
-    monkeypatch.setattr("trainer.step.ALIGNMENTS", example.ALIGNMENTS)
+    monkeypatch.setattr("trainer.loop.losses.ALIGNMENTS", example.ALIGNMENTS)
     changed = dataclasses.replace(config.loss, alignment="squared-distance")  # type: ignore[arg-type]
     distance = losses(model, batch, SCALE, dataclasses.replace(config, loss=changed), SMALL.n_classes).alignments
     torch.testing.assert_close(distance, 2 + 2 * cosine)

@@ -17,18 +17,18 @@ from storage.codec import INT8, decode
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.runs import assert_same_run, command
 from tests.trainer.test_update import GEOMETRY, SCALE, batch, config, tensors
-from trainer.arithmetic import set_arithmetic
-from trainer.config_tree import override
-from trainer.data import open_data
-from trainer.distributed import World
-from trainer.ema import EMA
-from trainer.loader import Batch, Loader
+from trainer.config.presets import preset
+from trainer.config.tree import override
+from trainer.data.groups import open_data
+from trainer.data.loader import Batch, Loader
+from trainer.loop.ema import EMA
+from trainer.loop.optimiser import make_optimizer
+from trainer.loop.readback import Readback
+from trainer.loop.step import Parts, build, train_step
 from trainer.models.transformer import DiffusionTransformer
-from trainer.optim import make_optimizer
-from trainer.parallel import replicate, shard, whole
-from trainer.presets import preset
-from trainer.readback import Readback
-from trainer.update import Parts, build, train_step
+from trainer.ranks.arithmetic import set_arithmetic
+from trainer.ranks.parallel import replicate, shard, whole
+from trainer.ranks.world import World
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: streams, pinned copies, fused kernels, TF32"

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from storage.base.errors import StoreError
 from storage.codec import INT8, Int8Codec, decode, encode
-from storage.errors import StoreError
 from tests.features import gaussian
 from tests.stores import FEATURES, make_store
-from trainer.config import TrainConfig
-from trainer.config_tree import override
-from trainer.data import open_data
-from trainer.dequantise import dequantise
-from trainer.loader import Loader
-from trainer.presets import preset
-from trainer.train import train
+from trainer.config.presets import preset
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import override
+from trainer.data.codes import dequantise
+from trainer.data.groups import open_data
+from trainer.data.loader import Loader
+from trainer.loop.train import train
 
 DEVICES = [
     "cpu",

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.trainer.reference import load_reference, reference_model
-from trainer.config import LossConfig
-from trainer.objectives import diffusion
-from trainer.objectives.diffusion import N_STEPS, Normal, posterior, reverse, schedule, variational_loss
+from trainer.config.schema import LossConfig
+from trainer.objectives import dit as diffusion
+from trainer.objectives.dit import N_STEPS, Normal, posterior, reverse, schedule, variational_loss
 
 CPU = torch.device("cpu")
 WHOLE = schedule(N_STEPS, CPU)

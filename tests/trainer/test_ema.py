@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.trainer.test_transformer import SMALL, randomised
-from trainer.ema import EMA
+from trainer.loop.ema import EMA
 
 
 def test_follows_the_recurrence() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.runs import assert_same_run, command, curve, start
-from trainer.metrics import read_metrics
+from trainer.run.metrics import read_metrics
 
 STEPS = 300
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from storage import gather_into
-from storage.errors import StoreError, UserError
+from storage.base.errors import StoreError, UserError
 from storage.order import Order
 from tests.stores import FEATURES, LATENTS, make_store
-from trainer.config_tree import override
-from trainer.data import TrainingData, model_config, open_data, pick_group
-from trainer.loader import Loader
-from trainer.presets import preset
+from trainer.config.presets import preset
+from trainer.config.tree import override
+from trainer.data.groups import TrainingData, model_config, open_data, pick_group
+from trainer.data.loader import Loader
 
 CPU = torch.device("cpu")
 
@@ -151,8 +151,8 @@ def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytes
             time.sleep(0.5)
         gather_into(*arguments)
 
-    monkeypatch.setattr("trainer.loader.gather_into", slow)
-    monkeypatch.setattr("trainer.loader.WAIT_S", 0.1)
+    monkeypatch.setattr("trainer.data.loader.gather_into", slow)
+    monkeypatch.setattr("trainer.data.loader.WAIT_S", 0.1)
     data = opened(shared_tiny_store)
     stalls = []
     with Loader(

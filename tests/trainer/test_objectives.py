@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.trainer.reference import load_reference, reference_model
-from trainer.objectives.alignment import alignment_loss
-from trainer.objectives.interpolant import (
+from trainer.alignment.cosine import alignment_loss
+from trainer.objectives.sit import (
     Path,
     coefficients,
     interpolate,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.random_keys import normal, philox4x32, uniform
+from trainer.loop.random_keys import normal, philox4x32, uniform
 
 WORD = st.integers(0, 2**32 - 1)
 WORDS = st.tuples(WORD, WORD, WORD, WORD)

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 
 from storage import StoreLayout
-from storage.errors import UserError
+from storage.base.errors import UserError
 from storage.order import Order
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
 from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
-from trainer.checkpoint import latest_checkpoint, read_state
-from trainer.distributed import World, world_of_ranks
-from trainer.metrics import read_metrics
-from trainer.resume import only_writer
-from trainer.train import train
+from trainer.loop.train import train
+from trainer.ranks.world import World, world_of_ranks
+from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.metrics import read_metrics
+from trainer.run.resume import only_writer
 
 BAD_ROW = 17
 BATCH = 12  # which 1, 2 and 3 ranks share

@@ -18,19 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.encoders.tiny import TINY_VAE
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.stores import make_store
 from tests.trainer.test_config import run_cli
 from tests.trainer.test_transformer import SMALL, inputs, randomised
 from trainer.__main__ import main
-from trainer.checkpoint import latest_checkpoint, load_ema_weights
-from trainer.config import Kind, TrainConfig
-from trainer.config_tree import from_yaml, override
-from trainer.evaluation.generate import GenerateConfig, generate
+from trainer.config.presets import preset
+from trainer.config.schema import Kind, TrainConfig
+from trainer.config.tree import from_yaml, override
+from trainer.evaluation.generate.generate import GenerateConfig, generate
+from trainer.loop.train import train
 from trainer.models.transformer import DiffusionTransformer, Geometry
-from trainer.presets import preset
-from trainer.releases import Release, converted, import_checkpoint, read_release
-from trainer.train import train
+from trainer.run.checkpoint import latest_checkpoint, load_ema_weights
+from trainer.run.releases import Release, converted, import_checkpoint, read_release
 
 LAYOUTS = ("scripts", "bare", "safetensors")
 TINY: dict[str, Any] = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.trainer.reference import load_reference, reference_model
-from trainer.config import SampleConfig
-from trainer.objectives.diffusion import reverse, schedule
-from trainer.objectives.interpolant import Path, coefficients
-from trainer.random_keys import normal
-from trainer.sampling import LAST_SDE_TIME, Predict, sample
+from trainer.config.schema import SampleConfig
+from trainer.loop.random_keys import normal
+from trainer.objectives.dit import reverse, schedule
+from trainer.objectives.sampling import LAST_SDE_TIME, Predict, sample
+from trainer.objectives.sit import Path, coefficients
 
 NULL = 9
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tests.trainer import plain
 from tests.trainer.test_transformer import KINDS, SMALL, randomised
-from trainer import random_keys
-from trainer.config import Kind, TrainConfig
-from trainer.config_tree import override
-from trainer.loader import Batch
+from trainer.config.presets import preset
+from trainer.config.schema import Kind, TrainConfig
+from trainer.config.tree import override
+from trainer.data.loader import Batch
+from trainer.loop import random_keys
+from trainer.loop.losses import LatentScale, draw, losses, sample_latents
 from trainer.models.transformer import DiffusionTransformer, Geometry
-from trainer.presets import preset
-from trainer.step import LatentScale, draw, losses, sample_latents
 
 SCALE = LatentScale(scale=0.7, shift=0.2)
 WEIGHTS = (0.5, 0.25)

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from storage import ArrayLayout, GroupLayout, Staging, open_store
+from storage.base.errors import StoreError, UserError
 from storage.codec import INT8, decode
-from storage.errors import StoreError, UserError
 from tests.storage.servers import http_server
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, publish_all, random_arrays
-from trainer.config import AlignmentTarget, TrainConfig
-from trainer.config_tree import flatten, from_yaml, override, to_yaml
-from trainer.data import model_config, open_data
-from trainer.loader import Loader
-from trainer.metrics import read_metrics
-from trainer.presets import preset
-from trainer.train import train
+from trainer.config.presets import preset
+from trainer.config.schema import AlignmentTarget, TrainConfig
+from trainer.config.tree import flatten, from_yaml, override, to_yaml
+from trainer.data.groups import model_config, open_data
+from trainer.data.loader import Loader
+from trainer.loop.train import train
+from trainer.run.metrics import read_metrics
 
 OTHER = "features/other-vit"
 CPU = torch.device("cpu")

@@ -14,19 +14,19 @@ import pytest
 import torch
 
 from storage import ArrayLayout, GroupLayout, Staging, open_store
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
 from trainer.__main__ import main
-from trainer.checkpoint import latest_checkpoint, read_state
-from trainer.config_tree import from_yaml, override
-from trainer.guard import NonFiniteError
-from trainer.loader import Batch
-from trainer.metrics import read_metrics
-from trainer.objectives.alignment import ALIGNMENTS, alignment_loss
-from trainer.step import LatentScale, sample_latents
-from trainer.train import train
-from trainer.update import Parts, train_step
+from trainer.alignment.cosine import ALIGNMENTS, alignment_loss
+from trainer.config.tree import from_yaml, override
+from trainer.data.loader import Batch
+from trainer.loop.losses import LatentScale, sample_latents
+from trainer.loop.non_finite import NonFiniteError
+from trainer.loop.step import Parts, train_step
+from trainer.loop.train import train
+from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.metrics import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_stopping_and_resuming_is_never_having_stopped(
     train(micro(shared_tiny_store, tmp_path / "whole", steps=8, **changes))
     stopped = micro(shared_tiny_store, tmp_path / "resumed", steps=8, **{**changes, "checkpoint.every": 3})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.train.train_step", raise_at(5))
+        patch.setattr("trainer.loop.train.train_step", raise_at(5))
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train(stopped)
     summary = train(stopped)

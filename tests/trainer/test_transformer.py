@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
-from trainer.config import Kind
+from trainer.config.presets import PRESETS
+from trainer.config.schema import Kind
 from trainer.models.blocks import sincos_position_embedding, unpatchify
 from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
-from trainer.presets import PRESETS
 
 KINDS: tuple[Kind, ...] = ("sit", "dit")
 SMALL = Geometry(

@@ -12,14 +12,14 @@ from storage import StoreError, UserError
 from storage import index as store_index
 from tests.stores import make_store
 from tests.trainer.runs import curve, micro, weights
-from trainer.config_tree import from_yaml
+from trainer.config.tree import from_yaml
 from trainer.evaluation.commands import run as run_evaluation
-from trainer.evaluation.export import export
-from trainer.evaluation.generate import GenerateConfig, generate
-from trainer.evaluation.hidden_states import open_run
-from trainer.evaluation.report import write_report
-from trainer.evaluation.sweep import SweepConfig, sweep
-from trainer.train import train
+from trainer.evaluation.export.export import export
+from trainer.evaluation.generate.generate import GenerateConfig, generate
+from trainer.evaluation.probing.hidden_states import open_run
+from trainer.evaluation.probing.sweep import SweepConfig, sweep
+from trainer.evaluation.report.page import write_report
+from trainer.loop.train import train
 
 SAMPLES = {"log.samples_every": 3, "log.samples": 2, "sample.steps": 2}
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer import arithmetic
-from trainer.config import TrainConfig
-from trainer.config_tree import override
-from trainer.distributed import World
-from trainer.guard import Guard, NonFiniteError
-from trainer.loader import Batch
+from trainer.config.presets import preset
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import override
+from trainer.data.loader import Batch
+from trainer.loop.losses import LatentScale, Losses, losses
+from trainer.loop.non_finite import Guard, NonFiniteError
+from trainer.loop.readback import Readback
+from trainer.loop.step import DECILES, Parts, StepNumbers, build, train_step
 from trainer.models.transformer import Geometry
-from trainer.presets import preset
-from trainer.readback import Readback
-from trainer.step import LatentScale, Losses, losses
-from trainer.update import DECILES, Parts, StepNumbers, build, train_step
+from trainer.ranks import arithmetic
+from trainer.ranks.world import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 SCALE = LatentScale(scale=0.5, shift=0.0)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from storage.console import EXIT_OK, Parser
+from storage.base.console import EXIT_OK, Parser
 from storage.roots import is_url
 
 COMMANDS = ("evaluate", "probe", "cknna", "analyse")
@@ -98,15 +98,15 @@ def add_sweep_options(parser: Parser, times: tuple[float, ...]) -> None:
 def run(command: str, values: dict[str, Any]) -> int:
     """Run one of COMMANDS with its parsed options; returns the exit status."""
     if command == "evaluate":
-        from trainer.evaluation.evaluate import Description, evaluate, table
+        from trainer.evaluation.quality.evaluate import Description, evaluate, table
 
         described = {
             name: values.pop(name) for name in ("encoder", "weights", "token", "resolution", "device", "max_failures")
         }
         print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
         return EXIT_OK
-    from trainer.evaluation.analyse import write_analysis, write_measure
-    from trainer.evaluation.sweep import SweepConfig
+    from trainer.evaluation.probing.analyse import write_analysis, write_measure
+    from trainer.evaluation.probing.sweep import SweepConfig
 
     out, target = values.pop("out"), values.pop("runs" if command == "analyse" else "run")
     config = SweepConfig(**{**values, "times": tuple(values["times"])})

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from storage.errors import UserError
-from trainer.config import Kind
+from storage.base.errors import UserError
+from trainer.alignment.projector import make_projector
+from trainer.config.schema import Kind
 from trainer.models.blocks import (
     TIME_FREQUENCIES,
     Block,
@@ -29,7 +30,6 @@ from trainer.models.blocks import (
     sincos_position_embedding,
     unpatchify,
 )
-from trainer.models.projector import make_projector
 
 OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2}
 

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trainer.config import LossConfig
-from trainer.objectives import diffusion, interpolant
+from trainer.config.schema import LossConfig
+from trainer.objectives import dit as diffusion
+from trainer.objectives import sit as interpolant
 
 
 class Objective(Protocol):

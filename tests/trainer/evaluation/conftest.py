@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cli import train_config
-from trainer.train import train
+from trainer.config.command_line import train_config
+from trainer.loop.train import train
 
 MICRO = {  # as on the command line
     "preset": "sit-tiny-2",

@@ -12,9 +12,9 @@ import pytest
 
 from tests.trainer.evaluation.test_report import STEPS, evaluation, make_run, protocol
 from trainer.__main__ import main
-from trainer.evaluation.analyse import key_idea
-from trainer.evaluation.report import charts, not_compared, page, runs_table, write_report
-from trainer.evaluation.run_record import RunRecord, read_runs
+from trainer.evaluation.probing.analyse import key_idea
+from trainer.evaluation.report.page import charts, not_compared, page, runs_table, write_report
+from trainer.evaluation.report.run_record import RunRecord, read_runs
 
 MEASURES = ("probe", "cknna")
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.errors import UserError
-from trainer.evaluation.cknna import cknna, nearest
+from storage.base.errors import UserError
+from trainer.evaluation.probing.cknna import cknna, nearest
 
 
 def naive_cknna(x: np.ndarray, y: np.ndarray, k: int) -> float:

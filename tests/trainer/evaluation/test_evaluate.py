@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.errors import UserError
+from storage.base.errors import UserError
+from storage.base.files import append_line
 from storage.feature_file import open_feature_file, write_feature_file
-from storage.files import append_line
 from tests.archives import write_npz
 from tests.inception import write_random_inception
 from tests.stores import make_store
 from trainer.__main__ import main
-from trainer.evaluation.evaluate import RUN_RECORD, Description, evaluate, read_record, table
-from trainer.evaluation.frechet import frechet_distance, gaussian_of
-from trainer.evaluation.image_files import SETTINGS_FILE, step_drawn_at
-from trainer.evaluation.inception_score import inception_score
-from trainer.evaluation.precision_recall import precision_recall
+from trainer.evaluation.generate.image_files import SETTINGS_FILE, step_drawn_at
+from trainer.evaluation.quality.evaluate import RUN_RECORD, Description, evaluate, read_record, table
+from trainer.evaluation.quality.frechet import frechet_distance, gaussian_of
+from trainer.evaluation.quality.inception_score import inception_score
+from trainer.evaluation.quality.precision_recall import precision_recall
 
 VIT = {"name": "vit", "encoder": "test", "weights_sha256": "0", "vector": "cls"}
 INCEPTION = {"name": "inception", "encoder": "v3", "weights_sha256": "1", "vector": "pool_3", "published_weights": True}
@@ -65,7 +65,7 @@ def test_feature_files_are_compared_and_counts_are_published(files: tuple[Path, 
 
 
 def test_published_counts_give_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.evaluation.evaluate.PUBLISHED_IMAGES", 60)
+    monkeypatch.setattr("trainer.evaluation.quality.evaluate.PUBLISHED_IMAGES", 60)
     one = feature_file(tmp_path / "a.npz", VIT, features=numbers(0, 60, 5))
     assert evaluate(one, one, Description(encoder="vit"), out=tmp_path)["warnings"] == []
 
@@ -203,7 +203,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         lines.append(command)
         return subprocess.CompletedProcess(command, 7)
 
-    monkeypatch.setattr("trainer.evaluation.evaluate.subprocess.run", note)
+    monkeypatch.setattr("trainer.evaluation.quality.evaluate.subprocess.run", note)
     return lines
 
 

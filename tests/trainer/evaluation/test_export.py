@@ -16,19 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.encoders.tiny import TINY_VAE
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.trainer.evaluation.conftest import MICRO
-from trainer import random_keys
-from trainer.checkpoint import latest_checkpoint
-from trainer.cli import train_config
-from trainer.config import TrainConfig
-from trainer.config_tree import override
-from trainer.evaluation import export as exporting
-from trainer.evaluation.decode import decode_latents, load_decoder
-from trainer.evaluation.draw import draw_latents
-from trainer.evaluation.export import export
-from trainer.evaluation.hidden_states import OpenRun, load_model, open_run
-from trainer.train import train
+from trainer.config.command_line import train_config
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import override
+from trainer.evaluation.export import export as exporting
+from trainer.evaluation.export.export import export
+from trainer.evaluation.generate.decode import decode_latents, load_decoder
+from trainer.evaluation.generate.draw import draw_latents
+from trainer.evaluation.probing.hidden_states import OpenRun, load_model, open_run
+from trainer.loop import random_keys
+from trainer.loop.train import train
+from trainer.run.checkpoint import latest_checkpoint
 
 TOLERANCE = 1e-3
 STEPS = {"sit": 5, "dit": 9}  # with 9, one of the steps that DiT visits ends in a half

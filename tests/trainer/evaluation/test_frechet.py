@@ -8,8 +8,8 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.errors import UserError
-from trainer.evaluation.frechet import Gaussian, GaussianSum, frechet_distance, gaussian_of
+from storage.base.errors import UserError
+from trainer.evaluation.quality.frechet import Gaussian, GaussianSum, frechet_distance, gaussian_of
 
 
 def random_gaussian(rng: np.random.Generator, width: int, rank: int, decades: float = 0.0) -> Gaussian:

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.encoders.tiny import TINY_VAE
-from storage.errors import UserError
-from trainer.evaluation.generate import GenerateConfig, generate, labels_of
-from trainer.evaluation.image_files import image_path, is_whole, n_written, read_image
+from storage.base.errors import UserError
+from trainer.evaluation.generate.generate import GenerateConfig, generate, labels_of
+from trainer.evaluation.generate.image_files import image_path, is_whole, n_written, read_image
 
 N, BATCH, STEPS = 22, 4, 16  # six blocks, of which the last is not all wanted
 

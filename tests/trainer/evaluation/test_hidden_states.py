@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from storage.errors import UserError
-from trainer import random_keys
-from trainer.evaluation.hidden_states import (
+from storage.base.errors import UserError
+from trainer.evaluation.probing.hidden_states import (
     OpenRun,
     checkpoints_of,
     load_model,
@@ -23,6 +22,7 @@ from trainer.evaluation.hidden_states import (
     pooled_hidden_states,
     step_of,
 )
+from trainer.loop import random_keys
 
 CPU = torch.device("cpu")
 ROWS = np.array([2, 3, 11, 17, 30, 39])

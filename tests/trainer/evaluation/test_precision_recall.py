@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from storage.errors import UserError
-from trainer.evaluation import precision_recall as module
-from trainer.evaluation.inception_score import inception_score
-from trainer.evaluation.precision_recall import precision_recall
+from storage.base.errors import UserError
+from trainer.evaluation.quality import precision_recall as module
+from trainer.evaluation.quality.inception_score import inception_score
+from trainer.evaluation.quality.precision_recall import precision_recall
 
 
 def naive_share(candidates: np.ndarray, members: np.ndarray, k: int) -> float:

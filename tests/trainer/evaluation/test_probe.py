@@ -8,8 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from storage.errors import UserError
-from trainer.evaluation.probe import fit, probe, split
+from storage.base.errors import UserError
+from trainer.evaluation.probing.probe import fit, probe, split
 
 
 def blobs(n: int, width: int, n_classes: int, spread: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

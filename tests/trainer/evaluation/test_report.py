@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from storage import open_store
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.chromium import BINARY, Browser
 from tests.stores import FEATURES, LATENTS
-from trainer.checkpoint import VERSION
-from trainer.cli import train_config
-from trainer.config_tree import to_yaml
-from trainer.evaluation.alike import measured_alike
-from trainer.evaluation.charts import MOST_POINTS, Line, short, thinned, ticks
-from trainer.evaluation.decode import write_grid
-from trainer.evaluation.report import differing, named_shortly, page, write_report
-from trainer.evaluation.run_record import read_runs
+from trainer.config.command_line import train_config
+from trainer.config.tree import to_yaml
+from trainer.evaluation.generate.decode import write_grid
+from trainer.evaluation.report.alike import measured_alike
+from trainer.evaluation.report.charts import MOST_POINTS, Line, short, thinned, ticks
+from trainer.evaluation.report.page import differing, named_shortly, page, write_report
+from trainer.evaluation.report.run_record import read_runs
+from trainer.run.checkpoint import VERSION
 
 STEPS, EVERY, BATCH, RATE = 300, 10, 8, 100.0
 WIDTHS = (390, 1280)

@@ -16,18 +16,18 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.errors import UserError
+from storage.base.errors import UserError
 from tests.archives import write_npz
 from tests.trainer.evaluation.test_report import Structure, make_run, parsed
-from trainer.ablation import read_ablation
-from trainer.checkpoint import latest_checkpoint, read_state
-from trainer.config_tree import from_yaml
-from trainer.evaluation.evaluate import Description, evaluate
-from trainer.evaluation.hidden_states import checkpoints_of, load_model, open_run
-from trainer.evaluation.image_files import step_drawn_at
-from trainer.evaluation.report import page, write_report
-from trainer.evaluation.run_record import read_runs
-from trainer.metrics import MetricsLog, read_metrics
+from trainer.config.tree import from_yaml
+from trainer.evaluation.generate.image_files import step_drawn_at
+from trainer.evaluation.probing.hidden_states import checkpoints_of, load_model, open_run
+from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.report.page import page, write_report
+from trainer.evaluation.report.run_record import read_runs
+from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.metrics import MetricsLog, read_metrics
+from trainer.study.file import read_ablation
 
 STATE = "checkpoints/step-0000300/state.json"
 JSONS = ("metrics.jsonl", "summary.json", "analysis/probe.json", "analysis/cknna.json", "evaluations.jsonl", STATE)

@@ -12,26 +12,26 @@ import torch
 
 import tests.stores
 from storage import open_store
+from storage.base.errors import UserError
 from storage.codec import INT8, decode
-from storage.errors import UserError
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.evaluation.conftest import MICRO
 from trainer.__main__ import main
-from trainer.cli import train_config
-from trainer.evaluation.analyse import write_analysis
-from trainer.evaluation.cknna import cknna
-from trainer.evaluation.evaluate import RUN_RECORD
-from trainer.evaluation.hidden_states import (
+from trainer.config.command_line import train_config
+from trainer.evaluation.probing.analyse import write_analysis
+from trainer.evaluation.probing.cknna import cknna
+from trainer.evaluation.probing.hidden_states import (
     checkpoints_of,
     load_model,
     noisy_latents,
     open_run,
     pooled_hidden_states,
 )
-from trainer.evaluation.probe import probe
-from trainer.evaluation.run_record import RunRecord, read_runs
-from trainer.evaluation.sweep import SweepConfig, open_samples, parse_blocks, pooled_features, sweep
-from trainer.train import train
+from trainer.evaluation.probing.probe import probe
+from trainer.evaluation.probing.sweep import SweepConfig, open_samples, parse_blocks, pooled_features, sweep
+from trainer.evaluation.quality.evaluate import RUN_RECORD
+from trainer.evaluation.report.run_record import RunRecord, read_runs
+from trainer.loop.train import train
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,180 @@
+"""What the three commands share at the terminal: one-line errors with exit status 2, and a progress bar.
+
+`python -m storage`, `python -m pipeline` and `python -m trainer` all end in `run_command`, so that a mistake in the
+input is one clear line and never a traceback, wherever it was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from storage.base.errors import UserError
+from storage.base.shown import shown
+
+EXIT_OK = 0
+EXIT_FAILED = 1  # the work was done and something in it failed (a sample, a check)
+EXIT_USAGE = 2  # the input was wrong; nothing was done
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_NOBODY_READS = 141  # 128 + SIGPIPE: the program behind a pipe, such as `head`, has seen enough
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, and which takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Print `prog: error: message (see prog --help)` and exit with status 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `main(argv)` and exit with its status; `UserError` and `OSError` become one line and status 2.
+
+    Ctrl-C, whenever it comes, ends with status 130 and one line; what was published before it stays.
+    """
+    _make_output_safe()
+    # Also where SIGINT was ignored at the start, as it is for what a script puts into the background.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
+    _interrupted.clear()
+    try:
+        _require_directory()
+        status = main(sys.argv[1:] if argv is None else argv)
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+    except UserError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = EXIT_USAGE
+    except BrokenPipeError:
+        status = EXIT_NOBODY_READS
+    except OSError as error:
+        if error.errno is None:  # not the operating system's answer, so a fault of ours
+            raise
+        print(f"{prog}: error: {error.strerror}: {shown(_text(error.filename))}", file=sys.stderr)
+        status = EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = EXIT_NOBODY_READS
+    if status == EXIT_NOBODY_READS:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+    sys.exit(status)
+
+
+def say(*lines: str, flush: bool = False) -> None:
+    """Print lines for people: names in them, whoever chose those, cannot steer the terminal."""
+    for line in lines:
+        print(shown(line), flush=flush)
+
+
+def _text(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, str | bytes) else str(name or "")
+
+
+def _require_directory() -> None:
+    """Raises UserError when the current directory was deleted: relative paths mean nothing, and libraries crash."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory is gone; cd into one that is there") from None
+
+
+SPELLED = str.maketrans({"×": "x", "·": "#", "→": "->", "…": "...", "−": "-"})
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """An error handler: what an output cannot take in other letters, or as an escape."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(SPELLED)
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def _make_output_safe() -> None:
+    """Let nothing that is printed end the work: an output of another encoding, or one that is closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would take its place, and be printed into
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+    codecs.register_error("spelled", _spell)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")  # None: Python has found it closed
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="spelled")
+
+
+_interrupted = threading.Event()  # what is raised inside a callback or a finaliser is lost, the note is not
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+@dataclass
+class Stop:
+    """The signal that asked the work to end, if any; whoever works looks at it between two pieces of work."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_on_signals(*numbers: int) -> Iterator[Stop]:
+    """Note the first of these signals instead of raising wherever it happens to arrive; a second Ctrl-C raises at once.
+
+    An exception raised inside a library's callback can be swallowed there, and the signal with it; a note cannot. A
+    Ctrl-C that was swallowed before is noted at once.
+    """
+    stop = Stop(signal=signal.SIGINT if _interrupted.is_set() and signal.SIGINT in numbers else None)
+
+    def note(number: int, frame: object) -> None:
+        stop.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = {number: signal.signal(number, note) for number in numbers} if in_main_thread else {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress_bar(
+    total: int, *, unit: str, done: int = 0, description: str = "", unit_scale: bool = False, hidden: bool = False
+) -> tqdm[NoReturn]:
+    """A bar on stderr with done, total, rate and ETA; a line every 10 s when stderr is not a terminal."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=unit_scale,
+        desc=shown(description),
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        disable=hidden,
+    )

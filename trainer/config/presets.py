@@ -1,0 +1,106 @@
+"""Recipes: a preset is a function that returns the whole configuration, model, optimisation and sampling together.
+
+    {sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla]        and sit-tiny-2, dit-tiny-2
+
+Sizes are DiT's (Peebles and Xie, arXiv 2212.09748, table 1), which SiT took over (Ma et al., arXiv 2401.08740).
+Training is REPA's (Yu et al., arXiv 2410.06940, section 4.1 and appendix D): linear path, velocity and uniform t for
+SiT, 1,000 steps with learned variance for DiT; λ = 0.5; AdamW at 1e-4, global batch 256, EMA 0.9999; 400,000 steps.
+Hidden states are aligned after block 8 for L and XL and after block 4 for B, as published. S has no published setting;
+a third of its 12 blocks is block 4, as for B. `-vanilla` is the same without alignment (λ = 0); it reads no features.
+
+Sampling is that of the published figures. SiT: Euler–Maruyama in 250 steps, the last from t = 0.04, without guidance
+(REPA, tables 2 and 3); with `--guidance 1.8` it is that of table 4, whose guidance acts for t ≤ 0.7. DiT: ancestral
+sampling in 250 steps without guidance; with `--guidance 1.5` it is that of DiT's table 2, on the first three channels.
+
+`-512` is for stores at 512 px: latents of 64×64, features of 32×32 tokens (DINOv2 at 448 px). Its settings are those at
+256 px; which guidance REPA's figures at 512 px were drawn with is not known here.
+
+Labels are dropped once, with probability 0.1, as the paper says. (With `--legacy`, which it keeps for its early runs,
+the public script drops them twice, 19 % in all.)
+
+`sit-tiny-2` and `dit-tiny-2` are for the demo and for tests on a CPU: a few minutes on two cores, at any resolution.
+They are no published models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from storage.base.errors import UserError
+from trainer.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    Kind,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from trainer.config.tree import close_matches
+
+# size: (depth, width, heads, block aligned)
+SIZES = {"s": (12, 384, 6, 4), "b": (12, 768, 12, 4), "l": (24, 1024, 16, 8), "xl": (28, 1152, 16, 8)}
+PATCHES = (2, 4, 8)
+DEFAULT_PRESET = "sit-xl-2"
+PRESET_NAMES = "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], sit-tiny-2, dit-tiny-2"
+SAMPLING = {
+    "sit": SampleConfig(sampler="sde", steps=250, guidance=1.0, guidance_high=0.7),
+    "dit": SampleConfig(sampler="ddpm", steps=250, guidance=1.0, guidance_channels=3),
+}
+
+
+def published(name: str, kind: Kind, size: str, patch: int, resolution: int, aligned: bool) -> TrainConfig:
+    """SiT or DiT with REPA's published settings, or the vanilla model beside it."""
+    depth, width, heads, align_block = SIZES[size]
+    return TrainConfig(
+        preset=name,
+        run=Path("runs") / name,
+        model=ModelConfig(kind=kind, depth=depth, width=width, heads=heads, patch=patch, align_block=(align_block,)),
+        loss=LossConfig(projection_weight=(0.5 if aligned else 0.0,)),
+        data=DataConfig(resolution=resolution),
+        sample=SAMPLING[kind],
+    )
+
+
+def tiny(name: str, kind: Kind) -> TrainConfig:
+    """A model of about a million parameters that learns the built-in photographs on two CPU cores."""
+    sample = SampleConfig(sampler="ode" if kind == "sit" else "ddpm", steps=50, guidance=2.5)
+    return TrainConfig(
+        preset=name,
+        run=Path("runs") / name,
+        steps=1000,
+        batch=32,
+        ema_decay=0.99,
+        model=ModelConfig(kind=kind, depth=4, width=128, heads=4, patch=2, align_block=(2,), projector_width=256),
+        optim=OptimConfig(lr=2e-3),
+        checkpoint=CheckpointConfig(every=200),
+        log=LogConfig(every=10),
+        sample=sample,
+    )
+
+
+def _all_presets() -> dict[str, Callable[[], TrainConfig]]:
+    kinds: tuple[Kind, ...] = ("sit", "dit")
+    presets: dict[str, Callable[[], TrainConfig]] = {}
+    for kind in kinds:
+        for size in SIZES:
+            for patch in PATCHES:
+                for resolution in (256, 512):
+                    for aligned in (True, False):
+                        name = f"{kind}-{size}-{patch}{'-512' * (resolution == 512)}{'-vanilla' * (not aligned)}"
+                        presets[name] = partial(published, name, kind, size, patch, resolution, aligned)
+    return presets | {f"{kind}-tiny-2": partial(tiny, f"{kind}-tiny-2", kind) for kind in kinds}
+
+
+PRESETS = _all_presets()
+
+
+def preset(name: str) -> TrainConfig:
+    """The configuration of a preset. Raises UserError naming the nearest ones."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{close_matches(name, list(PRESETS))}; there are {PRESET_NAMES}")
+    return PRESETS[name]()

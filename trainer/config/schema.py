@@ -1,0 +1,315 @@
+"""What a training run is asked to do: frozen dataclasses, nested by topic, that check themselves.
+
+Each field carries its help text; the command line's dotted options (`--loss.projection-weight`) are made from these
+classes, so an option exists once. A field marked *free* may change when a run is resumed; every other one determines
+the numbers, and changing it on resume must be asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from storage.base.errors import UserError
+
+Kind = Literal["sit", "dit"]
+
+
+def option(default: object, help_text: str, *, free: bool = False) -> Any:
+    """A field with its help text, which `--help` prints; Any, as `dataclasses.field` itself is typed."""
+    return field(default=default, metadata={"help": help_text, "free": free})
+
+
+def section(default: type) -> Any:
+    """A nested config; its first docstring line heads its options in `--help`."""
+    return field(default_factory=default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The diffusion transformer."""
+
+    kind: Kind = option("sit", "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps")
+    depth: int = option(28, "transformer blocks")
+    width: int = option(1152, "channels of a token")
+    heads: int = option(16, "attention heads; must divide the width")
+    patch: int = option(2, "latent pixels a side of a token")
+    qk_norm: bool = option(False, "normalise queries and keys")
+    classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
+    align_block: tuple[int, ...] = option(
+        (8,), "block after which hidden states are aligned with the features, counted from 1; one, or one a target"
+    )
+    projector_width: int = option(2048, "hidden width of the projectors")
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "patch", "projector_width"):
+            at_least(self, "model", name, 1)
+        at_least(self, "model", "classes", 0)
+        if self.width % self.heads:
+            raise UserError(f"--model.heads must divide --model.width, got {self.heads} and {self.width}")
+        if self.width % 4:
+            raise UserError(f"--model.width must be a multiple of 4 for the position embedding, got {self.width}")
+        if not self.align_block:
+            raise UserError("--model.align-block must name a block; a vanilla run is --loss.projection-weight 0")
+        for block in self.align_block:
+            if not 1 <= block <= self.depth:
+                raise UserError(f"--model.align-block must be a block, 1 to {self.depth} (--model.depth), got {block}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective: denoising loss + Σ projection weight × alignment loss, over the alignment targets."""
+
+    path: Literal["linear", "cosine"] = option("linear", "SiT: interpolant between image (t = 0) and noise (t = 1)")
+    time_sampling: Literal["uniform", "lognormal"] = option("uniform", "SiT: distribution of t")
+    alignment: Literal["cosine"] = option("cosine", "alignment loss: negative cosine, patch by patch")
+    label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
+    projection_weight: tuple[float, ...] = option(
+        (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
+    )
+
+    def __post_init__(self) -> None:
+        in_unit_interval(self, "loss", "label_dropout")
+        if not self.projection_weight or not all(0 <= weight < math.inf for weight in self.projection_weight):
+            raise UserError(f"--loss.projection-weight must be at least 0, got {spelled(self.projection_weight)}")
+        if len(self.projection_weight) > 1 and 0 in self.projection_weight:
+            raise UserError(
+                f"--loss.projection-weight {spelled(self.projection_weight)} gives a target no weight; leave it out of "
+                "the lists, or pass 0 alone for a vanilla run"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read from the store."""
+
+    latents: str = option("", "latents to train on, a name below latents/; empty: the only ones there are")
+    features: tuple[str, ...] = option(
+        (), "features to align with, names below features/, one a target; empty: the only ones there are"
+    )
+    resolution: int = option(0, "pixels a side that the store must have been made at; 0: any")
+    failed_rows: Literal["leave-out", "refuse"] = option(
+        "leave-out", "what to do when samples of a group used could not be decoded"
+    )
+    prefetch: int = option(3, "batches read ahead, each in its own (pinned) buffer", free=True)
+    threads: int = option(0, "threads that gather rows of one array; 0: as the kind of store needs", free=True)
+    cache: Path = option(Path(), "folder on a local disk that keeps a part of a remote store", free=True)
+    cache_gb: float = option(0.0, "most gigabytes that the cache takes, over all arrays", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "data", "prefetch", 1)
+        at_least(self, "data", "threads", 0)
+        at_least(self, "data", "resolution", 0)
+        at_least(self, "data", "cache_gb", 0)
+        if (self.cache != Path()) != (self.cache_gb > 0):
+            raise UserError(
+                "a cache needs a folder and a size; pass --data.cache DIR and --data.cache-gb N, or neither"
+            )
+        if "" in self.features:
+            raise UserError(f"--data.features {spelled(self.features)} has an empty name; separate names by one comma")
+        object.__setattr__(self, "latents", self.latents.removeprefix("latents/"))
+        object.__setattr__(self, "features", tuple(name.removeprefix("features/") for name in self.features))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), constant learning rate."""
+
+    lr: float = option(1e-4, "learning rate")
+    beta1: float = option(0.9, "decay of the first moment")
+    beta2: float = option(0.999, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    clip: float = option(1.0, "largest norm of the whole gradient")
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{flag('optim', name)} must be positive and finite, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{flag('optim', name)} must be in [0, 1), got {getattr(self, name)}")
+        at_least(self, "optim", "weight_decay", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and how much of it stays on disk."""
+
+    every: int = option(10_000, "steps between checkpoints; the last step is always saved", free=True)
+    keep: int = option(2, "newest checkpoints kept", free=True)
+    milestone_every: int = option(0, "checkpoints of multiples of so many steps are kept for good; 0: none", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "checkpoint", "every", 1)
+        at_least(self, "checkpoint", "keep", 1)
+        at_least(self, "checkpoint", "milestone_every", 0)
+        if self.milestone_every % self.every:
+            raise UserError(
+                f"--checkpoint.milestone-every must be a multiple of --checkpoint.every ({self.every}), "
+                f"got {self.milestone_every}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = option(50, "steps between lines of metrics.jsonl and TensorBoard points", free=True)
+    tensorboard: bool = option(True, "write TensorBoard events below RUN/tensorboard", free=True)
+    wandb: str = option("", "Weights & Biases project to log to as well; empty: none", free=True)
+    samples_every: int = option(10_000, "steps between grids of samples in RUN/samples; 0: none", free=True)
+    samples: int = option(16, "images in a grid of samples", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "log", "every", 1)
+        at_least(self, "log", "samples_every", 0)
+        at_least(self, "log", "samples", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How `trainer generate` draws images from this run; saved with it, and may be overridden there."""
+
+    sampler: Literal["sde", "ode", "ddpm"] = option(
+        "sde", "SiT: Euler–Maruyama (sde) or Euler (ode); DiT: ancestral sampling (ddpm)", free=True
+    )
+    steps: int = option(250, "steps of the sampler", free=True)
+    heun: bool = option(False, "Heun's correction of the ode sampler, which calls the model twice a step", free=True)
+    guidance: float = option(1.0, "classifier-free guidance scale; 1: none", free=True)
+    guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
+    guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
+    guidance_channels: int = option(0, "latent channels that guidance applies to, the first ones; 0: all", free=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, "sample", "steps", 2 if self.sampler == "sde" else 1)
+        at_least(self, "sample", "guidance", 1)
+        at_least(self, "sample", "guidance_channels", 0)
+        if self.sampler == "ddpm" and self.steps > 1000:
+            raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
+        if self.heun and self.sampler != "ode":
+            raise UserError(f"--sample.heun true goes with --sample.sampler ode, not {self.sampler}")
+        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            raise UserError(
+                "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
+                f"got {self.guidance_low} and {self.guidance_high}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    store: str = option("", "store with latents/ and, for the alignment, features/: a directory or a URL", free=True)
+    run: Path = option(
+        Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True
+    )
+    preset: str = option("", "recipe that the other defaults come from", free=True)
+    steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True)
+    batch: int = option(256, "samples a step over all ranks and micro-batches (global batch)")
+    seed: int = option(0, "seed of weights, order, noise, times and label dropout")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda when there is one", free=True)
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
+        "auto",
+        "arithmetic of the model, whose weights are float32: bf16 and fp16 (with a loss scale) by autocast, tf32 in "
+        "matrix products only; auto: bf16 on cuda, fp32 on cpu",
+    )
+    deterministic: bool = option(False, "only kernels that repeat bit for bit; slower on cuda")
+    compile: bool = option(False, "compile the transformer blocks, the draws and the losses", free=True)
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "on several ranks: weights and optimiser on each (ddp), or sharded over them (fsdp)", free=True
+    )
+    accumulate: int = option(1, "micro-batches that a rank's part of a batch is computed in, to save memory", free=True)
+    max_skipped: int = option(10, "steps with a non-finite loss or gradient left out before the run stops", free=True)
+    ema_decay: float = option(0.9999, "decay of the averaged weights, which samples are drawn from")
+    model: ModelConfig = section(ModelConfig)
+    loss: LossConfig = section(LossConfig)
+    data: DataConfig = section(DataConfig)
+    optim: OptimConfig = section(OptimConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    log: LogConfig = section(LogConfig)
+    sample: SampleConfig = section(SampleConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            at_least(self, "", name, 1)
+        at_least(self, "", "max_skipped", 0)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be in [0, 2⁶³), got {self.seed}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+        if (self.model.kind == "dit") != (self.sample.sampler == "ddpm"):
+            fitting = "ddpm" if self.model.kind == "dit" else "sde or ode"
+            raise UserError(
+                f"--sample.sampler {self.sample.sampler} cannot draw from --model.kind {self.model.kind}; "
+                f"choose {fitting}"
+            )
+        if self.model.kind == "dit" and (self.loss.path, self.loss.time_sampling) != ("linear", "uniform"):
+            raise UserError(
+                f"--loss.path {self.loss.path} and --loss.time-sampling {self.loss.time_sampling} are settings of "
+                "--model.kind sit; leave them at linear and uniform for dit, whose diffusion is fixed"
+            )
+        if self.data.features and not self.aligns:
+            raise UserError(
+                f"--data.features {spelled(self.data.features)} would not be read with --loss.projection-weight 0; "
+                "give a weight, or leave the features empty"
+            )
+        lists = (self.data.features, self.model.align_block, self.loss.projection_weight)
+        lengths = {len(values) for values in lists if len(values) > 1}
+        if len(lengths) > 1 and self.aligns:
+            given = " ".join(
+                f"{name} {spelled(values)}" for name, values in zip(TARGET_OPTIONS, lists, strict=True) if values
+            )
+            raise UserError(f"{given} do not agree on the number of alignment targets; give one value, or one a target")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the alignment loss is part of the objective; without it no features are read."""
+        return any(self.loss.projection_weight)
+
+    @property
+    def targets(self) -> tuple[AlignmentTarget, ...]:
+        """What hidden states are aligned with, none in a vanilla run; a setting given once applies to all."""
+        lists = (self.data.features or ("",), self.model.align_block, self.loss.projection_weight)
+        n = max(len(values) for values in lists) if self.aligns else 0
+        features, blocks, weights = (values * n if len(values) == 1 else values for values in lists)
+        return tuple(
+            AlignmentTarget(features=features[i], block=blocks[i], weight=weights[i])  # type: ignore[arg-type]
+            for i in range(n)
+        )
+
+
+TARGET_OPTIONS = ("--data.features", "--model.align-block", "--loss.projection-weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentTarget:
+    """One target of the alignment loss: features (empty: the only ones there are), block counted from 1, and λ."""
+
+    features: str
+    block: int
+    weight: float
+
+
+def flag(topic: str, name: str) -> str:
+    """The command line's spelling of a field: `--loss.projection-weight`."""
+    return "--" + ".".join(part.replace("_", "-") for part in (topic, name) if part)
+
+
+def at_least(config: object, topic: str, name: str, least: int) -> None:
+    """Raise UserError when the field is below `least` (or not a number)."""
+    if not getattr(config, name) >= least:
+        raise UserError(f"{flag(topic, name)} must be at least {least}, got {getattr(config, name)}")
+
+
+def in_unit_interval(config: object, topic: str, name: str) -> None:
+    """Raise UserError when the field is outside [0, 1]."""
+    if not 0 <= getattr(config, name) <= 1:
+        raise UserError(f"{flag(topic, name)} must be in [0, 1], got {getattr(config, name)}")
+
+
+def spelled(value: Any) -> str:
+    """A value as the command line takes it: a tuple as its values between commas."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

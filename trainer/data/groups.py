@@ -1,0 +1,182 @@
+"""What a run reads: the groups of the store that its configuration names, checked against each other and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from storage import CacheConfig, GroupReader, Store, UserError, open_store
+from storage.codec import Int8Codec, codec_of
+from storage.index import far_apart
+from storage.order import ValidRows
+from storage.samples import REDO
+from storage.shard_files import raise_open_file_limit
+from trainer.config.schema import TrainConfig
+from trainer.models.transformer import Geometry
+
+MAX_CLASSES, CLASSES_A_SAMPLE = 1 << 16, 4  # more than either are not believed of a store
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Open readers and what they fit."""
+
+    store: Store
+    latents: GroupReader
+    features: tuple[GroupReader, ...]  # one an alignment target; two targets may share one
+    labels: np.ndarray  # int32 (N,), −1 for a sample without
+    class_names: Sequence[str]  # none of a store that is trained on without labels
+    valid_rows: ValidRows  # those that failed in no group
+    codecs: dict[str, Int8Codec]  # by path, of the features that are quantised; others are plain float16
+
+    @property
+    def n_samples(self) -> int:
+        """Samples that can be trained on."""
+        return len(self.valid_rows)
+
+    @property
+    def groups(self) -> tuple[GroupReader, ...]:
+        """Every group that is read, once."""
+        return tuple({group.path: group for group in (self.latents, *self.features)}.values())
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """Group path → identity digest of what is read."""
+        return {group.path: group.identity_digest for group in self.groups}
+
+    def close(self) -> None:
+        """Close every file."""
+        for group in self.groups:
+            group.close()
+
+
+def open_data(config: TrainConfig) -> TrainingData:
+    """Open the store's groups that the configuration needs.
+
+    Raises StoreError or UserError, in one line, when the store, a group or a label is missing or does not fit.
+    """
+    if not config.store:
+        raise UserError("no store was named; pass --store ROOT (make train STORE=ROOT)")
+    store = open_store(config.store)
+    if config.data.resolution not in (0, store.resolution):
+        raise UserError(
+            f"store {store.root} was made at {store.resolution} px, --data.resolution asks for "
+            f"{config.data.resolution}; choose a preset of the store's resolution, or pass --data.resolution 0"
+        )
+    raise_open_file_limit()
+    latents = pick_group(store, "latents", config.data.latents)
+    features = [pick_group(store, "features", target.features) for target in config.targets]
+    paths = dict.fromkeys([latents, *features])
+    caches = _share_cache(config, store, list(paths))
+    groups = {path: store.group(path, n_threads=config.data.threads or None, cache=caches.get(path)) for path in paths}
+    groups[latents].require(
+        "latent_channels", "latent_size", "latent_scale_factor", "latent_shift_factor", arrays=["moments"]
+    )
+    for path in features:
+        groups[path].require("token_grid", "width")
+        if "patches" not in groups[path].arrays:
+            raise UserError(
+                f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
+                "other --data.features, or precompute it with patch tokens"
+            )
+    failed = np.unique(np.concatenate([group.failed_rows for group in groups.values()]))
+    if len(failed) and config.data.failed_rows == "refuse":
+        raise UserError(
+            f"{len(failed)} samples of {store.root} could not be decoded (first row {failed[0]}); {REDO}, or pass "
+            "--data.failed-rows leave-out"
+        )
+    labels = store.classes.labels
+    n_without = int((labels < 0).sum())
+    if 0 < n_without < len(labels) and config.loss.label_dropout < 1:
+        raise UserError(
+            f"{n_without} of the {len(labels)} samples of {store.root} have no label (first row "
+            f"{(labels < 0).argmax()}); class-conditional training needs one for each: label them all, or pass "
+            "--loss.label-dropout 1 to train without any"
+        )
+    return TrainingData(
+        store=store,
+        latents=groups[latents],
+        features=tuple(groups[path] for path in features),
+        labels=labels,
+        class_names=[] if n_without else store.classes.class_names,
+        valid_rows=ValidRows(store.n_rows, failed),
+        codecs={path: codec for path in features if (codec := codec_of(groups[path].identity)) is not None},
+    )
+
+
+def _share_cache(config: TrainConfig, store: Store, paths: list[str]) -> dict[str, CacheConfig]:
+    """The cache's gigabytes shared out so that the same rows of every group fit."""
+    if not config.data.cache_gb:
+        return {}
+    sample_bytes = {path: store.group_layout(path)[0].sample_bytes for path in paths}
+    budget = config.data.cache_gb * 1e9 / sum(sample_bytes.values())
+    return {
+        path: CacheConfig(directory=config.data.cache, max_bytes=max(1, int(budget * n)))
+        for path, n in sample_bytes.items()
+    }
+
+
+def pick_group(store: Store, kind: str, name: str) -> str:
+    """The path of the named group, or of the only one there is. Raises UserError naming the choices."""
+    if name:
+        return f"{kind}/{name}"  # opening it says so when it is not there, and a store over http cannot list
+    there = [path for path in store.groups() if path.startswith(f"{kind}/")]
+    if len(there) == 1:
+        return there[0]
+    if not there:
+        fix = "pass --loss.projection-weight 0 to train without, or " if kind == "features" else ""
+        raise UserError(f"store {store.root} has no {kind}; {fix}run make precompute to add them")
+    names = ", ".join(path.partition("/")[2] for path in there)
+    raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")
+
+
+def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
+    """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit.
+
+    A store without labels makes a model without classes, unless --model.classes says otherwise.
+    """
+    latents: dict[str, Any] = data.latents.identity
+    height, width = latents["latent_size"]
+    if height != width:
+        raise UserError(f"latents of {height}×{width} are not square; the model's position embedding needs a square")
+    occurring, largest = len(data.store.classes.class_names.occurring), len(data.class_names) - 1
+    if not config.model.classes and far_apart(largest, occurring):
+        raise UserError(
+            f"{data.store.root}: {occurring} labels occur and the largest is {largest:,}; a model has a row for each "
+            "number up to it: precompute with --renumber-labels, or pass --model.classes N if it is meant"
+        )
+    n_classes = config.model.classes or len(data.class_names)
+    if n_classes < len(data.class_names):
+        raise UserError(f"--model.classes {n_classes} is fewer than the store's {len(data.class_names)} classes")
+    if not config.model.classes and n_classes > max(MAX_CLASSES, CLASSES_A_SAMPLE * data.n_samples):
+        raise UserError(
+            f"{data.store.root} has labels up to {n_classes - 1} and {data.n_samples} samples; number the classes from "
+            f"0 and precompute again, or pass --model.classes {n_classes} for an embedding of so many"
+        )
+    side = height // config.model.patch
+    for features in data.features:
+        grid = features.identity["token_grid"]
+        if grid != [side, side]:
+            raise UserError(
+                f"{features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, patch "
+                f"{config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
+            )
+    return Geometry(
+        kind=config.model.kind,
+        input_size=height,
+        channels=latents["latent_channels"],
+        patch=config.model.patch,
+        width=config.model.width,
+        depth=config.model.depth,
+        heads=config.model.heads,
+        n_classes=n_classes,
+        qk_norm=config.model.qk_norm,
+        targets=tuple(
+            (target.block, features.identity["width"])
+            for target, features in zip(config.targets, data.features, strict=True)
+        ),
+        projector_width=config.model.projector_width,
+    )

@@ -1,0 +1,235 @@
+"""Batches in the order of training, gathered by a background thread while the model computes.
+
+A ring of preallocated buffers (pinned for CUDA) is filled ahead of the step; moments and features of a sample are
+always of the same row and view. The state of the loader is the step, which is epoch and position in one: global batch b
+holds fixed rows whatever the number of ranks, and a rank gathers its part only. An error in the thread is raised in the
+consumer.
+
+On CUDA nothing here makes the host wait for the step that is under way: rows, labels and arrays are copied from pinned
+memory on a stream of their own, and the computing stream waits for the copy. A buffer returns to the ring when its copy
+is done; a copy's memory on the device is held by the allocator until the computing stream has passed its last use
+(`record_stream`). Quantised features are copied as int8 and factors, and become float32 on the device.
+
+Cost: `prefetch` + 1 batches of host memory, two or three of device memory; no copy on the CPU beyond the gather itself.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage import ArrayReader, gather_into
+from storage.order import Order, rank_slice
+from trainer.data.codes import dequantise
+from trainer.data.groups import TrainingData
+from trainer.loop import random_keys
+
+WAIT_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This rank's part of a global batch, on the training device, valid until the next one is asked for."""
+
+    step: int
+    rows: Tensor  # int64 (B,)
+    labels: Tensor  # int64 (B,)
+    moments: Tensor  # float16 (B, 2C, h, w), or (B, C, h, w) of a deterministic autoencoder
+    targets: tuple[Tensor, ...]  # one an alignment target: float16 (B, T, D), or float32 from int8 and factors
+    stall_s: float  # how long the step waited for it
+
+    def split(self, n: int) -> list[Batch]:
+        """`n` equal consecutive parts, sharing memory; the first answers for the stall."""
+        size = len(self.rows) // n
+        assert size * n == len(self.rows), (len(self.rows), n)
+        cuts = [slice(i * size, (i + 1) * size) for i in range(n)]
+        return [
+            Batch(
+                step=self.step,
+                rows=self.rows[cut],
+                labels=self.labels[cut],
+                moments=self.moments[cut],
+                targets=tuple(target[cut] for target in self.targets),
+                stall_s=0.0 if cut.start else self.stall_s,
+            )
+            for cut in cuts
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gathered:
+    """A batch on the host. `buffers` are of the ring; `index` holds rows and labels in memory of their own."""
+
+    step: int
+    index: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+class Loader:
+    """Iterates over the batches of steps [start, stop). Use as a context manager, which ends the thread.
+
+    `on_wait` is called about once a second, with the seconds so far, while a batch is waited for.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        *,
+        seed: int,
+        batch: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        prefetch: int,
+        on_wait: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._data, self._seed, self._batch = data, seed, batch
+        self._steps = range(start, stop)
+        self._slice = rank_slice(batch, rank, world_size)
+        self._order = Order(data.n_samples, seed)
+        self._device = device
+        self._on_wait = on_wait
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        readers = {"moments": data.latents["moments"]}
+        for group in data.features:  # two targets may share a group, which is then read once
+            for name in ("patches", "scale") if group.path in data.codecs else ("patches",):
+                readers[f"{group.path}/{name}"] = group[name]
+        self._readers = readers
+        share = batch // world_size
+        self._free: queue.Queue[dict[str, Tensor]] = queue.Queue()
+        for _ in range(prefetch + 1):  # one more is in the consumer's hands
+            self._free.put(
+                {name: _buffer(reader, share, pinned=self._copies is not None) for name, reader in readers.items()}
+            )
+        self._ready: queue.Queue[_Gathered | BaseException | None] = queue.Queue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._gather_all, name="loader", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Batch]:
+        held: dict[str, Tensor] | None = None
+        copied: Any = None
+        while True:
+            if held is not None:
+                if copied is not None:
+                    copied.synchronize()
+                self._free.put(held)
+            item, stall_s = self._next()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            held = item.buffers
+            on_device, copied = self._to_device({**item.index, **item.buffers})
+            yield Batch(
+                step=item.step,
+                rows=on_device["rows"],
+                labels=on_device["labels"],
+                moments=on_device["moments"],
+                targets=self._targets(on_device),
+                stall_s=stall_s,
+            )
+
+    def _next(self) -> tuple[_Gathered | BaseException | None, float]:
+        """What the thread made next, and how long the step waited for it.
+
+        A wait that the device did not notice, since it had the steps before to finish, is none; one that it noticed
+        counts from when the host began to wait, which may be a little too long.
+        """
+        enqueued = torch.cuda.current_stream(self._device).record_event() if self._copies is not None else None
+        start_s = time.perf_counter()
+        while True:
+            try:
+                item = self._ready.get(timeout=WAIT_S)
+                break
+            except queue.Empty:
+                self._on_wait(time.perf_counter() - start_s)
+        waited_s = time.perf_counter() - start_s
+        return item, waited_s if enqueued is None or enqueued.query() else 0.0
+
+    def _to_device(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+        if self._copies is None:
+            return tensors, None
+        with torch.cuda.stream(self._copies):
+            on_device = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+            copied = torch.cuda.Event()
+            copied.record()
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        for tensor in on_device.values():
+            tensor.record_stream(current)
+        return on_device, copied
+
+    def _targets(self, on_device: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The patch tokens of each alignment target."""
+        tokens = {group.path: on_device[f"{group.path}/patches"] for group in self._data.features}
+        for path, codec in self._data.codecs.items():
+            tokens[path] = dequantise(tokens[path], on_device[f"{path}/scale"], codec)
+        return tuple(tokens[group.path] for group in self._data.features)
+
+    def _gather_all(self) -> None:
+        try:
+            if self._copies is not None:
+                torch.cuda.set_device(self._device)  # a thread's own setting: pinning would open a context on GPU 0
+            for step in self._steps:
+                rows, views = self._samples(step)
+                buffers = self._take_free()
+                if buffers is None:
+                    return
+                if step + 1 in self._steps:  # the disk fetches the next batch while this one is copied
+                    next_rows, next_views = self._samples(step + 1)
+                    for reader in self._readers.values():
+                        reader.will_read(next_rows, next_views)
+                targets = [(reader, buffers[name].numpy()) for name, reader in self._readers.items()]
+                gather_into(targets, rows, views)
+                self._ready.put(_Gathered(step=step, index=self._index(rows), buffers=buffers))
+            self._ready.put(None)
+        except BaseException as error:  # raised again where the batch was asked for
+            self._ready.put(error)
+
+    def _index(self, rows: np.ndarray) -> dict[str, Tensor]:
+        labels = self._data.labels[rows].astype(np.int64)
+        index = {"rows": torch.from_numpy(rows), "labels": torch.from_numpy(labels)}
+        return index if self._copies is None else {name: tensor.pin_memory() for name, tensor in index.items()}
+
+    def _take_free(self) -> dict[str, Tensor] | None:
+        while not self._stopping.is_set():
+            try:
+                return self._free.get(timeout=0.1)
+            except queue.Empty:
+                continue
+        return None
+
+    def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray | int]:
+        """Rows int64 (B,) and views of this rank's part of a global batch."""
+        rows = self._data.valid_rows.rows(self._order.global_batch(step, self._batch)[self._slice])
+        return rows, self._views(step, rows)
+
+    def _views(self, step: int, rows: np.ndarray) -> np.ndarray | int:
+        n_views = self._data.store.n_views
+        if n_views == 1:
+            return 0
+        draws = random_keys.uniform(self._seed, "view", step, torch.from_numpy(rows))
+        return (draws * n_views).long().numpy()
+
+
+def _buffer(reader: ArrayReader, n: int, *, pinned: bool) -> Tensor:
+    dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
+    return torch.empty((n, *reader.row_shape), dtype=dtype, pin_memory=pinned)

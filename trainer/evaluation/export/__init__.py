@@ -1,0 +1,1 @@
+"""A run's weights for other programs: diffusers and safetensors."""

@@ -1,0 +1,103 @@
+"""Latents to pictures. diffusers and PIL are imported inside functions of this folder, nowhere else in the trainer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from storage.base.errors import UserError
+from storage.weights.names import plain_folder
+
+DECODE_BATCH = 16
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+PIPELINE_FOLDER = "vae"  # where a whole pipeline's folder keeps it
+
+
+def load_decoder(vae: str, device: torch.device, *, fetch: bool = True) -> nn.Module:
+    """The autoencoder at a diffusers directory, or at a hub id ORG/NAME[/FOLDER], of whichever class it says it is.
+
+    Without `fetch`, only what lies on this machine will do. Raises UserError when there is none to be had.
+    """
+    import diffusers
+
+    repository, folder = location(vae)
+    where = {"subfolder": folder, "local_files_only": not fetch}
+    try:
+        settings = diffusers.AutoencoderKL.load_config(repository, **where)
+        kind: Any = getattr(diffusers, str(settings.get("_class_name", "AutoencoderKL")))
+        is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+        if not is_model:  # a pipeline could bring code
+            raise OSError(f"{kind} is no model")
+        if Path(repository).is_dir():
+            where = {"local_files_only": True}
+        with plain_folder(Path(repository) / folder, WEIGHT_FILES) as plain:
+            model, said = kind.from_pretrained(
+                plain if Path(repository).is_dir() else repository,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                **where,
+            )
+        if said["missing_keys"]:  # which the library would draw at random
+            raise OSError(f"{len(said['missing_keys'])} of its weights are missing")
+    except UserError:
+        raise
+    except (OSError, AttributeError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the VAE {vae} cannot be loaded ({first}); pass --vae with a diffusers directory") from error
+    return model.to(device).eval()
+
+
+def location(vae: str) -> tuple[str, str]:
+    """What diffusers calls the repository (a directory will do), and the folder in it."""
+    if Path(vae).is_dir():
+        return vae, "" if (Path(vae) / "config.json").is_file() else PIPELINE_FOLDER
+    organisation, _, rest = vae.partition("/")
+    name, _, folder = rest.partition("/")
+    return f"{organisation}/{name}", folder
+
+
+@torch.inference_mode()
+def decode_latents(latents: Tensor, decoder: nn.Module) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), DECODE_BATCH at a time."""
+    device = next(decoder.parameters()).device
+    pixels = torch.cat(
+        [
+            decoder.decode(part.float().to(device)).sample.cpu()  # type: ignore[operator]
+            for part in latents.split(DECODE_BATCH)
+        ]
+    )
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _columns(n: int) -> int:
+    """Columns of a full rectangle that is not much wider than high, else of the squarest grid with a gap at its end."""
+    squarest = math.ceil(math.sqrt(n))
+    return next((c for c in range(squarest, 2 * squarest + 1) if n % c == 0), squarest)
+
+
+def grid(images: np.ndarray, columns: int = 0, gap: int = 2) -> np.ndarray:
+    """One picture uint8 (H, W, 3) of images (N, h, w, 3) in rows, as square as it gets unless `columns` is given."""
+    n, height, width, _ = images.shape
+    columns = columns or _columns(n)
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def write_grid(images: np.ndarray, path: Path, columns: int = 0) -> np.ndarray:
+    """A PNG of `grid(images, columns)`, which is returned too."""
+    from PIL import Image
+
+    canvas = grid(images, columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(canvas).save(path)
+    return canvas

@@ -1,0 +1,71 @@
+"""Grids of samples while a run trains, from its averaged weights: RUN/samples/step-NNNNNNN.png.
+
+The images are the same ones each time (seed, index and class), so a flip-book of them shows training. Ranks share them
+out. They are decoded when the store's VAE lies on this machine, which is let go of again; otherwise the latents
+themselves are shown, their first three channels as colours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from storage.base.errors import UserError
+from trainer.data.groups import TrainingData
+from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
+from trainer.evaluation.generate.draw import draw_latents
+from trainer.loop.step import Parts
+from trainer.ranks.parallel import reshard
+
+LATENT_ZOOM = 4
+
+
+@torch.no_grad()
+def write_preview(parts: Parts, data: TrainingData, step: int) -> tuple[Path, np.ndarray] | None:
+    """Draw and write the grid of `step`; returns path and pixels uint8 (H, W, 3) on the main rank.
+
+    Every rank must call it.
+    """
+    config, geometry, world = parts.config, parts.geometry, parts.world
+    share = -(-config.log.samples // world.size)  # as many on each rank, since sharded weights are gathered together
+    images = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
+    n_classes = len(data.class_names)
+    labels = images % n_classes if n_classes else torch.full_like(images, geometry.n_classes)  # the null label
+    latents = draw_latents(parts.ema.model, images, labels, geometry, config, config.seed)
+    reshard(parts.ema.model)
+    latents = world.gather(latents)[: config.log.samples] / parts.scale.scale + parts.scale.shift
+    if not world.is_main:
+        return None
+    path = config.run / "samples" / f"step-{step:07d}.png"
+    return path, write_grid(_pictures(latents, data, world.device), path)
+
+
+def _pictures(latents: Tensor, data: TrainingData, device: torch.device) -> np.ndarray:
+    """Images uint8 (N, H, W, 3), decoded if that is possible here."""
+    decoder = data.latents.attributes["provenance"].get("decoder", "")
+    try:
+        if decoder:
+            return decode_latents(latents, load_decoder(decoder, device, fetch=False))
+    except (UserError, ImportError, torch.OutOfMemoryError):
+        pass  # the picture is a convenience, and no reason to end a run
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return latents_as_colours(latents)
+
+
+def latents_as_colours(latents: Tensor) -> np.ndarray:
+    """Images uint8 (N, zoom·h, zoom·w, 3) of latents (N, C, h, w): the first channels, three standard deviations wide.
+
+    Fewer than three channels are repeated.
+    """
+    n_channels = latents.shape[1]
+    shown = latents[:, [i % n_channels for i in range(3)]].float()
+    mean, std = shown.mean((0, 2, 3), keepdim=True), shown.std((0, 2, 3), keepdim=True)
+    scaled = ((shown - mean) / (6 * std + 1e-12) + 0.5).clamp(0, 1)
+    zoomed = F.interpolate(scaled, scale_factor=LATENT_ZOOM, mode="nearest")
+    return (zoomed * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,249 @@
+"""Probing and alignment of a run's hidden states over blocks × times × checkpoints, against a store's features.
+
+Latents, features and labels are those of the same rows of one store: the one the run was trained on, or another that
+was made with the same VAE (a validation set, say). Hidden states of one checkpoint and time serve every measure, and no
+encoder is loaded: what it said is in the store.
+
+Cost: a forward pass of n images a checkpoint and time; per block a probe (see `probe.py`) and a search for neighbours
+(n² · width multiplications). Memory: see `hidden_states.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage import GroupReader, Store, open_store
+from storage.base.console import progress_bar
+from storage.base.errors import UserError
+from storage.codec import codec_of
+from storage.order import ValidRows
+from trainer.data.codes import dequantise
+from trainer.data.groups import pick_group
+from trainer.evaluation.probing import cknna
+from trainer.evaluation.probing.hidden_states import (
+    OpenRun,
+    Weights,
+    checkpoints_of,
+    load_model,
+    open_run,
+    pooled_hidden_states,
+    step_of,
+)
+from trainer.evaluation.probing.probe import probe
+from trainer.ranks.world import device_named
+
+Measure = Literal["probe", "cknna"]
+LATENT_FIELDS = (
+    "encoder",
+    "weights_sha256",
+    "resolution",
+    "latent_channels",
+    "latent_size",
+    "latent_scale_factor",
+    "latent_shift_factor",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What is measured where. `store` and `features` are the run's unless named."""
+
+    blocks: str = "all"
+    times: tuple[float, ...] = (0.5,)
+    checkpoints: str = "latest"
+    weights: Weights = "ema"
+    n: int = 10_000
+    k: int = cknna.NEIGHBOURS
+    c: float = 1.0
+    seed: int = 0
+    batch: int = 64
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    store: str = ""
+    features: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not self.times or not all(0 <= t <= 1 for t in self.times):
+            raise UserError(f"--times must lie in [0, 1], 0 the image and 1 noise, got {list(self.times)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The rows that are measured, from one store."""
+
+    store: Store
+    latents: GroupReader
+    features: GroupReader
+    rows: np.ndarray  # int64, sorted
+    labels: Tensor  # int64, −1 where the store has none
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of which samples they are: the store's index, and the rows in it."""
+        index = str(self.store.attributes["index_digest"])
+        return hashlib.sha256(index.encode() + np.asarray(self.rows, dtype="<i8").tobytes()).hexdigest()
+
+    def close(self) -> None:
+        """Close every file."""
+        self.latents.close()
+        self.features.close()
+
+
+def sweep(path: Path, config: SweepConfig, measures: Collection[Measure]) -> dict[str, Any]:
+    """Measure the run at `path`; returns what was measured, and of what, as JSON has it. Raises UserError."""
+    run = open_run(path)
+    try:
+        samples = open_samples(run, config)
+        try:
+            return _sweep(run, samples, config, measures)
+        finally:
+            samples.close()
+    finally:
+        run.data.close()
+
+
+def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collection[Measure]) -> dict[str, Any]:
+    device = device_named(config.device)
+    if "probe" in measures and (samples.labels < 0).any():
+        raise UserError(f"{samples.store.root} has samples without a label; a probe needs one for each, `cknna` none")
+    blocks = parse_blocks(config.blocks, run.geometry.depth)
+    checkpoints = checkpoints_of(run.path, config.checkpoints)
+    labels = samples.labels.to(device)
+    n = len(samples.rows)
+    points = []
+    parameters = 0
+    passes = len(checkpoints) * len(config.times)
+    with progress_bar((passes + 1) * n, unit="img", description=f"{run.path.name}: {' and '.join(measures)}") as bar:
+        targets = pooled_features(samples.features, samples.rows, config.batch, device, bar.update)
+        target_neighbours = cknna.nearest(targets, config.k) if "cknna" in measures else None
+        of_features = {"probe": probe(targets, labels, config.c).accuracy} if "probe" in measures else {}
+        for checkpoint in checkpoints:
+            model = load_model(run, checkpoint, config.weights, device)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            for t in config.times:
+                states = pooled_hidden_states(
+                    model,
+                    run,
+                    samples.latents,
+                    samples.rows,
+                    t,
+                    blocks,
+                    seed=config.seed,
+                    batch=config.batch,
+                    device=device,
+                    progress=bar.update,
+                )
+                for block, x in states.items():
+                    point: dict[str, Any] = {"step": step_of(checkpoint), "t": t, "block": block}
+                    if "probe" in measures:
+                        found = probe(x, labels, config.c)
+                        point |= {"probe": found.accuracy, "probe_train": found.train_accuracy}
+                    if target_neighbours is not None:
+                        point["cknna"] = cknna.alignment(cknna.nearest(x, config.k), target_neighbours)
+                    points.append(point)
+    return {
+        "run": str(run.path.absolute()),
+        "name": run.path.name,
+        "preset": run.config.preset,
+        "parameters": parameters,
+        "depth": run.geometry.depth,
+        "aligned_blocks": [target.block for target in run.config.targets],
+        "store": str(samples.store.root),
+        "features": {
+            "path": samples.features.path,
+            "identity_digest": samples.features.identity_digest,
+            **of_features,
+        },
+        "rows": samples.digest,
+        "n": n,
+        "k": config.k,
+        "c": config.c,
+        "weights": config.weights,
+        "seed": config.seed,
+        "points": points,
+    }
+
+
+def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
+    """Open what is measured against, and choose the rows. Raises UserError when it does not fit the run."""
+    store = open_store(config.store) if config.store else run.data.store
+    mine = run.data.latents
+    latents = store.group(pick_group(store, "latents", mine.path.partition("/")[2]))
+    differing = [field for field in LATENT_FIELDS if latents.identity.get(field) != mine.identity.get(field)]
+    if differing:
+        shown = "; ".join(f"{f}: {mine.identity.get(f)} and {latents.identity.get(f)}" for f in differing)
+        raise UserError(
+            f"{store.root} has other latents than {run.path} was trained on ({shown}); precompute it with the same VAE"
+        )
+    name = config.features.removeprefix("features/")
+    if not name and run.data.features:
+        name = run.data.features[0].path.partition("/")[2]
+    features = store.group(_features_path(store, name))
+    if "patches" not in features.arrays:
+        raise UserError(
+            f"{features.path} of {store.root} holds {', '.join(features.arrays)} and no patch tokens, whose mean is "
+            "compared; choose other --features"
+        )
+    valid = ValidRows(store.n_rows, np.concatenate([latents.failed_rows, features.failed_rows]))
+    chosen = np.random.default_rng(config.seed).permutation(len(valid))[: config.n]
+    rows = np.sort(valid.rows(chosen))
+    labels = torch.from_numpy(store.classes.labels[rows].astype(np.int64))
+    return Samples(store=store, latents=latents, features=features, rows=rows, labels=labels)
+
+
+def _features_path(store: Store, name: str) -> str:
+    if name:
+        return f"features/{name}"
+    there = [path.partition("/")[2] for path in store.groups() if path.startswith("features/")]
+    if len(there) != 1:
+        which = (
+            f"has several features ({', '.join(there)}); choose with --features NAME" if there else "has no features"
+        )
+        raise UserError(f"store {store.root} {which}")
+    return f"features/{there[0]}"
+
+
+def pooled_features(
+    features: GroupReader,
+    rows: np.ndarray,
+    batch: int,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Stored patch tokens averaged over patches, float32 (len(rows), D) on `device`."""
+    codec = codec_of(features.identity)
+    pooled = []
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        patches = _gather(features, "patches", part).to(device)
+        if codec is not None:
+            patches = dequantise(patches, _gather(features, "scale", part).to(device), codec)
+        pooled.append(patches.float().mean(dim=1))
+        progress(len(part))
+    return torch.cat(pooled)
+
+
+def _gather(group: GroupReader, name: str, rows: np.ndarray) -> Tensor:
+    array = np.empty((len(rows), *group[name].row_shape), dtype=group[name].dtype)
+    group[name].read_into(rows, 0, array)
+    return torch.from_numpy(array)
+
+
+def parse_blocks(text: str, depth: int) -> list[int]:
+    """`all`, or numbers from 1 separated by commas. Raises UserError."""
+    if text == "all":
+        return list(range(1, depth + 1))
+    blocks = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(1 <= block <= depth for block in blocks):
+        raise UserError(f"--blocks must be `all` or numbers from 1 to {depth} separated by commas, got {text!r}")
+    return sorted(set(blocks))

@@ -1,0 +1,381 @@
+"""`python -m trainer evaluate`: FID, sFID, Inception Score, precision and recall; or a Fréchet distance in any encoder.
+
+The trainer loads no encoder: images are described by `python -m pipeline features`, in a process of its own, into
+feature files: the generated ones beside the result, those of a reference in a folder beside the runs, where the next
+run's evaluation finds them. Both sets are looked at before either is described, and described once. What is computed
+here is arithmetic on two sets of vectors. Every number is published with the counts it was made from, and with a
+warning when they are not those of published figures: a Fréchet distance falls with the number of images (its bias is
+about 1/N), so only equal counts compare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from storage.base.boundary import Count, Number, read_lines
+from storage.base.errors import UserError
+from storage.base.files import append_line, write_atomic
+from storage.base.shown import shown
+from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_feature_file
+from storage.roots import absolute
+from trainer.evaluation.generate.image_files import step_drawn_at
+from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
+from trainer.evaluation.quality.inception_score import SPLIT, inception_score
+from trainer.evaluation.quality.precision_recall import NEIGHBOURS, precision_recall
+from trainer.evaluation.quality.reference import Contents, contents, read_statistics
+from trainer.ranks.world import device_named
+from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.metrics import parsed
+
+PUBLISHED_IMAGES = 50_000
+INCEPTION, INCEPTION_WIDTH = "inception", 2048
+RUN_RECORD = "evaluations.jsonl"
+CACHE = "reference-features"  # beside the runs
+NAMED = 10  # images that could not be read, in a run's record; the result has them all
+LOOKED_FOR = 3  # folders above the images in which a run is looked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """How images are described: the options of `python -m pipeline features`."""
+
+    encoder: str
+    weights: Path | None = None
+    token: str = "cls"
+    resolution: int = 0
+    device: str = "auto"
+    max_failures: float = 0.001
+
+    @property
+    def label(self) -> str:
+        """As `FeatureFile.label`."""
+        return f"{self.encoder}-mean" if self.token == "mean" and self.encoder != INCEPTION else self.encoder
+
+    def describe(self, sets: Sequence[tuple[Path | str, Path, int]], like: Path | None) -> None:
+        """Run the command on sets (images, feature file, at most so many), to be comparable with the file `like`.
+
+        Ends with its status when it fails, having said why itself.
+        """
+        places, outs, limits = zip(*sets, strict=True)
+        command = [sys.executable, "-m", "pipeline", "features", *map(_argument, places)]
+        command += ["--out", *map(_argument, outs), "--n", *map(str, limits)]
+        command += [f"--encoder={self.encoder}", f"--token={self.token}", f"--device={self.device}"]
+        command += [f"--resolution={self.resolution}", f"--max-failures={self.max_failures}"]
+        command += [f"--at-least={NEIGHBOURS + 1}"]
+        if self.weights is not None:
+            command += [f"--weights={self.weights}"]
+        if like is not None:
+            command += [f"--like={like}"]
+        status = subprocess.run(command).returncode
+        if status:
+            sys.exit(status)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics and, where there are images, features."""
+
+    pooled: Gaussian
+    spatial: Gaussian | None
+    features: FeatureFile | None
+    statistics_given: bool
+    record: dict[str, Any]
+
+
+def evaluate(
+    images: Path,
+    reference: Path | str,
+    description: Description,
+    *,
+    out: Path | None = None,
+    n_reference: int = 0,
+    run: Path | None = None,
+    step: int | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Measure, write OUT/ENCODER.json (and a line of the run's record), and return what is in it. Raises UserError.
+
+    A reference that is no path is the URL of a store. `cache` is where its features are kept.
+    """
+    device = device_named(description.device)
+    there, against = contents(images), contents(reference)
+    drawn = Path(open_feature_file(images).images["path"]) if there.features else images
+    step = _step(run, step, drawn)
+    if not there.features and not there.images:
+        raise UserError(f"{images} holds statistics only; name the generated images, or their feature file")
+    name = images.name if images.is_dir() else images.stem
+    folder = out or images.absolute().with_name(f"{name}-evaluation")
+    generated = images if there.features else folder / f"generated-{_file_name(description.label)}.npz"
+    label = open_feature_file(images).label if there.features else description.label
+    statistics = _statistics(reference, against, images if there.features else None, label)
+    features = _reference_file(reference, against, cache or _cache(images, run, out, folder), description, n_reference)
+    sets: list[tuple[Path | str, Path, int]] = []
+    if not there.features:
+        sets.append((images, generated, 0))
+    if features is not None and not against.features:
+        if label != description.label:
+            identity = open_feature_file(images).identity
+            raise UserError(
+                f"{images} is of {shown(label)}, the reference would be of {description.label}; pass "
+                f"--encoder {shown(identity['name'])} --token {shown(identity['vector'])}"
+            )
+        sets.append((reference, features, n_reference))
+    known = [path for path in (generated, features) if path is not None and path not in [path for _, path, _ in sets]]
+    for path in known:  # a bad one is found before the other is described
+        open_feature_file(path).read(FEATURES)
+    if sets:
+        description.describe(sets, known[0] if known else None)
+    return _result(generated, _opened(reference, features, statistics, generated), device, folder, run, step)
+
+
+def _argument(value: Path | str) -> str:
+    """A path that argparse does not take for an option."""
+    return f"./{value}" if str(value).startswith("-") else str(value)
+
+
+def _file_name(label: str) -> str:
+    """A label as a part of a file's name: an encoder may be spelled as a path, and a file may say anything."""
+    return re.sub(r"[^\w.=+-]", "-", label, flags=re.ASCII)[:100]
+
+
+def _cache(images: Path, run: Path | None, out: Path | None, folder: Path) -> Path:
+    """Where a reference's features are kept: beside the runs, or beside the images; with --out and no run, there."""
+    above = [images.absolute(), *images.absolute().parents][:LOOKED_FOR]
+    runs = [run] if run is not None else [path for path in above if (path / "config.yaml").is_file()]
+    beside = runs[0].absolute().parent if runs else images.absolute().parent
+    if (not runs and out is not None) or not os.access(beside, os.W_OK):
+        return folder
+    return beside / CACHE
+
+
+def _reference_file(
+    reference: Path | str, against: Contents, cache: Path, description: Description, limit: int
+) -> Path | None:
+    """The feature file of the reference, there or to be made; None where it has statistics only."""
+    if against.features:
+        return Path(reference)
+    if not against.images:
+        return None
+    of_place = f"{absolute(reference)}\0{description.resolution}\0{limit}".encode("utf-8", "surrogateescape")
+    place = hashlib.sha256(of_place).hexdigest()[:8]
+    name = _file_name(Path(str(reference).rstrip("/")).name.removesuffix(".npz")) or "reference"
+    return cache / f"{name}-{place}-{_file_name(description.label)}.npz"
+
+
+def _statistics(
+    reference: Path | str, against: Contents, generated: Path | None, label: str
+) -> tuple[Gaussian, Gaussian | None] | None:
+    """What a reference gives of Inception's statistics. Raises UserError when they do not fit."""
+    if not against.statistics or label != INCEPTION:
+        if against.images or against.features:
+            return None
+        raise UserError(
+            f"{reference} holds Inception's statistics and no images; {shown(label)} needs them, or a feature file"
+        )
+    pooled, spatial = read_statistics(Path(reference))
+    width = INCEPTION_WIDTH if generated is None else open_feature_file(generated).read(FEATURES).shape[1]
+    if len(pooled.mean) != width:
+        raise UserError(f"{reference} has a mean of {len(pooled.mean)} numbers, Inception's features have {width}")
+    return pooled, spatial
+
+
+def _result(
+    generated_file: Path, against: Reference, device: torch.device, folder: Path, run: Path | None, step: int | None
+) -> dict[str, Any]:
+    """Measure and write."""
+    generated = open_feature_file(generated_file)
+    result: dict[str, Any] = {
+        "name": generated.label,
+        "encoder": generated.identity,
+        "generated": generated.images,
+        "reference": against.record,
+        "metrics": measure(generated, against, device),
+        "warnings": _warnings(generated, against),
+    }
+    write_atomic(folder / f"{_file_name(generated.label)}.json", json.dumps(result, indent=1).encode(), "evaluate")
+    if run is not None:
+        few = {name: _few_named(result[name]) for name in ("generated", "reference")}
+        append_line(run / RUN_RECORD, json.dumps({"step": step, **result, **few}))
+    return result
+
+
+def _few_named(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "failed": record["failed"][:NAMED]} if record.get("failed") else record
+
+
+def measure(generated: FeatureFile, against: Reference, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Every metric that the files allow: name → value and the counts it was made from."""
+    features = generated.read(FEATURES)
+    n, n_real = len(features), against.features.images["n"] if against.features else None
+    statistics_n = None if against.statistics_given else n_real
+    inception = LOGITS in generated.arrays
+    distance = frechet_distance(gaussian_of(features), against.pooled)
+    metrics = {"fid" if inception else "fd": {"value": distance, "n_generated": n, "n_reference": statistics_n}}
+    if SPATIAL in generated.arrays and against.spatial is not None:
+        distance = frechet_distance(gaussian_of(generated.read(SPATIAL)), against.spatial)
+        metrics["sfid"] = {"value": distance, "n_generated": n, "n_reference": statistics_n}
+    if inception:
+        score = inception_score(generated.read(LOGITS))
+        metrics["inception_score"] = {"value": score, "n_generated": n, "split": SPLIT}
+    if against.features is not None:
+        shares = precision_recall(against.features.read(FEATURES), features, device=device)
+        for name in ("precision", "recall"):
+            metrics[name] = {
+                "value": getattr(shares, name),
+                "n_generated": n,
+                "n_reference": n_real,
+                "k": NEIGHBOURS,
+            }
+    return metrics
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a person."""
+    titles = {"fid": "FID", "sfid": "sFID", "fd": f"Fréchet distance ({shown(result['name'])})"}
+    rows = []
+    for name, metric in result["metrics"].items():
+        counts = f"{metric['n_generated']:,} generated"
+        if "n_reference" in metric:
+            n_reference = metric["n_reference"]
+            counts += ", given statistics" if n_reference is None else f", {n_reference:,} reference"
+        rows.append((titles.get(name, name.replace("_", " ")), f"{metric['value']:.4f}", counts))
+    width = max(len(title) for title, _, _ in rows)
+    lines = [f"{title:<{width}}  {value:>10}  {counts}" for title, value, counts in rows]
+    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A value and the counts it was made from, as far as they are known."""
+
+    value: Number
+    n_generated: Count | None = None
+    n_reference: Count | None = None
+    k: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesRecord:
+    """Which images, as far as it is known; `digest` is of their pixels."""
+
+    kind: str | None = None
+    path: str | None = None
+    digest: str | None = None
+    resolution: Count | None = None
+    n: Count | None = None
+    n_failed: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A line of a run's record: what was measured of which step, by which encoder."""
+
+    name: str
+    metrics: dict[str, Metric]
+    step: Count | None = None
+    encoder: dict[str, Any] = field(default_factory=dict)
+    generated: ImagesRecord = field(default_factory=ImagesRecord)
+    reference: ImagesRecord = field(default_factory=ImagesRecord)
+
+
+def read_record(run: Path) -> list[Evaluation]:
+    """What was measured of a run, oldest first; a last line that a crash cut short is left out.
+
+    Raises StoreError, naming the line, for one that is damaged otherwise.
+    """
+    path = run / RUN_RECORD
+    with contextlib.suppress(FileNotFoundError):
+        return [parsed(Evaluation, f"{path} line {number}", line) for number, line in read_lines(path)]
+    return []
+
+
+def _step(run: Path | None, step: int | None, images: Path) -> int | None:
+    """The step of the run that the images are of: as said, else as `generate` noted it, else the newest."""
+    if run is None:
+        if step is not None:
+            raise UserError("--step says which step of --run the images are of; pass --run RUN as well")
+        return None
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run} is not a run (it has no config.yaml); name a folder that `make train` wrote")
+    if step is None:
+        step = step_drawn_at(images)
+    if step is not None:
+        return step
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"{run} has no checkpoint, so the step of these images is unknown; mend --run or pass --step")
+    return read_state(checkpoint).step
+
+
+def _opened(
+    reference: Path | str,
+    features: Path | None,
+    statistics: tuple[Gaussian, Gaussian | None] | None,
+    generated_file: Path,
+) -> Reference:
+    """What is compared with, once it is described. Raises UserError when it was described otherwise."""
+    file = open_feature_file(features) if features is not None else None
+    generated = open_feature_file(generated_file)
+    if file is not None and file.identity != generated.identity:
+        names = sorted({*file.identity, *generated.identity})
+        differing = [name for name in names if file.identity.get(name) != generated.identity.get(name)]
+        values = "; ".join(
+            f"{shown(name)}: {shown(str(generated.identity.get(name)))} and {shown(str(file.identity.get(name)))}"
+            for name in differing
+        )
+        raise UserError(f"generated images and reference are described differently ({values}); describe both alike")
+    if statistics is not None:
+        record = {"kind": "statistics", "path": absolute(reference), "digest": _digest(*statistics)}
+        pooled, spatial = statistics
+        return Reference(pooled=pooled, spatial=spatial, features=file, statistics_given=True, record=record)
+    assert file is not None
+    return Reference(
+        pooled=gaussian_of(file.read(FEATURES)),
+        spatial=gaussian_of(file.read(SPATIAL)) if SPATIAL in file.arrays else None,
+        features=file,
+        statistics_given=False,
+        record=file.images,
+    )
+
+
+def _digest(*gaussians: Gaussian | None) -> str:
+    sha = hashlib.sha256()
+    for gaussian in gaussians:
+        if gaussian is not None:
+            sha.update(np.ascontiguousarray(gaussian.mean).tobytes())
+            sha.update(np.ascontiguousarray(gaussian.covariance).tobytes())
+    return sha.hexdigest()
+
+
+def _warnings(generated: FeatureFile, against: Reference) -> list[str]:
+    n, width = generated.images["n"], len(against.pooled.mean)
+    found = []
+    if n != PUBLISHED_IMAGES:
+        found.append(f"{n:,} images; published figures are of {PUBLISHED_IMAGES:,}, and fewer give larger distances")
+    if n <= width:
+        found.append(f"{n:,} images do not determine the covariance of {width:,} features; compare equal counts only")
+    if generated.label == INCEPTION and not generated.identity.get("published_weights"):
+        found.append("Inception's weights are not the published ones; no number here compares with any other")
+    if against.features is None:
+        found.append("the reference has no images, so there is no precision and no recall")
+    for what, record in (("generated", generated.images), ("reference", against.record)):
+        if record.get("n_failed"):
+            name, reason = record["failed"][0]
+            found.append(
+                f"{record['n_failed']:,} {what} images could not be read and are left out, the first {shown(name)} "
+                f"({shown(reason)})"
+            )
+    return found

@@ -1,0 +1,270 @@
+"""What may stand in one chart or one column: only what was measured alike.
+
+CKNNA falls as samples are added (one checkpoint gave 0.617 on 100 and 0.309 on 1,000), a Fréchet distance with the
+images, a probe rises: so values compare only between runs that were measured on the same samples, with the same numbers
+of samples and neighbours, features, weights and times. Runs are grouped by all of these. What a file does not say is
+not known, and what is not known is alike to nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from trainer.evaluation.probing.measured import Measured, Point
+from trainer.evaluation.quality.evaluate import Evaluation
+from trainer.evaluation.report.run_record import RunRecord
+
+PROG = "python -m trainer"
+NOT_KNOWN = "not known"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a probe or CKNNA was measured. None is not known; `k` and `features` say nothing of a probe, `c` of CKNNA.
+
+    `rows` names the samples: a digest, or where a file is too old for one, the store and its features' identity, of
+    which number and seed choose. `blocks` is () where every block was measured.
+    """
+
+    measure: str
+    t: float
+    blocks: tuple[int, ...]
+    n: int | None
+    seed: int | None
+    weights: str | None
+    rows: str | None
+    k: int | None = None
+    c: float | None = None
+    features: str | None = None
+    features_digest: str | None = None
+
+    @property
+    def not_known(self) -> list[str]:
+        """Names of what the file does not say."""
+        of_one = ("k", "features", "features_digest") if self.measure == "probe" else ("c",)
+        names = [item.name for item in dataclasses.fields(self) if getattr(self, item.name) is None]
+        return [WORDS[name] for name in names if name not in of_one]
+
+    def __str__(self) -> str:
+        parts = ["samples not known" if self.n is None else f"{self.n:,} samples"]
+        if self.k is not None:
+            parts.append(f"k = {self.k}")
+        if self.c is not None and self.c != 1:
+            parts.append(f"C = {self.c:g}")
+        if self.weights is not None and self.weights != "ema":
+            parts.append(f"{self.weights} weights")
+        if self.seed:
+            parts.append(f"seed {self.seed}")
+        parts.append(f"t = {self.t:g}")
+        if self.blocks:
+            parts.append(f"blocks {', '.join(map(str, self.blocks))}")
+        return ", ".join(parts) + (f", with {self.features}" if self.features else "")
+
+    def apart(self, other: Protocol) -> str:
+        """What makes it another than `other`, in words."""
+        if self.not_known:
+            return f"{' and '.join(dict.fromkeys(self.not_known))} {NOT_KNOWN}"
+        differing = []
+        for item in dataclasses.fields(self):
+            mine, its = getattr(self, item.name), getattr(other, item.name)
+            if mine != its:
+                differing.append(f"{WORDS[item.name]}{_values(item.name, mine, its)}")
+        return ", ".join(differing)
+
+
+WORDS = {
+    "measure": "measure",
+    "t": "t",
+    "blocks": "blocks",
+    "n": "number of samples",
+    "seed": "seed",
+    "weights": "weights",
+    "rows": "samples",
+    "k": "k",
+    "c": "C",
+    "features": "features",
+    "features_digest": "identity of the features",
+}
+
+
+def _values(name: str, mine: object, its: object) -> str:
+    if name in ("rows", "features_digest"):
+        return " are others"
+    return f" {mine or 'all'}, not {its or 'all'}"
+
+
+def protocols(found: Measured, measure: str) -> dict[Protocol, list[Point]]:
+    """The newest points of a file by how they were measured, one entry a time t."""
+    newest = found.newest(measure)
+    named = {point.block for point in newest}
+    everywhere = found.depth is not None and named == set(range(1, found.depth + 1))
+    rows = found.rows
+    if rows is None and found.store and found.features.identity_digest:
+        rows = f"{found.store} {found.features.identity_digest}"
+    cknna = measure == "cknna"
+    return {
+        Protocol(
+            measure=measure,
+            t=t,
+            blocks=() if everywhere else tuple(sorted(named)),
+            n=found.n,
+            seed=found.seed,
+            weights=found.weights,
+            rows=rows,
+            k=found.k if cknna else None,
+            c=None if cknna else found.c,
+            features=(found.features.path.removeprefix("features/") or None) if cknna else None,
+            features_digest=found.features.identity_digest if cknna else None,
+        ): sorted((point for point in newest if point.t == t), key=lambda point: point.block)
+        for t in sorted({point.t for point in newest})
+    }
+
+
+P = TypeVar("P")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(Generic[P, V]):
+    """Runs, by their place among all, that were measured alike, and what was found of each."""
+
+    protocol: P
+    values: dict[int, V]
+
+
+def measured_alike(records: Sequence[RunRecord], measure: str) -> list[Group[Protocol, list[Point]]]:
+    """Every run that was measured once, in groups, the largest first; a run is in the largest group that it can be in.
+
+    Of several times that would do, a group is at the one with the largest values.
+    """
+    measured = {i: record.measured[measure] for i, record in enumerate(records)}
+    of_runs = {i: ways for i, found in measured.items() if found is not None and (ways := protocols(found, measure))}
+    groups = []
+    while of_runs:
+        candidates: dict[tuple[Protocol, int], dict[int, list[Point]]] = {}
+        for i, ways in of_runs.items():
+            for protocol, points in ways.items():
+                alone = i if protocol.not_known else -1
+                candidates.setdefault((protocol, alone), {})[i] = points
+        (protocol, _), values = max(
+            candidates.items(), key=lambda item: (len(item[1]), _best(item[1].values(), measure))
+        )
+        groups.append(Group(protocol=protocol, values=values))
+        of_runs = {i: found for i, found in of_runs.items() if i not in values}
+    return groups
+
+
+def _best(of_runs: Iterable[list[Point]], measure: str) -> float:
+    return sum(max(point.value(measure) or 0.0 for point in points) for points in of_runs)
+
+
+def command(run: RunRecord, protocol: Protocol) -> str:
+    """The command line that measures a run by a protocol, as far as that is known."""
+    line = [*PROG.split(), protocol.measure, str(run.path)]
+    options: dict[str, object] = {
+        "--n": protocol.n,
+        "--seed": protocol.seed or None,
+        "--weights": protocol.weights,
+        "--k": protocol.k,
+    }
+    options |= {"--c": protocol.c, "--features": protocol.features, "--times": f"{protocol.t:g}"}
+    if protocol.blocks:
+        options["--blocks"] = ",".join(map(str, protocol.blocks))
+    for name, value in options.items():
+        if value is not None:
+            line += [name, str(value)]
+    return shlex.join(line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """How a metric of images was measured; None is not known, or nothing where a metric has no reference or no k."""
+
+    name: str
+    metric: str
+    encoder: str | None
+    n_generated: int | None
+    resolution: int
+    reference: str | None
+    n_reference: int | None
+    reference_resolution: int | None
+    k: int | None
+
+    @property
+    def not_known(self) -> list[str]:
+        """Names of what the record does not say."""
+        names = {"encoder": self.encoder, "number of images": self.n_generated}
+        if self.metric != "inception_score":
+            names["reference"] = self.reference
+        return [name for name, value in names.items() if value is None]
+
+    def apart(self, other: Evaluated) -> str:
+        """What makes it another than `other`, in words."""
+        if self.not_known:
+            return f"{' and '.join(self.not_known)} {NOT_KNOWN}"
+        differing = []
+        for item in dataclasses.fields(self):
+            mine, its = getattr(self, item.name), getattr(other, item.name)
+            if mine != its:
+                word = item.name.replace("_", " ").replace("n generated", "images").replace("n reference", "its images")
+                values = " is another" if item.name in ("encoder", "reference") else f" {mine}, not {its}"
+                differing.append(f"{word}{values}")
+        return ", ".join(differing)
+
+
+def evaluated(line: Evaluation, metric: str) -> Evaluated:
+    """How a line of a run's record was measured."""
+    found = line.metrics[metric]
+    compares = metric != "inception_score"
+    return Evaluated(
+        name=line.name,
+        metric=metric,
+        encoder=json.dumps(line.encoder, sort_keys=True) if line.encoder else None,
+        n_generated=found.n_generated,
+        resolution=line.generated.resolution or 0,
+        reference=(line.reference.digest or line.reference.path) if compares else None,  # what lay there, or where
+        n_reference=found.n_reference,
+        # The digest is of the pixels as they were cropped, since such a record counts what could not be read.
+        reference_resolution=None if line.reference.n_failed is not None else line.reference.resolution,
+        k=found.k,
+    )
+
+
+def evaluated_alike(records: Sequence[RunRecord], name: str, metric: str) -> list[Group[Evaluated, Evaluation]]:
+    """Every way that a metric was measured in, with the last line of each run; the way of most runs is first."""
+    ways: dict[tuple[Evaluated, int], dict[int, Evaluation]] = {}
+    for i, record in enumerate(records):
+        for line in record.evaluations:
+            if line.name == name and metric in line.metrics:
+                way = evaluated(line, metric)
+                ways.setdefault((way, i if way.not_known else -1), {})[i] = line
+    groups = [Group(protocol=way, values=lines) for (way, _), lines in ways.items()]
+    newest_last = {id(group): place for place, group in enumerate(groups)}
+    return sorted(
+        groups,
+        key=lambda group: (len(group.values), group.protocol.n_generated or 0, newest_last[id(group)]),
+        reverse=True,
+    )
+
+
+def evaluate_command(run: RunRecord, line: Evaluation, like: Evaluation, way: Evaluated) -> str:
+    """The command lines that evaluate a run's images as `way` says, of which `like` is an example."""
+    images = line.generated.path or "IMAGES"
+    commands = []
+    if way.n_generated is not None and line.generated.n != way.n_generated:
+        commands.append(shlex.join([*PROG.split(), "generate", str(run.path), "--n", str(way.n_generated)]))
+        images = "IMAGES"
+    vector = like.encoder.get("vector")
+    options = ["--encoder", str(like.encoder.get("name", way.name))] + ["--token", "mean"] * (vector == "mean")
+    if way.resolution:
+        options += ["--resolution", str(way.resolution)]
+    if way.n_reference is not None:
+        options += ["--n-reference", str(way.n_reference)]
+    reference = like.reference.path or "REFERENCE"
+    evaluate = [*PROG.split(), "evaluate", images, "--reference", reference, *options, "--run", str(run.path)]
+    return " && ".join([*commands, shlex.join(evaluate)])

@@ -1,0 +1,134 @@
+"""What a run left behind, read without a model, a device or its store: settings, curves, measurements, pictures.
+
+Hours are those of the log: each line's share of the steps over its images a second, times its ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.base.boundary import parse_json, read_regular
+from storage.base.errors import UserError
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import flatten, free_fields, from_yaml
+from trainer.evaluation.probing.measured import MEASURES, Measured, read_measured
+from trainer.evaluation.quality.evaluate import Evaluation, read_record
+from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.metrics import Logged, read_logged
+
+ALWAYS_COMPARED = ("preset", "steps", "store")  # free to change on resume, and part of what a run is
+BELOW = ("*/config.yaml", "*/*/config.yaml")  # runs/NAME, and runs/ablations/STUDY/NAME of `runs/*`
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run. `measured` holds what `probe` and `cknna` wrote, `evaluations` the lines of `evaluate --run`."""
+
+    name: str
+    path: Path
+    config: TrainConfig
+    lines: list[Logged]
+    device: str
+    checkpoint_step: int
+    identities: dict[str, str]
+    measured: dict[str, Measured | None]
+    evaluations: list[Evaluation]
+    picture: Path | None
+
+    @property
+    def steps(self) -> int:
+        """Steps done, as far as the log or a checkpoint tells."""
+        return max(self.lines[-1].step if self.lines else 0, self.checkpoint_step)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dotted settings that make the run what it is."""
+        free = free_fields(self.config) - set(ALWAYS_COMPARED)
+        return {n: v for n, v in flatten(self.config).items() if n not in free or n.startswith("sample.")}
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of all its devices together; None before the first line."""
+        seconds, before = 0.0, 0
+        for line in self.lines:
+            if line.images_per_s:
+                images = (line.step - before) * self.config.batch
+                seconds += images / line.images_per_s * line.ranks
+            before = line.step
+        return seconds / 3600 if self.lines else None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Median over the log's lines."""
+        rates = sorted(line.images_per_s for line in self.lines if line.images_per_s)
+        return rates[len(rates) // 2] if rates else None
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The runs among the paths and up to two levels below them, each once. Raises UserError where there is none."""
+    found: list[Path] = []
+    for path in paths:
+        below = sorted(child.parent for pattern in BELOW for child in path.glob(pattern))
+        runs = [path] if (path / "config.yaml").is_file() else below
+        if not runs:
+            raise UserError(f"{path} is not a run and holds none (no config.yaml); name what `make train RUN=…` wrote")
+        found += [run for run in runs if run not in found]
+    return found
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Read every run."""
+    runs = find_runs(paths)
+    return [_read(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """The names of their folders, with the parent's where two are alike."""
+    names = [run.absolute().name for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{run.absolute().parent.name}/{name}"
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def _read(run: Path, name: str) -> RunRecord:
+    checkpoint = latest_checkpoint(run)
+    state = read_state(checkpoint) if checkpoint is not None else None
+    return RunRecord(
+        name=name,
+        path=run,
+        config=from_yaml(run / "config.yaml"),
+        lines=[line for line in read_logged(run) if line.images_per_s and line.images_per_s > 0],
+        device=_device(run),
+        checkpoint_step=state.step if state is not None else 0,
+        identities=state.identities if state is not None else {},
+        measured={measure: read_measured(run, measure) for measure in MEASURES},
+        evaluations=read_record(run),
+        picture=_picture(run),
+    )
+
+
+@dataclass(frozen=True)
+class _Summary:
+    device: str = ""
+
+
+def _device(run: Path) -> str:
+    """What the run was trained on, as its summary says. Raises StoreError when that is damaged."""
+    path = run / "summary.json"
+    try:
+        return parse_json(_Summary, read_regular(path), str(path), "remove it; training writes it again").device
+    except FileNotFoundError:
+        return ""
+
+
+def _picture(run: Path) -> Path | None:
+    """The newest grid that `generate` wrote, else the newest that training did."""
+    drawn = sorted(
+        (path for path in run.glob("samples-*.png") if path.is_file()), key=lambda path: path.stat().st_mtime
+    )
+    previews = sorted((run / "samples").glob("step-*.png"))
+    return next(reversed(drawn or previews), None)

@@ -1,0 +1,103 @@
+"""What happened since the last log line: sums over the steps taken, and where the time went.
+
+The sums are part of a checkpoint, so that a line that spans a resume says what an unbroken run's would have said. Time
+is this process's own. MFU is counted FLOPs (three times the forward pass) over the device's dense bf16 peak.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config.schema import TrainConfig
+from trainer.loop.losses import n_cosines
+from trainer.loop.step import DECILES, StepNumbers
+from trainer.models.transformer import Geometry, forward_flops_per_image
+from trainer.ranks.arithmetic import peak_flops
+from trainer.ranks.world import World
+
+
+@dataclass
+class Interval:
+    """Sums of `StepNumbers.packed` over `count` steps, skipped ones left out."""
+
+    sums: Tensor  # float64, on the host
+    count: int = 0
+    n_timed: int = 0  # steps of this process, which a resume begins anew
+    stall_s: float = 0.0
+    start_s: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def empty(cls, config: TrainConfig) -> Interval:
+        """The beginning of an interval."""
+        n = 2 + len(config.targets) + n_cosines(config) + 2 * DECILES + 1
+        return cls(sums=torch.zeros(n, dtype=torch.float64))
+
+    def add(self, numbers: StepNumbers) -> None:
+        """Count a step's numbers, which are on the host."""
+        self.sums += numbers.packed()
+        self.count += 1
+
+    def line(self, step: int, config: TrainConfig, geometry: Geometry, world: World, skipped: int) -> dict[str, Any]:
+        """The log line of the interval that ends with `step`; every rank must ask, for the longest stall counts.
+
+        Losses are None when every step of the interval was skipped.
+        """
+        seconds = time.perf_counter() - self.start_s
+        images_per_s = self.n_timed * config.batch / seconds
+        stall_s = world.max(self.stall_s)
+        line: dict[str, Any] = {
+            "step": step,
+            **self._losses(config),
+            "images_per_s": images_per_s,
+            "stall_share": stall_s / seconds,
+            "stall_ms_a_step": stall_s / max(1, self.n_timed) * 1e3,
+            "skipped_steps": skipped,
+            "ranks": world.size,
+        }
+        peak = peak_flops(world.device)
+        if peak is not None:
+            line["mfu"] = 3 * forward_flops_per_image(geometry) * images_per_s / (peak * world.size)
+        return line
+
+    def _losses(self, config: TrainConfig) -> dict[str, Any]:
+        numbers = StepNumbers.unpack(self.sums, n_cosines(config))
+        if self.count == 0:
+            return dict.fromkeys(("loss", "denoising_loss", "alignment_loss", "gradient_norm", "loss_by_time"))
+        denoising, norm, *alignments = (numbers.losses / self.count).tolist()
+        targets = config.targets
+        aligned: dict[str, float] = {}
+        cosines = (numbers.cosines / self.count).tolist() if n_cosines(config) else [-a for a in alignments]
+        if targets:
+            aligned["alignment_cosine"] = sum(cosines) / len(cosines)
+        if len(targets) > 1:
+            for target, loss, cosine in zip(targets, alignments, cosines, strict=True):
+                aligned[f"alignment_loss/{target.features}@{target.block}"] = loss
+                aligned[f"alignment_cosine/{target.features}@{target.block}"] = cosine
+        by_time = [total / n if n else None for total, n in numbers.by_time.T.tolist()]
+        return {
+            "loss": denoising + sum(target.weight * a for target, a in zip(targets, alignments, strict=True)),
+            "denoising_loss": denoising,
+            "alignment_loss": sum(alignments) / max(1, len(alignments)),
+            **aligned,
+            "gradient_norm": norm,
+            "loss_by_time": by_time,  # of tenths of t, from image to noise
+        }
+
+
+def spoken(line: dict[str, Any]) -> str:
+    """The line as the progress bar shows it."""
+    parts = []
+    if line["loss"] is not None:
+        parts += [f"denoising {line['denoising_loss']:.4f}", f"align {line['alignment_loss']:.4f}"]
+    parts.append(f"{line['images_per_s']:.0f} img/s")
+    if "mfu" in line:
+        parts.append(f"MFU {line['mfu']:.0%}")
+    parts.append(f"stall {line['stall_share']:.0%}")
+    if line["skipped_steps"]:
+        parts.append(f"skipped {line['skipped_steps']}")
+    return "  ".join(parts)

@@ -1,0 +1,152 @@
+"""What a batch costs: draw latents, times, noise and dropped labels; run the model; denoising and alignment losses.
+
+    z = (mean + std · ε') · scale     afresh at each visit (after shifting, where a VAE has a shift)
+    L = mean over the global batch of L_denoising + Σ_k λ_k · L_alignment,k  (REPA, arXiv 2410.06940, equation 9)
+
+The public loss has one λ and the mean over K encoders: that is λ_k = λ / K.
+
+Every random number is keyed by (seed, purpose, step, row), so a step does not depend on ranks or on a resume.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.alignment.cosine import ALIGNMENTS, alignment_loss
+from trainer.config.schema import TrainConfig
+from trainer.data.loader import Batch
+from trainer.loop import random_keys
+from trainer.objectives import OBJECTIVES
+from trainer.ranks.arithmetic import autocast_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentScale:
+    """z = (x − shift) · scale, as the VAE's own configuration defines it."""
+
+    scale: float
+    shift: float
+    has_posterior: bool = True  # a deterministic autoencoder stores the latent itself, without a deviation
+
+    @classmethod
+    def of(cls, identity: dict[str, Any]) -> LatentScale:
+        """From the identity of a latents group."""
+        return cls(
+            scale=identity["latent_scale_factor"],
+            shift=identity["latent_shift_factor"],
+            has_posterior=identity.get("posterior", True),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What this rank's B samples cost, in float32, with K alignment targets in the configuration's order."""
+
+    denoising: Tensor  # (B,)
+    alignments: Tensor  # (B, K)
+    times: Tensor  # (B,) in [0, 1], from image to noise
+    cosines: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (B, K); (B, 0): minus the losses
+
+    @classmethod
+    def joined(cls, parts: Sequence[Losses]) -> Losses:
+        """Of several micro-batches, without what their gradients need."""
+        return cls(
+            denoising=torch.cat([part.denoising.detach() for part in parts]),
+            alignments=torch.cat([part.alignments.detach() for part in parts]),
+            times=torch.cat([part.times for part in parts]),
+            cosines=torch.cat([part.cosines for part in parts]),
+        )
+
+    def total(self, config: TrainConfig) -> Tensor:
+        """The scalar that is minimised."""
+        weights = [target.weight for target in config.targets]
+        return self.denoising.mean() + sum(
+            weight * alignment for weight, alignment in zip(weights, self.alignments.mean(0), strict=True)
+        )
+
+
+def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
+    """Latents float32 (B, C, h, w), drawn from the stored posteriors where there are any."""
+    if not scale.has_posterior:
+        return (batch.moments.float() - scale.shift) * scale.scale
+    mean, std = batch.moments.float().chunk(2, dim=1)
+    noise = random_keys.normal(seed, "posterior", batch.step, batch.rows, mean.shape[1:])
+    return (mean + std * noise - scale.shift) * scale.scale
+
+
+def draw(
+    batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Latents x and noise (B, C, h, w); t and labels (B,) and x_t (B, C, h, w), which the model is given."""
+    seed, step, rows = config.seed, batch.step, batch.rows
+    objective = OBJECTIVES[config.model.kind]
+    x = sample_latents(batch, scale, seed)
+    noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
+    t = objective.draw_times(
+        random_keys.uniform(seed, "time", step, rows),
+        random_keys.normal(seed, "time", step, rows, (1,))[:, 0],
+        config.loss,
+    )
+    dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
+    labels = torch.where(dropped | (batch.labels < 0), null_label, batch.labels)  # −1: a sample has none
+    return x, noise, t, labels, objective.perturb(x, noise, t, config.loss)
+
+
+def compare(
+    output: Tensor,
+    projections: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    x: Tensor,
+    noise: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    config: TrainConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Denoising losses (B,), alignment losses (B, K) and, where minus those is none, cosines (B, K)."""
+    denoising = OBJECTIVES[config.model.kind].denoising_loss(output, x, noise, x_t, t, config.loss)
+    align = ALIGNMENTS[config.loss.alignment]
+    aligned = [align(h, target) for h, target in zip(projections, targets, strict=True)]
+    cosines = []
+    if n_cosines(config):
+        with torch.no_grad():
+            cosines = [-alignment_loss(h, target) for h, target in zip(projections, targets, strict=True)]
+    return denoising, _columns(aligned, denoising), _columns(cosines, denoising)
+
+
+def _columns(losses: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Losses (B,) side by side, (B, K); (B, 0) where there is none."""
+    return torch.stack(list(losses), dim=1) if losses else like.new_empty(len(like), 0)
+
+
+def n_cosines(config: TrainConfig) -> int:
+    """How many cosines are logged beside the alignment losses; none where minus the loss is one."""
+    return 0 if config.loss.alignment == "cosine" else len(config.targets)
+
+
+@functools.cache
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    return torch.compile(function)
+
+
+def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Losses:
+    """Each sample's losses; nothing is drawn that is not keyed by the batch's step and rows.
+
+    Compiled, the draws are two or three kernels instead of some six hundred, which a small step would notice.
+    """
+    draws, compares = (_compiled(draw), _compiled(compare)) if config.compile else (draw, compare)
+    x, noise, t, labels, x_t = draws(batch, scale, config, null_label)
+    half = autocast_dtype(config.precision)
+    with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
+        output, projections = model(x_t, t, labels)
+    denoising, alignments, cosines = compares(output, projections, batch.targets, x, noise, x_t, t, config)
+    times = OBJECTIVES[config.model.kind].unit_times(t)
+    return Losses(denoising=denoising, alignments=alignments, times=times, cosines=cosines)

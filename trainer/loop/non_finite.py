@@ -1,0 +1,52 @@
+"""Steps whose loss or gradient is not finite: left out, named, and counted against a budget.
+
+The step itself decides on the device and changes no weight (`step.py`); here is what the host makes of it when the
+numbers arrive. Every rank sees the same numbers, so every rank counts alike and stops at the same step.
+
+Under fp16 a finite loss whose scaled gradient overflows is how the loss scale finds its size; it is named and not
+counted, unless the scale has fallen below 1 and is no excuse any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.loop.losses import Losses
+from trainer.loop.step import StepNumbers
+from trainer.ranks.world import World
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps had a loss or gradient that is not finite; the message names the last one and its rows."""
+
+
+@dataclass
+class Guard:
+    """How many steps were left out, over the whole run."""
+
+    budget: int
+    skipped: int = 0
+
+    def skip(
+        self, step: int, numbers: StepNumbers, losses: Losses, rows: Tensor, world: World, loss_scale: float
+    ) -> str:
+        """Count a step and return what to tell; every rank must call it. Raises NonFiniteError beyond the budget."""
+        denoising, norm, *alignments = numbers.losses.tolist()
+        seen = f"denoising loss {denoising:.4g}, gradient norm {norm:.4g}"
+        if alignments:
+            seen += f", alignment {', '.join(f'{value:.4g}' for value in alignments)}"
+        finite = (losses.denoising + losses.alignments.sum(1)).isfinite()
+        culprits = [row for row in world.gather(torch.where(finite, -1, rows)).tolist() if row >= 0]
+        told = f"step {step}: {seen}; rows {culprits or world.gather(rows).tolist()}"
+        if not culprits and loss_scale > 1:
+            return f"{told}; left out, the loss scale is now {loss_scale:g}"
+        self.skipped += 1
+        if self.skipped > self.budget:
+            raise NonFiniteError(
+                f"{told}; nothing was updated. Such steps: {self.skipped}, --max-skipped {self.budget}; "
+                "lower --optim.lr, try --precision fp32, or look at these rows; the checkpoints are as they were"
+            )
+        return f"{told}; left out, {self.skipped} of at most {self.budget} (--max-skipped)"

@@ -1,0 +1,272 @@
+"""The training loop: open the data, build the model, resume, step, log, save.
+
+A run is a folder; running it again resumes from its newest checkpoint. SIGTERM (preemption) and Ctrl-C finish the step,
+save, and end: with status 0 after SIGTERM, 130 after Ctrl-C. A resumed run's losses equal an unbroken one's bit for bit
+on the same number of ranks, on a GPU with `--deterministic true`; on another number, the same batches follow in the
+same order. The host runs one step ahead of the numbers it reads (`readback.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.base.console import Stop, progress_bar, stop_on_signals
+from storage.base.errors import UserError
+from storage.base.files import write_atomic
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import flatten, to_yaml
+from trainer.data.groups import TrainingData, model_config, open_data
+from trainer.data.loader import Loader
+from trainer.evaluation.generate.preview import write_preview
+from trainer.loop.log_window import Interval, spoken
+from trainer.loop.losses import LatentScale, Losses, n_cosines
+from trainer.loop.non_finite import Guard
+from trainer.loop.readback import Readback
+from trainer.loop.step import Parts, StepNumbers, build, train_step
+from trainer.models.transformer import forward_flops_per_image
+from trainer.ranks.arithmetic import set_arithmetic
+from trainer.ranks.world import world_of_ranks
+from trainer.run.checkpoint import RunState, save_checkpoint
+from trainer.run.metrics import MetricsLog, read_metrics
+from trainer.run.resume import only_writer, remember_groups, resolve, resume
+
+SUMMARY_FILE = "summary.json"
+
+
+def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any]:
+    """Train until `config.steps` and return the run's summary (also RUN/summary.json on the main rank).
+
+    Raises UserError for what the user can mend, KeyboardInterrupt after Ctrl-C with the state saved.
+    """
+    with world_of_ranks(config.device) as world:
+        if config.batch % (world.size * config.accumulate):
+            raise UserError(
+                f"--batch {config.batch} must be a multiple of the {world.size} ranks times --accumulate "
+                f"{config.accumulate}"
+            )
+        config = remember_groups(config)
+        data = open_data(config)
+        try:
+            geometry = model_config(config, data)
+            config = resolve(config, data, world)
+            set_arithmetic(config)
+            with only_writer(config.run, world):
+                parts = build(config, geometry, LatentScale.of(data.latents.identity), world)
+                return _Run(parts, data, resume(parts, data.identities, accept_changes)).run()
+        finally:
+            data.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    """A step that the device may still be at."""
+
+    step: int
+    rows: Tensor
+    losses: Losses
+    numbers: Readback
+
+
+class _Run:
+    """A run from the first step that is missing to the last, or to a signal."""
+
+    def __init__(self, parts: Parts, data: TrainingData, resumed: RunState | None) -> None:
+        self.parts, self.data, self.config, self.world = parts, data, parts.config, parts.world
+        self.first_step = resumed.step if resumed is not None else 0
+        self.guard = Guard(budget=self.config.max_skipped, skipped=resumed.skipped if resumed is not None else 0)
+        self.interval = Interval.empty(self.config)
+        if resumed is not None and len(resumed.log_sums) == len(self.interval.sums):  # as many alignment targets
+            self.interval.sums += self.interval.sums.new_tensor(resumed.log_sums)
+            self.interval.count = resumed.log_count
+        self.in_flight: deque[_InFlight] = deque()
+        self.log: MetricsLog | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train; returns the summary."""
+        config, start_s = self.config, time.perf_counter()
+        if self.world.is_main:
+            write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
+            print(self._opening(), flush=True)
+            self.log = MetricsLog(config, from_step=self.first_step)
+        self.bar = progress_bar(
+            config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
+        )
+        self.parts.model.train()
+        loader = Loader(
+            self.data,
+            seed=config.seed,
+            batch=config.batch,
+            start=self.first_step,
+            stop=config.steps,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            device=self.world.device,
+            prefetch=config.data.prefetch,
+            on_wait=self._show_wait,
+        )
+        with (
+            closing(self.log) if self.log is not None else nullcontext(),
+            stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
+            loader,
+            self.bar,
+        ):
+            step = self._steps(loader, stop)
+        summary = self._summary(step, time.perf_counter() - start_s)
+        if self.world.is_main:
+            write_atomic(config.run / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), "summary")
+        if stop.signal is not None and self.world.is_main:
+            print(
+                f"stopped by {signal.Signals(stop.signal).name}; step {step} is saved in {config.run}; "
+                "the same command goes on from there"
+            )
+        if stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        return summary
+
+    def _steps(self, loader: Loader, stop: Stop) -> int:
+        """Every step there is to take; returns how many are done and saved."""
+        config = self.config
+        done = self.first_step
+        for batch in loader:
+            numbers, losses = train_step(self.parts, batch, stop=stop.signal is not None)
+            readback = Readback(numbers.packed())
+            self.in_flight.append(_InFlight(step=batch.step, rows=batch.rows, losses=losses, numbers=readback))
+            self.interval.stall_s += batch.stall_s
+            self.interval.n_timed += 1
+            done = batch.step + 1
+            is_last = done == config.steps
+            logs = is_last or done % config.log.every == 0
+            saves = is_last or done % config.checkpoint.every == 0
+            samples = config.log.samples_every > 0 and done % config.log.samples_every == 0
+            stopping = self._settle(keep=0 if logs or saves or samples else 1)
+            self.bar.set_description_str("train", refresh=False)  # which a wait for data may have changed
+            self.bar.update()
+            if logs:
+                self._log(done)
+            if saves or stopping:
+                self._settle(keep=0)
+                self._save(done)
+            if stopping:
+                break
+            if samples:
+                self._sample(done)
+        return done
+
+    def _settle(self, keep: int) -> bool:
+        """Take in the numbers of all but the last `keep` steps; returns whether a rank was told to stop."""
+        stopping = False
+        while len(self.in_flight) > keep:
+            step = self.in_flight.popleft()
+            numbers = StepNumbers.unpack(step.numbers.wait(), n_cosines(self.config))
+            if numbers.losses.isfinite().all():
+                self.interval.add(numbers)
+            else:
+                loss_scale = self.parts.scaler.get_scale()
+                told = self.guard.skip(step.step, numbers, step.losses, step.rows, self.world, loss_scale)
+                if self.world.is_main:
+                    self.bar.write(told, file=sys.stderr)
+            stopping |= numbers.wants_to_stop.item() > 0
+        return stopping
+
+    def _log(self, step: int) -> None:
+        line = self.interval.line(step, self.config, self.parts.geometry, self.world, self.guard.skipped)
+        self.interval = Interval.empty(self.config)
+        self.bar.set_postfix_str(spoken(line))
+        if self.log is not None:
+            self.log.write(line)
+
+    def _save(self, step: int) -> None:
+        state = RunState(
+            step=step,
+            config=flatten(self.config),
+            identities=self.data.identities,
+            log_sums=self.interval.sums.tolist(),
+            log_count=self.interval.count,
+            skipped=self.guard.skipped,
+            scaler=self.parts.scaler.state_dict(),
+        )
+        parts, checkpoint = self.parts, self.config.checkpoint
+        failure: UserError | None = None
+        try:
+            save_checkpoint(
+                self.config.run,
+                state,
+                parts.model,
+                parts.ema,
+                parts.optimizer,
+                checkpoint.keep,
+                milestone_every=checkpoint.milestone_every,
+                writes=self.world.is_main,
+            )
+        except UserError as error:
+            failure = error
+        self.world.end_together(failure, f"the main rank could not save step {step}, and says why")
+
+    def _sample(self, step: int) -> None:
+        drawn = write_preview(self.parts, self.data, step)
+        if self.log is not None and drawn is not None:
+            self.log.picture(*drawn, step)
+
+    def _show_wait(self, seconds: float) -> None:
+        self.bar.set_description_str(f"train, waiting for data for {seconds:.0f} s")
+
+    def _summary(self, step: int, seconds: float) -> dict[str, Any]:
+        lines = read_metrics(self.config.run)
+        n_new = step - self.first_step
+        return {
+            "run": str(self.config.run),
+            "checkpoint": str(self.config.run / "checkpoints" / f"step-{step:07d}"),
+            "store": str(self.data.store.root),
+            "steps": step,
+            "steps_now": n_new,
+            "steps_skipped": self.guard.skipped,
+            "seconds": round(seconds, 2),
+            "steps_per_s": round(n_new / seconds, 3) if n_new else 0.0,
+            "images_per_s": round(n_new * self.config.batch / seconds, 1) if n_new else 0.0,
+            "device": _device_name(self.world.device),
+            "parameters": sum(parameter.numel() for parameter in self.parts.model.parameters()),
+            "first": lines[0] if lines else {},
+            "last": lines[-1] if lines else {},
+        }
+
+    def _opening(self) -> str:
+        config, geometry, world, data = self.config, self.parts.geometry, self.world, self.data
+        n_parameters = sum(parameter.numel() for parameter in self.parts.model.parameters())
+        groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
+        gflop = 3 * forward_flops_per_image(geometry) / 1e9
+        share = config.batch // world.size
+        ranks = f"{world.size} rank(s) of {share} images"
+        if config.accumulate > 1:
+            ranks += f" in {config.accumulate} micro-batches"
+        if world.size > 1:
+            ranks += f", {config.parallel}"
+        lines = [
+            to_yaml(config).rstrip(),
+            f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
+            f"{geometry.grid**2} tokens",
+            f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
+            *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
+            f"device     {world.device}, {ranks}",
+            f"start      step {self.first_step} of {config.steps}",
+        ]
+        return "\n".join(lines)
+
+
+def _without(n_classes: int) -> str:
+    if n_classes:
+        return f"every sample under the null label of --model.classes {n_classes}"
+    return "without label dropout or guidance"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,1 @@
+"""Ablations: the file that names the runs, and what trains them."""
