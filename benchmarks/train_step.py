@@ -44,8 +44,8 @@ from benchmarks.report import RESULTS, machine, table
 from benchmarks.step_worker import N_CLASSES, RESULT, Request, Task
 from storage.base.console import EXIT_OK, run_command
 from storage.base.errors import UserError
+from storage.base.options import close_matches
 from trainer.config.presets import PRESETS, preset
-from trainer.config.tree import close_matches
 from trainer.models.transformer import Geometry, forward_flops_per_image
 from trainer.ranks.arithmetic import peak_flops
 from trainer.ranks.world import world_of_ranks

@@ -22,10 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from pipeline.config import INCEPTION, FeaturesConfig, Token
 from pipeline.encoders import registry
 from pipeline.failures import allowed_failures
 from pipeline.images import KEY_BYTES, Images, open_images, spread
@@ -35,13 +36,11 @@ from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.feature_file import FEATURES, FeatureFile, open_feature_file, write_feature_file
 
-INCEPTION = "inception"
 OF_A_STORE = ("kind", "crop", "dtype")  # of an encoder's identity, what says how a store keeps its features
 KEYS, DIGESTS = "image_keys", "image_digests"
 PART_IMAGES = 2048  # a part of Inception's has 40 MB
 LOOKED_AT = 64  # images of a set whose sizes are compared before anything is described
 SHOWN = 5  # images in a message
-Token = Literal["cls", "mean"]
 Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -52,27 +51,6 @@ class Job:
     where: Path | str
     out: Path
     limit: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeaturesConfig:
-    """How images are described."""
-
-    encoder: str = INCEPTION
-    weights: Path | None = None
-    token: Token = "cls"
-    resolution: int = 0
-    batch: int = 50
-    device: str = "auto"
-    max_failures: float = 0.001
-    like: Path | None = None
-    at_least: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise UserError(f"--batch must be at least 1, got {self.batch}")
-        if not 0 <= self.max_failures <= 1:
-            raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
 
 
 def write_features(jobs: Sequence[Job], config: FeaturesConfig) -> list[str]:

@@ -5,16 +5,17 @@ A STORE is a directory or a URL (s3://, gs://, http(s)://); a GROUP is STORE/lat
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from storage import exchange
-from storage.base.console import EXIT_FAILED, EXIT_OK, Parser, progress_bar, run_command, say
+from storage.base.commands import Command, run_one
+from storage.base.console import EXIT_FAILED, EXIT_OK, progress_bar, run_command, say
 from storage.base.errors import StoreError
+from storage.base.options import argument, option
 from storage.base.shown import shown
 from storage.diff import diff_groups, diff_stores
 from storage.layout import GROUP_KINDS, METADATA
@@ -30,9 +31,9 @@ SHOWN = 20  # undone units, failed samples
 LEVELS = 3  # folders below ROOT in which `ls` looks for stores
 
 
-def list_stores(where: str) -> int:
-    """Print every store at or below `where`, a line a group; returns how many stores there are."""
-    n_found = 0
+def list_stores(config: ListConfig) -> None:
+    """Print every store at or below a place, a line a group. Raises StoreError where none is."""
+    where, n_found = config.root, 0
     for name in _stores_below(open_root(where), "", LEVELS):
         n_found += 1
         try:
@@ -44,7 +45,6 @@ def list_stores(where: str) -> int:
     if not n_found:
         open_store(where)  # says what is wrong with it
         raise StoreError(f"{where} holds no store")
-    return n_found
 
 
 def list_groups(store: Store) -> None:
@@ -112,8 +112,9 @@ def describe_group(store: Store, path: str) -> None:
         say(f"  {REDO}")
 
 
-def verify_store(where: str, deep: bool) -> int:
+def verify_store(config: VerifyConfig) -> int:
     """Print every fault; returns the exit status."""
+    where, deep = config.store, config.deep
     root, path = split_path(where)
     groups = [path] if path else None
     total = 0
@@ -133,8 +134,9 @@ def verify_store(where: str, deep: bool) -> int:
     return EXIT_FAILED if n_faults else EXIT_OK
 
 
-def diff(a: str, b: str) -> int:
+def diff(config: DiffConfig) -> int:
     """Print every difference; returns the exit status, 1 when there is one."""
+    a, b = config.a, config.b
     (store_a, path_a), (store_b, path_b) = split_group(a), split_group(b)
     if bool(path_a) != bool(path_b):
         raise StoreError(f"compare two stores or two groups, got {a} and {b}")
@@ -193,37 +195,69 @@ def _json(value: Any) -> list[str]:
     return json.dumps(value, indent=2, sort_keys=True).split("\n")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ListConfig:
+    """`ls`: where to look."""
+
+    root: str = argument("directory or URL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """`info`: of what."""
+
+    store: str = argument("store or group", metavar="STORE|GROUP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """`verify`: what, and how thoroughly."""
+
+    store: str = argument("store or group", metavar="STORE|GROUP")
+    deep: bool = option(False, "read every byte: checksums, NaN and infinity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffConfig:
+    """`diff`: what is compared with what."""
+
+    a: str = argument("store or group", metavar="STORE|GROUP")
+    b: str = argument("another one", metavar="STORE|GROUP")
+
+
+def info(config: InfoConfig) -> None:
+    """Describe a store and its groups, or one group."""
+    store, path = split_group(config.store)
+    if not path:
+        describe_store(store)
+    for name in [path] if path else store.groups():
+        describe_group(store, name)
+
+
+HERE = "storage.__main__"
+COMMANDS = {
+    "ls": Command("the stores at or below a place, a line a group", f"{HERE}:ListConfig", f"{HERE}:list_stores"),
+    "info": Command("identity, provenance, failures, timings", f"{HERE}:InfoConfig", f"{HERE}:info"),
+    "verify": Command(
+        "check a store or a group; exit status 1 when something is wrong",
+        f"{HERE}:VerifyConfig",
+        f"{HERE}:verify_store",
+    ),
+    "diff": Command(
+        "identity fields and rows in which two stores or groups differ", f"{HERE}:DiffConfig", f"{HERE}:diff"
+    ),
+    "export": Command(
+        "write a store's rows, in order, in another format", "storage.exchange:ExportConfig", "storage.exchange:export"
+    ),
+    "import": Command(
+        "make a store of what another project has encoded", "storage.exchange:ImportConfig", "storage.exchange:bring_in"
+    ),
+}
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
-    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", help="the stores at or below a place, a line a group").add_argument("root")
-    commands.add_parser("info", help="identity, provenance, failures, timings").add_argument(
-        "store", metavar="STORE|GROUP"
-    )
-    checking = commands.add_parser("verify", help="check a store or a group; exit status 1 when something is wrong")
-    checking.add_argument("store", metavar="STORE|GROUP")
-    checking.add_argument("--deep", action="store_true", help="read every byte: checksums, NaN and infinity")
-    comparing = commands.add_parser("diff", help="identity fields and rows in which two stores or groups differ")
-    comparing.add_argument("a", metavar="STORE|GROUP")
-    comparing.add_argument("b", metavar="STORE|GROUP")
-    exchange.add_commands(commands)
-    args = parser.parse_args(argv)
-    if args.command == "ls":
-        list_stores(args.root)
-        return EXIT_OK
-    if args.command == "info":
-        store, path = split_group(args.store)
-        if not path:
-            describe_store(store)
-        for name in [path] if path else store.groups():
-            describe_group(store, name)
-        return EXIT_OK
-    if args.command == "verify":
-        return verify_store(args.store, args.deep)
-    if args.command == "diff":
-        return diff(args.a, args.b)
-    return exchange.run(args)
+    return run_one(PROG, __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ tables below are the only place that names them all. What is exported is publish
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from storage.base.console import EXIT_OK, progress_bar, say
+from storage.base.console import progress_bar, say
 from storage.base.errors import UserError
+from storage.base.options import argument, one_of, option, required
 from storage.exchange.content import make_content
 from storage.exchange.incoming import ImportOptions, import_store
 from storage.reader import open_store
@@ -25,49 +25,45 @@ EXPORTS = {"hdf5": "to_hdf5", "webdataset": "to_webdataset", "mds": "to_mds", "n
 IMPORTS = {"hdf5": "from_hdf5", "repa-npy": "from_repa_npy", "lightningdit": "from_lightningdit"}
 
 
-def add_commands(commands: Any) -> None:
-    """Add `export` and `import` to the sub-commands of a parser."""
-    export = commands.add_parser("export", help="write a store's rows, in order, in another format")
-    export.add_argument("store", metavar="STORE")
-    export.add_argument("--to", required=True, choices=EXPORTS)
-    export.add_argument("--out", required=True, type=Path, help="file (hdf5, parquet) or folder to make")
-    export.add_argument(
-        "--groups", nargs="+", default=[], metavar="GROUP", help="latents/NAME features/NAME (default all)"
-    )
-    export.add_argument("--rows", default=":", metavar="A:B", help="rows A to B-1 (default all)")
-    export.add_argument("--decode", action="store_true", help="write int8 features as float16 numbers")
-    bring = commands.add_parser("import", help="make a store of what another project has encoded")
-    bring.add_argument("source", type=Path, help="HDF5 file, vae-sd folder of the REPA code, or LightningDiT folder")
-    bring.add_argument("--from", required=True, choices=IMPORTS, dest="format")
-    bring.add_argument("--store", required=True, help="store to make or to go on with")
-    bring.add_argument("--name", required=True, help="what to call the encoder: the group is latents/NAME")
-    bring.add_argument("--resolution", type=int, default=256, help="pixels a side of the encoded images (default 256)")
-    bring.add_argument("--shard-rows", type=int, default=512)
-    bring.add_argument(
-        "--latent-scale-factor", type=float, help="default 0.18215 for repa-npy and hdf5, 1 for lightningdit"
-    )
-    bring.add_argument(
-        "--dataset", default="", help="hdf5: the dataset of moments (N, [V,] 2C, h, w) in a foreign file"
-    )
-    bring.add_argument("--labels", default="", help="hdf5: the dataset of labels (N,) in a foreign file")
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`export`: which rows of which groups become what."""
+
+    store: str = argument("store root or URL")
+    to: str = required(f"format: {', '.join(EXPORTS)}")
+    out: Path = required("file (hdf5, parquet) or folder to make")
+    groups: tuple[str, ...] = option((), "latents/NAME features/NAME (default all)", spaced=True, metavar="GROUP")
+    rows: str = option(":", "rows A to B-1 (default all)", metavar="A:B")
+    decode: bool = option(False, "write int8 features as float16 numbers")
+
+    def __post_init__(self) -> None:
+        one_of("--to", self.to, EXPORTS)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run a parsed `export` or `import`; returns the exit status."""
-    if args.command == "export":
-        export_store(args.store, args.to, args.out, groups=args.groups, rows=args.rows, decode=args.decode)
-    else:
-        options = ImportOptions(
-            name=args.name,
-            resolution=args.resolution,
-            shard_rows=args.shard_rows,
-            latent_scale_factor=args.latent_scale_factor,
-            dataset=args.dataset,
-            labels=args.labels,
-        )
-        read = importlib.import_module(f"storage.exchange.{IMPORTS[args.format]}").read
-        import_store(args.store, read(args.source, options), options)
-    return EXIT_OK
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(ImportOptions):
+    """`import`: what becomes a group of which store."""
+
+    source: Path = argument("HDF5 file, vae-sd folder of the REPA code, or LightningDiT folder")
+    format: str = required(f"what SOURCE is: {', '.join(IMPORTS)}", flag="--from")
+    store: str = required("store to make or to continue")
+
+    def __post_init__(self) -> None:
+        one_of("--from", self.format, IMPORTS)
+        super().__post_init__()
+
+
+def export(config: ExportConfig) -> None:
+    """Write rows in another format."""
+    export_store(
+        config.store, config.to, config.out, groups=list(config.groups), rows=config.rows, decode=config.decode
+    )
+
+
+def bring_in(config: ImportConfig) -> None:
+    """Make a group of another project's numbers."""
+    read = importlib.import_module(f"storage.exchange.{IMPORTS[config.format]}").read
+    import_store(config.store, read(config.source, config), config)
 
 
 def export_store(

@@ -19,6 +19,7 @@ import numpy as np
 
 from storage.base.console import progress_bar, say
 from storage.base.errors import UserError
+from storage.base.options import option, required
 from storage.index import make_index
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
 from storage.receipts import scan
@@ -32,12 +33,12 @@ SD_VAE_SCALE = 0.18215  # of the Stable Diffusion VAEs (Rombach et al., arXiv 21
 class ImportOptions:
     """What the user says about numbers that do not say it themselves."""
 
-    name: str
-    resolution: int = 256
-    shard_rows: int = 512
-    latent_scale_factor: float | None = None
-    dataset: str = ""
-    labels: str = ""
+    name: str = required("what to call the encoder: the group is latents/NAME")
+    resolution: int = option(256, "pixels a side of the encoded images")
+    shard_rows: int = option(512, "samples a shard")
+    latent_scale_factor: float | None = option(None, "default 0.18215 for repa-npy and hdf5, 1 for lightningdit")
+    dataset: str = option("", "hdf5: the dataset of moments (N, [V,] 2C, h, w) in a foreign file")
+    labels: str = option("", "hdf5: the dataset of labels (N,) in a foreign file")
 
     def __post_init__(self) -> None:
         factor = self.latent_scale_factor

@@ -166,7 +166,7 @@ MISTAKES = [
     (["--features", "dinov2-vits14", "--features-weights", "/nowhere.pth"], "weight file /nowhere.pth"),
     (["--resolution", "100"], "--resolution must be a multiple of 8"),
     (["--batch", "0"], "--batch must be at least 1"),
-    (["--speed", "3"], "unrecognized arguments: --speed"),
+    (["--speed", "3"], "unknown option --speed"),
     (["--ray-address", "127.0.0.1:1"], "nothing answers at RAY_ADDRESS 127.0.0.1:1"),
 ]
 

@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["diff", tmp_path / "s", tmp_path / "s/latents"], f"the store is {tmp_path / 's'}"),
         (["verify", tmp_path / "s/latents"], f"the store is {tmp_path / 's'}"),
         (["diff", tmp_path / "s", tmp_path / "s" / LATENTS], "compare two stores or two groups"),
-        (["export", tmp_path / "s", "--to", "csv", "--out", "x"], "invalid choice"),
+        (["export", tmp_path / "s", "--to", "csv", "--out", "x"], "must be one of"),
         (["ls", "ftp://x/y"], "a store lies in a directory or at s3://"),
     ):
         status, _, err = storage(*argv)

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from storage.base.errors import UserError
+from storage.base.options import spelled
 from trainer.config.presets import preset
-from trainer.config.schema import TrainConfig, spelled
+from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
 from trainer.loop.non_finite import NonFiniteError
 from trainer.loop.train import train

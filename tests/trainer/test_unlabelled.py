@@ -12,8 +12,8 @@ from storage import StoreError, UserError
 from storage import index as store_index
 from tests.stores import make_store
 from tests.trainer.runs import curve, micro, weights
+from trainer.__main__ import main
 from trainer.config.tree import from_yaml
-from trainer.evaluation.commands import run as run_evaluation
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.probing.hidden_states import open_run
@@ -63,16 +63,10 @@ def test_images_are_drawn_without_labels(run: Path) -> None:
 
 def test_what_follows_does_without_or_says_why(run: Path, tmp_path: Path) -> None:
     assert sweep(run, SweepConfig(n=20, k=3, device="cpu"), ["cknna"])["points"]
-    for command, target in (("probe", "run"), ("analyse", "runs")):
-        options = {
-            target: [run] if target == "runs" else run,
-            "out": tmp_path / "out",
-            "times": [0.5],
-            "device": "cpu",
-            "k": 3,
-        }
+    for command in ("probe", "analyse"):
+        words = [command, str(run), "--out", str(tmp_path / "out"), "--times", "0.5", "--device", "cpu", "--k", "3"]
         with pytest.raises(UserError, match="a probe needs one for each, `cknna` none"):
-            run_evaluation(command, options)
+            main(words)
     (page,) = write_report([run], tmp_path / "report.html", "")
     assert "run" in page.read_text()
     (card,) = (export(run, "diffusers", tmp_path / "exported", "latest")[0] / "README.md",)

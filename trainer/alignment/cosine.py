@@ -6,8 +6,6 @@ the third digit. One fused expression over the whole batch; 0 ≤ 1 + L ≤ 2, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +15,3 @@ def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
     assert projection.shape == target.shape, (projection.shape, target.shape)
     cosine = (F.normalize(projection.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
     return -cosine.mean(-1)
-
-
-# by the name in `--loss.alignment`: (projection, target), each (B, T, D), to float32 (B,)
-ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": alignment_loss}

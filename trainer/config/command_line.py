@@ -5,91 +5,92 @@ defaults of --preset, or the whole of --config RUN/config.yaml;  then what is gi
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import typing
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from storage.base.console import Parser
 from storage.base.errors import UserError
+from storage.base.options import (
+    add_options,
+    argument,
+    flag_of,
+    given_options,
+    option,
+    options_of,
+    parse_text,
+    required,
+)
 from storage.roots import absolute
-from trainer.config.presets import DEFAULT_PRESET, PRESET_NAMES, PRESETS, preset
-from trainer.config.schema import TrainConfig, spelled
-from trainer.config.tree import checked, close_matches, field_type, from_yaml, leaves, override
+from trainer.config.presets import PRESETS, preset
+from trainer.config.schema import DEFAULT_PRESET, TrainConfig
+from trainer.config.tree import field_type, from_yaml, override
 
 
-def add_train_options(parser: Parser, argv: Sequence[str] = ()) -> None:
-    """Every option of a run, with help text and the defaults of the preset that `argv` names."""
-    parser.add_argument("--config", type=Path, help="run again what RUN/config.yaml says")
-    named = dict(itertools.pairwise(argv)).get("--preset", DEFAULT_PRESET)
-    shown = preset(named if named in PRESETS else DEFAULT_PRESET)
-    sections = {
-        item.name: parser.add_argument_group(_first_line(getattr(shown, item.name)))
-        for item in dataclasses.fields(shown)
-        if dataclasses.is_dataclass(getattr(shown, item.name))
-    }
-    for name, default, item in leaves(shown):
-        kind = field_type(shown, name)
-        help_text = item.metadata["help"]
-        if name == "preset":
-            help_text = f"{help_text}: {PRESET_NAMES} (default {DEFAULT_PRESET})"
-        elif spelled(default) not in ("", "."):
-            help_text += f" (default {spelled(default)})"
-        sections.get(name.partition(".")[0], parser).add_argument(
-            f"--{name.replace('_', '-')}", dest=name, metavar=_metavar(kind), default=None, help=help_text
-        )
+@dataclass(frozen=True, kw_only=True)
+class _WithTraining:
+    """A command that has every setting of a run among its options."""
+
+    training: TrainConfig
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+        """Add the options of the command's own, and every setting."""
+        add_options(parser, cls, topics=False)
+        add_train_options(parser, argv)
+
+    @classmethod
+    def from_options(cls, texts: Mapping[str, Any]) -> Self:
+        """The command of what `argparse` made. Raises UserError."""
+        return cls(**given_options(cls, texts, topics=False), training=train_config(texts))
 
 
-def _first_line(config: object) -> str:
-    assert config.__doc__ is not None, config
-    return config.__doc__.splitlines()[0].rstrip(".")
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(_WithTraining):
+    """`train`: a configuration, and whether an existing run may be continued with another one."""
+
+    resume_with_changes: bool = option(False, "resume the run although settings that determine it changed")
 
 
-def _metavar(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return f"{{{','.join(typing.get_args(kind))}}}"
-    if typing.get_origin(kind) is tuple:
-        return f"{_metavar(typing.get_args(kind)[0])}[,…]"
-    return kind.__name__.upper()
+@dataclass(frozen=True, kw_only=True)
+class ImportCommand(_WithTraining):
+    """`import`: a public checkpoint, and the configuration of the run that it becomes."""
+
+    file: Path = argument("what torch.save or safetensors wrote")
+    release: Literal["repa", "sit", "dit"] = required("whose it is")
 
 
-def train_config(values: dict[str, Any]) -> TrainConfig:
-    """The configuration from parsed options. Raises UserError, naming option and value."""
-    given = {name: value for name, value in values.items() if value is not None}
-    if values.get("config") is not None:
-        config = from_yaml(given.pop("config"))
+def add_train_options(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
+    """Every setting of a run, with help text and the defaults of the preset that `argv` names; and --config."""
+    parser.add_argument("--config", metavar="PATH", help="run again what RUN/config.yaml says")
+    add_options(parser, TrainConfig, defaults=preset(_preset_in(argv)))
+
+
+def _preset_in(argv: Sequence[str]) -> str:
+    """The preset that the words name, if there is one of that name."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--preset", nargs="?")
+    named = parser.parse_known_args(argv)[0].preset
+    return named if named in PRESETS else DEFAULT_PRESET
+
+
+def train_config(texts: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of dotted name → text. Raises UserError, naming option and value."""
+    given = {each.name: texts[each.name] for each in options_of(TrainConfig) if texts.get(each.name) is not None}
+    if texts.get("config") is not None:
+        config = from_yaml(Path(texts["config"]))
         if "preset" in given:
             raise UserError("--config and --preset both name a whole configuration; pass one of them")
     else:
         config = preset(given.pop("preset", DEFAULT_PRESET))
-    return override(config, {name: parse_option(name, text, field_type(config, name)) for name, text in given.items()})
+    return override(config, {name: parse_setting(name, text, field_type(config, name)) for name, text in given.items()})
 
 
-def refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
-    """End with one line that names the first unknown option and its nearest neighbours."""
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown option {unknown[0]}{close_matches(unknown[0].partition('=')[0], known)}")
-
-
-def parse_option(name: str, text: str, kind: Any) -> Any:
-    """An option's text as its field's type. Raises UserError."""
-    if typing.get_origin(kind) is tuple:
-        return tuple(parse_option(name, part, typing.get_args(kind)[0]) for part in (text.split(",") if text else []))
-    flag = f"--{name.replace('_', '-')}"
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{flag} must be true or false, got {text!r}")
-        return text.lower() == "true"
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise UserError(f"{flag} must be a number of type {kind.__name__}, got {text!r}") from None
-    value = checked(text, kind, flag)
-    # Absolute, since a resume may come from another directory.
+def parse_setting(name: str, text: str, kind: Any) -> Any:
+    """A setting's text as its type; paths become absolute, since a resume may come from another directory."""
+    value = parse_text(flag_of(name), text, kind)
     if name == "store" and value:
         return absolute(value)
     return value.absolute() if isinstance(value, Path) else value

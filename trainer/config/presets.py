@@ -29,7 +29,9 @@ from functools import partial
 from pathlib import Path
 
 from storage.base.errors import UserError
+from storage.base.options import close_matches
 from trainer.config.schema import (
+    PRESET_NAMES,
     CheckpointConfig,
     DataConfig,
     Kind,
@@ -40,13 +42,10 @@ from trainer.config.schema import (
     SampleConfig,
     TrainConfig,
 )
-from trainer.config.tree import close_matches
 
 # size: (depth, width, heads, block aligned)
 SIZES = {"s": (12, 384, 6, 4), "b": (12, 768, 12, 4), "l": (24, 1024, 16, 8), "xl": (28, 1152, 16, 8)}
 PATCHES = (2, 4, 8)
-DEFAULT_PRESET = "sit-xl-2"
-PRESET_NAMES = "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], sit-tiny-2, dit-tiny-2"
 SAMPLING = {
     "sit": SampleConfig(sampler="sde", steps=250, guidance=1.0, guidance_high=0.7),
     "dit": SampleConfig(sampler="ddpm", steps=250, guidance=1.0, guidance_channels=3),

@@ -12,14 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from storage.base import options
 from storage.base.errors import UserError
+from storage.base.options import flag_of, one_of, spelled
+from trainer.alignment import ALIGNMENTS
 
 Kind = Literal["sit", "dit"]
+DEFAULT_PRESET = "sit-xl-2"
+PRESET_NAMES = "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], sit-tiny-2, dit-tiny-2"
 
 
 def option(default: object, help_text: str, *, free: bool = False) -> Any:
-    """A field with its help text, which `--help` prints; Any, as `dataclasses.field` itself is typed."""
-    return field(default=default, metadata={"help": help_text, "free": free})
+    """A setting (`storage.base.options`); a *free* one may change when a run is resumed."""
+    return options.option(default, help_text, free=free)
 
 
 def section(default: type) -> Any:
@@ -64,7 +69,7 @@ class LossConfig:
 
     path: Literal["linear", "cosine"] = option("linear", "SiT: interpolant between image (t = 0) and noise (t = 1)")
     time_sampling: Literal["uniform", "lognormal"] = option("uniform", "SiT: distribution of t")
-    alignment: Literal["cosine"] = option("cosine", "alignment loss: negative cosine, patch by patch")
+    alignment: str = option("cosine", "alignment loss; cosine: negative cosine, patch by patch")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
@@ -72,6 +77,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
+        one_of("--loss.alignment", self.alignment, ALIGNMENTS)
         if not self.projection_weight or not all(0 <= weight < math.inf for weight in self.projection_weight):
             raise UserError(f"--loss.projection-weight must be at least 0, got {spelled(self.projection_weight)}")
         if len(self.projection_weight) > 1 and 0 in self.projection_weight:
@@ -206,7 +212,9 @@ class TrainConfig:
     run: Path = option(
         Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True
     )
-    preset: str = option("", "recipe that the other defaults come from", free=True)
+    preset: str = option(
+        "", f"recipe that the other defaults come from: {PRESET_NAMES} (default {DEFAULT_PRESET})", free=True
+    )
     steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True)
     batch: int = option(256, "samples a step over all ranks and micro-batches (global batch)")
     seed: int = option(0, "seed of weights, order, noise, times and label dropout")
@@ -295,7 +303,7 @@ class AlignmentTarget:
 
 def flag(topic: str, name: str) -> str:
     """The command line's spelling of a field: `--loss.projection-weight`."""
-    return "--" + ".".join(part.replace("_", "-") for part in (topic, name) if part)
+    return flag_of(f"{topic}.{name}" if topic else name)
 
 
 def at_least(config: object, topic: str, name: str, least: int) -> None:
@@ -308,8 +316,3 @@ def in_unit_interval(config: object, topic: str, name: str) -> None:
     """Raise UserError when the field is outside [0, 1]."""
     if not 0 <= getattr(config, name) <= 1:
         raise UserError(f"{flag(topic, name)} must be in [0, 1], got {getattr(config, name)}")
-
-
-def spelled(value: Any) -> str:
-    """A value as the command line takes it: a tuple as its values between commas."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

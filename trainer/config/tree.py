@@ -7,7 +7,6 @@ the annotated types of `schema.py`'s classes, and an unknown name or a wrong typ
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import yaml
 
 from storage.base.boundary import parse_yaml, read_regular
 from storage.base.errors import UserError
+from storage.base.options import close_matches
 from storage.base.shown import shown
 from trainer.config.schema import TrainConfig
 
@@ -62,12 +62,6 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
     for head, inner in nested.items():
         direct[head] = override(getattr(config, head), inner)
     return dataclasses.replace(config, **direct)  # type: ignore[type-var]
-
-
-def close_matches(word: str, known: Iterator[str] | set[str] | list[str]) -> str:
-    """`; did you mean A or B?` for the names nearest to `word`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from typing import Any
 
 from storage.base.boundary import parse_yaml, read_regular
 from storage.base.errors import UserError
-from trainer.config.command_line import parse_option
-from trainer.config.presets import DEFAULT_PRESET, preset
-from trainer.config.schema import TrainConfig
+from storage.base.options import argument, close_matches, option, required
+from trainer.config.command_line import parse_setting
+from trainer.config.presets import preset
+from trainer.config.schema import DEFAULT_PRESET, TrainConfig
 from trainer.config.tree import (
     MAX_CONFIG_BYTES,
-    close_matches,
     field_type,
     flatten,
     free_fields,
@@ -46,6 +46,18 @@ OF_THE_ALIGNMENT = ("data.features", "model.align_block", "model.projector_width
 NOT_AXES = {"run": "the runs are named after their settings", "store": "pass --store", "seed": "write seeds: [0, 1]"}
 MAX_RUNS = 10_000
 AUTOMATIC: tuple[object, ...] = ("", [], "auto")  # settings that a run resolves as it starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """What `ablate` is asked to do."""
+
+    file: Path = argument("YAML: preset, set, axes, seeds")
+    store: str = required("store that every run reads")
+    out: Path | None = option(None, "folder of the runs (default runs/ablations/FILE's name)")
+    ray_address: str | None = option(
+        None, "Ray cluster to train on: auto, host:port or local (default RAY_ADDRESS); empty: runs in turn, here"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +184,13 @@ def _run(base: Mapping[str, str], chosen: dict[str, str], seed: str, store: str,
     recipe = preset(settings.pop("preset"))
 
     def configured() -> TrainConfig:
-        parsed = {name: parse_option(name, text, field_type(recipe, name)) for name, text in settings.items()}
+        parsed = {name: parse_setting(name, text, field_type(recipe, name)) for name, text in settings.items()}
         return override(recipe, {**parsed, "store": store, "run": out / name})
 
     weight = settings.get("loss.projection_weight")
-    aligns = recipe.aligns if weight is None else any(parse_option("loss.projection_weight", weight, tuple[float, ...]))
+    aligns = (
+        recipe.aligns if weight is None else any(parse_setting("loss.projection_weight", weight, tuple[float, ...]))
+    )
     if not aligns:
         for axis in OF_THE_ALIGNMENT:
             settings.pop(axis, None)

@@ -26,17 +26,20 @@ from storage.base.shown import shown
 from storage.roots import absolute
 from trainer.data.groups import model_config, open_data
 from trainer.run.metrics import METRICS_FILE
-from trainer.study.file import Ablation, Run, read_ablation
+from trainer.study.file import AblateConfig, Ablation, Run, read_ablation
 
 POLL_S = 0.2
 HERE = "local"  # as a Ray address: a cluster of this machine's own
 
 
-def ablate(file: Path, store: str, out: Path | None, ray_address: str) -> int:
+def ablate(config: AblateConfig) -> int:
     """Run what is missing; returns the exit status. Raises UserError before anything runs, KeyboardInterrupt after."""
-    folder = (out or Path("runs/ablations") / file.stem).absolute()
-    ablation = read_ablation(file, absolute(store), folder)
-    opened = open_store(absolute(store))
+    folder = (config.out or Path("runs/ablations") / config.file.stem).absolute()
+    store = absolute(config.store)
+    named = config.ray_address if config.ray_address is not None else os.environ.get("RAY_ADDRESS", "")
+    ray_address = named.strip()
+    ablation = read_ablation(config.file, store, folder)
+    opened = open_store(store)
     lacking = [name for name in ablation.features if not _has_features(opened, name)]
     say(*describe(ablation, folder, lacking).splitlines(), flush=True)
     address = "" if ray_address == HERE else ray_address

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from storage.base.errors import UserError
 from storage.base.files import follow_umask, make_directories, partial_name, publish
-from trainer.config.schema import spelled
+from storage.base.options import spelled
 from trainer.config.tree import flatten
 from trainer.evaluation.generate.decode import load_decoder, location
 from trainer.evaluation.probing.hidden_states import OpenRun, checkpoints_of, open_run, step_of

@@ -21,7 +21,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from trainer.evaluation.generate.image_files import (
     read_image,
     write_image,
 )
+from trainer.evaluation.options import GenerateConfig, LabelsDrawn
 from trainer.evaluation.probing.hidden_states import OpenRun, checkpoints_of, load_model, open_run, step_of
 from trainer.loop import random_keys
 from trainer.ranks.arithmetic import set_arithmetic
@@ -55,34 +56,6 @@ from trainer.run.resume import only_writer
 VERSION = 1
 LABELS_FILE = "labels.txt"
 GRID_IMAGES = 64
-Labels = Literal["balanced", "uniform"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """What is drawn. A sampler setting that is None is the run's."""
-
-    run: Path
-    n: int = 50_000
-    out: Path | None = None
-    checkpoint: str = "latest"
-    labels: Labels = "balanced"
-    format: Literal["png", "npz"] = "png"
-    seed: int = 0
-    sampler: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    vae: str = ""
-    batch: int = 64
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("n", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed must be in [0, 2⁶³), got {self.seed}")
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -150,7 +123,7 @@ class _Source:
         return decode_latents(latents / self.run.scale.scale + self.run.scale.shift, self.decoder)
 
 
-def labels_of(images: Tensor, n_classes: int, labels: Labels, seed: int) -> Tensor:
+def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn, seed: int) -> Tensor:
     """Classes int64 (B,) of image numbers: in turn (balanced), or each drawn on its own (uniform).
 
     A model without classes has the null label alone, 0.

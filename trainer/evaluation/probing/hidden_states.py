@@ -16,7 +16,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,14 +30,13 @@ from trainer.config.schema import TrainConfig
 from trainer.config.tree import from_yaml
 from trainer.data.groups import TrainingData, model_config, open_data
 from trainer.data.loader import Batch
+from trainer.evaluation.options import Weights
 from trainer.loop import random_keys
 from trainer.loop.losses import LatentScale, sample_latents
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import model_arithmetic
 from trainer.run.checkpoint import EMA_WEIGHTS, STATE, STEP, WEIGHTS, latest_checkpoint, read_state
-
-Weights = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True, kw_only=True)

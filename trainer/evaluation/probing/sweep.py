@@ -27,10 +27,10 @@ from storage.codec import codec_of
 from storage.order import ValidRows
 from trainer.data.codes import dequantise
 from trainer.data.groups import pick_group
+from trainer.evaluation.options import SweepConfig
 from trainer.evaluation.probing import cknna
 from trainer.evaluation.probing.hidden_states import (
     OpenRun,
-    Weights,
     checkpoints_of,
     load_model,
     open_run,
@@ -50,31 +50,6 @@ LATENT_FIELDS = (
     "latent_scale_factor",
     "latent_shift_factor",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """What is measured where. `store` and `features` are the run's unless named."""
-
-    blocks: str = "all"
-    times: tuple[float, ...] = (0.5,)
-    checkpoints: str = "latest"
-    weights: Weights = "ema"
-    n: int = 10_000
-    k: int = cknna.NEIGHBOURS
-    c: float = 1.0
-    seed: int = 0
-    batch: int = 64
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    store: str = ""
-    features: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("n", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if not self.times or not all(0 <= t <= 1 for t in self.times):
-            raise UserError(f"--times must lie in [0, 1], 0 the image and 1 noise, got {list(self.times)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from storage.base.shown import shown
 from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_feature_file
 from storage.roots import absolute
 from trainer.evaluation.generate.image_files import step_drawn_at
+from trainer.evaluation.options import INCEPTION
 from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
 from trainer.evaluation.quality.inception_score import SPLIT, inception_score
 from trainer.evaluation.quality.precision_recall import NEIGHBOURS, precision_recall
@@ -41,7 +42,7 @@ from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.metrics import parsed
 
 PUBLISHED_IMAGES = 50_000
-INCEPTION, INCEPTION_WIDTH = "inception", 2048
+INCEPTION_WIDTH = 2048
 RUN_RECORD = "evaluations.jsonl"
 CACHE = "reference-features"  # beside the runs
 NAMED = 10  # images that could not be read, in a run's record; the result has them all

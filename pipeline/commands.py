@@ -1,0 +1,167 @@
+"""The commands of `python -m pipeline`: their options, and what they print. What a command does is imported by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+
+from pipeline.config import (
+    DemoConfig,
+    FeaturesCommand,
+    IndexConfig,
+    LaunchConfig,
+    NoConfig,
+    PrecomputeConfig,
+    PreviewConfig,
+    StoreConfig,
+    TasksConfig,
+)
+from storage.base.commands import Command
+from storage.base.console import EXIT_FAILED, EXIT_OK, say
+from storage.base.errors import UserError
+from storage.roots import absolute
+
+PROG = "python -m pipeline"
+
+
+def command(help_text: str, options: str, run: str) -> Command:
+    """A command whose options are in `config.py` and whose function is here."""
+    return Command(help_text, f"pipeline.config:{options}", f"pipeline.commands:{run}")
+
+
+COMMANDS = {
+    "index": command("what a data set holds, before anything is encoded", "IndexConfig", "index"),
+    "precompute": command(
+        "encode every image of a data set into a feature store; run it again to go on", "PrecomputeConfig", "precompute"
+    ),
+    "encoders": command(
+        "the encoders there are: what they store, their preprocessing, whose weights they take", "NoConfig", "encoders"
+    ),
+    "status": command(
+        "how far a store is, how fast it gets on, and whether a run is at work on it", "StoreConfig", "status"
+    ),
+    "preview": command(
+        "pictures of what a store holds: reconstructions and principal components", "PreviewConfig", "preview"
+    ),
+    "features": command(
+        "one vector an image from Inception or a vision encoder, for `python -m trainer evaluate`",
+        "FeaturesCommand",
+        "features",
+    ),
+    "tasks": command("command lines as Ray tasks, for `python -m trainer ablate`", "TasksConfig", "tasks"),
+    "demo": command("both stages on the built-in photographs", "DemoConfig", "demo"),
+    "launch": command(
+        "train on a Ray cluster: the trainer's own command, on workers that Ray Train places", "LaunchConfig", "launch"
+    ),
+}
+
+
+def precompute(config: PrecomputeConfig) -> int:
+    """Run stage one on the cluster that the option or the environment names."""
+    address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
+    return report_precompute(dataclasses.replace(config, ray_address=address))
+
+
+def report_precompute(config: PrecomputeConfig) -> int:
+    """Run stage one; prints the plan, the progress and the outcome."""
+    from pipeline.precompute import precompute
+
+    summary = precompute(config)
+    if config.dry_run:
+        print("a dry run: nothing was written")
+        return EXIT_OK
+    print(json.dumps(dataclasses.asdict(summary), indent=1))
+    if summary.units_given_up:
+        print(
+            "next: mend what is said above and run the same command again   ·   "
+            f"{PROG} status {shlex.quote(summary.store)}"
+        )
+        return EXIT_FAILED
+    from pipeline.next_step import train_command
+
+    commands = [
+        f"python -m storage ls {shlex.quote(summary.store)}",
+        train_command(summary.store, summary.bytes_per_image),
+    ]
+    print(f"next: {'   ·   '.join(filter(None, commands))}")
+    return EXIT_OK
+
+
+def index(config: IndexConfig) -> None:
+    """Print what the source lists."""
+    from pipeline.index import report
+    from pipeline.sources import open_source
+
+    source = open_source(absolute(config.data), config.source)
+    say(*report(source, source.listing(config.labels)).splitlines())
+
+
+def encoders(config: NoConfig) -> None:
+    """Print every encoder."""
+    from pipeline.encoders.listing import list_encoders
+
+    print(list_encoders())
+
+
+def status(config: StoreConfig) -> None:
+    """Print units, rate, failures."""
+    from pipeline.status import status
+
+    for line in status(config.store):
+        say(line)
+
+
+def preview(config: PreviewConfig) -> None:
+    """Write reconstruction.png and features.png."""
+    from pipeline.preview import write_preview
+
+    for picture in write_preview(config.store, config.out, n_images=config.images, vae=config.vae):
+        say(f"{picture.path}  {picture.caption}")
+
+
+def features(config: FeaturesCommand) -> None:
+    """Describe sets of images, one feature file each."""
+    from pipeline.features import Job, write_features
+
+    limits = config.n * len(config.where) if len(config.n) == 1 else config.n
+    if not len(config.where) == len(config.out) == len(limits):
+        raise UserError(
+            f"--out and --n take one for each of the {len(config.where)} IMAGES, got {len(config.out)}, {len(limits)}"
+        )
+    jobs = [Job(where=w, out=o, limit=n) for w, o, n in zip(config.where, config.out, limits, strict=True)]
+    for line in write_features(jobs, config):
+        print(line)
+
+
+def tasks(config: TasksConfig) -> int:
+    """Run command lines on Ray."""
+    from pipeline.cluster.environment import prepare_ray
+
+    address = prepare_ray(config.ray_address)
+    from pipeline.launching.tasks import run_tasks  # imports Ray
+
+    return run_tasks(config.listed, address)
+
+
+def demo(config: DemoConfig) -> int:
+    """Run both stages, or the first."""
+    from pipeline.demo import demo_config, run_demo
+
+    out = config.out.absolute()
+    return report_precompute(demo_config(out)) if config.only_precompute else run_demo(out, steps=config.steps)
+
+
+def launch(config: LaunchConfig) -> int:
+    """Train on a cluster."""
+    from pipeline.launching.ranks import launch
+
+    return launch(
+        [argument for i, argument in enumerate(config.arguments) if i or argument != "--"],
+        address=config.ray_address or os.environ.get("RAY_ADDRESS", ""),
+        workers=config.workers,
+        cpus=config.cpus,
+        restarts=config.restarts,
+        scratch=config.scratch,
+    )

@@ -1,0 +1,154 @@
+"""The commands of `python -m trainer`: their options, and what they print. What a command does is imported by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.base.commands import Command
+from storage.base.console import EXIT_FAILED, EXIT_OK
+
+if TYPE_CHECKING:
+    from trainer.config.command_line import ImportCommand, TrainCommand
+    from trainer.evaluation.options import (
+        AnalyseConfig,
+        EvaluateConfig,
+        ExportConfig,
+        GenerateConfig,
+        MeasureConfig,
+        ReportConfig,
+    )
+
+PROG = "python -m trainer"
+OPTIONS = "trainer.evaluation.options"
+COMMANDS = {
+    "train": Command(
+        "train a diffusion transformer from a feature store; run it again to resume",
+        "trainer.config.command_line:TrainCommand",
+        "trainer.commands:train",
+    ),
+    "generate": Command(
+        "draw images from a run's averaged weights: a folder of PNGs, or one .npz; run it again to go on",
+        f"{OPTIONS}:GenerateConfig",
+        "trainer.commands:generate",
+    ),
+    "evaluate": Command(
+        "FID, sFID, Inception Score, precision and recall; or a Fréchet distance in another encoder's features",
+        f"{OPTIONS}:EvaluateConfig",
+        "trainer.commands:evaluate",
+    ),
+    "probe": Command(
+        "linear probing of hidden states over blocks, times and checkpoints",
+        f"{OPTIONS}:MeasureConfig",
+        "trainer.commands:probe",
+    ),
+    "cknna": Command(
+        "alignment of hidden states with a store's features", f"{OPTIONS}:MeasureConfig", "trainer.commands:cknna"
+    ),
+    "analyse": Command(
+        "the paper's analysis figures, for any set of runs", f"{OPTIONS}:AnalyseConfig", "trainer.commands:analyse"
+    ),
+    "ablate": Command(
+        "train the runs of an ablation file that are missing",
+        "trainer.study.file:AblateConfig",
+        "trainer.study.runs:ablate",
+    ),
+    "report": Command("one HTML page about any number of runs", f"{OPTIONS}:ReportConfig", "trainer.commands:report"),
+    "export": Command(
+        "a run for diffusers, or its averaged weights as one file", f"{OPTIONS}:ExportConfig", "trainer.commands:export"
+    ),
+    "import": Command(
+        "make a run, to draw from or to train on, from a public checkpoint of DiT, SiT or REPA",
+        "trainer.config.command_line:ImportCommand",
+        "trainer.commands:import_run",
+    ),
+}
+
+
+def train(command: TrainCommand) -> int:
+    """Train or resume; the summary goes to stdout, from the main rank."""
+    from trainer.loop.non_finite import NonFiniteError
+    from trainer.loop.train import train
+
+    try:
+        summary = train(command.training, accept_changes=command.resume_with_changes)
+    except NonFiniteError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(summary, indent=1))
+        run = shlex.quote(summary["run"])
+        print(f"next: {PROG} generate {run} --n 64   ·   tensorboard --logdir {run}")
+    return EXIT_OK
+
+
+def import_run(command: ImportCommand) -> None:
+    """Make a run of a public checkpoint."""
+    from trainer.run.releases import import_checkpoint
+
+    config = command.training
+    print("\n".join(import_checkpoint(command.file, command.release, config)))
+    run, saved = (shlex.quote(str(path)) for path in (config.run, config.run / "config.yaml"))
+    print(f"next: {PROG} generate {run} --n 64   ·   {PROG} train --config {saved}")
+
+
+def generate(config: GenerateConfig) -> None:
+    """Draw images."""
+    from trainer.evaluation.generate.generate import generate
+
+    _name(generate(config))
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure images against a reference."""
+    from trainer.evaluation.quality.evaluate import Description, evaluate, table
+
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}
+    print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
+
+
+def probe(config: MeasureConfig) -> None:
+    """Measure one run by linear probing."""
+    from trainer.evaluation.probing.analyse import write_measure
+
+    _name(write_measure(config.run, config, "probe", config.out))
+
+
+def cknna(config: MeasureConfig) -> None:
+    """Measure one run by CKNNA."""
+    from trainer.evaluation.probing.analyse import write_measure
+
+    _name(write_measure(config.run, config, "cknna", config.out))
+
+
+def analyse(config: AnalyseConfig) -> None:
+    """Draw the paper's figures."""
+    from trainer.evaluation.probing.analyse import write_analysis
+
+    _name(write_analysis(config.runs, config, config.out))
+
+
+def report(config: ReportConfig) -> None:
+    """Write the page."""
+    from trainer.evaluation.report.page import write_report
+
+    _name(write_report(config.runs, config.out, config.title))
+
+
+def export(config: ExportConfig) -> None:
+    """Write weights for other programs."""
+    from trainer.evaluation.export.export import export
+
+    _name(export(config.run, config.to, config.out, config.checkpoint))
+
+
+def _name(written: Iterable[Path]) -> None:
+    for path in written:
+        print(path)
