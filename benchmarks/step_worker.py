@@ -31,7 +31,7 @@ from benchmarks.public_repa import PublicStep
 from storage.base.errors import UserError
 from trainer.config.presets import preset
 from trainer.config.tree import override
-from trainer.data.groups import model_config, open_data
+from trainer.data.groups import geometry_of, open_data
 from trainer.data.loader import Batch, Loader
 from trainer.loop.losses import LatentScale
 from trainer.loop.readback import Readback
@@ -81,7 +81,7 @@ class Ours:
         with world_of_ranks(task.device) as world:
             config = resolve(config, self.data, world)
             set_arithmetic(config)
-            geometry = model_config(config, self.data)
+            geometry = geometry_of(config, self.data)
             self.parts = build(config, geometry, LatentScale.of(self.data.latents.identity), world)
         with closing(self._loader()) as batches:
             self.batch: Batch = _to(next(batches), torch.device("cpu"))

@@ -25,7 +25,7 @@ from tests.stores import make_store
 from trainer.config.presets import preset
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
-from trainer.data.groups import model_config, open_data
+from trainer.data.groups import geometry_of, open_data
 
 SAMPLES = photographs(3, 4)
 RENUMBER = LabelOptions(renumber=True)
@@ -228,8 +228,8 @@ def test_a_model_of_labels_far_apart_is_refused_before_it_is_made(tmp_path: Path
     config: TrainConfig = override(preset("sit-tiny-2"), {"store": str(tmp_path / "s"), "run": tmp_path / "r"})
     data = open_data(config)
     with pytest.raises(UserError, match=r"1 labels occur and the largest is 100,000; .*--renumber-labels"):
-        model_config(config, data)
-    assert model_config(override(config, {"model.classes": 100_001}), data).n_classes == 100_001
+        geometry_of(config, data)
+    assert geometry_of(override(config, {"model.classes": 100_001}), data).n_classes == 100_001
     data.close()
 
 

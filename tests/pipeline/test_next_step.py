@@ -16,7 +16,7 @@ from tests.stores import FEATURES, LATENTS, make_identities, publish_all
 from trainer.config.command_line import train_config
 from trainer.config.presets import preset
 from trainer.config.schema import TrainConfig
-from trainer.data.groups import model_config, open_data
+from trainer.data.groups import geometry_of, open_data
 
 
 def make_groups(root: Path, resolution: int, groups: dict[str, dict[str, Any]]) -> None:
@@ -100,5 +100,5 @@ def test_the_trainer_takes_it(tmp_path: Path, resolution: int, groups: dict[str,
     assert says in command
     config = configured(command)
     data = open_data(config)
-    model_config(config, data)
+    geometry_of(config, data)
     data.close()

@@ -38,7 +38,7 @@ from tests.storage.edits import STEERS, Edit
 from tests.stores import FEATURES, LATENTS
 from trainer.config.presets import preset
 from trainer.config.tree import override
-from trainer.data.groups import model_config, open_data
+from trainer.data.groups import geometry_of, open_data
 
 SECONDS = 20
 LONGEST = 3000  # characters of a line
@@ -60,7 +60,7 @@ def batches(root: Path) -> None:
 def train(root: Path) -> None:
     data = open_data(override(preset("sit-tiny-2"), {"store": str(root), "data.failed_rows": "leave-out"}))
     try:
-        model_config(override(preset("sit-tiny-2"), {"store": str(root)}), data)
+        geometry_of(override(preset("sit-tiny-2"), {"store": str(root)}), data)
     finally:
         data.close()
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from storage.base.errors import UserError
-from storage.base.options import spelled
+from storage.base.options import flag_of, spelled
 from trainer.config.presets import preset
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
@@ -45,8 +45,7 @@ def micro(store: Path, run: Path, **changes: Any) -> TrainConfig:
 
 def command(store: Path, run: Path, **changes: Any) -> list[str]:
     options = {**MICRO, "store": store, "run": run, **changes}
-    texts = {name: str(value).lower() if isinstance(value, bool) else spelled(value) for name, value in options.items()}
-    flags = [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+    flags = [f"{flag_of(name)}={spelled(value)}" for name, value in options.items()]
     return [sys.executable, "-m", "trainer", "train", "--preset=sit-tiny-2", *flags]
 
 

@@ -13,7 +13,7 @@ import pytest
 from storage.base.errors import UserError
 from trainer.config.command_line import add_train_options, train_config
 from trainer.run.checkpoint import latest_checkpoint, read_state
-from trainer.study.file import read_ablation
+from trainer.study.file import AblateConfig, read_ablation
 from trainer.study.runs import ablate as go_on
 from trainer.study.runs import precompute_command, train_command
 
@@ -144,7 +144,7 @@ def test_a_run_that_is_stopped_from_outside_is_not_complete(
     """Told to stop, training saves and ends with status 0, which says nothing of the steps it has left."""
     monkeypatch.setattr("trainer.study.runs._attend", lambda *args, **kwargs: 0)
     file = write(tmp_path, BASE + "axes: {loss.projection_weight: [0.5]}")
-    assert go_on(file, str(shared_tiny_store), tmp_path / "runs", "") == 1
+    assert go_on(AblateConfig(file=file, store=str(shared_tiny_store), out=tmp_path / "runs", ray_address="")) == 1
     said = capsys.readouterr()
     assert "0 of 1 runs are complete" in said.out
     assert "failed: projection-weight-0.5_seed-0, see" in said.err
@@ -180,7 +180,7 @@ def test_an_ablation_is_stopped_and_gone_on_with(
     assert "interrupted" in said.splitlines()[-1]
     assert 0 < steps_done(first) < 30
     assert [path.name for path in out.iterdir()] == names[:1], "the next is not begun"
-    assert go_on(file, str(shared_tiny_store), out, "") == 0
+    assert go_on(AblateConfig(file=file, store=str(shared_tiny_store), out=out, ray_address="")) == 0
     assert f"{len(names)} of {len(names)} runs are complete in {out}" in capfd.readouterr().out
     assert [steps_done(out / name) for name in names] == [30] * len(names)
     assert "features: tiny-vit\n" in (first / "config.yaml").read_text()

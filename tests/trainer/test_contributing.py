@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 import re
 import types
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 import torch
 
+import trainer.alignment
+from storage.base.errors import UserError
+from tests.trainer.runs import command
 from tests.trainer.test_step import SCALE, batch_of, config_of
 from tests.trainer.test_transformer import SMALL, randomised
 from trainer import objectives
-from trainer.alignment.cosine import ALIGNMENTS
+from trainer.__main__ import main
+from trainer.alignment import ALIGNMENTS
 from trainer.config import presets
-from trainer.config.schema import Kind, LossConfig
+from trainer.config.schema import Kind
 from trainer.loop.losses import losses
 from trainer.models.transformer import OUTPUTS_PER_CHANNEL
 from trainer.objectives import OBJECTIVES
+from trainer.run.metrics import read_metrics
 
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
+def examples(heading: str) -> list[str]:
+    """The blocks of Python below a heading."""
+    _, section = GUIDE.read_text(encoding="utf-8").split(f"## {heading}\n")
+    return re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
+
+
 def run_example(heading: str) -> types.ModuleType:
     """The Python below a heading, as a module."""
-    _, section = GUIDE.read_text(encoding="utf-8").split(f"## {heading}\n")
-    (code,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
+    (code,) = examples(heading)
     module = types.ModuleType("example")
     exec(compile(code, f"CONTRIBUTING.md, {heading}", "exec", dont_inherit=True), module.__dict__)
     return module
@@ -45,16 +55,19 @@ def test_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.sample == presets.preset("sit-xl-2").sample
 
 
-def test_an_alignment_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """‖a − b‖² = 2 − 2 cos for unit vectors, so a step with it shows twice one plus the cosine's."""
-    monkeypatch.setattr("trainer.alignment.cosine.ALIGNMENTS", dict(ALIGNMENTS))
-    example = run_example("Adding an alignment loss")
-    model, batch, config = randomised(SMALL), batch_of(SMALL, 3), config_of("sit")
-    cosine = losses(model, batch, SCALE, config, SMALL.n_classes).alignments
-    monkeypatch.setattr("trainer.loop.losses.ALIGNMENTS", example.ALIGNMENTS)
-    changed = dataclasses.replace(config.loss, alignment="squared-distance")  # type: ignore[arg-type]
-    distance = losses(model, batch, SCALE, dataclasses.replace(config, loss=changed), SMALL.n_classes).alignments
-    torch.testing.assert_close(distance, 2 + 2 * cosine)
+def test_an_alignment_loss(shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the command line. ‖a − b‖² = 2 − 2 cos for unit vectors, which a run's log shows."""
+    code, line = examples("Adding an alignment loss")
+    (tmp_path / "squared_distance.py").write_text(code)
+    monkeypatch.setattr("trainer.alignment.__path__", [*trainer.alignment.__path__, str(tmp_path)])
+    for name, spelling in ast.literal_eval(f"{{{line}}}").items():
+        monkeypatch.setitem(ALIGNMENTS, name, spelling)
+    argv = command(shared_tiny_store, tmp_path / "run", steps=2, **{"loss.alignment": "squared-distance"})
+    assert main(argv[argv.index("train") :]) == 0
+    for logged in read_metrics(tmp_path / "run"):
+        assert logged["alignment_loss"] == pytest.approx(2 - 2 * logged["alignment_cosine"], rel=1e-5)
+    with pytest.raises(UserError, match=r"--loss.alignment must be one of cosine, squared-distance, got 'l2'"):
+        main(["train", "--loss.alignment", "l2"])
 
 
 def test_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +82,3 @@ def test_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tables_and_choices_name_the_same_things() -> None:
     assert set(OBJECTIVES) == set(OUTPUTS_PER_CHANNEL) == set(get_args(Kind))
-    assert set(ALIGNMENTS) == set(get_args(get_type_hints(LossConfig)["alignment"]))

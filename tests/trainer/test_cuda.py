@@ -24,7 +24,7 @@ from trainer.data.loader import Batch, Loader
 from trainer.loop.ema import EMA
 from trainer.loop.optimiser import make_optimizer
 from trainer.loop.readback import Readback
-from trainer.loop.step import Parts, build, train_step
+from trainer.loop.step import TrainingState, build, train_step
 from trainer.models.transformer import DiffusionTransformer
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.parallel import replicate, shard, whole
@@ -45,7 +45,7 @@ def _arithmetic_as_before() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def parts(device: torch.device = GPU, **changes: Any) -> Parts:
+def parts(device: torch.device = GPU, **changes: Any) -> TrainingState:
     set_arithmetic(config(**changes))
     return build(config(**changes), GEOMETRY, SCALE, World(rank=0, size=1, device=device))
 
@@ -147,7 +147,7 @@ def world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def spread(parallel: str, precision: str, world: World) -> Parts:
+def spread(parallel: str, precision: str, world: World) -> TrainingState:
     """`build`, which spreads over several ranks only, on the one there is."""
     of = config(precision=precision)
     torch.manual_seed(of.seed)
@@ -156,9 +156,9 @@ def spread(parallel: str, precision: str, world: World) -> Parts:
     if parallel == "fsdp":
         for each in (model, ema.model):
             shard(each, world, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
-    return Parts(
+    return TrainingState(
         config=of, geometry=GEOMETRY, world=world, scale=SCALE, model=model,
-        called=replicate(model, world) if parallel == "ddp" else model, ema=ema,
+        wrapped=replicate(model, world) if parallel == "ddp" else model, ema=ema,
         optimizer=make_optimizer(model, of.optim),
         scaler=torch.amp.GradScaler("cuda", enabled=precision == "fp16", init_scale=128.0),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from storage.order import Order
 from tests.stores import FEATURES, LATENTS, make_store
 from trainer.config.presets import preset
 from trainer.config.tree import override
-from trainer.data.groups import TrainingData, model_config, open_data, pick_group
+from trainer.data.groups import TrainingData, geometry_of, open_data, pick_group
 from trainer.data.loader import Loader
 
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def test_vanilla_opens_no_features(shared_tiny_store: Path) -> None:
     assert data.features == ()
     with loader(data) as batches:
         assert all(batch.targets == () for batch in batches)
-    assert model_config(config, data).targets == ()
+    assert geometry_of(config, data).targets == ()
     data.close()
 
 
@@ -199,5 +199,5 @@ def test_a_token_grid_that_is_not_the_models_is_refused_with_the_fix(shared_tiny
     config = override(preset("sit-tiny-2"), {"store": shared_tiny_store, "model.patch": 4})
     data = open_data(config)
     with pytest.raises(UserError, match=r"8×8 tokens.* 4×4 .*choose --model.patch 2"):
-        model_config(config, data)
+        geometry_of(config, data)
     data.close()

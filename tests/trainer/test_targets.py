@@ -17,7 +17,7 @@ from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_
 from trainer.config.presets import preset
 from trainer.config.schema import AlignmentTarget, TrainConfig
 from trainer.config.tree import flatten, from_yaml, override, to_yaml
-from trainer.data.groups import model_config, open_data
+from trainer.data.groups import geometry_of, open_data
 from trainer.data.loader import Loader
 from trainer.loop.train import train
 from trainer.run.metrics import read_metrics
@@ -88,7 +88,7 @@ def test_each_target_has_its_features_block_and_weight(two_features: Path, tmp_p
         AlignmentTarget(features="other-vit", block=3, weight=0.25),
     )
     data = open_data(config)
-    assert model_config(config, data).targets == ((1, 24), (3, 40))
+    assert geometry_of(config, data).targets == ((1, 24), (3, 40))
     assert set(data.identities) == {LATENTS, FEATURES, OTHER}
     data.close()
 
@@ -182,7 +182,7 @@ def test_a_token_grid_that_is_not_the_model_s_is_named(tmp_path: Path) -> None:
     config = micro(tmp_path / "store", tmp_path / "run", **{"data.features": ("tiny-vit", "coarse")})
     data = open_data(config)
     with pytest.raises(UserError, match=r"features/coarse has 4×4 tokens, the model 8×8 .*choose --model.patch 4"):
-        model_config(config, data)
+        geometry_of(config, data)
     data.close()
 
 

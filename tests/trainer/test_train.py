@@ -18,12 +18,13 @@ from storage.base.errors import UserError
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
 from trainer.__main__ import main
-from trainer.alignment.cosine import ALIGNMENTS, alignment_loss
+from trainer.alignment import ALIGNMENTS
+from trainer.alignment.cosine import alignment_loss
 from trainer.config.tree import from_yaml, override
 from trainer.data.loader import Batch
 from trainer.loop.losses import LatentScale, sample_latents
 from trainer.loop.non_finite import NonFiniteError
-from trainer.loop.step import Parts, train_step
+from trainer.loop.step import TrainingState, train_step
 from trainer.loop.train import train
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.metrics import read_metrics
@@ -58,7 +59,7 @@ def test_stopping_and_resuming_is_never_having_stopped(
 
 
 def raise_at(step: int) -> Any:
-    def wrapped(parts: Parts, batch: Batch, *, stop: bool) -> Any:
+    def wrapped(parts: TrainingState, batch: Batch, *, stop: bool) -> Any:
         if batch.step == step:
             raise RuntimeError("pulled the plug")
         return train_step(parts, batch, stop=stop)
@@ -292,14 +293,9 @@ def test_a_cosine_is_logged_whatever_the_loss_is(
     plain = micro(shared_tiny_store, tmp_path / "a", **two)
     train(plain)
 
-    def other(projection: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return 3 + 2 * alignment_loss(projection, target)  # the gradient's direction is the same, not its size
-
-    monkeypatch.setitem(ALIGNMENTS, "other", other)
+    monkeypatch.setitem(ALIGNMENTS, "other", f"{__name__}:other_alignment")
     halved = {**two, "loss.projection_weight": (0.25, 0.03125)}
-    config = micro(shared_tiny_store, tmp_path / "b", **halved)
-    object.__setattr__(config.loss, "alignment", "other")
-    train(config)
+    train(micro(shared_tiny_store, tmp_path / "b", **halved, **{"loss.alignment": "other"}))
     for line, same in zip(read_metrics(tmp_path / "b"), read_metrics(tmp_path / "a"), strict=True):
         cosines = [value for name, value in line.items() if name.startswith("alignment_cosine/")]
         losses = [value for name, value in line.items() if name.startswith("alignment_loss/")]
@@ -308,6 +304,11 @@ def test_a_cosine_is_logged_whatever_the_loss_is(
         assert line["alignment_cosine"] == pytest.approx(sum(cosines) / 2)
         assert len(cosines) == 2
     assert len(latest_sums(tmp_path / "b")) == len(latest_sums(tmp_path / "a")) + 2
+
+
+def other_alignment(projection: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Its gradient has the direction of the cosine's, not the size."""
+    return 3 + 2 * alignment_loss(projection, target)
 
 
 def latest_sums(run: Path) -> list[float]:

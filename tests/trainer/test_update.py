@@ -16,9 +16,9 @@ from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
 from trainer.data.loader import Batch
 from trainer.loop.losses import LatentScale, Losses, losses
-from trainer.loop.non_finite import Guard, NonFiniteError
+from trainer.loop.non_finite import NonFiniteError, NonFiniteSteps
 from trainer.loop.readback import Readback
-from trainer.loop.step import DECILES, Parts, StepNumbers, build, train_step
+from trainer.loop.step import DECILES, StepNumbers, TrainingState, build, train_step
 from trainer.models.transformer import Geometry
 from trainer.ranks import arithmetic
 from trainer.ranks.world import World
@@ -44,7 +44,7 @@ def config(**changes: Any) -> TrainConfig:
     return override(preset("sit-tiny-2"), small | changes)
 
 
-def parts(**changes: Any) -> Parts:
+def parts(**changes: Any) -> TrainingState:
     return build(config(**changes), GEOMETRY, SCALE, WORLD)
 
 
@@ -66,7 +66,7 @@ def batch(step: int = 0, n: int = 12) -> Batch:
     )
 
 
-def tensors(of: Parts) -> dict[str, Tensor]:
+def tensors(of: TrainingState) -> dict[str, Tensor]:
     moments = {
         f"{i} {name}": value for i, state in of.optimizer.state_dict()["state"].items() for name, value in state.items()
     }
@@ -143,13 +143,13 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(which: str) -
     assert not numbers.losses.isfinite().all()
     after = tensors(ours)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    guard = Guard(budget=1)
+    guard = NonFiniteSteps(budget=1)
     rows = bad.rows
-    assert guard.skip(1, numbers, of_batch, rows, WORLD, 1.0).endswith(
+    assert guard.leave_out(1, numbers, of_batch, rows, WORLD, 1.0).endswith(
         "rows [103]; left out, 1 of at most 1 (--max-skipped)"
     )
     with pytest.raises(NonFiniteError, match=r"^step 1: .*rows \[103\].*Such steps: 2, --max-skipped 1"):
-        guard.skip(1, numbers, of_batch, rows, WORLD, 1.0)
+        guard.leave_out(1, numbers, of_batch, rows, WORLD, 1.0)
     train_step(ours, batch(2))
     assert not torch.equal(tensors(ours)["final_layer.linear.weight"], before["final_layer.linear.weight"])
 
@@ -174,12 +174,12 @@ def test_an_overflow_of_the_loss_scale_is_named_and_not_counted() -> None:
     assert not numbers.losses[1].isfinite()
     assert torch.equal(ours.model.state_dict()["final_layer.linear.weight"], before)
     assert ours.scaler.get_scale() == 2.0**39
-    guard = Guard(budget=0)
-    told = guard.skip(0, numbers, of_batch, batch().rows, WORLD, ours.scaler.get_scale())
+    guard = NonFiniteSteps(budget=0)
+    told = guard.leave_out(0, numbers, of_batch, batch().rows, WORLD, ours.scaler.get_scale())
     assert told.endswith("left out, the loss scale is now 5.49756e+11")
     assert guard.skipped == 0
     with pytest.raises(NonFiniteError):
-        guard.skip(0, numbers, of_batch, batch().rows, WORLD, 0.5)
+        guard.leave_out(0, numbers, of_batch, batch().rows, WORLD, 0.5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])

@@ -133,7 +133,7 @@ def pick_group(store: Store, kind: str, name: str) -> str:
     raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")
 
 
-def model_config(config: TrainConfig, data: TrainingData) -> Geometry:
+def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
     """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit.
 
     A store without labels makes a model without classes, unless --model.classes says otherwise.

@@ -22,7 +22,7 @@ from trainer.ranks.world import World
 
 
 @dataclass
-class Interval:
+class LogWindow:
     """Sums of `StepNumbers.packed` over `count` steps, skipped ones left out."""
 
     sums: Tensor  # float64, on the host
@@ -32,7 +32,7 @@ class Interval:
     start_s: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def empty(cls, config: TrainConfig) -> Interval:
+    def empty(cls, config: TrainConfig) -> LogWindow:
         """The beginning of an interval."""
         n = 2 + len(config.targets) + n_cosines(config) + 2 * DECILES + 1
         return cls(sums=torch.zeros(n, dtype=torch.float64))
@@ -89,7 +89,7 @@ class Interval:
         }
 
 
-def spoken(line: dict[str, Any]) -> str:
+def progress_text(line: dict[str, Any]) -> str:
     """The line as the progress bar shows it."""
     parts = []
     if line["loss"] is not None:

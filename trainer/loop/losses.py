@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from trainer.alignment.cosine import ALIGNMENTS, alignment_loss
+from trainer.alignment import alignment_named
+from trainer.alignment.cosine import alignment_loss
 from trainer.config.schema import TrainConfig
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
@@ -27,6 +28,7 @@ from trainer.ranks.arithmetic import autocast_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
+alignment_named("cosine")  # imported here: torch.compile cannot look into an import
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +85,18 @@ def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
     return (mean + std * noise - scale.shift) * scale.scale
 
 
-def draw(
-    batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Latents x and noise (B, C, h, w); t and labels (B,) and x_t (B, C, h, w), which the model is given."""
+class Draws(NamedTuple):
+    """What is drawn for a batch of B samples. The model is given x_t, t and labels."""
+
+    x: Tensor  # (B, C, h, w), latents
+    noise: Tensor  # (B, C, h, w)
+    t: Tensor  # (B,), of the objective's own kind
+    labels: Tensor  # (B,), some of them dropped
+    x_t: Tensor  # (B, C, h, w), latents perturbed by the noise
+
+
+def draw(batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Draws:
+    """Latents, noise, times and dropped labels of a batch, keyed by its step and rows."""
     seed, step, rows = config.seed, batch.step, batch.rows
     objective = OBJECTIVES[config.model.kind]
     x = sample_latents(batch, scale, seed)
@@ -98,22 +108,16 @@ def draw(
     )
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
     labels = torch.where(dropped | (batch.labels < 0), null_label, batch.labels)  # −1: a sample has none
-    return x, noise, t, labels, objective.perturb(x, noise, t, config.loss)
+    return Draws(x=x, noise=noise, t=t, labels=labels, x_t=objective.perturb(x, noise, t, config.loss))
 
 
 def compare(
-    output: Tensor,
-    projections: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    x: Tensor,
-    noise: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    config: TrainConfig,
+    output: Tensor, projections: Sequence[Tensor], targets: Sequence[Tensor], drawn: Draws, config: TrainConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Denoising losses (B,), alignment losses (B, K) and, where minus those is none, cosines (B, K)."""
-    denoising = OBJECTIVES[config.model.kind].denoising_loss(output, x, noise, x_t, t, config.loss)
-    align = ALIGNMENTS[config.loss.alignment]
+    objective = OBJECTIVES[config.model.kind]
+    denoising = objective.denoising_loss(output, drawn.x, drawn.noise, drawn.x_t, drawn.t, config.loss)
+    align = alignment_named(config.loss.alignment)
     aligned = [align(h, target) for h, target in zip(projections, targets, strict=True)]
     cosines = []
     if n_cosines(config):
@@ -142,11 +146,11 @@ def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConf
 
     Compiled, the draws are two or three kernels instead of some six hundred, which a small step would notice.
     """
-    draws, compares = (_compiled(draw), _compiled(compare)) if config.compile else (draw, compare)
-    x, noise, t, labels, x_t = draws(batch, scale, config, null_label)
+    draw_, compare_ = (_compiled(draw), _compiled(compare)) if config.compile else (draw, compare)
+    drawn = draw_(batch, scale, config, null_label)
     half = autocast_dtype(config.precision)
-    with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
-        output, projections = model(x_t, t, labels)
-    denoising, alignments, cosines = compares(output, projections, batch.targets, x, noise, x_t, t, config)
-    times = OBJECTIVES[config.model.kind].unit_times(t)
+    with torch.autocast(drawn.x.device.type, dtype=half, enabled=half is not None):
+        output, projections = model(drawn.x_t, drawn.t, drawn.labels)
+    denoising, alignments, cosines = compare_(output, projections, batch.targets, drawn, config)
+    times = OBJECTIVES[config.model.kind].unit_times(drawn.t)
     return Losses(denoising=denoising, alignments=alignments, times=times, cosines=cosines)

@@ -24,29 +24,29 @@ class NonFiniteError(RuntimeError):
 
 
 @dataclass
-class Guard:
+class NonFiniteSteps:
     """How many steps were left out, over the whole run."""
 
     budget: int
     skipped: int = 0
 
-    def skip(
+    def leave_out(
         self, step: int, numbers: StepNumbers, losses: Losses, rows: Tensor, world: World, loss_scale: float
     ) -> str:
-        """Count a step and return what to tell; every rank must call it. Raises NonFiniteError beyond the budget."""
+        """Count a step and return what to print; every rank must call it. Raises NonFiniteError beyond the budget."""
         denoising, norm, *alignments = numbers.losses.tolist()
-        seen = f"denoising loss {denoising:.4g}, gradient norm {norm:.4g}"
+        losses_text = f"denoising loss {denoising:.4g}, gradient norm {norm:.4g}"
         if alignments:
-            seen += f", alignment {', '.join(f'{value:.4g}' for value in alignments)}"
+            losses_text += f", alignment {', '.join(f'{value:.4g}' for value in alignments)}"
         finite = (losses.denoising + losses.alignments.sum(1)).isfinite()
-        culprits = [row for row in world.gather(torch.where(finite, -1, rows)).tolist() if row >= 0]
-        told = f"step {step}: {seen}; rows {culprits or world.gather(rows).tolist()}"
-        if not culprits and loss_scale > 1:
-            return f"{told}; left out, the loss scale is now {loss_scale:g}"
+        bad_rows = [row for row in world.gather(torch.where(finite, -1, rows)).tolist() if row >= 0]
+        message = f"step {step}: {losses_text}; rows {bad_rows or world.gather(rows).tolist()}"
+        if not bad_rows and loss_scale > 1:
+            return f"{message}; left out, the loss scale is now {loss_scale:g}"
         self.skipped += 1
         if self.skipped > self.budget:
             raise NonFiniteError(
-                f"{told}; nothing was updated. Such steps: {self.skipped}, --max-skipped {self.budget}; "
+                f"{message}; nothing was updated. Such steps: {self.skipped}, --max-skipped {self.budget}; "
                 "lower --optim.lr, try --precision fp32, or look at these rows; the checkpoints are as they were"
             )
-        return f"{told}; left out, {self.skipped} of at most {self.budget} (--max-skipped)"
+        return f"{message}; left out, {self.skipped} of at most {self.budget} (--max-skipped)"

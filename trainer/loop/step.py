@@ -33,15 +33,15 @@ DECILES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a step works on. `model` holds the parameters, `called` is what is run: the model itself, or its replica."""
+class TrainingState:
+    """What a step works on. `model` holds the parameters; `wrapped` is what runs: the model, or DDP around it."""
 
     config: TrainConfig
     geometry: Geometry
     world: World
     scale: LatentScale
     model: DiffusionTransformer
-    called: nn.Module
+    wrapped: nn.Module
     ema: EMA[DiffusionTransformer]
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
@@ -73,7 +73,7 @@ class StepNumbers:
         )
 
 
-def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: World) -> Parts:
+def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: World) -> TrainingState:
     """A model with seeded weights and all that trains it, spread over the ranks as the configuration says."""
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(geometry).to(world.device)
@@ -85,13 +85,13 @@ def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: Wo
         shard(model, world, autocast_dtype(config.precision))
         shard(ema.model, world, autocast_dtype(config.precision))
     optimizer = make_optimizer(model, config.optim)
-    return Parts(
+    return TrainingState(
         config=config,
         geometry=geometry,
         world=world,
         scale=scale,
         model=model,
-        called=replicate(model, world) if world.size > 1 and not sharded else model,
+        wrapped=replicate(model, world) if world.size > 1 and not sharded else model,
         ema=ema,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
@@ -106,24 +106,24 @@ def compile_blocks(model: DiffusionTransformer) -> None:
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
-def train_step(parts: Parts, batch: Batch, *, stop: bool = False) -> tuple[StepNumbers, Losses]:
+def train_step(training: TrainingState, batch: Batch, *, stop: bool = False) -> tuple[StepNumbers, Losses]:
     """Take one step. Returns the global batch's numbers and this rank's losses, sample by sample; does not wait."""
-    config = parts.config
-    parts.optimizer.zero_grad(set_to_none=True)
+    config = training.config
+    training.optimizer.zero_grad(set_to_none=True)
     of_parts = []
     micro_batches = batch.split(config.accumulate)
     for i, micro_batch in enumerate(micro_batches, start=1):
-        with gradients_reduced(parts.called, i == len(micro_batches)):
-            of_part = losses(parts.called, micro_batch, parts.scale, config, parts.geometry.n_classes)
-            parts.scaler.scale(of_part.total(config) / len(micro_batches)).backward()
+        with gradients_reduced(training.wrapped, i == len(micro_batches)):
+            of_part = losses(training.wrapped, micro_batch, training.scale, config, training.geometry.n_classes)
+            training.scaler.scale(of_part.total(config) / len(micro_batches)).backward()
         of_parts.append(of_part)
     of_batch = Losses.joined(of_parts)
-    parts.scaler.unscale_(parts.optimizer)
-    norm = clip_gradients(parts.model, config.optim.clip)
-    numbers = _reduced(of_batch, norm, stop, parts.world)
-    step_where_finite(parts.optimizer, numbers.losses.isfinite().all())
-    parts.scaler.update()
-    parts.ema.update(parts.model)
+    training.scaler.unscale_(training.optimizer)
+    norm = clip_gradients(training.model, config.optim.clip)
+    numbers = _reduced(of_batch, norm, stop, training.world)
+    step_where_finite(training.optimizer, numbers.losses.isfinite().all())
+    training.scaler.update()
+    training.ema.update(training.model)
     return numbers, of_batch
 
 

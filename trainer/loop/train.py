@@ -1,9 +1,36 @@
 """The training loop: open the data, build the model, resume, step, log, save.
 
-A run is a folder; running it again resumes from its newest checkpoint. SIGTERM (preemption) and Ctrl-C finish the step,
+A run is a folder; the same command resumes from its newest checkpoint. SIGTERM (preemption) and Ctrl-C finish the step,
 save, and end: with status 0 after SIGTERM, 130 after Ctrl-C. A resumed run's losses equal an unbroken one's bit for bit
 on the same number of ranks, on a GPU with `--deterministic true`; on another number, the same batches follow in the
-same order. The host runs one step ahead of the numbers it reads (`readback.py`).
+same order. One step, on every rank:
+
+    batch = next(Loader)                              data/loader.py   rows of step b, which a thread gathered ahead:
+     │                                                                 moments, and tokens of each alignment target
+     ▼
+    train_step(training, batch)                       step.py
+     │  for each of --accumulate micro-batches:
+     │   ├ losses(model, micro_batch)                 losses.py
+     │   │   ├ draw      z = (μ + σ ε' − shift) · scale                every number keyed by (seed, purpose, step,
+     │   │   │           t, ε, dropped labels        random_keys.py    row), none by rank or by time
+     │   │   │           x_t from z, ε, t            objectives/
+     │   │   ├ model     output, projections = model(x_t, t, labels)   models/, under autocast (ranks/arithmetic.py)
+     │   │   └ compare   denoising loss              objectives/       sit: velocity; dit: noise and variance
+     │   │               alignment loss a target     alignment/        projection of block k against its tokens
+     │   └ backward      L = L_denoising + Σ λ_k L_alignment,k         mean over micro-batches, then over ranks
+     ├  clip the gradient's norm                      optimiser.py
+     ├  means over ranks: one small collective        ranks/world.py
+     ├  AdamW, left out where a number is not finite  optimiser.py     decided on the device, the same on every rank
+     └  averaged weights  θ̄ ← d θ̄ + (1 − d) θ         ema.py
+     ▼
+    Readback(numbers)                                 readback.py      copied behind the step's kernels, read later
+     ▼
+    numbers of the step before → log_window.py, or non_finite.py where the step was left out
+     ├  every --log.every            a line of metrics.jsonl           run/metrics.py
+     ├  every --checkpoint.every     everything, whole or absent       run/checkpoint.py
+     └  every --log.samples-every    a grid of samples                 evaluation/generate/preview.py
+
+The host runs one step ahead of the numbers that it reads, so the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -25,14 +52,14 @@ from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, to_yaml
-from trainer.data.groups import TrainingData, model_config, open_data
+from trainer.data.groups import TrainingData, geometry_of, open_data
 from trainer.data.loader import Loader
 from trainer.evaluation.generate.preview import write_preview
-from trainer.loop.log_window import Interval, spoken
+from trainer.loop.log_window import LogWindow, progress_text
 from trainer.loop.losses import LatentScale, Losses, n_cosines
-from trainer.loop.non_finite import Guard
+from trainer.loop.non_finite import NonFiniteSteps
 from trainer.loop.readback import Readback
-from trainer.loop.step import Parts, StepNumbers, build, train_step
+from trainer.loop.step import StepNumbers, TrainingState, build, train_step
 from trainer.models.transformer import forward_flops_per_image
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
@@ -57,12 +84,12 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
         config = remember_groups(config)
         data = open_data(config)
         try:
-            geometry = model_config(config, data)
+            geometry = geometry_of(config, data)
             config = resolve(config, data, world)
             set_arithmetic(config)
             with only_writer(config.run, world):
-                parts = build(config, geometry, LatentScale.of(data.latents.identity), world)
-                return _Run(parts, data, resume(parts, data.identities, accept_changes)).run()
+                training = build(config, geometry, LatentScale.of(data.latents.identity), world)
+                return _Run(training, data, resume(training, data.identities, accept_changes)).run()
         finally:
             data.close()
 
@@ -80,14 +107,16 @@ class _InFlight:
 class _Run:
     """A run from the first step that is missing to the last, or to a signal."""
 
-    def __init__(self, parts: Parts, data: TrainingData, resumed: RunState | None) -> None:
-        self.parts, self.data, self.config, self.world = parts, data, parts.config, parts.world
+    def __init__(self, training: TrainingState, data: TrainingData, resumed: RunState | None) -> None:
+        self.training, self.data, self.config, self.world = training, data, training.config, training.world
         self.first_step = resumed.step if resumed is not None else 0
-        self.guard = Guard(budget=self.config.max_skipped, skipped=resumed.skipped if resumed is not None else 0)
-        self.interval = Interval.empty(self.config)
-        if resumed is not None and len(resumed.log_sums) == len(self.interval.sums):  # as many alignment targets
-            self.interval.sums += self.interval.sums.new_tensor(resumed.log_sums)
-            self.interval.count = resumed.log_count
+        self.non_finite = NonFiniteSteps(
+            budget=self.config.max_skipped, skipped=resumed.skipped if resumed is not None else 0
+        )
+        self.window = LogWindow.empty(self.config)
+        if resumed is not None and len(resumed.log_sums) == len(self.window.sums):  # as many alignment targets
+            self.window.sums += self.window.sums.new_tensor(resumed.log_sums)
+            self.window.count = resumed.log_count
         self.in_flight: deque[_InFlight] = deque()
         self.log: MetricsLog | None = None
 
@@ -101,7 +130,7 @@ class _Run:
         self.bar = progress_bar(
             config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
         )
-        self.parts.model.train()
+        self.training.model.train()
         loader = Loader(
             self.data,
             seed=config.seed,
@@ -138,11 +167,11 @@ class _Run:
         config = self.config
         done = self.first_step
         for batch in loader:
-            numbers, losses = train_step(self.parts, batch, stop=stop.signal is not None)
+            numbers, losses = train_step(self.training, batch, stop=stop.signal is not None)
             readback = Readback(numbers.packed())
             self.in_flight.append(_InFlight(step=batch.step, rows=batch.rows, losses=losses, numbers=readback))
-            self.interval.stall_s += batch.stall_s
-            self.interval.n_timed += 1
+            self.window.stall_s += batch.stall_s
+            self.window.n_timed += 1
             done = batch.step + 1
             is_last = done == config.steps
             logs = is_last or done % config.log.every == 0
@@ -163,25 +192,25 @@ class _Run:
         return done
 
     def _settle(self, keep: int) -> bool:
-        """Take in the numbers of all but the last `keep` steps; returns whether a rank was told to stop."""
+        """Take in the numbers of all but the last `keep` steps; returns whether a rank was asked to stop."""
         stopping = False
         while len(self.in_flight) > keep:
             step = self.in_flight.popleft()
             numbers = StepNumbers.unpack(step.numbers.wait(), n_cosines(self.config))
             if numbers.losses.isfinite().all():
-                self.interval.add(numbers)
+                self.window.add(numbers)
             else:
-                loss_scale = self.parts.scaler.get_scale()
-                told = self.guard.skip(step.step, numbers, step.losses, step.rows, self.world, loss_scale)
+                loss_scale = self.training.scaler.get_scale()
+                message = self.non_finite.leave_out(step.step, numbers, step.losses, step.rows, self.world, loss_scale)
                 if self.world.is_main:
-                    self.bar.write(told, file=sys.stderr)
+                    self.bar.write(message, file=sys.stderr)
             stopping |= numbers.wants_to_stop.item() > 0
         return stopping
 
     def _log(self, step: int) -> None:
-        line = self.interval.line(step, self.config, self.parts.geometry, self.world, self.guard.skipped)
-        self.interval = Interval.empty(self.config)
-        self.bar.set_postfix_str(spoken(line))
+        line = self.window.line(step, self.config, self.training.geometry, self.world, self.non_finite.skipped)
+        self.window = LogWindow.empty(self.config)
+        self.bar.set_postfix_str(progress_text(line))
         if self.log is not None:
             self.log.write(line)
 
@@ -190,20 +219,20 @@ class _Run:
             step=step,
             config=flatten(self.config),
             identities=self.data.identities,
-            log_sums=self.interval.sums.tolist(),
-            log_count=self.interval.count,
-            skipped=self.guard.skipped,
-            scaler=self.parts.scaler.state_dict(),
+            log_sums=self.window.sums.tolist(),
+            log_count=self.window.count,
+            skipped=self.non_finite.skipped,
+            scaler=self.training.scaler.state_dict(),
         )
-        parts, checkpoint = self.parts, self.config.checkpoint
+        training, checkpoint = self.training, self.config.checkpoint
         failure: UserError | None = None
         try:
             save_checkpoint(
                 self.config.run,
                 state,
-                parts.model,
-                parts.ema,
-                parts.optimizer,
+                training.model,
+                training.ema,
+                training.optimizer,
                 checkpoint.keep,
                 milestone_every=checkpoint.milestone_every,
                 writes=self.world.is_main,
@@ -213,7 +242,7 @@ class _Run:
         self.world.end_together(failure, f"the main rank could not save step {step}, and says why")
 
     def _sample(self, step: int) -> None:
-        drawn = write_preview(self.parts, self.data, step)
+        drawn = write_preview(self.training, self.data, step)
         if self.log is not None and drawn is not None:
             self.log.picture(*drawn, step)
 
@@ -229,19 +258,19 @@ class _Run:
             "store": str(self.data.store.root),
             "steps": step,
             "steps_now": n_new,
-            "steps_skipped": self.guard.skipped,
+            "steps_skipped": self.non_finite.skipped,
             "seconds": round(seconds, 2),
             "steps_per_s": round(n_new / seconds, 3) if n_new else 0.0,
             "images_per_s": round(n_new * self.config.batch / seconds, 1) if n_new else 0.0,
             "device": _device_name(self.world.device),
-            "parameters": sum(parameter.numel() for parameter in self.parts.model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.training.model.parameters()),
             "first": lines[0] if lines else {},
             "last": lines[-1] if lines else {},
         }
 
     def _opening(self) -> str:
-        config, geometry, world, data = self.config, self.parts.geometry, self.world, self.data
-        n_parameters = sum(parameter.numel() for parameter in self.parts.model.parameters())
+        config, geometry, world, data = self.config, self.training.geometry, self.world, self.data
+        n_parameters = sum(parameter.numel() for parameter in self.training.model.parameters())
         groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
         gflop = 3 * forward_flops_per_image(geometry) / 1e9
         share = config.batch // world.size

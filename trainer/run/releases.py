@@ -32,8 +32,8 @@ from storage.weights.names import bare, not_a_tensor
 from storage.weights.tensors import Stored
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, override, to_yaml
-from trainer.data.groups import model_config, open_data
-from trainer.loop.log_window import Interval
+from trainer.data.groups import geometry_of, open_data
+from trainer.loop.log_window import LogWindow
 from trainer.loop.losses import LatentScale
 from trainer.loop.step import build
 from trainer.models.blocks import LONGEST_PERIOD, TIME_FREQUENCIES
@@ -72,13 +72,13 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         config = override(config, {"model.classes": config.model.classes or n_classes})
         data = open_data(config)
         try:
-            geometry = model_config(config, data)
+            geometry = geometry_of(config, data)
             # The machine that trains the run decides on its arithmetic, not the one that makes it.
             config = override(resolve(config, data, world), {"precision": config.precision})
-            parts = build(config, geometry, LatentScale.of(data.latents.identity), world)
-            notes = [_load(parts.model, weights, geometry, file)]
-            _load(parts.ema.model, averaged, geometry, file)
-            sums = Interval.empty(config).sums.tolist()
+            training = build(config, geometry, LatentScale.of(data.latents.identity), world)
+            notes = [_load(training.model, weights, geometry, file)]
+            _load(training.ema.model, averaged, geometry, file)
+            sums = LogWindow.empty(config).sums.tolist()
             state = RunState(
                 step=0,
                 config=flatten(config),
@@ -90,7 +90,9 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
             )
             with only_writer(config.run, world):
                 write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
-                save_checkpoint(config.run, state, parts.model, parts.ema, parts.optimizer, config.checkpoint.keep)
+                save_checkpoint(
+                    config.run, state, training.model, training.ema, training.optimizer, config.checkpoint.keep
+                )
         finally:
             data.close()
     return [f"{config.run} holds {file} at step 0", *found.notes, *(note for note in notes if note)]

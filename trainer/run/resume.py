@@ -12,7 +12,7 @@ from storage.base.errors import UserError
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import checked, field_type, flatten, free_fields, override
 from trainer.data.groups import TrainingData
-from trainer.loop.step import Parts
+from trainer.loop.step import TrainingState
 from trainer.ranks.world import World
 from trainer.run.checkpoint import OTHER_CHECKPOINT, RunState, latest_checkpoint, read_state, restore
 
@@ -63,12 +63,12 @@ def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfi
     return override(config, resolved)
 
 
-def resume(parts: Parts, identities: dict[str, str], accept_changes: bool) -> RunState | None:
+def resume(training: TrainingState, identities: dict[str, str], accept_changes: bool) -> RunState | None:
     """Restore the newest checkpoint and return what else it says; None when the run is new.
 
     Raises UserError naming the settings and stores that differ, unless changes are accepted.
     """
-    config = parts.config
+    config = training.config
     checkpoint = latest_checkpoint(config.run)
     if checkpoint is None:
         return None
@@ -88,10 +88,10 @@ def resume(parts: Parts, identities: dict[str, str], accept_changes: bool) -> Ru
         )
     if state.step > config.steps:
         raise UserError(f"run {config.run} is at step {state.step}, beyond --steps {config.steps}; raise --steps")
-    restore(checkpoint, parts.model, parts.ema, parts.optimizer)
-    if parts.scaler.is_enabled() and state.scaler:
+    restore(checkpoint, training.model, training.ema, training.optimizer)
+    if training.scaler.is_enabled() and state.scaler:
         try:
-            parts.scaler.load_state_dict(state.scaler)
+            training.scaler.load_state_dict(state.scaler)
         except (KeyError, RuntimeError, TypeError) as error:
             raise UserError(f"the loss scale in {checkpoint} is damaged ({error!r}); {OTHER_CHECKPOINT}") from None
     return state

@@ -18,26 +18,26 @@ from storage.base.errors import UserError
 from trainer.data.groups import TrainingData
 from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
 from trainer.evaluation.generate.draw import draw_latents
-from trainer.loop.step import Parts
+from trainer.loop.step import TrainingState
 from trainer.ranks.parallel import reshard
 
 LATENT_ZOOM = 4
 
 
 @torch.no_grad()
-def write_preview(parts: Parts, data: TrainingData, step: int) -> tuple[Path, np.ndarray] | None:
+def write_preview(training: TrainingState, data: TrainingData, step: int) -> tuple[Path, np.ndarray] | None:
     """Draw and write the grid of `step`; returns path and pixels uint8 (H, W, 3) on the main rank.
 
     Every rank must call it.
     """
-    config, geometry, world = parts.config, parts.geometry, parts.world
+    config, geometry, world = training.config, training.geometry, training.world
     share = -(-config.log.samples // world.size)  # as many on each rank, since sharded weights are gathered together
     images = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
     n_classes = len(data.class_names)
     labels = images % n_classes if n_classes else torch.full_like(images, geometry.n_classes)  # the null label
-    latents = draw_latents(parts.ema.model, images, labels, geometry, config, config.seed)
-    reshard(parts.ema.model)
-    latents = world.gather(latents)[: config.log.samples] / parts.scale.scale + parts.scale.shift
+    latents = draw_latents(training.ema.model, images, labels, geometry, config, config.seed)
+    reshard(training.ema.model)
+    latents = world.gather(latents)[: config.log.samples] / training.scale.scale + training.scale.shift
     if not world.is_main:
         return None
     path = config.run / "samples" / f"step-{step:07d}.png"

@@ -28,7 +28,7 @@ from storage.base.boundary import open_regular
 from storage.base.errors import StoreError, UserError
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import from_yaml
-from trainer.data.groups import TrainingData, model_config, open_data
+from trainer.data.groups import TrainingData, geometry_of, open_data
 from trainer.data.loader import Batch
 from trainer.evaluation.options import Weights
 from trainer.loop import random_keys
@@ -60,7 +60,7 @@ def open_run(path: Path) -> OpenRun:
         raise UserError(f"{path} is not a run (it has no config.yaml); name a folder that `make train RUN=…` wrote")
     config = from_yaml(path / "config.yaml")
     data = open_data(config)
-    return OpenRun(path=path, config=config, data=data, geometry=model_config(config, data))
+    return OpenRun(path=path, config=config, data=data, geometry=geometry_of(config, data))
 
 
 def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
