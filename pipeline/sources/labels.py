@@ -143,6 +143,8 @@ def odd_names(class_names: Mapping[int, str]) -> list[str]:
             f"class names are numerals and not in the order of their values: label {label} is {shown(name)}, label "
             f"{next_label} is {shown(next_name)}; {RENUMBER}, by value"
         )
+    else:
+        notes += _numbers_in_text_order(named)
     folded: dict[str, set[str]] = {}
     for _, name in named:
         folded.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), set()).add(name)
@@ -153,6 +155,20 @@ def odd_names(class_names: Mapping[int, str]) -> list[str]:
             f"{' and '.join(repr(name) for name in alike[0])}"
         )
     return notes
+
+
+def _numbers_in_text_order(named: Sequence[tuple[int, str]]) -> list[str]:
+    """A note where names differ in a number only and 10 comes before 2, as the order of texts has it."""
+    for (label, name), (next_label, next_name) in zip(named, named[1:], strict=False):
+        words, next_words = re.split(r"(\d{1,40})", name), re.split(r"(\d{1,40})", next_name)
+        if words[::2] != next_words[::2]:
+            continue
+        if [int(n) for n in words[1::2]] > [int(n) for n in next_words[1::2]]:
+            return [
+                f"class names are in the order of texts, not of the numbers in them: label {label} is {shown(name)}, "
+                f"label {next_label} is {shown(next_name)}; where the numbers are meant, write them with leading zeros"
+            ]
+    return []
 
 
 def read_label(value: Any) -> int | float | str | None:

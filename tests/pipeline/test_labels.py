@@ -173,6 +173,14 @@ def test_numbers_in_other_dress_are_not_ordered_as_text_unsaid(names: list[str])
     assert any("not in the order of their values" in warning for warning in listing_of(names).warnings)
 
 
+@pytest.mark.parametrize("names", [["class1", "class2", "class10"], ["a 9 b", "a 10 b"], ["v1.10", "v1.9"]])
+def test_numbers_within_names_are_not_ordered_as_text_unsaid(names: list[str]) -> None:
+    (warning,) = listing_of(names).warnings
+    assert "are in the order of texts, not of the numbers in them" in warning
+    assert not listing_of([name.replace("1", "01") for name in ("n1", "n2", "n12")]).warnings
+    assert not listing_of(["n01440764", "n01443537", "n02123045"]).warnings
+
+
 def test_names_that_look_alike_are_said() -> None:
     (warning,) = listing_of(["cafe\u0301", "café", "tea"]).warnings
     assert warning.startswith("1 classes have names that differ only in case, spaces or Unicode form")
