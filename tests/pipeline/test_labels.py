@@ -177,7 +177,7 @@ def test_numbers_in_other_dress_are_not_ordered_as_text_unsaid(names: list[str])
 def test_numbers_within_names_are_not_ordered_as_text_unsaid(names: list[str]) -> None:
     (warning,) = listing_of(names).warnings
     assert "are in the order of texts, not of the numbers in them" in warning
-    assert not listing_of([name.replace("1", "01") for name in ("n1", "n2", "n12")]).warnings
+    assert not listing_of(["n01", "n02", "n12"]).warnings
     assert not listing_of(["n01440764", "n01443537", "n02123045"]).warnings
 
 
