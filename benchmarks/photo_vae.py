@@ -61,7 +61,7 @@ def read_images(data: str, resolution: int) -> np.ndarray:
     """Every image of a source as the pipeline crops it, uint8 (N, side, side, 3). Raises UserError if one fails."""
     source = open_source(absolute(data))
     index = source.listing().index
-    images, (failures, _) = decode_unit(source, 0, index.keys, index.locations, resolution)
+    images, (failures, *_) = decode_unit(source, 0, index.keys, index.locations, resolution)
     if failures:
         raise UserError(f"{data}: {failures[0].key} cannot be decoded ({failures[0].reason}); leave such images out")
     return images

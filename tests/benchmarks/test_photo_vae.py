@@ -12,6 +12,8 @@ import torch
 
 from benchmarks import photo_vae
 from benchmarks.photo_vae import Training, batch_of, learning_rate, measure, train
+from storage.base.errors import UserError
+from tests.pipeline.containers import photographs, write_image_folder
 
 SIDE = 32
 
@@ -43,6 +45,16 @@ def test_a_batch_is_a_function_of_the_step_crops_first_then_wholes(images: np.nd
     known = {image.tobytes() for image in images} | {image[:, ::-1].tobytes() for image in images}
     pixels = ((whole.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
     assert all(np.ascontiguousarray(image).tobytes() in known for image in pixels)
+
+
+def test_images_are_read_as_the_pipeline_crops_them_and_one_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "photographs", photographs(2, 3))
+    read = photo_vae.read_images(data, SIDE)
+    assert read.shape == (6, SIDE, SIDE, 3)
+    assert read.std(axis=(1, 2, 3)).min() > 0
+    next((tmp_path / "photographs").rglob("*.*")).write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        photo_vae.read_images(data, SIDE)
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
