@@ -165,7 +165,7 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     last = batch_of(n_steps)
     projections: list[Tensor] = []
     hook = model.projectors[0].register_forward_hook(lambda *call: projections.append(call[2]))
-    of_batch = losses(model, last, scale, config, geometry.n_classes)
+    of_batch = losses(model, last, scale, config, geometry)
     hook.remove()
     by_velocity = flat(gradients(of_batch.denoising.mean(), model))
     found = {}

@@ -66,16 +66,16 @@ def test_an_alignment_loss(shared_tiny_store: Path, tmp_path: Path, monkeypatch:
     assert main(argv[argv.index("train") :]) == 0
     for logged in read_metrics(tmp_path / "run"):
         assert logged["alignment_loss"] == pytest.approx(2 - 2 * logged["alignment_cosine"], rel=1e-5)
-    with pytest.raises(UserError, match=r"--loss.alignment must be one of cosine, squared-distance, got 'l2'"):
+    with pytest.raises(UserError, match=r"--loss.alignment must be one of cosine, .*squared-distance, got 'l2'"):
         main(["train", "--loss.alignment", "l2"])
 
 
 def test_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     example = run_example("Adding an objective")
     model, batch, config = randomised(SMALL), batch_of(SMALL, 5), config_of("sit")
-    plain = losses(model, batch, SCALE, config, SMALL.n_classes)
+    plain = losses(model, batch, SCALE, config, SMALL)
     monkeypatch.setitem(objectives.OBJECTIVES, "sit", example)  # type: ignore[arg-type]
-    weighted = losses(model, batch, SCALE, config, SMALL.n_classes)
+    weighted = losses(model, batch, SCALE, config, SMALL)
     assert torch.equal(weighted.times, plain.times)
     torch.testing.assert_close(weighted.denoising, (1 - plain.times) * plain.denoising)
 

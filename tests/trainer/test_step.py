@@ -95,7 +95,7 @@ def test_losses_and_every_gradient_agree_with_float64(kind: Kind, changes: dict[
     config = config_of(kind, **changes)
     geometry = dataclasses.replace(SMALL, kind=kind, qk_norm=config.model.qk_norm)
     model, batch = randomised(geometry), batch_of(geometry, 4)
-    found = losses(model, batch, SCALE, config, geometry.n_classes)
+    found = losses(model, batch, SCALE, config, geometry)
     found.total(config).backward()
 
     weights = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
@@ -123,7 +123,7 @@ def test_losses_and_every_gradient_agree_with_float64(kind: Kind, changes: dict[
 def test_times_are_logged_between_image_and_noise(kind: Kind) -> None:
     geometry = dataclasses.replace(SMALL, kind=kind)
     config = config_of(kind)
-    times = losses(randomised(geometry), batch_of(geometry, 64), SCALE, config, geometry.n_classes).times
+    times = losses(randomised(geometry), batch_of(geometry, 64), SCALE, config, geometry).times
     assert times.dtype == torch.float32
     assert 0 <= times.min() < 0.1
     assert 0.9 < times.max() < 1
@@ -135,10 +135,10 @@ def test_vanilla_has_no_alignment_and_the_same_denoising_loss() -> None:
     vanilla.load_state_dict({n: v for n, v in aligned.state_dict().items() if not n.startswith("projectors.")})
     batch = batch_of(SMALL, 4)
     config = config_of("sit", **{"loss.projection_weight": (0.0,)})
-    found = losses(vanilla, dataclasses.replace(batch, targets=()), SCALE, config, SMALL.n_classes)
+    found = losses(vanilla, dataclasses.replace(batch, targets=()), SCALE, config, bare)
     assert found.alignments.shape == (4, 0)
     assert torch.equal(found.total(config), found.denoising.mean())
-    with_targets = losses(aligned, batch, SCALE, config_of("sit"), SMALL.n_classes)
+    with_targets = losses(aligned, batch, SCALE, config_of("sit"), SMALL)
     torch.testing.assert_close(found.denoising, with_targets.denoising)
 
 
@@ -157,7 +157,7 @@ def test_a_step_is_one_graph(kind: Kind) -> None:
     model, config = randomised(geometry), config_of(kind)
 
     def total(batch: Batch) -> Tensor:
-        return losses(model, batch, SCALE, config, geometry.n_classes).total(config)
+        return losses(model, batch, SCALE, config, geometry).total(config)
 
     compiled = torch.compile(total, fullgraph=True, backend="eager")
     for step in (5, 6):

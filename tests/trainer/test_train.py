@@ -5,6 +5,7 @@ A micro model on random numbers; what is checked is equality of runs, not that a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 
 from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.base.errors import UserError
+from storage.base.options import option
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
 from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
 from trainer.__main__ import main
 from trainer.alignment import ALIGNMENTS
 from trainer.alignment.cosine import alignment_loss
+from trainer.alignment.kind import Alignment
 from trainer.config.tree import from_yaml, override
 from trainer.data.loader import Batch
 from trainer.loop.losses import LatentScale, sample_latents
@@ -293,9 +296,9 @@ def test_a_cosine_is_logged_whatever_the_loss_is(
     plain = micro(shared_tiny_store, tmp_path / "a", **two)
     train(plain)
 
-    monkeypatch.setitem(ALIGNMENTS, "other", f"{__name__}:other_alignment")
+    monkeypatch.setitem(ALIGNMENTS, "other", f"{__name__}:Other")
     halved = {**two, "loss.projection_weight": (0.25, 0.03125)}
-    train(micro(shared_tiny_store, tmp_path / "b", **halved, **{"loss.alignment": "other"}))
+    train(micro(shared_tiny_store, tmp_path / "b", **halved, **{"loss.alignment": ("other",)}))
     for line, same in zip(read_metrics(tmp_path / "b"), read_metrics(tmp_path / "a"), strict=True):
         cosines = [value for name, value in line.items() if name.startswith("alignment_cosine/")]
         losses = [value for name, value in line.items() if name.startswith("alignment_loss/")]
@@ -306,9 +309,14 @@ def test_a_cosine_is_logged_whatever_the_loss_is(
     assert len(latest_sums(tmp_path / "b")) == len(latest_sums(tmp_path / "a")) + 2
 
 
-def other_alignment(projection: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other(Alignment):
     """Its gradient has the direction of the cosine's, not the size."""
-    return 3 + 2 * alignment_loss(projection, target)
+
+    factor: float = option(2.0, "of the cosine's loss")
+
+    def loss(self, projection: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return 3 + self.factor * alignment_loss(projection, target)
 
 
 def latest_sums(run: Path) -> list[float]:

@@ -84,7 +84,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient() -> None:
     averaged = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(3):
         numbers, of_batch = train_step(ours, batch(step))
-        of = losses(model, batch(step), SCALE, config(), GEOMETRY.n_classes)
+        of = losses(model, batch(step), SCALE, config(), GEOMETRY)
         loss = of.denoising.mean() + 0.5 * of.alignments[:, 0].mean() + 0.25 * of.alignments[:, 1].mean()
         optimizer.zero_grad()
         loss.backward()

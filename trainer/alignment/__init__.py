@@ -1,27 +1,45 @@
-"""Alignment of hidden states with features: one file a kind, and the projector between them.
+"""Alignment of hidden states with features: one file a kind, chosen for each target.
 
-A kind is a function of projection and target, each (B, T, D) of any dtype, that returns each sample's loss, float32
-(B,). `ALIGNMENTS` names the kinds as `--loss.alignment` does; the function is imported when a run uses it.
+`--loss.alignment` spells a kind and its options as `NAME` or `NAME:option=value:option=value`. A kind is a dataclass
+(`kind.py`) in a file of its own, and its line in `ALIGNMENTS`; it is imported when a run names it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storage.base.commands import imported
+from storage.base.errors import UserError
+from storage.base.options import one_of, options_of, parse_text, spelled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from trainer.alignment.kind import Alignment
 
-    from torch import Tensor
-
-ALIGNMENTS = {"cosine": "trainer.alignment.cosine:alignment_loss"}
-_IMPORTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}  # a dictionary, which torch.compile reads
+COSINE = "cosine"
+ALIGNMENTS = {COSINE: "trainer.alignment.cosine:Cosine"}
 
 
-def alignment_named(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function of one of `ALIGNMENTS`."""
-    spelling = ALIGNMENTS[name]
-    if spelling not in _IMPORTED:
-        _IMPORTED[spelling] = imported(spelling)
-    return _IMPORTED[spelling]
+def alignment_named(spelling: str) -> Alignment:
+    """The kind that `NAME:option=value` spells. Raises UserError, which names what there is."""
+    name, *settings = spelling.split(":")
+    one_of("--loss.alignment", name, ALIGNMENTS)
+    kind = imported(ALIGNMENTS[name])
+    options = {option.name: option for option in options_of(kind)}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        option, _, text = setting.partition("=")
+        if option not in options:
+            there = f"its options are {', '.join(options)}" if options else "it has no options"
+            raise UserError(f"--loss.alignment {spelling}: {name} has no option {option!r}; {there}")
+        values[option] = parse_text(f"--loss.alignment {name}:{option}", text, options[option].kind)
+    alignment: Alignment = kind(**values)
+    return alignment
+
+
+def spelled_out(spelling: str) -> str:
+    """The same with every option, so that a saved run does not depend on a default."""
+    if spelling == COSINE:  # has no options; a configuration is read without loading torch
+        return spelling
+    name, alignment = spelling.partition(":")[0], alignment_named(spelling)
+    options = [f"{o.name}={spelled(getattr(alignment, o.name))}" for o in options_of(type(alignment))]
+    return ":".join([name, *options])

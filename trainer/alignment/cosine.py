@@ -1,4 +1,4 @@
-"""REPA's alignment loss (arXiv 2410.06940, equation 8): L = −E[ mean_n cos(y[n], h_φ(h_t[n])) ].
+"""REPA's alignment (arXiv 2410.06940, equation 8): L = −E[ mean_n cos(y[n], h_φ(h_t[n])) ].
 
 Cosines are taken in float32 whatever the inputs' dtype: half-precision sums over a thousand channels would be off in
 the third digit. One fused expression over the whole batch; 0 ≤ 1 + L ≤ 2, and −1 is perfect alignment.
@@ -6,8 +6,13 @@ the third digit. One fused expression over the whole batch; 0 ≤ 1 + L ≤ 2, a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor
+
+from trainer.alignment.kind import Alignment
 
 
 def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
@@ -15,3 +20,14 @@ def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
     assert projection.shape == target.shape, (projection.shape, target.shape)
     cosine = (F.normalize(projection.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
     return -cosine.mean(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Alignment):
+    """Negative cosine, patch by patch."""
+
+    loss_is_cosine: ClassVar[bool] = True
+
+    def loss(self, projection: Tensor, target: Tensor) -> Tensor:
+        """REPA's."""
+        return alignment_loss(projection, target)

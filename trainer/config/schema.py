@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from storage.base import options
 from storage.base.errors import UserError
-from storage.base.options import flag_of, one_of, spelled
-from trainer.alignment import ALIGNMENTS
+from storage.base.options import flag_of, spelled
+from trainer.alignment import COSINE, spelled_out
 
 Kind = Literal["sit", "dit"]
 DEFAULT_PRESET = "sit-xl-2"
@@ -69,7 +69,11 @@ class LossConfig:
 
     path: Literal["linear", "cosine"] = option("linear", "SiT: interpolant between image (t = 0) and noise (t = 1)")
     time_sampling: Literal["uniform", "lognormal"] = option("uniform", "SiT: distribution of t")
-    alignment: str = option("cosine", "alignment loss; cosine: negative cosine, patch by patch")
+    alignment: tuple[str, ...] = option(
+        (COSINE,),
+        "how projections are compared with features, one or one a target: NAME, or NAME:option=value; "
+        "`python -m trainer alignments` lists them",
+    )
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
@@ -77,7 +81,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
-        one_of("--loss.alignment", self.alignment, ALIGNMENTS)
+        object.__setattr__(self, "alignment", tuple(spelled_out(spelling) for spelling in self.alignment))
+        if not self.alignment:
+            raise UserError("--loss.alignment must name a kind; a vanilla run is --loss.projection-weight 0")
         if not self.projection_weight or not all(0 <= weight < math.inf for weight in self.projection_weight):
             raise UserError(f"--loss.projection-weight must be at least 0, got {spelled(self.projection_weight)}")
         if len(self.projection_weight) > 1 and 0 in self.projection_weight:
@@ -264,7 +270,7 @@ class TrainConfig:
                 f"--data.features {spelled(self.data.features)} would not be read with --loss.projection-weight 0; "
                 "give a weight, or leave the features empty"
             )
-        lists = (self.data.features, self.model.align_block, self.loss.projection_weight)
+        lists = (self.data.features, self.model.align_block, self.loss.projection_weight, self.loss.alignment)
         lengths = {len(values) for values in lists if len(values) > 1}
         if len(lengths) > 1 and self.aligns:
             given = " ".join(
@@ -280,25 +286,31 @@ class TrainConfig:
     @property
     def targets(self) -> tuple[AlignmentTarget, ...]:
         """What hidden states are aligned with, none in a vanilla run; a setting given once applies to all."""
-        lists = (self.data.features or ("",), self.model.align_block, self.loss.projection_weight)
+        lists = (
+            self.data.features or ("",),
+            self.model.align_block,
+            self.loss.projection_weight,
+            self.loss.alignment,
+        )
         n = max(len(values) for values in lists) if self.aligns else 0
-        features, blocks, weights = (values * n if len(values) == 1 else values for values in lists)
+        features, blocks, weights, alignments = (values * n if len(values) == 1 else values for values in lists)
         return tuple(
-            AlignmentTarget(features=features[i], block=blocks[i], weight=weights[i])  # type: ignore[arg-type]
-            for i in range(n)
+            AlignmentTarget(features=f, block=b, weight=w, alignment=a)  # type: ignore[arg-type]
+            for f, b, w, a in zip(features, blocks, weights, alignments, strict=n > 0)
         )
 
 
-TARGET_OPTIONS = ("--data.features", "--model.align-block", "--loss.projection-weight")
+TARGET_OPTIONS = ("--data.features", "--model.align-block", "--loss.projection-weight", "--loss.alignment")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentTarget:
-    """One target of the alignment loss: features (empty: the only ones there are), block counted from 1, and λ."""
+    """One target of the alignment loss: features (empty: the only ones there are), block counted from 1, λ, kind."""
 
     features: str
     block: int
     weight: float
+    alignment: str = COSINE
 
 
 def flag(topic: str, name: str) -> str:

@@ -14,6 +14,7 @@ from storage.index import far_apart
 from storage.order import ValidRows
 from storage.samples import REDO
 from storage.shard_files import raise_open_file_limit
+from trainer.alignment import alignment_named
 from trainer.config.schema import TrainConfig
 from trainer.models.transformer import Geometry
 
@@ -178,5 +179,6 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
             (target.block, features.identity["width"])
             for target, features in zip(config.targets, data.features, strict=True)
         ),
+        alignments=tuple(alignment_named(target.alignment) for target in config.targets),
         projector_width=config.model.projector_width,
     )

@@ -32,9 +32,9 @@ class LogWindow:
     start_s: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def empty(cls, config: TrainConfig) -> LogWindow:
+    def empty(cls, geometry: Geometry) -> LogWindow:
         """The beginning of an interval."""
-        n = 2 + len(config.targets) + n_cosines(config) + 2 * DECILES + 1
+        n = 2 + len(geometry.targets) + n_cosines(geometry) + 2 * DECILES + 1
         return cls(sums=torch.zeros(n, dtype=torch.float64))
 
     def add(self, numbers: StepNumbers) -> None:
@@ -52,7 +52,7 @@ class LogWindow:
         stall_s = world.max(self.stall_s)
         line: dict[str, Any] = {
             "step": step,
-            **self._losses(config),
+            **self._losses(config, geometry),
             "images_per_s": images_per_s,
             "stall_share": stall_s / seconds,
             "stall_ms_a_step": stall_s / max(1, self.n_timed) * 1e3,
@@ -64,14 +64,14 @@ class LogWindow:
             line["mfu"] = 3 * forward_flops_per_image(geometry) * images_per_s / (peak * world.size)
         return line
 
-    def _losses(self, config: TrainConfig) -> dict[str, Any]:
-        numbers = StepNumbers.unpack(self.sums, n_cosines(config))
+    def _losses(self, config: TrainConfig, geometry: Geometry) -> dict[str, Any]:
+        numbers = StepNumbers.unpack(self.sums, n_cosines(geometry))
         if self.count == 0:
             return dict.fromkeys(("loss", "denoising_loss", "alignment_loss", "gradient_norm", "loss_by_time"))
         denoising, norm, *alignments = (numbers.losses / self.count).tolist()
         targets = config.targets
         aligned: dict[str, float] = {}
-        cosines = (numbers.cosines / self.count).tolist() if n_cosines(config) else [-a for a in alignments]
+        cosines = (numbers.cosines / self.count).tolist() if n_cosines(geometry) else [-a for a in alignments]
         if targets:
             aligned["alignment_cosine"] = sum(cosines) / len(cosines)
         if len(targets) > 1:

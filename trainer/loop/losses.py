@@ -18,17 +18,16 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer.alignment import alignment_named
 from trainer.alignment.cosine import alignment_loss
 from trainer.config.schema import TrainConfig
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
+from trainer.models.transformer import Geometry
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import autocast_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
-alignment_named("cosine")  # imported here: torch.compile cannot look into an import
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +111,25 @@ def draw(batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int)
 
 
 def compare(
-    output: Tensor, projections: Sequence[Tensor], targets: Sequence[Tensor], drawn: Draws, config: TrainConfig
+    output: Tensor,
+    projections: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    drawn: Draws,
+    config: TrainConfig,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Denoising losses (B,), alignment losses (B, K) and, where minus those is none, cosines (B, K)."""
     objective = OBJECTIVES[config.model.kind]
     denoising = objective.denoising_loss(output, drawn.x, drawn.noise, drawn.x_t, drawn.t, config.loss)
-    align = alignment_named(config.loss.alignment)
-    aligned = [align(h, target) for h, target in zip(projections, targets, strict=True)]
+    kinds = geometry.kinds[: len(projections)]
+    with torch.no_grad():
+        prepared = [kind.prepared(target) for kind, target in zip(kinds, targets, strict=True)]
+    compared = list(zip(kinds, projections, prepared, strict=True))
+    aligned = [kind.loss(projection, target) for kind, projection, target in compared]
     cosines = []
-    if n_cosines(config):
+    if n_cosines(geometry):
         with torch.no_grad():
-            cosines = [-alignment_loss(h, target) for h, target in zip(projections, targets, strict=True)]
+            cosines = [-alignment_loss(projection, target) for _, projection, target in compared]
     return denoising, _columns(aligned, denoising), _columns(cosines, denoising)
 
 
@@ -131,9 +138,9 @@ def _columns(losses: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(losses), dim=1) if losses else like.new_empty(len(like), 0)
 
 
-def n_cosines(config: TrainConfig) -> int:
-    """How many cosines are logged beside the alignment losses; none where minus the loss is one."""
-    return 0 if config.loss.alignment == "cosine" else len(config.targets)
+def n_cosines(geometry: Geometry) -> int:
+    """How many cosines are logged beside the alignment losses; none where minus each loss is one."""
+    return 0 if all(kind.loss_is_cosine for kind in geometry.kinds) else len(geometry.kinds)
 
 
 @functools.cache
@@ -141,16 +148,16 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     return torch.compile(function)
 
 
-def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Losses:
+def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConfig, geometry: Geometry) -> Losses:
     """Each sample's losses; nothing is drawn that is not keyed by the batch's step and rows.
 
     Compiled, the draws are two or three kernels instead of some six hundred, which a small step would notice.
     """
     draw_, compare_ = (_compiled(draw), _compiled(compare)) if config.compile else (draw, compare)
-    drawn = draw_(batch, scale, config, null_label)
+    drawn = draw_(batch, scale, config, geometry.n_classes)
     half = autocast_dtype(config.precision)
     with torch.autocast(drawn.x.device.type, dtype=half, enabled=half is not None):
         output, projections = model(drawn.x_t, drawn.t, drawn.labels)
-    denoising, alignments, cosines = compare_(output, projections, batch.targets, drawn, config)
+    denoising, alignments, cosines = compare_(output, projections, batch.targets, drawn, config, geometry)
     times = OBJECTIVES[config.model.kind].unit_times(drawn.t)
     return Losses(denoising=denoising, alignments=alignments, times=times, cosines=cosines)

@@ -114,7 +114,7 @@ def train_step(training: TrainingState, batch: Batch, *, stop: bool = False) -> 
     micro_batches = batch.split(config.accumulate)
     for i, micro_batch in enumerate(micro_batches, start=1):
         with gradients_reduced(training.wrapped, i == len(micro_batches)):
-            of_part = losses(training.wrapped, micro_batch, training.scale, config, training.geometry.n_classes)
+            of_part = losses(training.wrapped, micro_batch, training.scale, config, training.geometry)
             training.scaler.scale(of_part.total(config) / len(micro_batches)).backward()
         of_parts.append(of_part)
     of_batch = Losses.joined(of_parts)

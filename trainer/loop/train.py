@@ -113,7 +113,7 @@ class _Run:
         self.non_finite = NonFiniteSteps(
             budget=self.config.max_skipped, skipped=resumed.skipped if resumed is not None else 0
         )
-        self.window = LogWindow.empty(self.config)
+        self.window = LogWindow.empty(self.training.geometry)
         if resumed is not None and len(resumed.log_sums) == len(self.window.sums):  # as many alignment targets
             self.window.sums += self.window.sums.new_tensor(resumed.log_sums)
             self.window.count = resumed.log_count
@@ -196,7 +196,7 @@ class _Run:
         stopping = False
         while len(self.in_flight) > keep:
             step = self.in_flight.popleft()
-            numbers = StepNumbers.unpack(step.numbers.wait(), n_cosines(self.config))
+            numbers = StepNumbers.unpack(step.numbers.wait(), n_cosines(self.training.geometry))
             if numbers.losses.isfinite().all():
                 self.window.add(numbers)
             else:
@@ -209,7 +209,7 @@ class _Run:
 
     def _log(self, step: int) -> None:
         line = self.window.line(step, self.config, self.training.geometry, self.world, self.non_finite.skipped)
-        self.window = LogWindow.empty(self.config)
+        self.window = LogWindow.empty(self.training.geometry)
         self.bar.set_postfix_str(progress_text(line))
         if self.log is not None:
             self.log.write(line)

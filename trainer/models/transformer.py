@@ -13,12 +13,15 @@ Shape legend: B batch, C latent channels, H = W latent side, T = (H/p)² tokens,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from storage.base.errors import UserError
-from trainer.alignment.projector import make_projector
+from trainer.alignment.cosine import Cosine
+from trainer.alignment.kind import Alignment
 from trainer.config.schema import Kind
 from trainer.models.blocks import (
     TIME_FREQUENCIES,
@@ -38,6 +41,7 @@ OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2}
 class Geometry:
     """Sizes of a model. `targets` holds (block counted from 1, feature width) of each alignment target.
 
+    `alignments` are the targets' kinds, in their order; without any they are REPA's.
     Without classes a model is unconditional: its label embedding has the null label's row alone, label 0.
     """
 
@@ -51,6 +55,7 @@ class Geometry:
     n_classes: int
     qk_norm: bool = False
     targets: tuple[tuple[int, int], ...] = ()
+    alignments: tuple[Alignment, ...] = ()
     projector_width: int = 2048
 
     def __post_init__(self) -> None:
@@ -67,6 +72,11 @@ class Geometry:
         for block, _ in self.targets:
             if not 1 <= block <= self.depth:
                 raise UserError(f"an alignment block must lie in 1 to {self.depth}, got {block}")
+
+    @property
+    def kinds(self) -> tuple[Alignment, ...]:
+        """How each target is aligned with."""
+        return self.alignments or (Cosine(),) * len(self.targets)
 
     @property
     def grid(self) -> int:
@@ -96,8 +106,9 @@ class DiffusionTransformer(nn.Module):
         self.apply(_xavier)
         self._initialise()
         # Drawn last, so that a seed gives the transformer the same weights with and without alignment.
-        for _, width in config.targets:
-            self.projectors.append(make_projector(config.width, config.projector_width, width).apply(_xavier))
+        for (_, width), kind in zip(config.targets, config.kinds, strict=True):
+            projector = kind.projector(config.width, config.projector_width, width, config.grid)
+            self.projectors.append(projector.apply(_xavier))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, with_projections: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Output (B, C or 2C, H, W) at latents x (B, C, H, W), times t (B,) and labels y int64 (B,).
@@ -141,11 +152,19 @@ def forward_flops_per_image(config: Geometry) -> int:
     per_token = config.patch**2 * (config.channels + config.out_channels) * width  # patch embedding, final linear
     per_token += config.depth * (4 * width * width + 8 * width * width + 2 * tokens * width)
     per_token += sum(
-        width * config.projector_width + config.projector_width**2 + config.projector_width * target
-        for _, target in config.targets
+        weight.numel()
+        for (_, target), kind in zip(config.targets, config.kinds, strict=True)
+        for weight in _weights_of_projector(config, target, kind)
     )
     per_image = TIME_FREQUENCIES * width + width * width + config.depth * 6 * width * width + 2 * width * width
     return 2 * (tokens * per_token + per_image)
+
+
+def _weights_of_projector(config: Geometry, target_width: int, kind: Alignment) -> Iterator[Tensor]:
+    """Kernels of linear layers and convolutions, each of whose entries is one multiplication a token."""
+    with torch.device("meta"):
+        projector = kind.projector(config.width, config.projector_width, target_width, config.grid)
+    return (parameter for parameter in projector.parameters() if parameter.dim() > 1)
 
 
 def _xavier(module: nn.Module) -> None:

@@ -78,7 +78,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
             training = build(config, geometry, LatentScale.of(data.latents.identity), world)
             notes = [_load(training.model, weights, geometry, file)]
             _load(training.ema.model, averaged, geometry, file)
-            sums = LogWindow.empty(config).sums.tolist()
+            sums = LogWindow.empty(geometry).sums.tolist()
             state = RunState(
                 step=0,
                 config=flatten(config),
