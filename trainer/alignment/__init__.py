@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from trainer.alignment.kind import Alignment
 
 COSINE = "cosine"
-ALIGNMENTS = {COSINE: "trainer.alignment.cosine:Cosine"}
+ALIGNMENTS = {
+    COSINE: "trainer.alignment.cosine:Cosine",
+}
 
 
 def alignment_named(spelling: str) -> Alignment:
