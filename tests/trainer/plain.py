@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from trainer.alignment.irepa import IREPA
+from trainer.alignment.kind import Alignment
 from trainer.models.transformer import Geometry
 
 
@@ -56,13 +58,39 @@ def transformer(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y:
         hidden = gelu(linear(f"{name}.mlp.fc1", norm(h) * (1 + scale2) + shift2))
         h = h + gate2 * linear(f"{name}.mlp.fc2", hidden)
         for target, (block, _) in enumerate(config.targets):
-            if block == i + 1:
+            if block != i + 1:
+                continue
+            if isinstance(config.kinds[target], IREPA):
+                projections[target] = convolved(h, p, f"projectors.{target}.projection_layer")
+            else:
                 inner = silu(linear(f"projectors.{target}.0", h))
                 projections[target] = linear(f"projectors.{target}.4", silu(linear(f"projectors.{target}.2", inner)))
     shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None, :].split(config.width, dim=-1)
     pixels = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
     image = pixels.reshape(batch, grid, grid, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
     return image.reshape(batch, -1, *x.shape[2:]), [projections[target] for target in range(len(config.targets))]
+
+
+def convolved(h: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    """A convolution of tokens on their grid, kernel entry by kernel entry; zeros around."""
+    kernel, side = p[f"{name}.weight"], math.isqrt(h.shape[1])
+    reach = kernel.shape[-1] // 2
+    padded = h.new_zeros(len(h), side + 2 * reach, side + 2 * reach, h.shape[2])
+    padded[:, reach : reach + side, reach : reach + side] = h.reshape(len(h), side, side, -1)
+    out = p[f"{name}.bias"].expand(len(h), side, side, -1)
+    for row in range(kernel.shape[2]):
+        for column in range(kernel.shape[3]):
+            out = out + padded[:, row : row + side, column : column + side] @ kernel[:, :, row, column].T
+    return out.reshape(len(h), side * side, -1)
+
+
+def prepared(target: Tensor, kind: Alignment) -> Tensor:
+    """What a projection is compared with (iREPA, arXiv 2512.10794)."""
+    if not isinstance(kind, IREPA):
+        return target
+    centred = target - target.mean(1, keepdim=True)
+    deviation = (centred.square().sum(1, keepdim=True) / (target.shape[1] - 1)).sqrt()
+    return (target - kind.gamma * target.mean(1, keepdim=True)) / (deviation + 1e-6)
 
 
 def velocity_losses(predicted: Tensor, x: Tensor, noise: Tensor, t: Tensor, path: str) -> Tensor:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config.schema import Kind
+from trainer.alignment import alignment_named
 from trainer.models.transformer import DiffusionTransformer, Geometry
 
-FILES = {"sit": "sit_linear.npz", "dit": "dit.npz"}
+FILES = {"sit": "sit_linear.npz", "dit": "dit.npz", "irepa": "irepa.npz"}
 GEOMETRIES = {
     "sit": Geometry(
         kind="sit",
@@ -26,21 +26,33 @@ GEOMETRIES = {
         projector_width=64,
     ),
     "dit": Geometry(kind="dit", input_size=8, channels=4, patch=2, width=48, depth=3, heads=4, n_classes=1000),
+    "irepa": Geometry(
+        kind="sit",
+        input_size=8,
+        channels=4,
+        patch=2,
+        width=48,
+        depth=3,
+        heads=4,
+        n_classes=1000,
+        targets=((2, 40),),
+        alignments=(alignment_named("irepa"),),
+    ),
 }
 
 
-def load_reference(kind: Kind) -> dict[str, Tensor]:
+def load_reference(kind: str) -> dict[str, Tensor]:
     """Every array of the file; `state/*` are the model's parameters."""
     with np.load(Path(__file__).parents[1] / "data" / FILES[kind]) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
-def reference_state(kind: Kind) -> dict[str, Tensor]:
+def reference_state(kind: str) -> dict[str, Tensor]:
     """The parameters under the public names."""
     return {n.removeprefix("state/"): v for n, v in load_reference(kind).items() if n.startswith("state/")}
 
 
-def reference_model(kind: Kind) -> DiffusionTransformer:
+def reference_model(kind: str) -> DiffusionTransformer:
     """The model with the public implementation's parameters, in which none is missing and none too many."""
     model = DiffusionTransformer(GEOMETRIES[kind])
     model.load_state_dict(reference_state(kind), strict=True)

@@ -76,7 +76,8 @@ def plain_step(config: TrainConfig, geometry: Geometry, batch: Batch, p: dict[st
         x_t = plain.interpolant(x, noise, uniform, config.loss.path)
         output, projections = plain.transformer(p, geometry, x_t, uniform, labels)
         denoising = plain.velocity_losses(output, x, noise, uniform, config.loss.path)
-    aligned = [plain.alignment(h, y.double()) for h, y in zip(projections, batch.targets, strict=True)]
+    prepared = [plain.prepared(y.double(), kind) for y, kind in zip(batch.targets, geometry.kinds, strict=True)]
+    aligned = [plain.alignment(h, y) for h, y in zip(projections, prepared, strict=True)]
     return denoising, torch.stack(aligned, dim=1)
 
 

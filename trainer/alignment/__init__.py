@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COSINE = "cosine"
 ALIGNMENTS = {
     COSINE: "trainer.alignment.cosine:Cosine",
+    "irepa": "trainer.alignment.irepa:IREPA",
 }
 
 

@@ -1,0 +1,83 @@
+"""iREPA (Singh et al., arXiv 2512.10794): the spatial structure of a target, through a convolution.
+
+    ẑ = (z − γ · mean_T z) / (std_T z + 10⁻⁶)          a channel of an image at a time, over its T patch tokens
+    L = −mean cos(ẑ, conv(h))                          the projector is one convolution on the grid of tokens
+
+The deviation is the unbiased one (T − 1), everything in float32 whatever the target's dtype. A channel that is constant
+over an image has deviation 0 and is divided by 10⁻⁶; its direction is what is left of it, (1 − γ) of its mean.
+
+The paper's kernel is 3; the public code's default is 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from storage.base.errors import UserError
+from storage.base.options import option
+from trainer.alignment.cosine import alignment_loss
+from trainer.alignment.kind import Alignment
+
+EPSILON = 1e-6
+
+
+class GridProjector(nn.Module):
+    """One convolution (or one linear layer) on tokens (B, T, width) that lie row by row on a grid."""
+
+    def __init__(self, layer: nn.Module, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.projection_layer = layer
+        self.grid = grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, width) to (B, T, target width)."""
+        if isinstance(self.projection_layer, nn.Linear):
+            return self.projection_layer(tokens)
+        batch, n, width = tokens.shape
+        picture = tokens.transpose(1, 2).reshape(batch, width, *self.grid)
+        return self.projection_layer(picture).reshape(batch, -1, n).transpose(1, 2)
+
+
+def spatially_normalised(target: Tensor, gamma: float) -> Tensor:
+    """ẑ of tokens (B, T, D), float32."""
+    z = target.float()
+    mean = z.mean(dim=1, keepdim=True)
+    deviation = z.std(dim=1, keepdim=True, correction=1 if z.shape[1] > 1 else 0)
+    return (z - gamma * mean) / (deviation + EPSILON)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IREPA(Alignment):
+    """Negative cosine to spatially normalised tokens, through a convolution."""
+
+    gamma: float = option(0.6, "share of an image's mean token that is taken off")
+    kernel: int = option(3, "side of the convolution, odd; 1 is the public code's default")
+    projector_kind: Literal["conv", "linear", "mlp"] = option("conv", "the projector; mlp is REPA's")
+
+    loss_is_cosine: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(f"--loss.alignment irepa:kernel must be odd and at least 1, got {self.kernel}")
+        if not 0 <= self.gamma <= 1:
+            raise UserError(f"--loss.alignment irepa:gamma must be in [0, 1], got {self.gamma}")
+
+    def projector(self, width: int, hidden: int, target_width: int, grid: int) -> nn.Module:
+        """One layer, `projection_layer` in the public checkpoints, without norm or activation."""
+        if self.projector_kind == "mlp":
+            return super().projector(width, hidden, target_width, grid)
+        if self.projector_kind == "linear":
+            return GridProjector(nn.Linear(width, target_width), (grid, grid))
+        layer = nn.Conv2d(width, target_width, self.kernel, padding=self.kernel // 2)
+        return GridProjector(layer, (grid, grid))
+
+    def prepared(self, target: Tensor) -> Tensor:
+        """Spatially normalised, float32."""
+        return spatially_normalised(target, self.gamma)
+
+    def loss(self, projection: Tensor, target: Tensor) -> Tensor:
+        """REPA's loss of what was prepared."""
+        return alignment_loss(projection, target)
