@@ -30,6 +30,14 @@ def gelu(x: Tensor) -> Tensor:
 
 def transformer(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The model: explicit patches, explicit softmax; output and projections."""
+    image, _, projections = reg(p, config, x, None, t, y)
+    return image, projections
+
+
+def reg(
+    p: dict[str, Tensor], config: Geometry, x: Tensor, class_token: Tensor | None, t: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same with a class token (B, c), if there is one, before the patches (REG, 2507.01467); its output second."""
 
     def linear(name: str, value: Tensor) -> Tensor:
         return value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
@@ -37,7 +45,11 @@ def transformer(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y:
     batch, grid, patch, heads = len(x), config.grid, config.patch, config.heads
     patches = x.reshape(batch, config.channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
     kernel = p["x_embedder.proj.weight"].reshape(config.width, -1)
-    h = patches.reshape(batch, grid * grid, -1) @ kernel.T + p["x_embedder.proj.bias"] + p["pos_embed"]
+    h = patches.reshape(batch, grid * grid, -1) @ kernel.T + p["x_embedder.proj.bias"]
+    if class_token is not None:
+        first = norm(linear("cls_projectors2", class_token)) * p["wg_norm.weight"] + p["wg_norm.bias"]
+        h = torch.cat([first[:, None], h], 1)
+    h = h + p["pos_embed"]
     frequencies = torch.tensor([10_000.0 ** (-k / 128) for k in range(128)], dtype=torch.float64)
     angles = t[:, None] * frequencies
     time = linear("t_embedder.mlp.0", torch.cat([torch.cos(angles), torch.sin(angles)], 1))
@@ -48,7 +60,7 @@ def transformer(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y:
         modulation = linear(f"{name}.adaLN_modulation.1", silu(c))[:, None, :]
         shift1, scale1, gate1, shift2, scale2, gate2 = torch.split(modulation, config.width, dim=-1)
         qkv = linear(f"{name}.attn.qkv", norm(h) * (1 + scale1) + shift1)
-        q, k, v = (part.reshape(batch, grid * grid, heads, -1) for part in qkv.split(config.width, dim=-1))
+        q, k, v = (part.reshape(batch, h.shape[1], heads, -1) for part in qkv.split(config.width, dim=-1))
         if config.qk_norm:
             q = norm(q, 1e-5) * p[f"{name}.attn.q_norm.weight"] + p[f"{name}.attn.q_norm.bias"]
             k = norm(k, 1e-5) * p[f"{name}.attn.k_norm.weight"] + p[f"{name}.attn.k_norm.bias"]
@@ -66,9 +78,14 @@ def transformer(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y:
                 inner = silu(linear(f"projectors.{target}.0", h))
                 projections[target] = linear(f"projectors.{target}.4", silu(linear(f"projectors.{target}.2", inner)))
     shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None, :].split(config.width, dim=-1)
-    pixels = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    modulated = norm(h) * (1 + scale) + shift
+    of_class = x.new_zeros(batch, 0)
+    if class_token is not None:
+        of_class, modulated = linear("final_layer.linear_cls", modulated[:, 0]), modulated[:, 1:]
+    pixels = linear("final_layer.linear", modulated)
     image = pixels.reshape(batch, grid, grid, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-    return image.reshape(batch, -1, *x.shape[2:]), [projections[target] for target in range(len(config.targets))]
+    ordered = [projections[target] for target in range(len(config.targets))]
+    return image.reshape(batch, -1, *x.shape[2:]), of_class, ordered
 
 
 def convolved(h: Tensor, p: dict[str, Tensor], name: str) -> Tensor:

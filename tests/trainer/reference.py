@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from trainer.alignment import alignment_named
+from trainer.models import make_model
 from trainer.models.transformer import DiffusionTransformer, Geometry
 
-FILES = {"sit": "sit_linear.npz", "dit": "dit.npz", "irepa": "irepa.npz"}
+FILES = {"sit": "sit_linear.npz", "dit": "dit.npz", "irepa": "irepa.npz", "reg": "reg.npz"}
 GEOMETRIES = {
     "sit": Geometry(
         kind="sit",
@@ -38,6 +39,19 @@ GEOMETRIES = {
         targets=((2, 40),),
         alignments=(alignment_named("irepa"),),
     ),
+    "reg": Geometry(
+        kind="sit",
+        input_size=8,
+        channels=4,
+        patch=2,
+        width=48,
+        depth=3,
+        heads=4,
+        n_classes=1000,
+        targets=((2, 40),),
+        projector_width=64,
+        class_width=40,
+    ),
 }
 
 
@@ -54,6 +68,6 @@ def reference_state(kind: str) -> dict[str, Tensor]:
 
 def reference_model(kind: str) -> DiffusionTransformer:
     """The model with the public implementation's parameters, in which none is missing and none too many."""
-    model = DiffusionTransformer(GEOMETRIES[kind])
+    model = make_model(GEOMETRIES[kind])
     model.load_state_dict(reference_state(kind), strict=True)
     return model

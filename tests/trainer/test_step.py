@@ -175,6 +175,6 @@ def test_draws_are_compiled_for_all_steps(kind: Kind) -> None:
     compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
     for step in (7, 8, 9, 400_000):
         batch = dataclasses.replace(batch_of(SMALL, 4), step=step)
-        found, want = compiled(batch, SCALE, config, SMALL.n_classes), draw(batch, SCALE, config, SMALL.n_classes)
+        found, want = compiled(batch, SCALE, config, SMALL), draw(batch, SCALE, config, SMALL)
         torch.testing.assert_close(found, want, rtol=0, atol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

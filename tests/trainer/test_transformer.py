@@ -15,6 +15,7 @@ from storage.base.errors import UserError
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from trainer.config.presets import PRESETS
 from trainer.config.schema import Kind
+from trainer.models import make_model
 from trainer.models.blocks import sincos_position_embedding, unpatchify
 from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
 
@@ -207,8 +208,8 @@ def test_a_double_model_gives_double_gradients() -> None:
 
 def meta_flops(config: Geometry, backward: bool) -> int:
     with torch.device("meta"):
-        model = DiffusionTransformer(config)
-        x = torch.empty(1, config.channels, config.input_size, config.input_size)
+        model = make_model(config)
+        x = torch.empty(1, *config.state_shape)
         t, y = torch.empty(1), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         velocity, projections = model(x, t, y)
@@ -243,8 +244,10 @@ def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768)
         imagenet_config("dit-s-4"),
         dataclasses.replace(SMALL, qk_norm=True),
         dataclasses.replace(SMALL, kind="dit"),
+        GEOMETRIES["reg"],
+        GEOMETRIES["irepa"],
     ],
-    ids=["sit-s-4", "sit-b-8", "dit-s-4", "two targets", "dit, two targets"],
+    ids=["sit-s-4", "sit-b-8", "dit-s-4", "two targets", "dit, two targets", "reg", "irepa"],
 )
 def test_flop_count_equals_torch_s_count(config: Geometry) -> None:
     assert forward_flops_per_image(config) == meta_flops(config, backward=False)

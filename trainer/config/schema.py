@@ -42,6 +42,9 @@ class ModelConfig:
     heads: int = option(16, "attention heads; must divide the width")
     patch: int = option(2, "latent pixels a side of a token")
     qk_norm: bool = option(False, "normalise queries and keys")
+    class_token: bool = option(
+        False, "the features' class token joins the sequence, is noised, predicted and aligned (REG)"
+    )
     classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
     align_block: tuple[int, ...] = option(
         (8,), "block after which hidden states are aligned with the features, counted from 1; one, or one a target"
@@ -75,12 +78,14 @@ class LossConfig:
         "`python -m trainer alignments` lists them",
     )
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
+    class_weight: float = option(0.03, "weight of the class token's denoising loss, where the model has one")
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
     )
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
+        at_least(self, "loss", "class_weight", 0)
         object.__setattr__(self, "alignment", tuple(spelled_out(spelling) for spelling in self.alignment))
         if not self.alignment:
             raise UserError("--loss.alignment must name a kind; a vanilla run is --loss.projection-weight 0")
@@ -194,11 +199,13 @@ class SampleConfig:
     guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
     guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
     guidance_channels: int = option(0, "latent channels that guidance applies to, the first ones; 0: all", free=True)
+    guidance_class: float = option(0.0, "guidance scale of the class token, where guidance applies; 0: none", free=True)
 
     def __post_init__(self) -> None:
         at_least(self, "sample", "steps", 2 if self.sampler == "sde" else 1)
         at_least(self, "sample", "guidance", 1)
         at_least(self, "sample", "guidance_channels", 0)
+        at_least(self, "sample", "guidance_class", 0)
         if self.sampler == "ddpm" and self.steps > 1000:
             raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
         if self.heun and self.sampler != "ode":
@@ -265,6 +272,8 @@ class TrainConfig:
                 f"--loss.path {self.loss.path} and --loss.time-sampling {self.loss.time_sampling} are settings of "
                 "--model.kind sit; leave them at linear and uniform for dit, whose diffusion is fixed"
             )
+        if self.model.class_token:
+            self._check_class_token()
         if self.data.features and not self.aligns:
             raise UserError(
                 f"--data.features {spelled(self.data.features)} would not be read with --loss.projection-weight 0; "
@@ -277,6 +286,19 @@ class TrainConfig:
                 f"{name} {spelled(values)}" for name, values in zip(TARGET_OPTIONS, lists, strict=True) if values
             )
             raise UserError(f"{given} do not agree on the number of alignment targets; give one value, or one a target")
+
+    def _check_class_token(self) -> None:
+        if self.model.kind != "sit":
+            raise UserError("--model.class-token true goes with --model.kind sit; it has no published form in dit")
+        if not self.aligns:
+            raise UserError(
+                "--model.class-token true needs features, whose class token it is, and an alignment with them; give "
+                "--loss.projection-weight"
+            )
+        if self.sample.guidance_channels:
+            raise UserError(
+                "--sample.guidance-channels is for models without class token; leave it at 0 with --model.class-token"
+            )
 
     @property
     def aligns(self) -> bool:

@@ -45,6 +45,7 @@ class Batch:
     moments: Tensor  # float16 (B, 2C, h, w), or (B, C, h, w) of a deterministic autoencoder
     targets: tuple[Tensor, ...]  # one an alignment target: float16 (B, T, D), or float32 from int8 and factors
     stall_s: float  # how long the step waited for it
+    class_tokens: Tensor | None = None  # float16 (B, D), of a model that denoises these too
 
     def split(self, n: int) -> list[Batch]:
         """`n` equal consecutive parts, sharing memory; the first answers for the stall."""
@@ -59,6 +60,7 @@ class Batch:
                 moments=self.moments[cut],
                 targets=tuple(target[cut] for target in self.targets),
                 stall_s=0.0 if cut.start else self.stall_s,
+                class_tokens=self.class_tokens[cut] if self.class_tokens is not None else None,
             )
             for cut in cuts
         ]

@@ -22,6 +22,7 @@ from trainer.alignment.cosine import alignment_loss
 from trainer.config.schema import TrainConfig
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
+from trainer.models.reg import join, split
 from trainer.models.transformer import Geometry
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import autocast_dtype
@@ -56,6 +57,9 @@ class Losses:
     alignments: Tensor  # (B, K)
     times: Tensor  # (B,) in [0, 1], from image to noise
     cosines: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (B, K); (B, 0): minus the losses
+    class_denoising: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # (B,) of class tokens; (0,): there are none
 
     @classmethod
     def joined(cls, parts: Sequence[Losses]) -> Losses:
@@ -65,14 +69,16 @@ class Losses:
             alignments=torch.cat([part.alignments.detach() for part in parts]),
             times=torch.cat([part.times for part in parts]),
             cosines=torch.cat([part.cosines for part in parts]),
+            class_denoising=torch.cat([part.class_denoising.detach() for part in parts]),
         )
 
     def total(self, config: TrainConfig) -> Tensor:
         """The scalar that is minimised."""
         weights = [target.weight for target in config.targets]
-        return self.denoising.mean() + sum(
+        total = self.denoising.mean() + sum(
             weight * alignment for weight, alignment in zip(weights, self.alignments.mean(0), strict=True)
         )
+        return total + config.loss.class_weight * self.class_denoising.mean() if len(self.class_denoising) else total
 
 
 def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
@@ -87,26 +93,29 @@ def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
 class Draws(NamedTuple):
     """What is drawn for a batch of B samples. The model is given x_t, t and labels."""
 
-    x: Tensor  # (B, C, h, w), latents
-    noise: Tensor  # (B, C, h, w)
+    x: Tensor  # (B, C, h, w), latents; (B, C·h·w + c), joined with class tokens where the model has these
+    noise: Tensor  # of x's shape
     t: Tensor  # (B,), of the objective's own kind
     labels: Tensor  # (B,), some of them dropped
-    x_t: Tensor  # (B, C, h, w), latents perturbed by the noise
+    x_t: Tensor  # of x's shape, perturbed by the noise
 
 
-def draw(batch: Batch, scale: LatentScale, config: TrainConfig, null_label: int) -> Draws:
+def draw(batch: Batch, scale: LatentScale, config: TrainConfig, geometry: Geometry) -> Draws:
     """Latents, noise, times and dropped labels of a batch, keyed by its step and rows."""
     seed, step, rows = config.seed, batch.step, batch.rows
     objective = OBJECTIVES[config.model.kind]
     x = sample_latents(batch, scale, seed)
     noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
+    if batch.class_tokens is not None:
+        x = join(x, batch.class_tokens.float())
+        noise = join(noise, random_keys.normal(seed, "class-noise", step, rows, (geometry.class_width,)))
     t = objective.draw_times(
         random_keys.uniform(seed, "time", step, rows),
         random_keys.normal(seed, "time", step, rows, (1,))[:, 0],
         config.loss,
     )
     dropped = random_keys.uniform(seed, "label-dropout", step, rows) < config.loss.label_dropout
-    labels = torch.where(dropped | (batch.labels < 0), null_label, batch.labels)  # −1: a sample has none
+    labels = torch.where(dropped | (batch.labels < 0), geometry.n_classes, batch.labels)  # −1: a sample has none
     return Draws(x=x, noise=noise, t=t, labels=labels, x_t=objective.perturb(x, noise, t, config.loss))
 
 
@@ -117,10 +126,16 @@ def compare(
     drawn: Draws,
     config: TrainConfig,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Denoising losses (B,), alignment losses (B, K) and, where minus those is none, cosines (B, K)."""
-    objective = OBJECTIVES[config.model.kind]
-    denoising = objective.denoising_loss(output, drawn.x, drawn.noise, drawn.x_t, drawn.t, config.loss)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Denoising losses (B,), alignment losses (B, K), cosines (B, K) unless the losses are minus these, and the class
+    tokens' denoising losses (B,) where there are any.
+    """
+    denoise = OBJECTIVES[config.model.kind].denoising_loss
+    output, c_output = split(output, geometry)
+    (x, c), (noise, c_noise), (x_t, c_t) = (split(of, geometry) for of in (drawn.x, drawn.noise, drawn.x_t))
+    denoising, class_denoising = denoise(output, x, noise, x_t, drawn.t, config.loss), output.new_empty(0)
+    if geometry.class_width:
+        class_denoising = denoise(c_output, c, c_noise, c_t, drawn.t, config.loss)
     kinds = geometry.kinds[: len(projections)]
     with torch.no_grad():
         prepared = [kind.prepared(target) for kind, target in zip(kinds, targets, strict=True)]
@@ -130,7 +145,7 @@ def compare(
     if n_cosines(geometry):
         with torch.no_grad():
             cosines = [-alignment_loss(projection, target) for _, projection, target in compared]
-    return denoising, _columns(aligned, denoising), _columns(cosines, denoising)
+    return denoising, _columns(aligned, denoising), _columns(cosines, denoising), class_denoising
 
 
 def _columns(losses: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -154,10 +169,10 @@ def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConf
     Compiled, the draws are two or three kernels instead of some six hundred, which a small step would notice.
     """
     draw_, compare_ = (_compiled(draw), _compiled(compare)) if config.compile else (draw, compare)
-    drawn = draw_(batch, scale, config, geometry.n_classes)
+    drawn = draw_(batch, scale, config, geometry)
     half = autocast_dtype(config.precision)
     with torch.autocast(drawn.x.device.type, dtype=half, enabled=half is not None):
         output, projections = model(drawn.x_t, drawn.t, drawn.labels)
-    denoising, alignments, cosines = compare_(output, projections, batch.targets, drawn, config, geometry)
+    denoising, alignments, cosines, of_class = compare_(output, projections, batch.targets, drawn, config, geometry)
     times = OBJECTIVES[config.model.kind].unit_times(drawn.t)
-    return Losses(denoising=denoising, alignments=alignments, times=times, cosines=cosines)
+    return Losses(denoising=denoising, alignments=alignments, times=times, cosines=cosines, class_denoising=of_class)

@@ -21,7 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Purpose = Literal["posterior", "noise", "time", "label-dropout", "view", "sample", "label"]
+Purpose = Literal[
+    "posterior", "noise", "class-noise", "time", "label-dropout", "view", "sample", "class-sample", "label"
+]
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF

@@ -24,6 +24,7 @@ from trainer.data.loader import Batch
 from trainer.loop.ema import EMA
 from trainer.loop.losses import LatentScale, Losses, losses
 from trainer.loop.optimiser import clip_gradients, make_optimizer, step_where_finite
+from trainer.models import make_model
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.arithmetic import autocast_dtype
 from trainer.ranks.parallel import gradients_reduced, replicate, shard
@@ -76,7 +77,7 @@ class StepNumbers:
 def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: World) -> TrainingState:
     """A model with seeded weights and all that trains it, spread over the ranks as the configuration says."""
     torch.manual_seed(config.seed)
-    model = DiffusionTransformer(geometry).to(world.device)
+    model = make_model(geometry).to(world.device)
     ema = EMA(model, config.ema_decay)
     if config.compile:
         compile_blocks(model)

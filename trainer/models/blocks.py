@@ -136,10 +136,14 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
+    def modulated(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, T, D), normalised, shifted and scaled as the condition c (B, D) says."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return modulate(self.norm_final(x), shift, scale)
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Transform x (B, T, D) under the condition c (B, D)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(self.modulated(x, c))
 
 
 def unpatchify(x: Tensor, patch: int, grid: int, channels: int) -> Tensor:

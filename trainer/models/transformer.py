@@ -13,6 +13,7 @@ Shape legend: B batch, C latent channels, H = W latent side, T = (H/p)² tokens,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ class Geometry:
     qk_norm: bool = False
     targets: tuple[tuple[int, int], ...] = ()
     alignments: tuple[Alignment, ...] = ()
+    class_width: int = 0  # of the class token that joins the sequence (`reg.py`); 0: none
     projector_width: int = 2048
 
     def __post_init__(self) -> None:
@@ -67,6 +69,8 @@ class Geometry:
             raise UserError(
                 f"patch {self.patch} does not divide the latents' side {self.input_size}; choose --model.patch so"
             )
+        if self.class_width and self.kind != "sit":
+            raise UserError(f"a class token joins the sequence of --model.kind sit only, got {self.kind}")
         if self.width % self.heads or self.width % 4:
             raise UserError(f"width must be a multiple of heads ({self.heads}) and of 4, got {self.width}")
         for block, _ in self.targets:
@@ -77,6 +81,17 @@ class Geometry:
     def kinds(self) -> tuple[Alignment, ...]:
         """How each target is aligned with."""
         return self.alignments or (Cosine(),) * len(self.targets)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """What the model is given and what is drawn, without the batch axis."""
+        shape = (self.channels, self.input_size, self.input_size)
+        return (math.prod(shape) + self.class_width,) if self.class_width else shape
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the sequence."""
+        return self.grid**2 + (self.class_width > 0)
 
     @property
     def grid(self) -> int:
@@ -98,17 +113,17 @@ class DiffusionTransformer(nn.Module):
         self.x_embedder = PatchEmbed(config.channels, config.width, config.patch)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.n_classes, config.width)
-        position = sincos_position_embedding(config.width, config.grid)
-        self.pos_embed = nn.Parameter(position, requires_grad=False)  # a parameter, since the checkpoints hold it
+        self.pos_embed = nn.Parameter(self._position(), requires_grad=False)  # a parameter, as the checkpoints hold it
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.qk_norm) for _ in range(config.depth))
         self.projectors = nn.ModuleList()
         self.final_layer = FinalLayer(config.width, config.patch, config.out_channels)
-        self.apply(_xavier)
+        self.apply(xavier)
         self._initialise()
-        # Drawn last, so that a seed gives the transformer the same weights with and without alignment.
+        # Drawn last, so that a seed gives the transformer the same weights with and without alignment or class token.
         for (_, width), kind in zip(config.targets, config.kinds, strict=True):
             projector = kind.projector(config.width, config.projector_width, width, config.grid)
-            self.projectors.append(projector.apply(_xavier))
+            self.projectors.append(projector.apply(xavier))
+        self._add_parts()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, with_projections: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Output (B, C or 2C, H, W) at latents x (B, C, H, W), times t (B,) and labels y int64 (B,).
@@ -116,8 +131,8 @@ class DiffusionTransformer(nn.Module):
         The second result holds a projection (B, T, target width) for each target, empty without `with_projections`.
         """
         config = self.config
-        assert x.shape[1:] == (config.channels, config.input_size, config.input_size), x.shape
-        tokens = self.x_embedder(x) + self.pos_embed
+        assert x.shape[1:] == config.state_shape, x.shape
+        tokens = self.embed(x)
         condition = self.t_embedder(t) + self.y_embedder(y)
         projections: list[Tensor] = [tokens] * (len(config.targets) if with_projections else 0)
         for number, block in enumerate(self.blocks, start=1):
@@ -125,8 +140,23 @@ class DiffusionTransformer(nn.Module):
             for i in range(len(projections)):
                 if config.targets[i][0] == number:
                     projections[i] = self.projectors[i](tokens)
-        pixels = self.final_layer(tokens, condition)
-        return unpatchify(pixels, config.patch, config.grid, config.out_channels), projections
+        return self.head(tokens, condition), projections
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) of latents (B, C, H, W), with their positions."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def head(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """The output (B, C or 2C, H, W) of the last block's tokens."""
+        config = self.config
+        return unpatchify(self.final_layer(tokens, condition), config.patch, config.grid, config.out_channels)
+
+    def _position(self) -> Tensor:
+        """Of the tokens, (1, T, D)."""
+        return sincos_position_embedding(self.config.width, self.config.grid)
+
+    def _add_parts(self) -> None:
+        """Make and initialise what a kind of model has besides."""
 
     def _initialise(self) -> None:
         """DiT's initialisation: what a block adds starts at zero, and so does the output."""
@@ -148,15 +178,16 @@ def forward_flops_per_image(config: Geometry) -> int:
 
     Norms, activations and the label look-up are left out, as is usual. A training step costs three times this.
     """
-    tokens, width = config.grid**2, config.width
-    per_token = config.patch**2 * (config.channels + config.out_channels) * width  # patch embedding, final linear
-    per_token += config.depth * (4 * width * width + 8 * width * width + 2 * tokens * width)
+    tokens, width = config.n_tokens, config.width
+    per_patch = config.patch**2 * (config.channels + config.out_channels) * width  # patch embedding, final linear
+    per_token = config.depth * (4 * width * width + 8 * width * width + 2 * tokens * width)
     per_token += sum(
         weight.numel()
         for (_, target), kind in zip(config.targets, config.kinds, strict=True)
         for weight in _weights_of_projector(config, target, kind)
     )
     per_image = TIME_FREQUENCIES * width + width * width + config.depth * 6 * width * width + 2 * width * width
+    per_image += config.grid**2 * per_patch + 2 * config.class_width * width
     return 2 * (tokens * per_token + per_image)
 
 
@@ -167,7 +198,8 @@ def _weights_of_projector(config: Geometry, target_width: int, kind: Alignment) 
     return (parameter for parameter in projector.parameters() if parameter.dim() > 1)
 
 
-def _xavier(module: nn.Module) -> None:
+def xavier(module: nn.Module) -> None:
+    """DiT's initialisation of linear layers, for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

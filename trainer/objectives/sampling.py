@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,99 +25,113 @@ from trainer.objectives.sit import Path, score_from_velocity
 
 LAST_SDE_TIME = 0.04
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, C, …), t (B,), y (B,)) → output (B, C or 2C, …)
-Noise = Callable[[int], Tensor]  # number of the step → standard normal draws (B, C, …)
+Noise = Callable[[int], Tensor]  # number of the step → standard normal draws of x's shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What a sampler works with. The last `class_width` numbers of a state (B, C·H·W + c) are its class token."""
+
+    predict: Predict
+    labels: Tensor  # int64 (B,)
+    null_label: int
+    config: SampleConfig
+    path: Path
+    noise: Noise
+    dtype: torch.dtype  # what the model is called with
+    class_width: int = 0
+
+    def output(self, state: Tensor, t: Tensor, unit_time: float) -> Tensor:
+        """The model's output float64 at a state float64 and times (B,), guided where `unit_time` is in the interval.
+
+        The model is called once. Channels beyond those guided (a learned variance among them) are the conditional
+        output's.
+        """
+        config = self.config
+        scale = config.guidance if config.guidance_low <= unit_time <= config.guidance_high else 1.0
+        if scale == 1:
+            return self.predict(state.to(self.dtype), t, self.labels).double()
+        labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
+        output = self.predict(torch.cat([state, state]).to(self.dtype), torch.cat([t, t]), labels).double()
+        conditional, unconditional = output.chunk(2)
+        if self.class_width:
+            n = state.shape[1] - self.class_width
+            of_class = _towards(unconditional[:, n:], conditional[:, n:], config.guidance_class or 1.0)
+        else:
+            n = config.guidance_channels or state.shape[1]
+            of_class = conditional[:, n:]
+        return torch.cat([_towards(unconditional[:, :n], conditional[:, :n], scale), of_class], dim=1)
+
+
+def _towards(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
 
 
 def sample(
-    predict: Predict, x: Tensor, y: Tensor, null_label: int, config: SampleConfig, path: Path, noise: Noise
+    predict: Predict,
+    x: Tensor,
+    labels: Tensor,
+    null_label: int,
+    config: SampleConfig,
+    path: Path,
+    noise: Noise,
+    *,
+    class_width: int = 0,
 ) -> Tensor:
-    """Latents float64 (B, C, …) from noise x (B, C, …) and labels y int64 (B,).
+    """Latents float64 (B, C, …) from noise x (B, C, …) and labels int64 (B,).
 
     `noise(i)` gives the draws of step i, so that a caller decides what each image's randomness is keyed by: none are
     asked for by ode, one fewer than there are steps by the others. `x.dtype` is what the model is called with.
     """
-    return SAMPLERS[config.sampler](predict, x, y, null_label, config, path, noise)
+    drawing = Drawing(
+        predict=predict, labels=labels, null_label=null_label, config=config, path=path, noise=noise, dtype=x.dtype,
+        class_width=class_width,
+    )  # fmt: skip
+    return SAMPLERS[config.sampler](x.double(), drawing)
 
 
-def _euler(
-    predict: Predict, x: Tensor, y: Tensor, null_label: int, config: SampleConfig, path: Path, noise: Noise
-) -> Tensor:
-    dtype, state = x.dtype, x.double()
+def _euler(state: Tensor, drawing: Drawing) -> Tensor:
+    config = drawing.config
     times = torch.linspace(1, 0, config.steps + 1, dtype=torch.float64).tolist()
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        # The start of a step decides for both slopes of Heun's correction, as in the published sampler.
-        scale = _scale_at(t, config)
-        slope = _guided(predict, state, _times(t, x), y, null_label, scale, config, dtype)
+        # The start of a step decides on guidance for both slopes of Heun's correction, as in the published sampler.
+        slope = drawing.output(state, _times(t, state, drawing), t)
         proposal = state + (t_next - t) * slope
         if config.heun and i < config.steps - 1:
-            slope = (slope + _guided(predict, proposal, _times(t_next, x), y, null_label, scale, config, dtype)) / 2
+            slope = (slope + drawing.output(proposal, _times(t_next, state, drawing), t)) / 2
             proposal = state + (t_next - t) * slope
         state = proposal
     return state
 
 
-def _euler_maruyama(
-    predict: Predict, x: Tensor, y: Tensor, null_label: int, config: SampleConfig, path: Path, noise: Noise
-) -> Tensor:
-    dtype, state = x.dtype, x.double()
-    times = [*torch.linspace(1, LAST_SDE_TIME, config.steps, dtype=torch.float64).tolist(), 0.0]
+def _euler_maruyama(state: Tensor, drawing: Drawing) -> Tensor:
+    times = [*torch.linspace(1, LAST_SDE_TIME, drawing.config.steps, dtype=torch.float64).tolist(), 0.0]
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        v = _guided(predict, state, _times(t, x), y, null_label, _scale_at(t, config), config, dtype)
+        v = drawing.output(state, _times(t, state, drawing), t)
         diffusion = 2 * t
-        score = score_from_velocity(v, state, _times(t, state), path)
+        score = score_from_velocity(v, state, state.new_full((len(state),), t), drawing.path)
         state = state + (v - 0.5 * diffusion * score) * (t_next - t)
         if t_next > 0:
-            state = state + (diffusion * (t - t_next)) ** 0.5 * noise(i).double()
+            state = state + (diffusion * (t - t_next)) ** 0.5 * drawing.noise(i).double()
     return state
 
 
-def _ancestral(
-    predict: Predict, x: Tensor, y: Tensor, null_label: int, config: SampleConfig, path: Path, noise: Noise
-) -> Tensor:
-    dtype, state = x.dtype, x.double()
-    visited = schedule(config.steps, x.device)
+def _ancestral(state: Tensor, drawing: Drawing) -> Tensor:
+    n_steps = drawing.config.steps
+    visited = schedule(n_steps, state.device)
     times = unit_times(visited.timesteps).tolist()
-    for i, place in enumerate(reversed(range(config.steps))):
-        index = torch.full((len(x),), place, device=x.device)
-        t = visited.timesteps[index]
-        output = _guided(predict, state, t, y, null_label, _scale_at(times[place], config), config, dtype)
+    for i, place in enumerate(reversed(range(n_steps))):
+        index = torch.full((len(state),), place, device=state.device)
+        output = drawing.output(state, visited.timesteps[index], times[place])
         step = reverse(output, state, index, visited)
         state = step.mean
         if place > 0:
-            state = state + (0.5 * step.log_variance).exp() * noise(i).double()
+            state = state + (0.5 * step.log_variance).exp() * drawing.noise(i).double()
     return state
 
 
 SAMPLERS = {"ode": _euler, "sde": _euler_maruyama, "ddpm": _ancestral}
 
 
-def _times(t: float, like: Tensor) -> Tensor:
-    return torch.full((len(like),), t, dtype=like.dtype, device=like.device)
-
-
-def _scale_at(t: float, config: SampleConfig) -> float:
-    return config.guidance if config.guidance_low <= t <= config.guidance_high else 1.0
-
-
-def _guided(
-    predict: Predict,
-    state: Tensor,
-    t: Tensor,
-    y: Tensor,
-    null_label: int,
-    scale: float,
-    config: SampleConfig,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The model's output float64 at a state float64, guided unless `scale` is 1; the model is called once.
-
-    Channels beyond those guided (a learned variance among them) are the conditional output's.
-    """
-    if scale == 1:
-        return predict(state.to(dtype), t, y).double()
-    labels = torch.cat([y, torch.full_like(y, null_label)])
-    output = predict(torch.cat([state, state]).to(dtype), torch.cat([t, t]), labels).double()
-    conditional, unconditional = output.chunk(2)
-    n = config.guidance_channels or state.shape[1]
-    guided = unconditional[:, :n] + scale * (conditional[:, :n] - unconditional[:, :n])
-    return torch.cat([guided, conditional[:, n:]], dim=1)
+def _times(t: float, state: Tensor, drawing: Drawing) -> Tensor:
+    return torch.full((len(state),), t, dtype=drawing.dtype, device=state.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config.schema import TrainConfig
 from trainer.loop import random_keys
+from trainer.models.reg import join, split
 from trainer.models.transformer import Geometry
 from trainer.objectives.sampling import sample
 from trainer.ranks.arithmetic import autocast_dtype
@@ -19,16 +20,28 @@ from trainer.ranks.arithmetic import autocast_dtype
 def draw_latents(
     model: nn.Module, images: Tensor, labels: Tensor, geometry: Geometry, config: TrainConfig, seed: int
 ) -> Tensor:
-    """Scaled latents float64 (B, C, h, w) of image numbers and labels int64 (B,), by `config`'s sampler."""
+    """Scaled latents float64 (B, C, h, w) of image numbers and labels int64 (B,), by `config`'s sampler.
+
+    A model with class tokens draws these beside the images, and they are let go.
+    """
     shape = (geometry.channels, geometry.input_size, geometry.input_size)
+
+    def noise(step: int) -> Tensor:
+        of_image = random_keys.normal(seed, "sample", step, images, shape)
+        if not geometry.class_width:
+            return of_image
+        return join(of_image, random_keys.normal(seed, "class-sample", step, images, (geometry.class_width,)))
+
     half = autocast_dtype(config.precision)
     with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
-        return sample(
+        drawn = sample(
             lambda x, t, y: model(x, t, y, with_projections=False)[0],
-            random_keys.normal(seed, "sample", 0, images, shape),
+            noise(0),
             labels,
             geometry.n_classes,
             config.sample,
             config.loss.path,
-            lambda step: random_keys.normal(seed, "sample", step + 1, images, shape),
+            lambda step: noise(step + 1),
+            class_width=geometry.class_width,
         )
+    return split(drawn, geometry)[0]

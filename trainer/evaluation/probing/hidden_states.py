@@ -33,7 +33,8 @@ from trainer.data.loader import Batch
 from trainer.evaluation.options import Weights
 from trainer.loop import random_keys
 from trainer.loop.losses import LatentScale, sample_latents
-from trainer.models.transformer import DiffusionTransformer, Geometry
+from trainer.models import make_model
+from trainer.models.transformer import Geometry
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import model_arithmetic
 from trainer.run.checkpoint import EMA_WEIGHTS, STATE, STEP, WEIGHTS, latest_checkpoint, read_state
@@ -92,7 +93,7 @@ def load_model(run: OpenRun, checkpoint: Path, weights: Weights, device: torch.d
     file = checkpoint / (EMA_WEIGHTS if weights == "ema" else WEIGHTS)
     try:
         _refuse_larger_model(run.geometry, file)
-        model = DiffusionTransformer(run.geometry)
+        model = make_model(run.geometry)
         model.load_state_dict(load_file(file))
     except (OSError, RuntimeError, SafetensorError, StoreError) as error:
         first = " ".join(str(error).split())[:200]
