@@ -46,7 +46,8 @@ from storage.base.console import EXIT_OK, run_command
 from storage.base.errors import UserError
 from storage.base.options import close_matches
 from trainer.config.presets import PRESETS, preset
-from trainer.models.transformer import Geometry, forward_flops_per_image
+from trainer.models.flops import forward_flops_per_image
+from trainer.models.transformer import Geometry
 from trainer.ranks.arithmetic import peak_flops
 from trainer.ranks.world import world_of_ranks
 

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from trainer.alignment import alignment_named
-from trainer.models import make_model
+from trainer.models.make import make_model
 from trainer.models.transformer import DiffusionTransformer, Geometry
 
-FILES = {"sit": "sit_linear.npz", "dit": "dit.npz", "irepa": "irepa.npz", "reg": "reg.npz"}
+FILES = {
+    "sit": "sit_linear.npz",
+    "dit": "dit.npz",
+    "irepa": "irepa.npz",
+    "reg": "reg.npz",
+    "lightningdit": "lightningdit.npz",
+}
 GEOMETRIES = {
     "sit": Geometry(
         kind="sit",
@@ -52,12 +58,15 @@ GEOMETRIES = {
         projector_width=64,
         class_width=40,
     ),
+    "lightningdit": Geometry(
+        kind="lightningdit", input_size=4, channels=8, patch=1, width=48, depth=3, heads=4, n_classes=10
+    ),
 }
 
 
 def load_reference(kind: str) -> dict[str, Tensor]:
     """Every array of the file; `state/*` are the model's parameters."""
-    with np.load(Path(__file__).parents[1] / "data" / FILES[kind]) as arrays:
+    with np.load(Path(__file__).parents[1] / "data" / FILES.get(kind, f"{kind}.npz")) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 

@@ -15,7 +15,7 @@ from tests.trainer.test_transformer import SMALL
 from trainer.config.schema import SampleConfig
 from trainer.loop import random_keys
 from trainer.loop.losses import losses
-from trainer.models import make_model
+from trainer.models.make import make_model
 from trainer.models.reg import join, split
 from trainer.objectives.sampling import sample
 from trainer.objectives.sit import interpolate, velocity_loss

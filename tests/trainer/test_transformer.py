@@ -15,9 +15,10 @@ from storage.base.errors import UserError
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from trainer.config.presets import PRESETS
 from trainer.config.schema import Kind
-from trainer.models import make_model
 from trainer.models.blocks import sincos_position_embedding, unpatchify
-from trainer.models.transformer import DiffusionTransformer, Geometry, forward_flops_per_image
+from trainer.models.flops import forward_flops_per_image
+from trainer.models.make import make_model
+from trainer.models.transformer import DiffusionTransformer, Geometry
 
 KINDS: tuple[Kind, ...] = ("sit", "dit")
 SMALL = Geometry(
@@ -37,7 +38,7 @@ SMALL = Geometry(
 def randomised(config: Geometry, seed: int = 0) -> DiffusionTransformer:
     """A model whose gates and output layer are not zero, so that every parameter matters."""
     torch.manual_seed(seed)
-    model = DiffusionTransformer(config)
+    model = make_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -246,8 +247,9 @@ def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768)
         dataclasses.replace(SMALL, kind="dit"),
         GEOMETRIES["reg"],
         GEOMETRIES["irepa"],
+        GEOMETRIES["lightningdit"],
     ],
-    ids=["sit-s-4", "sit-b-8", "dit-s-4", "two targets", "dit, two targets", "reg", "irepa"],
+    ids=["sit-s-4", "sit-b-8", "dit-s-4", "two targets", "dit, two targets", "reg", "irepa", "lightningdit"],
 )
 def test_flop_count_equals_torch_s_count(config: Geometry) -> None:
     assert forward_flops_per_image(config) == meta_flops(config, backward=False)

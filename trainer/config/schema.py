@@ -17,7 +17,7 @@ from storage.base.errors import UserError
 from storage.base.options import flag_of, spelled
 from trainer.alignment import COSINE, spelled_out
 
-Kind = Literal["sit", "dit"]
+Kind = Literal["sit", "dit", "lightningdit"]
 DEFAULT_PRESET = "sit-xl-2"
 PRESET_NAMES = "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], sit-tiny-2, dit-tiny-2"
 
@@ -36,7 +36,11 @@ def section(default: type) -> Any:
 class ModelConfig:
     """The diffusion transformer."""
 
-    kind: Kind = option("sit", "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps")
+    kind: Kind = option(
+        "sit",
+        "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps; lightningdit: "
+        "velocity, with RMS norms, rotary positions and SwiGLU",
+    )
     depth: int = option(28, "transformer blocks")
     width: int = option(1152, "channels of a token")
     heads: int = option(16, "attention heads; must divide the width")
@@ -78,6 +82,9 @@ class LossConfig:
         "`python -m trainer alignments` lists them",
     )
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
+    direction_weight: float = option(
+        0.0, "weight of one minus the cosine, over channels, between the velocity and the predicted one"
+    )
     class_weight: float = option(0.03, "weight of the class token's denoising loss, where the model has one")
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
@@ -86,6 +93,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
         at_least(self, "loss", "class_weight", 0)
+        at_least(self, "loss", "direction_weight", 0)
         object.__setattr__(self, "alignment", tuple(spelled_out(spelling) for spelling in self.alignment))
         if not self.alignment:
             raise UserError("--loss.alignment must name a kind; a vanilla run is --loss.projection-weight 0")
@@ -195,6 +203,11 @@ class SampleConfig:
     )
     steps: int = option(250, "steps of the sampler", free=True)
     heun: bool = option(False, "Heun's correction of the ode sampler, which calls the model twice a step", free=True)
+    shift: float = option(
+        1.0,
+        "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise",
+        free=True,
+    )
     guidance: float = option(1.0, "classifier-free guidance scale; 1: none", free=True)
     guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
     guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
@@ -210,6 +223,8 @@ class SampleConfig:
             raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
         if self.heun and self.sampler != "ode":
             raise UserError(f"--sample.heun true goes with --sample.sampler ode, not {self.sampler}")
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"--sample.shift must be positive and finite, got {self.shift}")
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise UserError(
                 "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
@@ -267,6 +282,16 @@ class TrainConfig:
                 f"--sample.sampler {self.sample.sampler} cannot draw from --model.kind {self.model.kind}; "
                 f"choose {fitting}"
             )
+        if self.model.kind == "lightningdit" and self.loss.path != "linear":
+            raise UserError(
+                f"--model.kind lightningdit has a linear path; leave --loss.path at it, not {self.loss.path}"
+            )
+        if self.model.kind == "dit" and self.loss.direction_weight:
+            raise UserError(
+                "--loss.direction-weight is of a velocity, which --model.kind dit does not predict; leave it at 0"
+            )
+        if self.model.kind == "dit" and self.sample.shift != 1:
+            raise UserError(f"--sample.shift {self.sample.shift} is of flows; leave it at 1 with --model.kind dit")
         if self.model.kind == "dit" and (self.loss.path, self.loss.time_sampling) != ("linear", "uniform"):
             raise UserError(
                 f"--loss.path {self.loss.path} and --loss.time-sampling {self.loss.time_sampling} are settings of "

@@ -16,7 +16,8 @@ from torch import Tensor
 from trainer.config.schema import TrainConfig
 from trainer.loop.losses import n_cosines
 from trainer.loop.step import DECILES, StepNumbers
-from trainer.models.transformer import Geometry, forward_flops_per_image
+from trainer.models.flops import forward_flops_per_image
+from trainer.models.transformer import Geometry
 from trainer.ranks.arithmetic import peak_flops
 from trainer.ranks.world import World
 

@@ -24,7 +24,7 @@ from trainer.data.loader import Batch
 from trainer.loop.ema import EMA
 from trainer.loop.losses import LatentScale, Losses, losses
 from trainer.loop.optimiser import clip_gradients, make_optimizer, step_where_finite
-from trainer.models import make_model
+from trainer.models.make import make_model
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.arithmetic import autocast_dtype
 from trainer.ranks.parallel import gradients_reduced, replicate, shard

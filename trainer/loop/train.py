@@ -60,7 +60,7 @@ from trainer.loop.losses import LatentScale, Losses, n_cosines
 from trainer.loop.non_finite import NonFiniteSteps
 from trainer.loop.readback import Readback
 from trainer.loop.step import StepNumbers, TrainingState, build, train_step
-from trainer.models.transformer import forward_flops_per_image
+from trainer.models.flops import forward_flops_per_image
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
 from trainer.run.checkpoint import RunState, save_checkpoint

@@ -92,8 +92,13 @@ class Attention(nn.Module):
         """Attend within x (B, T, D)."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        q, k = (self.placed(each).to(v.dtype) for each in (self.q_norm(q), self.k_norm(k)))
+        attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Queries or keys (B, heads, T, d) as scores see them."""
+        return x
 
 
 class Mlp(nn.Module):
@@ -114,10 +119,10 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, mlp_ratio: int = 4) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1: nn.Module = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, mlp_ratio * width)
+        self.norm2: nn.Module = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp: nn.Module = Mlp(width, mlp_ratio * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final: nn.Module = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 

@@ -14,10 +14,8 @@ Shape legend: B batch, C latent channels, H = W latent side, T = (H/p)² tokens,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from storage.base.errors import UserError
@@ -25,7 +23,6 @@ from trainer.alignment.cosine import Cosine
 from trainer.alignment.kind import Alignment
 from trainer.config.schema import Kind
 from trainer.models.blocks import (
-    TIME_FREQUENCIES,
     Block,
     FinalLayer,
     LabelEmbedder,
@@ -35,7 +32,7 @@ from trainer.models.blocks import (
     unpatchify,
 )
 
-OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2}
+OUTPUTS_PER_CHANNEL = {"sit": 1, "dit": 2, "lightningdit": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +111,9 @@ class DiffusionTransformer(nn.Module):
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.n_classes, config.width)
         self.pos_embed = nn.Parameter(self._position(), requires_grad=False)  # a parameter, as the checkpoints hold it
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.qk_norm) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self._make_block() for _ in range(config.depth))
         self.projectors = nn.ModuleList()
-        self.final_layer = FinalLayer(config.width, config.patch, config.out_channels)
+        self.final_layer = self._make_final_layer()
         self.apply(xavier)
         self._initialise()
         # Drawn last, so that a seed gives the transformer the same weights with and without alignment or class token.
@@ -151,6 +148,12 @@ class DiffusionTransformer(nn.Module):
         config = self.config
         return unpatchify(self.final_layer(tokens, condition), config.patch, config.grid, config.out_channels)
 
+    def _make_block(self) -> Block:
+        return Block(self.config.width, self.config.heads, self.config.qk_norm)
+
+    def _make_final_layer(self) -> FinalLayer:
+        return FinalLayer(self.config.width, self.config.patch, self.config.out_channels)
+
     def _position(self) -> Tensor:
         """Of the tokens, (1, T, D)."""
         return sincos_position_embedding(self.config.width, self.config.grid)
@@ -171,31 +174,6 @@ class DiffusionTransformer(nn.Module):
         for layer in zeroed:
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
-
-
-def forward_flops_per_image(config: Geometry) -> int:
-    """Multiply-adds of one image's forward pass times two: convolution, linear layers, attention; projectors included.
-
-    Norms, activations and the label look-up are left out, as is usual. A training step costs three times this.
-    """
-    tokens, width = config.n_tokens, config.width
-    per_patch = config.patch**2 * (config.channels + config.out_channels) * width  # patch embedding, final linear
-    per_token = config.depth * (4 * width * width + 8 * width * width + 2 * tokens * width)
-    per_token += sum(
-        weight.numel()
-        for (_, target), kind in zip(config.targets, config.kinds, strict=True)
-        for weight in _weights_of_projector(config, target, kind)
-    )
-    per_image = TIME_FREQUENCIES * width + width * width + config.depth * 6 * width * width + 2 * width * width
-    per_image += config.grid**2 * per_patch + 2 * config.class_width * width
-    return 2 * (tokens * per_token + per_image)
-
-
-def _weights_of_projector(config: Geometry, target_width: int, kind: Alignment) -> Iterator[Tensor]:
-    """Kernels of linear layers and convolutions, each of whose entries is one multiplication a token."""
-    with torch.device("meta"):
-        projector = kind.projector(config.width, config.projector_width, target_width, config.grid)
-    return (parameter for parameter in projector.parameters() if parameter.dim() > 1)
 
 
 def xavier(module: nn.Module) -> None:

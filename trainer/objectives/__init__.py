@@ -1,7 +1,8 @@
-"""What is minimised: an objective for each kind of model, and the alignment loss.
+"""What is minimised: an objective for each kind of model.
 
-An objective is a module with the five functions of `Objective`. The training step draws the numbers and calls it, so it
-knows no objective by name; to add one, write the module and its line in `OBJECTIVES`.
+An objective is a module with the five functions of `Objective`, and whether its time is the data's. The training step
+draws the numbers and calls it, so it knows no objective by name; to add one, write the module and its line in
+`OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from typing import Protocol
 from torch import Tensor
 
 from trainer.config.schema import LossConfig
-from trainer.objectives import dit as diffusion
-from trainer.objectives import sit as interpolant
+from trainer.objectives import dit, lightningdit, sit
 
 
 class Objective(Protocol):
     """x, noise and x_t are (B, C, H, W), t is (B,) of the objective's own kind, output is the model's."""
+
+    data_time: bool  # a flow from noise (0) to image (1), whose output is dx/dt in that direction
 
     def draw_times(self, uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
         """What the model is given as t, from draws (B,) of both kinds, of which one is used."""
@@ -36,4 +38,4 @@ class Objective(Protocol):
         """What the model is given as t at times (B,) on that scale; the inverse of `unit_times`."""
 
 
-OBJECTIVES: dict[str, Objective] = {"sit": interpolant, "dit": diffusion}
+OBJECTIVES: dict[str, Objective] = {"sit": sit, "dit": dit, "lightningdit": lightningdit}

@@ -148,6 +148,8 @@ def _at(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 # ---- the objective, as `objectives.Objective` describes it ------------------------------------------------------
 
+data_time = False
+
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
     """Steps int64 (B,), each of the 1,000 equally likely."""

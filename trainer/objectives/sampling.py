@@ -12,6 +12,7 @@ sees its own dtype.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Drawing:
     noise: Noise
     dtype: torch.dtype  # what the model is called with
     class_width: int = 0
+    data_time: bool = False  # the model is given 1 − t, and its output is −dx/dt
 
     def output(self, state: Tensor, t: Tensor, unit_time: float) -> Tensor:
         """The model's output float64 at a state float64 and times (B,), guided where `unit_time` is in the interval.
@@ -47,6 +49,8 @@ class Drawing:
         The model is called once. Channels beyond those guided (a learned variance among them) are the conditional
         output's.
         """
+        if self.data_time:
+            return -dataclasses.replace(self, data_time=False).output(state, 1 - t, unit_time)
         config = self.config
         scale = config.guidance if config.guidance_low <= unit_time <= config.guidance_high else 1.0
         if scale == 1:
@@ -77,6 +81,7 @@ def sample(
     noise: Noise,
     *,
     class_width: int = 0,
+    data_time: bool = False,
 ) -> Tensor:
     """Latents float64 (B, C, …) from noise x (B, C, …) and labels int64 (B,).
 
@@ -85,14 +90,19 @@ def sample(
     """
     drawing = Drawing(
         predict=predict, labels=labels, null_label=null_label, config=config, path=path, noise=noise, dtype=x.dtype,
-        class_width=class_width,
+        class_width=class_width, data_time=data_time,
     )  # fmt: skip
     return SAMPLERS[config.sampler](x.double(), drawing)
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Noise levels S(t) = s t / (1 + (s − 1) t), which for s > 1 lie closer to the noise (arXiv 2403.03206, eq. 23)."""
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
 def _euler(state: Tensor, drawing: Drawing) -> Tensor:
     config = drawing.config
-    times = torch.linspace(1, 0, config.steps + 1, dtype=torch.float64).tolist()
+    times = shifted(torch.linspace(1, 0, config.steps + 1, dtype=torch.float64), config.shift).tolist()
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         # The start of a step decides on guidance for both slopes of Heun's correction, as in the published sampler.
         slope = drawing.output(state, _times(t, state, drawing), t)
@@ -105,7 +115,9 @@ def _euler(state: Tensor, drawing: Drawing) -> Tensor:
 
 
 def _euler_maruyama(state: Tensor, drawing: Drawing) -> Tensor:
-    times = [*torch.linspace(1, LAST_SDE_TIME, drawing.config.steps, dtype=torch.float64).tolist(), 0.0]
+    config = drawing.config
+    even = torch.linspace(1, LAST_SDE_TIME, config.steps, dtype=torch.float64)
+    times = [*shifted(even, config.shift).tolist(), 0.0]
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         v = drawing.output(state, _times(t, state, drawing), t)
         diffusion = 2 * t

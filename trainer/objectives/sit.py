@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config.schema import LossConfig
@@ -64,6 +65,20 @@ def velocity_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
     return (predicted.float() - velocity.float()).square().flatten(1).mean(1)
 
 
+def direction_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
+    """1 − cosine over the channels (axis 1), mean over places, float32 (B,) (LightningDiT, arXiv 2501.01423)."""
+    cosine = F.cosine_similarity(predicted.float(), velocity.float(), dim=1)
+    return (1 - cosine).flatten(1).mean(1)
+
+
+def flow_loss(predicted: Tensor, velocity: Tensor, config: LossConfig) -> Tensor:
+    """The velocity's mean square, and its direction where that counts, float32 (B,)."""
+    loss = velocity_loss(predicted, velocity)
+    if not config.direction_weight:
+        return loss
+    return loss + config.direction_weight * direction_loss(predicted, velocity)
+
+
 def score_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, path: Path) -> Tensor:
     """∇ log p_t(x_t) (B, …) from the velocity (SiT, equation 9).
 
@@ -75,6 +90,8 @@ def score_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, path: Path) ->
 
 
 # ---- the objective, as `objectives.Objective` describes it ------------------------------------------------------
+
+data_time = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
@@ -88,8 +105,8 @@ def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:
 
 
 def denoising_loss(output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, config: LossConfig) -> Tensor:
-    """Mean square of the velocity, float32 (B,)."""
-    return velocity_loss(output, interpolate(x, noise, t, config.path)[1])
+    """Mean square of the velocity, and what its direction counts, float32 (B,)."""
+    return flow_loss(output, interpolate(x, noise, t, config.path)[1], config)
 
 
 def unit_times(t: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from trainer.config.schema import TrainConfig
 from trainer.loop import random_keys
 from trainer.models.reg import join, split
 from trainer.models.transformer import Geometry
+from trainer.objectives import OBJECTIVES
 from trainer.objectives.sampling import sample
 from trainer.ranks.arithmetic import autocast_dtype
 
@@ -43,5 +44,6 @@ def draw_latents(
             config.loss.path,
             lambda step: noise(step + 1),
             class_width=geometry.class_width,
+            data_time=OBJECTIVES[geometry.kind].data_time,
         )
     return split(drawn, geometry)[0]

@@ -33,7 +33,7 @@ from trainer.data.loader import Batch
 from trainer.evaluation.options import Weights
 from trainer.loop import random_keys
 from trainer.loop.losses import LatentScale, sample_latents
-from trainer.models import make_model
+from trainer.models.make import make_model
 from trainer.models.transformer import Geometry
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import model_arithmetic

@@ -1,0 +1,93 @@
+"""LightningDiT (Yao et al., arXiv 2501.01423): a DiT with RMS norms, rotary positions and SwiGLU.
+
+    norm    RMS norm with a weight, before the modulation                   (arXiv 1910.07467)
+    rotary  queries and keys of a head of d channels: the first d/2 rotate by the row, the others by the column;
+            channels 2k and 2k+1 as a plane, by position · 10000^(−4k/d)      (arXiv 2104.09864)
+    mlp     w3(SiLU(a) · b), [a, b] = w12(x), ⌊8 D / 3⌋ channels within       (arXiv 2002.05202)
+
+The sine-cosine positions of DiT stay. Time runs from noise (0) to image (1), and the output is x − ε. Parameter names
+are the public checkpoints'.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.blocks import LONGEST_PERIOD, Attention, Block, FinalLayer
+from trainer.models.transformer import DiffusionTransformer, Geometry
+
+EPSILON = 1e-6
+
+
+def rotary_angles(head_width: int, grid: int) -> Tensor:
+    """Angles float32 (grid², head_width) by which channels rotate, tokens row-major; two channels share one."""
+    half = head_width // 2
+    frequencies = LONGEST_PERIOD ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
+    of_axis = (torch.arange(grid, dtype=torch.float32)[:, None] * frequencies).repeat_interleave(2, dim=1)
+    rows = of_axis[:, None].expand(grid, grid, half)
+    columns = of_axis[None].expand(grid, grid, half)
+    return torch.cat([rows, columns], dim=2).reshape(grid * grid, 2 * half)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (…, T, d) with each pair of channels (2k, 2k+1) turned by its angle."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+
+
+class RotaryAttention(Attention):
+    """Attention whose queries and keys are rotated by their tokens' places; with `qk_norm`, RMS norms before."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, grid: int) -> None:
+        super().__init__(width, heads, qk_norm)
+        if qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=EPSILON) for _ in range(2))
+        angles = rotary_angles(width // heads, grid)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Queries or keys (B, heads, T, d), rotated."""
+        return rotated(x, self.cos, self.sin)
+
+
+class SwiGLU(nn.Module):
+    """A gated layer of ⌊8 D / 3⌋ channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token of x (B, T, D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LightningBlock(Block):
+    """DiT's block with other parts."""
+
+    def __init__(self, config: Geometry) -> None:
+        super().__init__(config.width, config.heads, config.qk_norm)
+        self.norm1, self.norm2 = (nn.RMSNorm(config.width, eps=EPSILON) for _ in range(2))
+        self.attn = RotaryAttention(config.width, config.heads, config.qk_norm, config.grid)
+        self.mlp = SwiGLU(config.width)
+
+
+class LightningDiT(DiffusionTransformer):
+    """output, projections = LightningDiT(geometry)(x, t, y), with t from noise (0) to image (1)."""
+
+    def _make_block(self) -> Block:
+        return LightningBlock(self.config)
+
+    def _make_final_layer(self) -> FinalLayer:
+        layer = super()._make_final_layer()
+        layer.norm_final = nn.RMSNorm(self.config.width, eps=EPSILON)
+        return layer
