@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.config.schema import TrainConfig
 from trainer.loop.losses import n_cosines
+from trainer.loop.optimiser import learning_rate
 from trainer.loop.step import DECILES, StepNumbers
 from trainer.models.flops import forward_flops_per_image
 from trainer.models.transformer import Geometry
@@ -58,6 +59,7 @@ class LogWindow:
             "stall_share": stall_s / seconds,
             "stall_ms_a_step": stall_s / max(1, self.n_timed) * 1e3,
             "skipped_steps": skipped,
+            "learning_rate": learning_rate(config.optim, step - 1),
             "ranks": world.size,
         }
         peak = peak_flops(world.device)

@@ -9,6 +9,7 @@ parameters are registered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,25 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Of the step that is number `step`, from 0: linear warm-up, then constant, then a linear or cosine decay.
+
+    It does not depend on how many steps a run has, so a run may be prolonged.
+    """
+    warmed = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.decay == "none" or step < config.decay_from:
+        return config.lr * warmed
+    gone = min(1.0, (step - config.decay_from) / (config.decay_until - config.decay_from))
+    left = 1 - gone if config.decay == "linear" else (1 + math.cos(math.pi * gone)) / 2
+    return (config.final_lr + (config.lr - config.final_lr) * left) * warmed
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> None:
+    """Before the optimiser takes a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:

@@ -23,7 +23,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.loader import Batch
 from trainer.loop.ema import EMA
 from trainer.loop.losses import LatentScale, Losses, losses
-from trainer.loop.optimiser import clip_gradients, make_optimizer, step_where_finite
+from trainer.loop.optimiser import clip_gradients, make_optimizer, set_learning_rate, step_where_finite
 from trainer.models.make import make_model
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.arithmetic import autocast_dtype
@@ -122,6 +122,7 @@ def train_step(training: TrainingState, batch: Batch, *, stop: bool = False) -> 
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.model, config.optim.clip)
     numbers = _reduced(of_batch, norm, stop, training.world)
+    set_learning_rate(training.optimizer, config.optim, batch.step)
     step_where_finite(training.optimizer, numbers.losses.isfinite().all())
     training.scaler.update()
     training.ema.update(training.model)
