@@ -9,6 +9,7 @@ beside names, 1.5, −3, numbers far apart, images without a label.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -159,7 +160,7 @@ def odd_names(class_names: Mapping[int, str]) -> list[str]:
 
 def _numbers_in_text_order(named: Sequence[tuple[int, str]]) -> list[str]:
     """A note where names differ in a number only and 10 comes before 2, as the order of texts has it."""
-    for (label, name), (next_label, next_name) in zip(named, named[1:], strict=False):
+    for (label, name), (next_label, next_name) in itertools.pairwise(named):
         words, next_words = re.split(r"(\d{1,40})", name), re.split(r"(\d{1,40})", next_name)
         if words[::2] != next_words[::2]:
             continue
