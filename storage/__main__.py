@@ -19,6 +19,7 @@ from storage.base.options import argument, option
 from storage.base.shown import shown
 from storage.diff import diff_groups, diff_stores
 from storage.layout import GROUP_KINDS, METADATA
+from storage.metadata import group_identity
 from storage.reader import Store, open_store
 from storage.receipts import Failure, scan
 from storage.roots import Root, absolute, open_root
@@ -62,10 +63,10 @@ def list_groups(store: Store) -> None:
                 n_done += 1
                 n_bytes += sum(shard.nbytes for shard in receipt.shards)
         arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.shape))} {a.dtype.lstrip('<|')}" for a in layout.arrays)
-        identity = attributes["identity"]
-        codec = (identity.get("codec") or {}).get("name", identity.get("dtype") or "?")
+        identity = group_identity(path, attributes["identity"], store.root.at(path))
+        codec = (identity.codec or {}).get("name", identity.dtype or "?")
         state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
-        say(f"  {path}  {identity.get('encoder') or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
+        say(f"  {path}  {identity.encoder or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
 
 
 def describe_store(store: Store) -> None:
@@ -97,7 +98,7 @@ def describe_group(store: Store, path: str) -> None:
     sums, without = group_sums(store.root, layout, attributes["identity_digest"])
     if without:
         say(f"statistics are of the other units: {without} were written without")
-    say(*describe(sums, attributes["identity"]))
+    say(*describe(sums, group_identity(path, attributes["identity"], store.root.at(path))))
     n_units = layout.store.n_units
     if n_of_unknown:
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def add_group(root: Path, name: str, width: int, n_tokens: int = 64) -> None:
     )
     group = GroupLayout(path=f"features/{name}", arrays=arrays)
     side = int(n_tokens**0.5)
-    identity = make_identities(width, INT8)[FEATURES] | {"name": name, "token_grid": [side, side]}
+    identity = replace(make_identities(width, INT8)[FEATURES], name=name, token_grid=(side, side))
     keys = open_store(root).index.keys
     with Staging(root) as staging:
         publish_all(root, group, identity, random_arrays(group, 7, INT8), keys, (), staging)
@@ -169,7 +170,7 @@ def test_features_without_patch_tokens_are_refused(tmp_path: Path) -> None:
         path="features/cls-only",
         arrays=(ArrayLayout(name="cls", dtype="float16", row_shape=(24,), store=store.layout),),
     )
-    identity = make_identities()[FEATURES] | {"name": "cls-only"}
+    identity = replace(make_identities()[FEATURES], name="cls-only")
     with Staging(tmp_path / "store") as staging:
         publish_all(tmp_path / "store", group, identity, random_arrays(group), store.index.keys, (), staging)
     with pytest.raises(UserError, match="features/cls-only holds cls and no patch tokens"):

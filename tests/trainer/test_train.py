@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_a_second_encoder_in_the_store_does_not_stop_a_run(tmp_path: Path) -> No
     group = GroupLayout(path="features/other", arrays=(patches,))
     keys = open_store(store).index.keys
     with Staging(store) as staging:
-        identity = make_identities()[FEATURES] | {"name": "other"}
+        identity = replace(make_identities()[FEATURES], name="other")
         publish_all(store, group, identity, random_arrays(group), keys, (), staging)
     assert train(micro(store, run, steps=3))["steps"] == 3
 

@@ -14,6 +14,7 @@ import tests.stores
 from storage import open_store
 from storage.base.errors import UserError
 from storage.codec import INT8, decode
+from storage.identity import Identity
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.evaluation.conftest import MICRO
 from trainer.__main__ import main
@@ -87,10 +88,9 @@ def make_other_store(root: Path, group: str, monkeypatch: pytest.MonkeyPatch, **
     """A store whose group has other fields in its identity."""
     make = tests.stores.make_identities
 
-    def changed(*args: object) -> dict[str, dict[str, object]]:
+    def changed(*args: object) -> dict[str, Identity]:
         identities = make(*args)  # type: ignore[arg-type]
-        identities[group].update(fields)
-        return identities
+        return identities | {group: dataclasses.replace(identities[group], **fields)}
 
     with monkeypatch.context() as patch:
         patch.setattr(tests.stores, "make_identities", changed)

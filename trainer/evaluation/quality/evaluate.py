@@ -30,6 +30,7 @@ from storage.base.errors import UserError
 from storage.base.files import append_line, write_atomic
 from storage.base.shown import shown
 from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_feature_file
+from storage.identity import unlike
 from storage.roots import absolute
 from trainer.evaluation.generate.image_files import step_drawn_at
 from trainer.evaluation.options import INCEPTION
@@ -131,7 +132,7 @@ def evaluate(
             identity = open_feature_file(images).identity
             raise UserError(
                 f"{images} is of {shown(label)}, the reference would be of {description.label}; pass "
-                f"--encoder {shown(identity['name'])} --token {shown(identity['vector'])}"
+                f"--encoder {shown(identity.name)} --token {shown(identity.vector)}"
             )
         sets.append((reference, features, n_reference))
     known = [path for path in (generated, features) if path is not None and path not in [path for _, path, _ in sets]]
@@ -200,7 +201,7 @@ def _result(
     generated = open_feature_file(generated_file)
     result: dict[str, Any] = {
         "name": generated.label,
-        "encoder": generated.identity,
+        "encoder": generated.identity.plain(),
         "generated": generated.images,
         "reference": against.record,
         "metrics": measure(generated, against, device),
@@ -330,13 +331,7 @@ def _opened(
     """What is compared with, once it is described. Raises UserError when it was described otherwise."""
     file = open_feature_file(features) if features is not None else None
     generated = open_feature_file(generated_file)
-    if file is not None and file.identity != generated.identity:
-        names = sorted({*file.identity, *generated.identity})
-        differing = [name for name in names if file.identity.get(name) != generated.identity.get(name)]
-        values = "; ".join(
-            f"{shown(name)}: {shown(str(generated.identity.get(name)))} and {shown(str(file.identity.get(name)))}"
-            for name in differing
-        )
+    if file is not None and (values := unlike(generated.identity, file.identity)):
         raise UserError(f"generated images and reference are described differently ({values}); describe both alike")
     if statistics is not None:
         record = {"kind": "statistics", "path": absolute(reference), "digest": _digest(*statistics)}
@@ -368,7 +363,7 @@ def _warnings(generated: FeatureFile, against: Reference) -> list[str]:
         found.append(f"{n:,} images; published figures are of {PUBLISHED_IMAGES:,}, and fewer give larger distances")
     if n <= width:
         found.append(f"{n:,} images do not determine the covariance of {width:,} features; compare equal counts only")
-    if generated.label == INCEPTION and not generated.identity.get("published_weights"):
+    if generated.label == INCEPTION and not generated.identity.published_weights:
         found.append("Inception's weights are not the published ones; no number here compares with any other")
     if against.features is None:
         found.append("the reference has no images, so there is no precision and no recall")
