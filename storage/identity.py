@@ -67,7 +67,7 @@ class Identity:
         """The mapping that is stored and hashed."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("others", "order")}
         said = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items() if v is not None}
-        said |= self.others
+        said = said | self.others | said  # the fields first, and a null that was replaced is not said
         return {name: said[name] for name in dict.fromkeys((*self.order, *said)) if name in said}
 
     @property
@@ -156,7 +156,7 @@ def identity_digest(plain: Mapping[str, Any]) -> str:
 
 
 def unlike(a: Identity, b: Identity, names: Iterable[str] | None = None) -> str:
-    """ "field: A's and B's" of each field in which two identities differ, for a message; "" where they agree."""
+    """In what two identities differ, "field: A's and B's; …" for a message, or "" where they agree."""
     one, other = a.plain(), b.plain()
     asked = sorted({*one, *other}) if names is None else names
     return "; ".join(
