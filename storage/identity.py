@@ -67,7 +67,7 @@ class Identity:
         """The mapping that is stored and hashed."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("others", "order")}
         said = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items() if v is not None}
-        said = said | self.others | said  # the fields first, and a null that was replaced is not said
+        said |= {name: v for name, v in self.others.items() if name not in said}  # a null that was replaced is gone
         return {name: said[name] for name in dict.fromkeys((*self.order, *said)) if name in said}
 
     @property
