@@ -21,10 +21,12 @@ from pipeline.encoders.catalogue import VAES, VISION
 from pipeline.plan import plan_groups
 from storage import StoreError, StoreLayout, open_store
 from storage.__main__ import main
+from storage.codec import codec_of
 from storage.exchange import from_hdf5, from_repa_npy
 from storage.exchange.incoming import ImportOptions, import_store
 from storage.feature_file import open_feature_file, read_npz_array, write_feature_file
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity, VectorsIdentity, identity_digest, parse
+from tests.storage.edits import set_field
 from tests.stores import FEATURES, make_store
 
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = json.loads(
@@ -153,3 +155,14 @@ def test_a_user_s_own_fields_are_kept_and_decide_reuse(tmp_path: Path) -> None:
     assert mine.digest != identity.digest
     with pytest.raises(StoreError, match="patch: found nothing, asked for 16"):
         open_store(tmp_path).group(FEATURES, expect=mine)
+
+
+def test_another_version_is_refused_as_such(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    set_field(f"{FEATURES}/zarr.json", ("attributes", "identity", "codec"), {"name": "fp4", "block": 16})(tmp_path)
+    identity = open_store(tmp_path).group(FEATURES).identity
+    with pytest.raises(StoreError, match=r"a codec that this code does not know, {'name': 'fp4'.*; use the code that"):
+        codec_of(identity)
+    set_field(f"{FEATURES}/zarr.json", ("attributes", "format_version"), 2)(tmp_path)
+    with pytest.raises(StoreError, match="has format version 2, not 1"):
+        open_store(tmp_path).group(FEATURES)
