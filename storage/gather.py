@@ -29,9 +29,10 @@ from storage.base.errors import StoreError
 from storage.cache import DiskCache
 from storage.checks import ChecksumPolicy, ChunkChecks, sample_at
 from storage.layout import CRC_BYTES, EMPTY, ArrayLayout, GroupLayout, StoreLayout, checked_rows
+from storage.read import Check, Read, ReadError
 from storage.roots import Root
 from storage.shard import HEAL, parse_shard_index
-from storage.shard_files import Check, LocalFiles, Read, ReadError, RemoteFiles, ShardFiles
+from storage.shard_files import LocalFiles, RemoteFiles, ShardFiles
 
 EmptyRows = Literal["refuse", "fill"]
 MAX_MERGED_BYTES = 16 << 20  # a longer run is cut, so that threads share it
