@@ -21,6 +21,7 @@ from storage import (
     open_store,
     publish_unit,
 )
+from storage.codec import INT8
 from storage.index import make_index
 
 VARIANTS = {
@@ -50,7 +51,9 @@ def write(root: Path, spec: Spec, n_rows: int) -> None:
         index = make_index(keys, [0] * n_rows, ["x"] * n_rows, keys, [1] * n_rows)
         for path, layout in layouts(spec, n_rows).items():
             create_store(root, layout.store, index, {}, staging.run_id)
-            digest = create_group(root, layout, {"name": path}, {}, staging.run_id)
+            quantised = any(array.name == "scale" for array in layout.arrays)
+            identity = {"name": path} | ({"codec": INT8.identity} if quantised else {})
+            digest = create_group(root, layout, identity, {}, staging.run_id)
             staging.prepare(path)
             for unit in range(layout.store.n_units):
                 rows = layout.store.unit_rows(unit)
