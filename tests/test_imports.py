@@ -13,7 +13,7 @@ import pytest
 
 ENCODERS = {"ray", "diffusers", "timm", "torchvision", "PIL"}
 FORBIDDEN = {  # modules that are imported by one process, and what must then not be loaded
-    "storage, storage.__main__": ENCODERS | {"torch", "pipeline", "trainer"},
+    "storage, storage.__main__, storage.batches": ENCODERS | {"torch", "pipeline", "trainer"},
     "pipeline, pipeline.job, pipeline.encode, pipeline.launching.tasks": {"trainer", "torch"},
     "pipeline.preview": {"trainer"},
     "trainer, trainer.loop.train, trainer.__main__, trainer.study.runs, trainer.evaluation.generate.generate, "
