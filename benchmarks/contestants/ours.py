@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,16 @@ def layouts(spec: Spec, n_rows: int) -> dict[str, GroupLayout]:
     }
 
 
+def identity(layout: GroupLayout) -> dict[str, Any]:
+    """What readers and the trainer ask of a group."""
+    if layout.path == "latents/l":
+        scaling = {"latent_scale_factor": 1.0, "latent_shift_factor": 0.0}
+        return {"name": layout.path, "latent_channels": 4, "latent_size": [32, 32], **scaling}
+    quantised = any(array.name == "scale" for array in layout.arrays)
+    codec = {"codec": INT8.identity} if quantised else {}
+    return {"name": layout.path, "token_grid": [16, 16], "width": 768, **codec}
+
+
 def write(root: Path, spec: Spec, n_rows: int) -> None:
     """Publish without fsync, since nobody else's writer does it either."""
     keys = [str(row) for row in range(n_rows)]
@@ -51,9 +62,7 @@ def write(root: Path, spec: Spec, n_rows: int) -> None:
         index = make_index(keys, [0] * n_rows, ["x"] * n_rows, keys, [1] * n_rows)
         for path, layout in layouts(spec, n_rows).items():
             create_store(root, layout.store, index, {}, staging.run_id)
-            quantised = any(array.name == "scale" for array in layout.arrays)
-            identity = {"name": path} | ({"codec": INT8.identity} if quantised else {})
-            digest = create_group(root, layout, identity, {}, staging.run_id)
+            digest = create_group(root, layout, identity(layout), {}, staging.run_id)
             staging.prepare(path)
             for unit in range(layout.store.n_units):
                 rows = layout.store.unit_rows(unit)
