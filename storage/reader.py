@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic
 
 import numpy as np
@@ -20,7 +20,7 @@ from storage.base.errors import StoreError
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
 from storage.foreign import ZarrArrayReader, open_foreign
-from storage.gather import ArrayReader, EmptyRows
+from storage.gather import ArrayReader
 from storage.identity import AnyIdentity, Identity, identity_digest, require_same
 from storage.index import Classes, Index, count_rows, read_classes, read_index
 from storage.layout import (
@@ -42,6 +42,7 @@ from storage.metadata import (
     reads_as_ours,
     typed_attributes,
 )
+from storage.open_array import EmptyRows, OpenArray
 from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
@@ -221,13 +222,16 @@ class Store:
             disk_cache = group_cache(cache, str(self.root), layout, attributes["identity_digest"])
         arrays = {
             array.name: ArrayReader(
-                self.root,
-                layout,
-                array,
-                path=f"{path}/{array.name}",
-                checksums=checksums,
-                n_threads=n_threads,
-                cache=disk_cache,
+                partial(
+                    OpenArray,
+                    self.root,
+                    layout,
+                    array,
+                    path=f"{path}/{array.name}",
+                    checksums=checksums,
+                    n_threads=n_threads,
+                    cache=disk_cache,
+                )
             )
             for array in layout.arrays
         }
@@ -303,5 +307,6 @@ def open_array(
         if store.n_units > MAX_SHARDS or layout.n_shard_chunks > MAX_SHARD_CHUNKS:
             raise StoreError(f"{root.at(name)} says that it has {store.n_units} shards of {store.shard_rows} rows")
         if reads_as_ours(array, layout):
-            return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
+            open_here = partial(OpenArray, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
+            return ArrayReader(partial(open_here, root, None, layout))
     return ZarrArrayReader(array, root.at(name))
