@@ -16,8 +16,9 @@ from storage.codec import INT8, decode
 from tests.storage.servers import http_server
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, publish_all, random_arrays
 from trainer.config.presets import preset
+from trainer.config.saved import read_config, to_yaml
 from trainer.config.schema import AlignmentTarget, TrainConfig
-from trainer.config.tree import flatten, from_yaml, override, to_yaml
+from trainer.config.tree import flatten, override
 from trainer.data.groups import geometry_of, open_data
 from trainer.data.loader import Loader
 from trainer.loop.train import train
@@ -137,7 +138,7 @@ def test_the_log_shows_each_target_and_a_resume_counts_on(two_features: Path, tm
         assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * first + 0.25 * second, rel=1e-6)
         assert line["alignment_loss"] == pytest.approx((first + second) / 2, rel=1e-6)
         assert first != second
-    again = from_yaml(tmp_path / "run" / "config.yaml")
+    again = read_config(tmp_path / "run" / "config.yaml").config
     assert flatten(again) == {**flatten(config), **{n: flatten(again)[n] for n in ("precision", "data.latents")}}
     assert train(override(again, {"steps": 4}))["steps_now"] == 1
 
@@ -192,12 +193,12 @@ def test_lists_survive_yaml_and_a_single_value_stays_one(tmp_path: Path) -> None
     for changes in (BOTH, {"loss.projection_weight": (0.25,)}, {"data.features": ("tiny-vit",)}):
         config = override(preset("sit-tiny-2"), changes)
         path.write_text(to_yaml(config), encoding="utf-8")
-        assert from_yaml(path) == config
+        assert read_config(path).config == config
     assert "projection_weight: 0.5\n" in to_yaml(preset("sit-tiny-2"))
     path.write_text(
         "model: {align_block: 4}\nloss: {projection_weight: [0.5, 1e-1]}\ndata: {features: [a, features/b]}"
     )
-    config = from_yaml(path)
+    config = read_config(path).config
     assert [(t.features, t.block, t.weight) for t in config.targets] == [("a", 4, 0.5), ("b", 4, 0.1)]
 
 

@@ -21,7 +21,8 @@ from tests.trainer.runs import assert_same_run, command, curve, micro, start, wa
 from trainer.__main__ import main
 from trainer.alignment import ALIGNMENTS
 from trainer.alignment.cosine import alignment_loss
-from trainer.config.tree import from_yaml, override
+from trainer.config.saved import read_config
+from trainer.config.tree import override
 from trainer.data.loader import Batch
 from trainer.loop.losses import LatentScale, sample_latents
 from trainer.loop.non_finite import NonFiniteError
@@ -253,7 +254,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(shared_tiny_sto
 def test_a_saved_configuration_runs_again(shared_tiny_store: Path, tmp_path: Path) -> None:
     """`--config RUN/config.yaml`: the same run elsewhere, bit for bit."""
     train(micro(shared_tiny_store, tmp_path / "a", steps=3))
-    config = from_yaml(tmp_path / "a" / "config.yaml")
+    config = read_config(tmp_path / "a" / "config.yaml").config
     train(override(config, {"run": tmp_path / "b"}))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 

@@ -21,7 +21,7 @@ from tests.inception import write_random_inception
 from tests.stores import make_store
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import SETTINGS_FILE, step_drawn_at
-from trainer.evaluation.quality.evaluate import RUN_RECORD, Description, evaluate, read_record, table
+from trainer.evaluation.quality.evaluate import Description, evaluate, read_record, table
 from trainer.evaluation.quality.frechet import frechet_distance, gaussian_of
 from trainer.evaluation.quality.inception_score import inception_score
 from trainer.evaluation.quality.precision_recall import precision_recall
@@ -126,7 +126,7 @@ def test_a_result_is_recorded_in_the_run_it_is_of(files: tuple[Path, Path], tmp_
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="has no checkpoint, so the step of these images is unknown"):
         evaluate(*files, Description(encoder="vit"), out=tmp_path, run=tmp_path)
-    assert not (tmp_path / RUN_RECORD).exists()
+    assert not (tmp_path / "evaluations.jsonl").exists()
 
 
 def test_images_are_of_the_step_that_generate_noted(micro_run: Path, tmp_path: Path) -> None:
@@ -278,14 +278,14 @@ def test_broken_images_and_links_in_a_reference(tmp_path: Path) -> None:
 
 def test_a_line_that_a_kill_cut_short_is_lost_and_no_other(tmp_path: Path) -> None:
     line = {"name": "vit", "step": 1, "metrics": {"fd": {"value": 1.0}}}
-    (tmp_path / RUN_RECORD).write_text(json.dumps(line) + '\n{"name": "v')
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(line) + '\n{"name": "v')
     assert len(read_record(tmp_path)) == 1
-    append_line(tmp_path / RUN_RECORD, json.dumps({**line, "step": 2}))
+    append_line(tmp_path / "evaluations.jsonl", json.dumps({**line, "step": 2}))
     assert [found.step for found in read_record(tmp_path)] == [1, 2]
-    (tmp_path / RUN_RECORD).write_text(json.dumps(line))  # by hand, without an end
-    append_line(tmp_path / RUN_RECORD, json.dumps({**line, "step": 2}))
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(line))  # by hand, without an end
+    append_line(tmp_path / "evaluations.jsonl", json.dumps({**line, "step": 2}))
     assert [found.step for found in read_record(tmp_path)] == [1, 2]
-    (tmp_path / RUN_RECORD).write_text('{"name": "v\n' + json.dumps(line) + "\n")
+    (tmp_path / "evaluations.jsonl").write_text('{"name": "v\n' + json.dumps(line) + "\n")
     with pytest.raises(UserError, match=r"evaluations\.jsonl line 1 is damaged.*remove the line"):
         read_record(tmp_path)
 

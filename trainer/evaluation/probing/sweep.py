@@ -30,16 +30,10 @@ from trainer.data.codes import dequantise
 from trainer.data.groups import pick_group
 from trainer.evaluation.options import SweepConfig
 from trainer.evaluation.probing import cknna
-from trainer.evaluation.probing.hidden_states import (
-    OpenRun,
-    checkpoints_of,
-    load_model,
-    open_run,
-    pooled_hidden_states,
-    step_of,
-)
+from trainer.evaluation.probing.hidden_states import pooled_hidden_states
 from trainer.evaluation.probing.probe import probe
 from trainer.ranks.world import device_named
+from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
 
 Measure = Literal["probe", "cknna"]
 LATENT_FIELDS = (

@@ -40,11 +40,11 @@ from trainer.evaluation.quality.precision_recall import NEIGHBOURS, precision_re
 from trainer.evaluation.quality.reference import Contents, contents, read_statistics
 from trainer.ranks.world import device_named
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.folder import RunFolder
 from trainer.run.metrics import parsed
 
 PUBLISHED_IMAGES = 50_000
 INCEPTION_WIDTH = 2048
-RUN_RECORD = "evaluations.jsonl"
 CACHE = "reference-features"  # beside the runs
 NAMED = 10  # images that could not be read, in a run's record; the result has them all
 LOOKED_FOR = 3  # folders above the images in which a run is looked for
@@ -156,7 +156,7 @@ def _file_name(label: str) -> str:
 def _cache(images: Path, run: Path | None, out: Path | None, folder: Path) -> Path:
     """Where a reference's features are kept: beside the runs, or beside the images; with --out and no run, there."""
     above = [images.absolute(), *images.absolute().parents][:LOOKED_FOR]
-    runs = [run] if run is not None else [path for path in above if (path / "config.yaml").is_file()]
+    runs = [run] if run is not None else [path for path in above if RunFolder(path).is_run]
     beside = runs[0].absolute().parent if runs else images.absolute().parent
     if (not runs and out is not None) or not os.access(beside, os.W_OK):
         return folder
@@ -210,7 +210,7 @@ def _result(
     write_atomic(folder / f"{_file_name(generated.label)}.json", json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
         few = {name: _few_named(result[name]) for name in ("generated", "reference")}
-        append_line(run / RUN_RECORD, json.dumps({"step": step, **result, **few}))
+        append_line(RunFolder(run).evaluations, json.dumps({"step": step, **result, **few}))
     return result
 
 
@@ -298,7 +298,7 @@ def read_record(run: Path) -> list[Evaluation]:
 
     Raises StoreError, naming the line, for one that is damaged otherwise.
     """
-    path = run / RUN_RECORD
+    path = RunFolder(run).evaluations
     with contextlib.suppress(FileNotFoundError):
         return [parsed(Evaluation, f"{path} line {number}", line) for number, line in read_lines(path)]
     return []
@@ -310,7 +310,7 @@ def _step(run: Path | None, step: int | None, images: Path) -> int | None:
         if step is not None:
             raise UserError("--step says which step of --run the images are of; pass --run RUN as well")
         return None
-    if not (run / "config.yaml").is_file():
+    if not RunFolder(run).is_run:
         raise UserError(f"--run {run} is not a run (it has no config.yaml); name a folder that `make train` wrote")
     if step is None:
         step = step_drawn_at(images)
