@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.base.boundary import parse_yaml, read_regular
+from storage.base.boundary import read_regular
 from storage.base.errors import UserError
 from storage.base.options import argument, close_matches, option, required
 from trainer.config.command_line import parse_setting
@@ -39,6 +39,7 @@ from trainer.config.tree import (
     leaves,
     override,
 )
+from trainer.config.yaml_file import parse_yaml
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder
 
