@@ -44,6 +44,7 @@ def train_and_resume(store: Path, run: Path, env: dict[str, str], program: str =
         _, *arguments = command(store, run, **changes, **{"log.tensorboard": True})
         done = python(*arguments, env=env, program=program)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{steps - 2}/{steps} [00:00<?" in done.stderr  # where the bar begins
         assert json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])["steps"] == steps
     assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-0000002.png", "step-0000004.png"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
@@ -75,9 +76,8 @@ def test_train_alone_trains_and_resumes(shared_tiny_store: Path, tmp_path: Path)
         ("", "storage export STORE --to hdf5 --out OUT", "h5py; pip install 'offline-repa[precompute]'"),
         ("", "storage import HERE --from lightningdit --store OUT --name a", "safetensors; pip install"),
         ("", "trainer train --store STORE", "torch; pip install 'offline-repa[train]'"),
-        ("", "pipeline encoders", "torch; pip install 'offline-repa[precompute]'"),
+        ("", "pipeline index HERE", "h5py; pip install 'offline-repa[precompute]'"),
         ("train", "pipeline precompute --data HERE --store OUT", "; pip install 'offline-repa[precompute]'"),
-        ("train", "pipeline launch -- train", "ray; pip install 'offline-repa[precompute]'"),
         ("train", "pipeline preview STORE --out OUT", "; pip install 'offline-repa[precompute]'"),
     ],
 )
@@ -87,15 +87,16 @@ def test_what_is_missing_is_said_in_one_line(
     places = {"STORE": shared_tiny_store, "HERE": tmp_path, "OUT": tmp_path / "out"}
     arguments = [str(places.get(word, word)) for word in command_line.split()]
     done = python("-m", *arguments, env=without_others(extra, tmp_path / "site"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert f"python -m {arguments[0]}: error: this needs the package " in done.stderr
-    assert needed in done.stderr
+    *progress, line = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert line.startswith(f"python -m {arguments[0]}: error: this needs the package ")
+    assert needed in line
+    assert "Traceback" not in "".join(progress)
 
 
-@pytest.mark.parametrize("extra", ["", "train"])
 @pytest.mark.parametrize("package", ["storage", "pipeline", "trainer"])
-def test_help_needs_nothing_more(package: str, extra: str, tmp_path: Path) -> None:
-    done = python("-m", package, "--help", env=without_others(extra, tmp_path / "site"))
+def test_help_needs_nothing_more(package: str, tmp_path: Path) -> None:
+    done = python("-m", package, "--help", env=without_others("", tmp_path / "site"))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

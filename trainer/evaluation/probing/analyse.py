@@ -33,6 +33,8 @@ STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 
 def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | None) -> list[Path]:
     """`probe` and `cknna`: RUN/analysis/MEASURE.{json,png}; returns the paths. Raises UserError."""
+    import matplotlib  # noqa: F401 — whoever lacks it learns so before hours of measuring
+
     return _write_measure(run, {**sweep(run, config, [measure]), "by": measure}, measure, config.times, out)
 
 
@@ -56,6 +58,8 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     What was measured of a run is written beside it too, as `write_measure` does, where the report finds it; but what
     `probe` or `cknna` wrote there stays. Raises UserError.
     """
+    import matplotlib  # noqa: F401 — as above
+
     if len(set(runs)) < len(runs):
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ class Description:
 
         Ends with its status when it fails, having said why itself.
         """
+        needed = "torch_fidelity" if self.encoder == INCEPTION else "timm"
+        if find_spec(needed) is None:
+            raise ModuleNotFoundError(name=needed)  # said here, since the other command has other extras in mind
         places, outs, limits = zip(*sets, strict=True)
         command = [sys.executable, "-m", "pipeline", "features", *map(_argument, places)]
         command += ["--out", *map(_argument, outs), "--n", *map(str, limits)]
