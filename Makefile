@@ -93,7 +93,7 @@ PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 test: $(STAMP)  ## the tests, a few minutes
 	$(PYTEST) $(ARGS)
 
-test-quick: $(STAMP)  ## those that start no process, a minute
+test-quick: $(STAMP)  ## those of them that start no process
 	$(PYTEST) --quick $(ARGS)
 
 test-all: $(STAMP)  ## and the slow ones
