@@ -17,7 +17,9 @@ from tests.stores import make_store
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="skip a test where it would start a process, Ray or a compiler")
+    parser.addoption(
+        "--quick", action="store_true", help="skip a test where it would start a process, Ray or a compiler"
+    )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
