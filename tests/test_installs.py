@@ -76,7 +76,7 @@ def test_train_alone_trains_and_resumes(shared_tiny_store: Path, tmp_path: Path)
         ("", "storage export STORE --to hdf5 --out OUT", "h5py; pip install 'offline-repa[precompute]'"),
         ("", "storage import HERE --from lightningdit --store OUT --name a", "safetensors; pip install"),
         ("", "trainer train --store STORE", "torch; pip install 'offline-repa[train]'"),
-        ("", "pipeline index HERE", "h5py; pip install 'offline-repa[precompute]'"),
+        ("", "pipeline index HERE", "; pip install 'offline-repa[precompute]'"),
         ("train", "pipeline precompute --data HERE --store OUT", "; pip install 'offline-repa[precompute]'"),
         ("train", "pipeline preview STORE --out OUT", "; pip install 'offline-repa[precompute]'"),
     ],
