@@ -29,7 +29,7 @@ quote = '$(subst ','\'',$(value $(1)))'
 named = $(strip $(foreach name,$(1),$(if $(filter command environment,$(firstword $(origin $(name)))),$(name))))
 on_line = $(strip $(foreach name,$(1),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
 
-.PHONY: help env demo precompute train generate evaluate analyse ablate report export test test-all bench-env bench lint format clean
+.PHONY: help env demo precompute train generate evaluate analyse ablate report export test test-quick test-all bench-env bench lint format clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
@@ -88,11 +88,16 @@ report: $(STAMP)  ## one HTML page about runs: RUNS="runs/a runs/b" [ARGS="--out
 export: $(STAMP)  ## a run for other programs: RUN=folder [ARGS="--to safetensors"]
 	$(PY) -m trainer export $(call quote,RUN) $(ARGS)
 
+# Most of the time goes into processes that the tests start; a file stays with one worker, for what its tests share.
+PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 test: $(STAMP)  ## the tests, a few minutes
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-quick: $(STAMP)  ## those of them that start no process
+	$(PYTEST) --quick $(ARGS)
 
 test-all: $(STAMP)  ## and the slow ones
-	$(PY) -m pytest -m 'slow or not slow' $(ARGS)
+	$(PYTEST) -m 'slow or not slow' $(ARGS)
 
 bench-env: $(VENV_BENCH)/.installed  ## the environment of the formats that bench compares with
 $(VENV_BENCH)/.installed: benchmarks/peers.txt

@@ -31,6 +31,7 @@ from crc32c import crc32c
 
 from benchmarks.report import RESULTS, machine, table
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, open_store
+from storage.identity import FeaturesIdentity
 from storage.index import ROW_GROUP, SCHEMA
 from storage.layout import FORMAT_VERSION, INDEX_FILE, METADATA, STORE_RECEIPT
 from storage.metadata import node_metadata
@@ -75,7 +76,7 @@ def make(root: Path, n_shards: int, shard_rows: int) -> None:
     nbytes = shard_rows * array.stored_bytes + len(tail)
     make_root(root, store)
     with Staging(root) as staging:
-        digest = create_group(root, layout, {"name": "f"}, {}, staging.run_id)
+        digest = create_group(root, layout, FeaturesIdentity(name="f"), {}, staging.run_id)
     (root / layout.receipt_key(0)).parent.mkdir(parents=True, exist_ok=True)
     for unit in range(n_shards):
         path = root / GROUP / "patches" / array.shard_key(unit)

@@ -136,8 +136,8 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
         patches = add_outliers(patches)
     geometry = Geometry(
         kind=config.model.kind,
-        input_size=vae_identity["latent_size"][0],
-        channels=vae_identity["latent_channels"],
+        input_size=vae_identity.latent_size[0],
+        channels=vae_identity.latent_channels,
         patch=config.model.patch,
         width=config.model.width,
         depth=config.model.depth,

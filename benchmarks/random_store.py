@@ -7,12 +7,12 @@ shard's numbers are drawn and every shard holds them: what is read is as large a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
 from storage.codec import INT8, encode
+from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 
 RESOLUTION = 256
@@ -61,19 +61,24 @@ def _arrays(n: int, width: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
     return {LATENTS: {"moments": moments.astype(np.float16)}, FEATURES: features}
 
 
-def _identities(width: int, dtype: str) -> dict[str, dict[str, Any]]:
+def _identities(width: int, dtype: str) -> dict[str, Identity]:
     """What the trainer asks of a group."""
-    common = {"resolution": RESOLUTION, "encoder": "random numbers"}
     return {
-        LATENTS: common
-        | {
-            "dtype": "float16",
-            "latent_channels": LATENT_CHANNELS,
-            "latent_size": [LATENT_SIDE] * 2,
-            "latent_scale_factor": 0.18215,
-            "latent_shift_factor": 0.0,
-        },
-        FEATURES: common
-        | {"dtype": dtype, "token_grid": [GRID] * 2, "width": width}
-        | ({"codec": INT8.identity} if dtype == "int8" else {}),
+        LATENTS: LatentsIdentity(
+            resolution=RESOLUTION,
+            encoder="random numbers",
+            dtype="float16",
+            latent_channels=LATENT_CHANNELS,
+            latent_size=(LATENT_SIDE, LATENT_SIDE),
+            latent_scale_factor=0.18215,
+            latent_shift_factor=0.0,
+        ),
+        FEATURES: FeaturesIdentity(
+            resolution=RESOLUTION,
+            encoder="random numbers",
+            dtype=dtype,
+            token_grid=(GRID, GRID),
+            width=width,
+            codec=INT8.identity if dtype == "int8" else None,
+        ),
     }

@@ -31,6 +31,7 @@ from benchmarks.contestants import SPECS, make_rows
 from benchmarks.report import RESULTS, bars, machine, table
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
 from storage.base.files import write_all
+from storage.identity import FeaturesIdentity
 from storage.index import make_index
 
 N_SHARDS, ROWS = 3, 256
@@ -47,7 +48,7 @@ def ours(fsync: bool) -> Writer:
         n = len(keys)
         with Staging(root) as staging:
             create_store(root, store, make_index(keys, [0] * n, ["x"] * n, keys, [1] * n), {}, staging.run_id)
-            digest = create_group(root, layout, {"name": "f"}, {}, staging.run_id)
+            digest = create_group(root, layout, FeaturesIdentity(name="f"), {}, staging.run_id)
             staging.prepare(layout.path)
             start_s = time.perf_counter()
             for unit in range(N_SHARDS):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.encoders.precision import ARITHMETIC
-from pipeline.sources.labels import LabelOptions
+from pipeline.label_options import LabelOptions
 from storage.base.errors import UserError
 from storage.base.options import argument, option, required
 

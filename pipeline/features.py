@@ -35,8 +35,8 @@ from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.feature_file import FEATURES, FeatureFile, open_feature_file, write_feature_file
+from storage.identity import FeaturesIdentity, VectorsIdentity, unlike
 
-OF_A_STORE = ("kind", "crop", "dtype")  # of an encoder's identity, what says how a store keeps its features
 KEYS, DIGESTS = "image_keys", "image_digests"
 PART_IMAGES = 2048  # a part of Inception's has 40 MB
 LOOKED_AT = 64  # images of a set whose sizes are compared before anything is described
@@ -135,13 +135,9 @@ def _first(failed: Sequence[tuple[str, str]]) -> str:
     return named + (f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else "")
 
 
-def _require_alike(where: str, identity: dict[str, Any], other: str, its: dict[str, Any]) -> None:
+def _require_alike(where: str, identity: VectorsIdentity, other: str, its: VectorsIdentity) -> None:
     """Raise UserError when vectors of two identities do not compare."""
-    differing = [key for key in sorted({*identity, *its}) if identity.get(key) != its.get(key)]
-    if differing:
-        values = "; ".join(
-            f"{key}: {shown(str(identity.get(key)))} and {shown(str(its.get(key)))}" for key in differing
-        )
+    if values := unlike(identity, its):
         raise UserError(f"{where} and {other} would be described differently ({values}); describe both alike")
 
 
@@ -172,7 +168,7 @@ class _Description:
     """One set's way into its feature file."""
 
     def __init__(
-        self, job: Job, images: Images, size: tuple[int, int], identity: dict[str, Any], config: FeaturesConfig
+        self, job: Job, images: Images, size: tuple[int, int], identity: VectorsIdentity, config: FeaturesConfig
     ) -> None:
         self.job, self.images, self.size, self.identity, self.config = job, images, size, identity, config
         self.parts = job.out.with_name(f"{job.out.name}.parts")
@@ -271,7 +267,7 @@ class _Description:
         write_feature_file(self.parts / f"{secrets.token_hex(8)}.npz", arrays, self.identity, record)
 
 
-def _read(path: Path, identity: dict[str, Any]) -> FeatureFile | None:
+def _read(path: Path, identity: VectorsIdentity) -> FeatureFile | None:
     """A feature file of this identity; None where there is none, or another thing, which is overwritten."""
     try:
         found = open_feature_file(path) if path.exists() else None
@@ -282,7 +278,7 @@ def _read(path: Path, identity: dict[str, Any]) -> FeatureFile | None:
 
 def resolve(
     name: str, weights: Path | None, token: Token, size: tuple[int, ...]
-) -> tuple[dict[str, Any], Callable[[str], Encode]]:
+) -> tuple[VectorsIdentity, Callable[[str], Encode]]:
     """An encoder's identity, and what loads it onto a named device. Raises UserError when its weights are missing."""
     if name == INCEPTION:
         from pipeline.encoders import inception
@@ -297,7 +293,21 @@ def resolve(
     if size[0] != size[1]:
         raise UserError(f"{name} takes square images, these are {size[1]}×{size[0]}; pass --resolution to crop them")
     described = registry.describe(spec, resolution=size[0])
-    identity = {key: value for key, value in described.items() if key not in OF_A_STORE}
+    assert isinstance(described, FeaturesIdentity), described
+    identity = VectorsIdentity(  # without what says how a store keeps its features
+        name=name,
+        vector=token,
+        resolution=described.resolution,
+        arithmetic=described.arithmetic,
+        encoder=described.encoder,
+        weights_sha256=described.weights_sha256,
+        preprocessing=described.preprocessing,
+        layer=described.layer,
+        tokens=described.tokens,
+        token_grid=described.token_grid,
+        width=described.width,
+        others=described.others,
+    )
 
     def load(device: str) -> Encode:
         loaded = registry.load(spec, resolution=size[0], device=_device(device))
@@ -312,7 +322,7 @@ def resolve(
 
         return encode
 
-    return {**identity, "name": name, "vector": token}, load
+    return identity, load
 
 
 def _device(name: str) -> Any:

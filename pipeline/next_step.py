@@ -11,7 +11,8 @@ from collections.abc import Collection
 from contextlib import closing, suppress
 from typing import Any
 
-from storage import StoreError, open_store
+from storage import GroupReader, StoreError, open_store
+from storage.identity import FeaturesIdentity, LatentsIdentity
 
 PATCHES = (2, 4, 8)
 PUBLISHED = {256: "", 512: "-512"}  # pixels → what ends a preset's name
@@ -25,18 +26,18 @@ def train_command(where: str, preferred: Collection[str] = ()) -> str:
     """
     store = open_store(where)
     there = store.groups()
-    identities: dict[str, dict[str, Any]] = {}
+    groups: dict[str, GroupReader[Any]] = {}
     for path in sorted(there, key=lambda path: path not in preferred):
         with suppress(StoreError), closing(store.group(path)) as group:
-            identities[path] = {**group.identity, "arrays": list(group.arrays)}
-    latents = [path for path in identities if path.startswith("latents/")]
-    features = [path for path in identities if path.startswith("features/")]
+            groups[path] = group
+    latents = [path for path in groups if path.startswith("latents/")]
+    features = [path for path in groups if path.startswith("features/")]
     fitting = [
         (source, target, patch)
         for source in latents
         for target in [*features, ""]  # none: a vanilla model
         for patch in PATCHES
-        if _fits(identities[source], identities.get(target), patch)
+        if _fits(groups[source], groups.get(target), patch)
     ]
     if not fitting:
         return ""
@@ -54,8 +55,10 @@ def train_command(where: str, preferred: Collection[str] = ()) -> str:
     return f"{line} ARGS={shlex.quote(' '.join(options))}" if options else line
 
 
-def _fits(latents: dict[str, Any], features: dict[str, Any] | None, patch: int) -> bool:
-    height, width = latents["latent_size"]
+def _fits(latents: GroupReader[LatentsIdentity], features: GroupReader[FeaturesIdentity] | None, patch: int) -> bool:
+    height, width = latents.identity.latent_size
     if height != width or height % patch:
         return False
-    return features is None or ("patches" in features["arrays"] and features["token_grid"] == [height // patch] * 2)
+    return features is None or (
+        "patches" in features.arrays and features.identity.token_grid == (height // patch, height // patch)
+    )

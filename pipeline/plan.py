@@ -23,7 +23,7 @@ from pipeline.redo import Done, changed_images, refuse_changed, resized_rows, un
 from pipeline.sources import Source
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store, open_store
 from storage.base.errors import StoreError
-from storage.identity import identity_digest
+from storage.identity import Identity
 from storage.index import Index
 from storage.receipts import scan
 from storage.roots import Root
@@ -39,7 +39,7 @@ class GroupPlan:
 
     spec: registry.EncoderSpec
     layout: GroupLayout
-    identity: Mapping[str, Any]
+    identity: Identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,7 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
     ]
     groups = []
     for spec in specs:
-        identity = {
-            **registry.describe(spec, resolution=config.resolution),
-            "views": list(config.views),
-            "index_digest": index_digest,
-        }
+        identity = registry.describe(spec, resolution=config.resolution).of_samples(config.views, index_digest)
         dtypes = registry.array_dtypes(identity)
         arrays = tuple(
             ArrayLayout(name=array, dtype=dtypes[array], row_shape=shape, store=layout)
@@ -121,7 +117,7 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root
     )
     groups = plan_groups(config, layout, index.digest())
     check_store(root, layout, index)
-    digests = {group.layout.path: identity_digest(group.identity) for group in groups}
+    digests = {group.layout.path: group.identity.digest for group in groups}
     for group in groups:
         check_group(root, group.layout.path, group.identity)
     others, notes = _other_groups(root, tuple(digests))

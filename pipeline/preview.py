@@ -183,7 +183,7 @@ def decode_means(group: GroupReader, rows: np.ndarray, decoder: Path) -> np.ndar
     from pipeline.encoders.vae import VAE
 
     group.require("latent_channels", arrays=["moments"])
-    means = gather(group["moments"], rows)[:, : group.identity["latent_channels"]]
+    means = gather(group["moments"], rows)[:, : group.identity.latent_channels]
     vae = VAE(decoder, torch.device("cpu"))
     return np.concatenate([vae.decode(means[i : i + DECODE_BATCH]) for i in range(0, len(means), DECODE_BATCH)])
 
@@ -200,7 +200,7 @@ def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) 
     projected = centred @ axes[:3].T
     low, high = np.percentile(projected, [1, 99], axis=0)
     colours = (np.clip((projected - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-    pictures = colours.reshape(n, *group.identity["token_grid"], 3)
+    pictures = colours.reshape(n, *group.identity.token_grid, 3)
     size = (resolution, resolution)
     return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.NEAREST)) for p in pictures])
 

@@ -4,16 +4,15 @@
         moments, labels = batch["latents/sd-vae-ft-mse/moments"], batch["label"]
 
 The order is a function of the seed in constant memory (`order.py`), so the state of the iterator is the number of the
-next batch, and `start` resumes anywhere; any number of ranks cut the same global batches. A thread gathers ahead into a
-bounded queue, while the disk reads the batch after; leaving the loop, or closing the iterator, ends it.
+next batch, and `start` resumes anywhere; any number of ranks cut the same global batches. A thread gathers ahead, while
+the disk reads the batch after (`prefetch.py`); leaving the loop, or closing the iterator, ends it.
 """
 
 from __future__ import annotations
 
 import os
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -22,14 +21,16 @@ from storage.base.errors import UserError
 from storage.checks import ChecksumPolicy
 from storage.codec import codec_of, decode
 from storage.gather import gather_into
-from storage.order import Order, ValidRows, rank_slice
+from storage.order import ValidRows, rank_slice
+from storage.prefetch import Prefetcher
 from storage.reader import GroupReader, open_store
+from storage.visits import Views, Visits
 
 View = int | Literal["random"]
 
 
 class Gatherer:
-    """Batches of some groups by position among the samples that did not fail. Pickles; opens the store when used."""
+    """Batches of some groups of a store; `valid_rows` are the rows that failed in none. Pickles."""
 
     def __init__(
         self,
@@ -63,16 +64,14 @@ class Gatherer:
             self._arrays |= there & {"scale"}
         self._wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
         self._labels = opened.classes.labels
-        self._valid = ValidRows(opened.n_rows, np.concatenate([group.failed_rows for group in self._groups]))
-        self.n_samples = len(self._valid)
+        self.valid_rows = ValidRows(opened.n_rows, np.concatenate([group.failed_rows for group in self._groups]))
 
-    def views(self, n: int, rng: np.random.Generator) -> np.ndarray | int:
+    def views(self, n: int, rng: np.random.Generator) -> Views:
         """Views of n samples: the one that was asked for, or int64 (n,) drawn by `rng`."""
         return rng.integers(0, self.n_views, n) if self.view == "random" else self.view
 
-    def gather(self, positions: np.ndarray, views: np.ndarray | int) -> dict[str, np.ndarray]:
-        """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} at int64 positions (B,) and views."""
-        rows = self._valid.rows(positions)
+    def gather(self, rows: np.ndarray, views: Views) -> dict[str, np.ndarray]:
+        """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} of int64 rows (B,) and views."""
         batch = {"row": rows, "label": self._labels[rows].astype(np.int64)}
         readers = [group[name] for group, name in self._wanted]
         out = [np.empty((len(rows), *reader.row_shape), reader.dtype) for reader in readers]
@@ -85,9 +84,8 @@ class Gatherer:
             batch |= {f"{group.path}/{name}": values for name, values in arrays.items()}
         return batch
 
-    def will_read(self, positions: np.ndarray, views: np.ndarray | int) -> None:
+    def will_read(self, rows: np.ndarray, views: Views) -> None:
         """Say that these are gathered soon, so that the disk starts now."""
-        rows = self._valid.rows(positions)
         for group, name in self._wanted:
             group[name].will_read(rows, views)
 
@@ -126,50 +124,35 @@ def iterate_batches(
     gatherer = Gatherer(
         store, groups, arrays=arrays, view=view, decode=decode, checksums=checksums, n_threads=n_threads
     )
-    return _iterate(gatherer, batch, seed, start, stop, rank_slice(batch, rank, world_size), prefetch)
+    numbers = count(start) if stop is None else range(start, stop)
+    return _iterate(gatherer, batch, seed, numbers, rank, world_size, prefetch)
 
 
 def _iterate(
-    gatherer: Gatherer, batch: int, seed: int, start: int, stop: int | None, part: slice, prefetch: int
+    gatherer: Gatherer, batch: int, seed: int, numbers: Iterable[int], rank: int, world_size: int, prefetch: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    order = Order(gatherer.n_samples, seed)
-    ready: queue.Queue[dict[str, np.ndarray] | BaseException | None] = queue.Queue(maxsize=prefetch)
-    leaving = threading.Event()
+    part = rank_slice(batch, rank, world_size)
 
-    def put(item: dict[str, np.ndarray] | BaseException | None) -> None:
-        while not leaving.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
+    def choose_views(number: int, rows: np.ndarray) -> Views:
+        # Drawn for the global batch, so that they do not depend on the number of ranks.
+        views = gatherer.views(batch, np.random.default_rng([seed, number]))
+        return views if isinstance(views, int) else views[part]
 
-    def samples(number: int) -> tuple[np.ndarray, np.ndarray]:
-        # Views are drawn for the global batch, so that they do not depend on the number of ranks.
-        views = np.broadcast_to(gatherer.views(batch, np.random.default_rng([seed, number])), batch)
-        return order.global_batch(number, batch)[part], views[part]
-
-    def work() -> None:
-        number = start
-        try:
-            coming = samples(number)
-            while not leaving.is_set() and (stop is None or number < stop):
-                this, number, coming = coming, number + 1, samples(number + 1)
-                if stop is None or number < stop:
-                    gatherer.will_read(*coming)
-                put(gatherer.gather(*this))
-            put(None)
-        except BaseException as error:  # raised again in the loop
-            put(error)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
+    visits = Visits(
+        gatherer.valid_rows, seed=seed, batch=batch, rank=rank, world_size=world_size, choose_views=choose_views
+    )
+    # Batches have memory of their own, so the ring only counts them: those ahead, and the one that is being made.
+    ring = [None] * (prefetch + 1)
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        with Prefetcher(
+            map(visits.of, numbers),
+            lambda visit: gatherer.will_read(visit.rows, visit.views),
+            lambda visit, _: gatherer.gather(visit.rows, visit.views),
+            ring=ring,
+            name="batches",
+        ) as ahead:
+            while (item := ahead.next()) is not None:
+                ahead.give_back(None)
+                yield item
     finally:
-        leaving.set()
-        thread.join()
         gatherer.close()

@@ -20,7 +20,6 @@ import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from crc32c import crc32c
@@ -28,9 +27,7 @@ from crc32c import crc32c
 from storage.base.boundary import open_regular
 from storage.base.errors import StoreError, UserError
 from storage.layout import GroupLayout
-
-if TYPE_CHECKING:
-    from storage.shard_files import Read
+from storage.read import Read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,11 @@ from crc32c import crc32c
 
 from storage.base.errors import StoreError
 from storage.layout import ArrayLayout, GroupLayout
+from storage.read import Check, Read
 from storage.receipts import HEAL_RECEIPT, read_receipt
 from storage.roots import Root
 from storage.shard import HEAL
-from storage.shard_files import Check, Read, cannot_open
+from storage.shard_files import cannot_open
 
 ChecksumPolicy = Literal["never", "first", "always"]
 CHECKSUM_BYTES_KEPT = 32 << 20  # of receipts, 4 bytes a chunk

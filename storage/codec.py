@@ -37,7 +37,6 @@ Costs: (D + 2G) / 2D of float16's bytes, 0.508 where 128 divides D.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -46,6 +45,7 @@ from numpy.typing import DTypeLike
 
 from storage.base.boundary import parse_json
 from storage.base.errors import StoreError, UserError
+from storage.identity import Identity
 
 Q_MAX = 127
 LARGEST = Q_MAX * float(np.finfo(np.float16).max)  # the largest magnitude that a float16 factor can carry
@@ -144,16 +144,16 @@ def refusal(which: str) -> UserError:
     )
 
 
-def codec_of(identity: Mapping[str, Any]) -> Int8Codec | None:
+def codec_of(identity: Identity) -> Int8Codec | None:
     """The codec that a group's identity names, None when its patches are plain. Raises StoreError for one unknown."""
-    named = identity.get("codec")
+    named = identity.codec
     if named is None:
         return None
-    if not isinstance(named, Mapping) or set(named) != {"name", "group_channels"} or named["name"] != "int8":
+    if set(named) != {"name", "group_channels"} or named["name"] != "int8":
         raise StoreError(
             f"the features are in a codec that this code does not know, {_short(named)}; use the code that wrote them"
         )
-    return parse_json(Int8Codec, json.dumps(dict(named)), "the features' codec", "use another copy of the store")
+    return parse_json(Int8Codec, json.dumps(named), "the features' codec", "use another copy of the store")
 
 
 def _short(value: object) -> str:

@@ -31,17 +31,12 @@ from storage.base.boundary import Count, open_regular, parse_json
 from storage.base.errors import UserError
 from storage.base.files import make_directories, partial_name, publish
 from storage.base.shown import shown
+from storage.identity import VectorsIdentity, parse
 
 FEATURES, SPATIAL, LOGITS = "features", "spatial", "logits"
 RECORDS = ("identity", "images")
 MAX_RECORD_BYTES = 64 << 20
 MAX_INFLATED_BYTES, MAX_RATIO = 64 << 20, 100  # numbers of an encoder hardly shrink; what shrinks so is no such file
-
-
-@dataclass(frozen=True)
-class _Identity:
-    name: str
-    vector: str
 
 
 @dataclass(frozen=True)
@@ -55,15 +50,14 @@ class FeatureFile:
     """A feature file's records; `read` reads its arrays."""
 
     path: Path
-    identity: dict[str, Any]
+    identity: VectorsIdentity
     images: dict[str, Any]
     arrays: tuple[str, ...]
 
     @property
     def label(self) -> str:
         """The encoder's name, and which vector it is where that is not its usual one."""
-        name, vector = self.identity["name"], self.identity["vector"]
-        return f"{name}-mean" if vector == "mean" else name
+        return f"{self.identity.name}-mean" if self.identity.vector == "mean" else self.identity.name
 
     def read(self, name: str) -> np.ndarray:
         """An array (N, D) by name. Raises UserError for numbers that are not finite, or not those of N images."""
@@ -81,14 +75,14 @@ class FeatureFile:
 
 
 def write_feature_file(
-    path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping[str, Any], images: Mapping[str, Any]
+    path: Path, arrays: Mapping[str, np.ndarray], identity: VectorsIdentity, images: Mapping[str, Any]
 ) -> None:
     """Write a feature file, whole or not at all. Raises OSError."""
     make_directories(path.absolute().parent)
     temporary = partial_name(path.absolute(), "features")
     try:
         with open(temporary, "xb") as file:
-            records = {"identity": np.array(json.dumps(identity)), "images": np.array(json.dumps(images))}
+            records = {"identity": np.array(json.dumps(identity.plain())), "images": np.array(json.dumps(images))}
             np.savez(file, allow_pickle=False, **records, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -106,12 +100,11 @@ def open_feature_file(path: Path) -> FeatureFile:
             f"`python -m pipeline features IMAGES --encoder NAME --out {path}`"
         )
     identity, images = (str(read_npz_array(path, name, MAX_RECORD_BYTES)) for name in RECORDS)
-    fix = "make the file again"
-    parse_json(_Identity, identity, f"the identity in {path}", fix)
+    where, fix = f"the identity in {path}", "make the file again"
     images_known = parse_json(_Images, images, f"the record of images in {path}", fix)
     return FeatureFile(
         path=path,
-        identity=parse_json(dict[str, Any], identity, str(path), fix),
+        identity=parse(VectorsIdentity, parse_json(dict[str, Any], identity, where, fix), where, fix),
         images={"path": images_known.path, **parse_json(dict[str, Any], images, str(path), fix)},
         arrays=tuple(sorted(names.difference(RECORDS))),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -21,10 +20,10 @@ from zarr.storage import MemoryStore
 from storage.base.boundary import parse_json
 from storage.base.errors import StoreError
 from storage.codec import codec_of
-from storage.identity import canonical_json
+from storage.identity import OF_GROUPS, Identity, canonical_json, parse
 from storage.layout import METADATA, ArrayLayout, GroupLayout, StoreLayout
 from storage.roots import Root
-from storage.schema import MAX_SAMPLE_BYTES, ArrayNode, GroupNode, IdentityFields
+from storage.schema import MAX_SAMPLE_BYTES, ArrayNode, GroupNode
 
 T = TypeVar("T")
 NUMBERS = ("moments", "patches", "cls", "scale")  # arrays whose numbers are computed with
@@ -81,19 +80,14 @@ def read_array_layout(root: Root, path: str, store: StoreLayout) -> ArrayLayout:
     return layout
 
 
-def check_identity(layout: GroupLayout, identity: Mapping[str, Any], where: str) -> None:
-    """Raise StoreError when a field that the code relies on is none, or the arrays are not what the identity describes.
+def group_identity(path: str, stored: Mapping[str, Any], where: str) -> Identity:
+    """The identity of the group at `path`. Raises StoreError naming the first field that is not as it should be."""
+    return parse(OF_GROUPS[path.partition("/")[0]], stored, f"{where}: the identity", RESTORE)
 
-    So whoever has opened a group may compute with both.
-    """
-    fields = typed_attributes(IdentityFields, identity, f"{where}: the identity")
-    shapes: dict[str, tuple[int, ...]] = {}
-    if fields.latent_channels and fields.latent_size:
-        shapes["moments"] = (fields.latent_channels * (2 if fields.posterior else 1), *fields.latent_size)
-    if fields.width:
-        shapes["cls"] = (fields.width,)
-        if fields.token_grid:
-            shapes["patches"] = (math.prod(fields.token_grid), fields.width)
+
+def check_identity(layout: GroupLayout, identity: Identity, where: str) -> None:
+    """Raise StoreError when the arrays are not what the identity describes; who opens a group computes with both."""
+    shapes = identity.row_shapes()
     arrays = {array.name: array.row_shape for array in layout.arrays}
     try:
         codec = codec_of(identity)

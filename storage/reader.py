@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Generic
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from storage.base.errors import StoreError
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
 from storage.foreign import ZarrArrayReader, open_foreign
-from storage.gather import ArrayReader, EmptyRows
-from storage.identity import identity_digest, require_same
+from storage.gather import ArrayReader
+from storage.identity import AnyIdentity, Identity, identity_digest, require_same
 from storage.index import Classes, Index, count_rows, read_classes, read_index
 from storage.layout import (
     FORMAT_VERSION,
@@ -34,7 +34,15 @@ from storage.layout import (
     GroupLayout,
     StoreLayout,
 )
-from storage.metadata import check_identity, read_array_layout, read_attributes, reads_as_ours, typed_attributes
+from storage.metadata import (
+    check_identity,
+    group_identity,
+    read_array_layout,
+    read_attributes,
+    reads_as_ours,
+    typed_attributes,
+)
+from storage.open_array import EmptyRows, OpenArray
 from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
@@ -47,20 +55,21 @@ MAX_SHARDS, MAX_SHARD_CHUNKS = 1 << 27, 1 << 25  # of an array without receipts
 REMOTE_THREADS = 32  # they wait for answers, not for the processor
 
 
-class GroupReader:
+class GroupReader(Generic[AnyIdentity]):
     """The arrays one encoder wrote, complete and checked against their receipts. Made by `Store.group`."""
 
     def __init__(
         self,
         layout: GroupLayout,
         attributes: Mapping[str, Any],
+        identity: AnyIdentity,
         failures: list[Failure],
         arrays: Mapping[str, ArrayReader],
     ) -> None:
         self.path = layout.path
         self.layout = layout
         self.attributes = dict(attributes)
-        self.identity: dict[str, Any] = self.attributes["identity"]
+        self.identity = identity
         self.identity_digest: str = self.attributes["identity_digest"]
         self.failures = failures
         self.failed_rows = np.array(sorted(failure.row for failure in failures), dtype=np.int64)
@@ -72,7 +81,7 @@ class GroupReader:
     def require(self, *fields: str, arrays: Sequence[str] = ()) -> None:
         """Raise StoreError when the identity lacks one of the fields, or the group one of the arrays."""
         for field in fields:
-            if self.identity.get(field) is None:
+            if getattr(self.identity, field) is None:
                 raise StoreError(f"{self.path}: its identity does not say its {field}; use another copy of the store")
         for name in arrays:
             if name not in self.arrays:
@@ -173,18 +182,18 @@ class Store:
             path=path,
             arrays=tuple(read_array_layout(self.root, f"{path}/{name}", self.layout) for name in names),
         )
-        check_identity(layout, about.identity, where)
+        check_identity(layout, group_identity(path, about.identity, where), where)
         return layout, {**attributes, "provenance": dict(about.provenance)}
 
     def group(
         self,
         path: str,
         *,
-        expect: Mapping[str, Any] | None = None,
+        expect: Identity | None = None,
         checksums: ChecksumPolicy = "first",
         n_threads: int | None = None,
         cache: CacheConfig | None = None,
-    ) -> GroupReader:
+    ) -> GroupReader[Any]:
         """Open a group. Raises StoreError when it is not there, not complete, or its identity is not `expect`.
 
         `n_threads` gather at once (default: the cores, at most 8, or 32 for a remote root); `cache` keeps a part of a
@@ -192,7 +201,7 @@ class Store:
         """
         layout, attributes = self.group_layout(path)
         if expect is not None:
-            require_same(expect, attributes["identity"], self.root.at(path), "open the group you mean")
+            require_same(expect.plain(), attributes["identity"], self.root.at(path), "open the group you mean")
         failures: list[Failure] = []
         n_undone, first_undone = 0, ""
         for unit, receipt, reason in scan(self.root, layout, attributes["identity_digest"]):
@@ -213,17 +222,21 @@ class Store:
             disk_cache = group_cache(cache, str(self.root), layout, attributes["identity_digest"])
         arrays = {
             array.name: ArrayReader(
-                self.root,
-                layout,
-                array,
-                path=f"{path}/{array.name}",
-                checksums=checksums,
-                n_threads=n_threads,
-                cache=disk_cache,
+                partial(
+                    OpenArray,
+                    self.root,
+                    layout,
+                    array,
+                    path=f"{path}/{array.name}",
+                    checksums=checksums,
+                    n_threads=n_threads,
+                    cache=disk_cache,
+                )
             )
             for array in layout.arrays
         }
-        return GroupReader(layout, attributes, failures, arrays)
+        identity = group_identity(path, attributes["identity"], self.root.at(path))
+        return GroupReader(layout, attributes, identity, failures, arrays)
 
 
 def open_store(where: str | os.PathLike[str] | Root) -> Store:
@@ -294,5 +307,6 @@ def open_array(
         if store.n_units > MAX_SHARDS or layout.n_shard_chunks > MAX_SHARD_CHUNKS:
             raise StoreError(f"{root.at(name)} says that it has {store.n_units} shards of {store.shard_rows} rows")
         if reads_as_ours(array, layout):
-            return ArrayReader(root, None, layout, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
+            open_here = partial(OpenArray, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
+            return ArrayReader(partial(open_here, root, None, layout))
     return ZarrArrayReader(array, root.at(name))

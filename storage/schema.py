@@ -4,7 +4,7 @@
     zarr.json of an array       `ArrayNode`, before zarr-python interprets it
     receipts/…/metadata.json    `MetadataReceipt`
     receipts/…/<unit>.json      `storage.receipts.Receipt`, of the types below
-    an identity                 `IdentityFields`: those that the code relies on, each of which may be absent
+    an identity                 `storage.identity.LatentsIdentity`, `FeaturesIdentity`
 
 Fields that are not named here are kept and not looked at, so a later version may add some. Sizes are bounded here, so
 that arithmetic with them neither overflows nor takes memory; whether they agree with each other is for the readers.
@@ -80,29 +80,9 @@ class GroupAttributes:
     """Attributes of an encoder's group."""
 
     format_version: int
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # as it is hashed; `storage.identity` has its types
     identity_digest: Hex
     provenance: Provenance = field(default_factory=Provenance)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityFields:
-    """What the code reads of a group's identity."""
-
-    name: str | None = None
-    encoder: str | None = None
-    dtype: str | None = None
-    weights_sha256: str | None = None
-    resolution: Count | None = None
-    views: tuple[str, ...] | None = None
-    codec: dict[str, Any] | None = None  # `storage.codec.codec_of`
-    posterior: bool = True
-    latent_channels: Size | None = None
-    latent_size: tuple[Size, Size] | None = None
-    latent_scale_factor: Annotated[FiniteFloat, Field(gt=0)] | None = None
-    latent_shift_factor: FiniteFloat | None = None
-    token_grid: tuple[Size, Size] | None = None
-    width: Size | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from storage.base.boundary import open_regular
 from storage.base.errors import StoreError
 from storage.cache import DiskCache
 from storage.layout import ArrayLayout
+from storage.read import Check, Read, ReadError
 from storage.roots import Root
 from storage.shard import HEAL
 
@@ -37,25 +38,6 @@ PROBES = 8  # chunks of a batch that are looked for in the page cache before rea
 READ_AHEAD_BYTES = 128 << 10  # the kernel cuts a longer request for read-ahead short on a default block device
 
 
-class Read(NamedTuple):
-    """Neighbouring chunks of one shard: where they start, which slots they are, and what they are read into.
-
-    `buffers` alternates a chunk's memory and a buffer of its checksum; the last checksum may be left out, and they may
-    all be the same scratch.
-    """
-
-    unit: int
-    offset: int
-    n_bytes: int  # of all buffers
-    slots: list[int]
-    buffers: list[Any]
-
-
-class ReadError(Exception):
-    """Raised with the read that failed and, in words, why and what to do."""
-
-
-Check = Callable[[Read], None]
 TOO_SHORT = f"the file is too short; {HEAL}"
 _UNIT = attrgetter("unit")
 

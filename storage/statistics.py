@@ -13,12 +13,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from storage.base.errors import StoreError
 from storage.codec import Int8Codec, decode
+from storage.identity import Identity, LatentsIdentity
 from storage.layout import GroupLayout
 from storage.receipts import HEAL_RECEIPT, Receipt, scan
 from storage.roots import Root
@@ -139,14 +139,14 @@ def latent_mean_std(moments: Sums, channels: int) -> tuple[np.ndarray, np.ndarra
     return moments.mean[:channels], np.sqrt(variance)
 
 
-def describe(sums: Mapping[str, Sums], identity: Mapping[str, Any]) -> list[str]:
+def describe(sums: Mapping[str, Sums], identity: Identity) -> list[str]:
     """The statistics in a few lines."""
     lines = []
     for name, of in sums.items():
         if name.endswith(NORM):
             lines.append(f"{name.removesuffix(NORM)} norm of a token {of.mean[0]:.4g} ± {of.std[0]:.4g}")
-        elif name == "moments" and "latent_channels" in identity:
-            mean, std = latent_mean_std(of, identity["latent_channels"])
+        elif name == "moments" and isinstance(identity, LatentsIdentity) and identity.latent_channels:
+            mean, std = latent_mean_std(of, identity.latent_channels)
             lines += [f"latent mean a channel  {_listed(mean)}", f"latent std a channel   {_listed(std)}"]
         else:
             low, high = (f"from {x.min():.4g} to {x.max():.4g}" for x in (of.mean, of.std))

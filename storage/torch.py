@@ -50,7 +50,7 @@ class RowDataset(Dataset[Batch]):
         )
 
     def __len__(self) -> int:
-        return self._gatherer.n_samples
+        return len(self._gatherer.valid_rows)
 
     def __getitem__(self, position: int) -> Batch:
         """One sample, without the batch axis."""
@@ -64,7 +64,8 @@ class RowDataset(Dataset[Batch]):
             views: np.ndarray | int = torch.randint(self._gatherer.n_views, (len(positions),)).numpy()
         else:
             views = self._gatherer.view
-        batch = self._gatherer.gather(np.asarray(positions, dtype=np.int64), views)
+        rows = self._gatherer.valid_rows.rows(np.asarray(positions, dtype=np.int64))
+        batch = self._gatherer.gather(rows, views)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 

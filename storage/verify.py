@@ -1,8 +1,8 @@
 """Checking a whole store: is every byte what was written, and every number finite.
 
-Always checked: metadata and index against their receipts, every unit's receipt, the presence and size of every shard,
-every shard's index against the rows its receipt calls present, shards and receipts of no unit, receipts of no group,
-and that groups were made of the same images, by the checksums in their receipts.
+Always checked: metadata and index against their receipts and each other, every unit's receipt, the presence and size of
+every shard, every shard's index against the rows its receipt calls present, shards and receipts of no unit, receipts of
+no group, and that groups were made of the same images, by the checksums in their receipts.
 `deep` reads everything besides: each chunk against its receipt and against the checksum beside it, which other programs
 check, and each number of a floating-point array for NaN and infinity.
 
@@ -22,9 +22,12 @@ from itertools import chain, islice
 from multiprocessing import get_context
 
 import numpy as np
+import pyarrow.compute as pc
 from crc32c import crc32c
 
 from storage.base.errors import StoreError
+from storage.base.shown import shown
+from storage.identity import Identity
 from storage.layout import (
     EMPTY,
     GROUP_KINDS,
@@ -34,6 +37,7 @@ from storage.layout import (
     ArrayLayout,
     GroupLayout,
 )
+from storage.metadata import group_identity
 from storage.reader import Store, open_store
 from storage.receipts import Receipt, check_metadata, scan
 from storage.roots import Root, open_root
@@ -65,7 +69,7 @@ def verify(
             raise
         yield str(error)
         return
-    yield from _store_faults(store)
+    yield from _store_faults(store, deep)
     wanted = groups if groups is not None else store.groups()
     whole: dict[str, Group] = {}
     if groups is None:
@@ -79,6 +83,7 @@ def verify(
             yield str(error)
             continue
         whole[path] = (layout, attributes["identity_digest"])
+        yield from contradictions(store, path, group_identity(path, attributes["identity"], store.root.at(path)))
         yield from _stray_files(store.root, layout)
         units = scan(store.root, layout, attributes["identity_digest"])
         n_processes = min(n_workers or os.cpu_count() or 1, layout.store.n_units) if deep else 1
@@ -141,14 +146,43 @@ def _each_unit(
             yield from faults
 
 
-def _store_faults(store: Store) -> Iterator[str]:
+def _store_faults(store: Store, deep: bool) -> Iterator[str]:
     try:
         _, faults = check_metadata(store.root, STORE_RECEIPT)
         yield from faults
         if not faults:
-            _ = store.classes  # which compares its rows with the store's
+            yield from _index_contradictions(store, deep)
     except StoreError as error:
         yield str(error)
+
+
+def _index_contradictions(store: Store, deep: bool) -> Iterator[str]:
+    """What no index of ours says, whoever sealed it. Keys are compared when `deep`: they are in memory together."""
+    labels = store.classes.labels  # which compares its rows with the store's
+    where = store.root.at("index.parquet")
+    below = np.flatnonzero(labels < -1)
+    if len(below):
+        yield f"{where}: row {below[0]} has label {labels[below[0]]}; labels are at least 0, or -1 for none"
+    if not deep:
+        return
+    n_keys = pc.count_distinct(store.index.table["key"]).as_py()
+    if n_keys != store.n_rows:
+        yield f"{where} has {n_keys} different keys in {store.n_rows} rows; each names one sample"
+    if store.index.digest() != store.attributes["index_digest"]:
+        yield f"{where} is not the index that the store was made of (its digest differs)"
+
+
+def contradictions(store: Store, path: str, identity: Identity) -> Iterator[str]:
+    """Where a group's identity says otherwise than the store that holds it."""
+    said = {
+        "kind": (identity.kind, path.partition("/")[0]),
+        "resolution": (identity.resolution, store.resolution),
+        "views": (identity.views, store.layout.views),
+        "index_digest": (identity.index_digest, store.attributes["index_digest"]),
+    }
+    for name, (of_group, of_store) in said.items():
+        if of_group is not None and of_group != of_store:
+            yield f"{store.root.at(path)}: its identity says {name} {shown(str(of_group))}, the store has {of_store}"
 
 
 def _other_groups(store: Store, wanted: list[str]) -> dict[str, Group]:

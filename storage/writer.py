@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from storage.base.errors import StoreError
-from storage.identity import identity_digest, require_same
+from storage.identity import Identity, require_same
 from storage.index import Index, index_bytes
 from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, STORE_RECEIPT, GroupLayout, StoreLayout
 from storage.metadata import node_metadata, read_attributes, typed_attributes
@@ -67,18 +67,18 @@ def check_store(root: Root, layout: StoreLayout, index: Index) -> dict[str, Any]
     return found
 
 
-def check_group(root: Root, path: str, identity: Mapping[str, Any]) -> None:
+def check_group(root: Root, path: str, identity: Identity) -> None:
     """Raise StoreError as `create_group` does when there is a group of another identity."""
     found = read_attributes(root, f"{path}/{METADATA}")
     if found is not None:
         there = typed_attributes(GroupAttributes, found, root.at(f"{path}/{METADATA}")).identity
-        require_same(identity, there, root.at(path), NEW_GROUP)
+        require_same(identity.plain(), there, root.at(path), NEW_GROUP)
 
 
 def create_group(
     where: str | os.PathLike[str] | Root,
     layout: GroupLayout,
-    identity: Mapping[str, Any],
+    identity: Identity,
     provenance: Mapping[str, Any],
     run_id: str,
 ) -> str:
@@ -88,10 +88,10 @@ def create_group(
     a killed run left unfinished is completed.
     """
     root = open_root(where)
-    digest = identity_digest(identity)
+    digest = identity.digest
     attributes = {
         "format_version": FORMAT_VERSION,
-        "identity": dict(identity),
+        "identity": identity.plain(),
         "identity_digest": digest,
         "provenance": dict(provenance),
     }

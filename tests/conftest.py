@@ -1,12 +1,39 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests; `--quick`, of `make test-quick`, leaves out whatever starts a process."""
 
 from __future__ import annotations
 
+import multiprocessing.process
+import os
+import subprocess
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores; also read by the processes they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.stores import make_store
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="skip a test where it would start a process, Ray or a compiler"
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In place of a list of slow files, which somebody would have to keep: the tests that want a process say so."""
+    config = session.config
+    starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if config.getoption("--quick") and not starts_workers:
+        # Fixtures of a whole module start processes too, so nothing puts these back.
+        subprocess.Popen.__init__ = _skip  # type: ignore[method-assign, assignment]
+        multiprocessing.process.BaseProcess.start = _skip  # type: ignore[method-assign]
+
+
+def _skip(*_: Any, **__: Any) -> NoReturn:
+    pytest.skip("starts a process")
 
 
 @pytest.fixture

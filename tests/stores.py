@@ -9,6 +9,7 @@ import numpy as np
 
 from storage import ArrayLayout, Failure, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
 from storage.codec import Int8Codec, encode
+from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 from storage.receipts import look_at
 
@@ -31,23 +32,31 @@ def make_layouts(store: StoreLayout, width: int = 24, codec: Int8Codec | None = 
     }
 
 
-def make_identities(width: int = 24, codec: Int8Codec | None = None) -> dict[str, dict[str, object]]:
+def make_identities(width: int = 24, codec: Int8Codec | None = None) -> dict[str, Identity]:
     """Identities with the fields that readers use."""
-    common = {"resolution": 128, "dtype": "float16", "weights_sha256": "0" * 64}
-    quantised = {"dtype": "int8", "codec": codec.identity} if codec is not None else {}
     return {
-        LATENTS: common
-        | {
-            "name": "tiny-vae",
-            "encoder": "test",
-            "latent_scale_factor": 0.5,
-            "latent_shift_factor": 0.0,
-            "latent_channels": 4,
-            "latent_size": [16, 16],
-        },
-        FEATURES: common
-        | {"name": "tiny-vit", "encoder": "test", "layer": "norm", "token_grid": [8, 8], "width": width}
-        | quantised,
+        LATENTS: LatentsIdentity(
+            name="tiny-vae",
+            encoder="test",
+            weights_sha256="0" * 64,
+            resolution=128,
+            dtype="float16",
+            latent_scale_factor=0.5,
+            latent_shift_factor=0.0,
+            latent_channels=4,
+            latent_size=(16, 16),
+        ),
+        FEATURES: FeaturesIdentity(
+            name="tiny-vit",
+            encoder="test",
+            weights_sha256="0" * 64,
+            resolution=128,
+            dtype="float16" if codec is None else "int8",
+            codec=None if codec is None else codec.identity,
+            layer="norm",
+            token_grid=(8, 8),
+            width=width,
+        ),
     }
 
 
@@ -103,7 +112,7 @@ def make_store(
 def publish_all(
     root: Path | str,
     layout: GroupLayout,
-    identity: Mapping[str, object],
+    identity: Identity,
     arrays: Mapping[str, np.ndarray],
     keys: Sequence[str],
     failed_rows: Sequence[int],

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 ENCODERS = {"ray", "diffusers", "timm", "torchvision", "PIL"}
 FORBIDDEN = {  # modules that are imported by one process, and what must then not be loaded
-    "storage, storage.__main__": ENCODERS | {"torch", "pipeline", "trainer"},
+    "storage, storage.__main__, storage.batches": ENCODERS | {"torch", "pipeline", "trainer"},
     "pipeline, pipeline.job, pipeline.encode, pipeline.launching.tasks": {"trainer", "torch"},
     "pipeline.preview": {"trainer"},
     "trainer, trainer.loop.train, trainer.__main__, trainer.study.runs, trainer.evaluation.generate.generate, "
@@ -26,3 +29,25 @@ def test_a_package_loads_nothing_it_must_not(modules: str) -> None:
     loaded = set(json.loads(printed))
     assert modules.split(",")[0].split(".")[0] in loaded
     assert not loaded & FORBIDDEN[modules]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports that stand in functions and those for types alone are counted too."""
+    root = Path(__file__).parent.parent
+    paths = [path for package in ("storage", "pipeline", "trainer") for path in (root / package).rglob("*.py")]
+    names = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    imports: dict[str, set[str]] = {}
+    for name, path in names.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                below = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= (below & names.keys()) | ({node.module or ""} if below - names.keys() else set())
+        imports[name] = imported & names.keys()
+    assert len(imports["storage.batches"]) > 3
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")

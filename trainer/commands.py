@@ -77,7 +77,7 @@ def train(command: TrainCommand) -> int:
     from trainer.loop.train import train
 
     try:
-        summary = train(command.training, accept_changes=command.resume_with_changes)
+        summary = train(command.training, given=command.given, accept_changes=command.resume_with_changes)
     except NonFiniteError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -90,11 +90,12 @@ def train(command: TrainCommand) -> int:
 
 def import_run(command: ImportCommand) -> None:
     """Make a run of a public checkpoint."""
+    from trainer.run.folder import RunFolder
     from trainer.run.releases import import_checkpoint
 
     config = command.training
     print("\n".join(import_checkpoint(command.file, command.release, config)))
-    run, saved = (shlex.quote(str(path)) for path in (config.run, config.run / "config.yaml"))
+    run, saved = (shlex.quote(str(path)) for path in (config.run, RunFolder(config.run).config))
     print(f"next: {PROG} generate {run} --n 64   ·   {PROG} train --config {saved}")
 
 

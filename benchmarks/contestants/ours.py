@@ -21,6 +21,8 @@ from storage import (
     open_store,
     publish_unit,
 )
+from storage.codec import INT8
+from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 
 VARIANTS = {
@@ -43,6 +45,21 @@ def layouts(spec: Spec, n_rows: int) -> dict[str, GroupLayout]:
     }
 
 
+def identity(layout: GroupLayout) -> Identity:
+    """What readers and the trainer ask of a group."""
+    if layout.path == "latents/l":
+        return LatentsIdentity(
+            name=layout.path,
+            latent_channels=4,
+            latent_size=(32, 32),
+            latent_scale_factor=1.0,
+            latent_shift_factor=0.0,
+        )
+    quantised = any(array.name == "scale" for array in layout.arrays)
+    codec = INT8.identity if quantised else None
+    return FeaturesIdentity(name=layout.path, token_grid=(16, 16), width=768, codec=codec)
+
+
 def write(root: Path, spec: Spec, n_rows: int) -> None:
     """Publish without fsync, since nobody else's writer does it either."""
     keys = [str(row) for row in range(n_rows)]
@@ -50,7 +67,7 @@ def write(root: Path, spec: Spec, n_rows: int) -> None:
         index = make_index(keys, [0] * n_rows, ["x"] * n_rows, keys, [1] * n_rows)
         for path, layout in layouts(spec, n_rows).items():
             create_store(root, layout.store, index, {}, staging.run_id)
-            digest = create_group(root, layout, {"name": path}, {}, staging.run_id)
+            digest = create_group(root, layout, identity(layout), {}, staging.run_id)
             staging.prepare(path)
             for unit in range(layout.store.n_units):
                 rows = layout.store.unit_rows(unit)

@@ -7,6 +7,7 @@ once. A class of one row keeps its own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def write_control(where: Path, features: str, name: str, seed: int = 0) -> None:
     usable = np.ones(store.n_rows, dtype=bool)
     usable[group.failed_rows] = False
     donors = others_of_the_class(store.classes.labels, usable, seed)
-    identity = {**group.identity, "rows": f"of another row of the same class, seed {seed}"}
+    others = {**group.identity.others, "rows": f"of another row of the same class, seed {seed}"}
+    identity = replace(group.identity, others=others)
     layout = GroupLayout(path=f"features/{name}", arrays=group.layout.arrays)
     with Staging(where) as staging:
         digest = create_group(staging.root, layout, identity, group.attributes["provenance"], staging.run_id)

@@ -18,12 +18,12 @@ import torch
 from storage import open_store
 from storage.base.files import write_atomic
 from trainer.data.loader import Batch
-from trainer.evaluation.probing.hidden_states import OpenRun, checkpoints_of, load_model, open_run
 from trainer.loop import random_keys
 from trainer.loop.losses import sample_latents
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import model_arithmetic
 from trainer.ranks.world import device_named
+from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run
 
 TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 SEED = 0

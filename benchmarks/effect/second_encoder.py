@@ -23,6 +23,7 @@ from pipeline.images import open_images
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.feature_file import FEATURES, open_feature_file, write_feature_file
+from storage.identity import VectorsIdentity
 from trainer.ranks.world import device_named
 
 NAME = "efficientnet-lite0"
@@ -59,13 +60,13 @@ def prepare(images: np.ndarray, device: torch.device) -> torch.Tensor:
 def describe(where: str, weights: Path, out: Path, limit: int, device: torch.device) -> None:
     """Write the feature file, unless it describes these images already."""
     images = open_images(where, limit=limit)
-    identity = {
-        "name": NAME,
-        "vector": "pooled",
-        "encoder": "timm.tf_efficientnet_lite0",
-        "weights_sha256": file_sha256(weights),
-        "preprocessing": f"bicubic {SIDE}, antialias; (x-{MEAN:g})/{DEVIATION:g}",
-    }
+    identity = VectorsIdentity(
+        name=NAME,
+        vector="pooled",
+        encoder="timm.tf_efficientnet_lite0",
+        weights_sha256=file_sha256(weights),
+        preprocessing=f"bicubic {SIDE}, antialias; (x-{MEAN:g})/{DEVIATION:g}",
+    )
     if out.is_file():
         there = open_feature_file(out)
         if there.identity == identity and there.images == images.record:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +23,23 @@ from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.weights import file_sha256, read_weights
 from storage.base.errors import UserError
 from storage.feature_file import FEATURES, LOGITS, SPATIAL
+from storage.identity import VectorsIdentity
 
 SPATIAL_CHANNELS = 7
 
 
-def describe(weights: Path | None) -> dict[str, Any]:
+def describe(weights: Path | None) -> VectorsIdentity:
     """What determines the numbers. Raises UserError when the weights are missing, with what to fetch and where to."""
     path = find_weights(weights)
     sha256 = file_sha256(path)
-    return {
-        "name": "inception",
-        "encoder": "inception-v3-2015-12-05",
-        "weights_sha256": sha256,
-        "published_weights": sha256.startswith(_expected_sha256()),
-        "preprocessing": "TensorFlow 1 bilinear to 299, (x-128)/128",
-        "vector": "pool_3",
-    }
+    return VectorsIdentity(
+        name="inception",
+        encoder="inception-v3-2015-12-05",
+        weights_sha256=sha256,
+        published_weights=sha256.startswith(_expected_sha256()),
+        preprocessing="TensorFlow 1 bilinear to 299, (x-128)/128",
+        vector="pool_3",
+    )
 
 
 class Inception:

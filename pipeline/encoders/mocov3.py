@@ -7,7 +7,7 @@ the block's number where the layer's should be (`blocks.13.norm13` for `blocks.1
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.encoders import timm_vit
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.vision import VisionTransformerEncoder
+from storage.identity import FeaturesIdentity
 
 BASE = "base_encoder."
 MISNAMED = {
@@ -25,9 +26,9 @@ MISNAMED = {
 }
 
 
-def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
+def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     """Identity of the features."""
-    return {**timm_vit.describe(spec, resolution=resolution), "encoder": f"mocov3.{spec.model}"}
+    return replace(timm_vit.describe(spec, resolution=resolution), encoder=f"mocov3.{spec.model}")
 
 
 def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionTransformerEncoder:

@@ -9,7 +9,7 @@ A name may carry options, `NAME:layer=8:tokens=patch:precision=fp16`:
 `catalogue.py` lists the names; `timm:NAME` is any vision transformer of timm. A family is a module with two functions
 of the same signature as its siblings':
 
-    describe(spec, resolution) -> dict        the identity: everything that determines the numbers, weights' SHA-256 too
+    describe(spec, resolution) -> Identity     everything that determines the numbers, weights' SHA-256 too
     load(spec, resolution, device) -> Encoder
 
 `describe` builds no model on a device, but finds the weights and hashes them, so that missing weights end a run before
@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,7 @@ from pipeline.encoders.catalogue import VAES, VISION, VisionModel
 from pipeline.encoders.precision import ARITHMETIC
 from storage.base.errors import UserError
 from storage.codec import INT8, Int8Codec, codec_of
+from storage.identity import FeaturesIdentity, Identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,19 +221,21 @@ def _layer(request: Request, known: VisionModel | None) -> int | None:
     return int(asked)
 
 
-def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
+def describe(spec: EncoderSpec, *, resolution: int) -> Identity:
     """The encoder's part of a group's identity. Raises UserError when its weights are missing, with the remedy."""
-    identity = importlib.import_module(f"pipeline.encoders.{spec.family}").describe(spec, resolution=resolution)
-    return {
-        "kind": spec.kind,
-        "name": spec.store_name,
-        "crop": "adm-center-crop",
-        "resolution": resolution,
-        "dtype": "int8" if spec.codec else "float16",
-        "arithmetic": ARITHMETIC[spec.precision] + (", torch.compile" if spec.compiled else ""),
-        **({"codec": spec.codec.identity} if spec.codec else {}),
-        **identity,
-    }
+    identity: Identity = importlib.import_module(f"pipeline.encoders.{spec.family}").describe(
+        spec, resolution=resolution
+    )
+    return replace(
+        identity,
+        kind=spec.kind,
+        name=spec.store_name,
+        crop="adm-center-crop",
+        resolution=resolution,
+        dtype="int8" if spec.codec else "float16",
+        arithmetic=ARITHMETIC[spec.precision] + (", torch.compile" if spec.compiled else ""),
+        codec=spec.codec.identity if spec.codec else None,
+    )
 
 
 def load(spec: EncoderSpec, *, resolution: int, device: Any) -> Encoder:
@@ -247,26 +250,22 @@ def provenance(spec: EncoderSpec) -> dict[str, str]:
     return {"weights": where, **({"decoder": spec.decoder} if spec.decoder else {})}
 
 
-def array_shapes(identity: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def array_shapes(identity: Identity) -> dict[str, tuple[int, ...]]:
     """Array name → shape of one sample of one view, by the identity's geometry."""
-    if identity["kind"] == "latents":
-        channels = identity["latent_channels"] * (2 if identity.get("posterior", True) else 1)
-        return {"moments": (channels, *identity["latent_size"])}
-    n_tokens, width, tokens = int(np.prod(identity["token_grid"])), identity["width"], identity["tokens"]
-    codec = codec_of(identity)
-    shapes: dict[str, tuple[int, ...]] = {}
-    if tokens != "cls":
-        shapes["patches"] = (n_tokens, width)
-    if tokens != "patch":
-        shapes["cls"] = (width,)
-    if codec is not None:
-        shapes["scale"] = (n_tokens, codec.n_groups(width))
+    shapes = identity.row_shapes()
+    if isinstance(identity, FeaturesIdentity):
+        left_out = {"patch": "cls", "cls": "patches"}.get(identity.tokens or "")
+        shapes = {name: shape for name, shape in shapes.items() if name != left_out}
+        if (codec := codec_of(identity)) is not None:
+            n_tokens, width = shapes["patches"]
+            shapes["scale"] = (n_tokens, codec.n_groups(width))
     return shapes
 
 
-def array_dtypes(identity: Mapping[str, Any]) -> dict[str, str]:
+def array_dtypes(identity: Identity) -> dict[str, str]:
     """Array name → dtype. Quantised features differ in their patches only: factors and class tokens are float16."""
-    return {name: identity["dtype"] if name == "patches" else "float16" for name in array_shapes(identity)}
+    dtype = identity.dtype or "float16"
+    return {name: dtype if name == "patches" else "float16" for name in array_shapes(identity)}
 
 
 def encode_images(encoder: Encoder, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,12 +21,13 @@ from pipeline.encoders.registry import TIMM, EncoderSpec
 from pipeline.encoders.vision import VisionTransformerEncoder, preprocess
 from pipeline.encoders.weights import file_sha256, find_weights, read_weights
 from storage.base.errors import UserError
+from storage.identity import FeaturesIdentity
 
 State = dict[str, Tensor]
 NOT_OF_THE_ENCODER = ("head.", "head_dist.", "decoder", "mask_token")  # classifiers; MAE's other half
 
 
-def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
+def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     """Identity of the features."""
     known = spec.vision or look_up(spec.model)
     side = token_side(known, spec.store_name, resolution)
@@ -34,15 +35,15 @@ def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
         raise UserError(f"{spec.store_name} has no class token; name it with tokens=patch")
     if spec.layer is not None and not 1 <= spec.layer <= known.depth:
         raise UserError(f"{spec.store_name} has blocks 1 to {known.depth}, got layer={spec.layer}")
-    return {
-        "encoder": f"timm.{known.model}",
-        "weights_sha256": file_sha256(_weights(spec, known)),
-        "preprocessing": known.preprocessing.describe(resolution),
-        "layer": "final norm" if spec.layer is None else f"block {spec.layer} of {known.depth}, no norm",
-        "tokens": spec.tokens,
-        "token_grid": [side, side],
-        "width": known.width,
-    }
+    return FeaturesIdentity(
+        encoder=f"timm.{known.model}",
+        weights_sha256=file_sha256(_weights(spec, known)),
+        preprocessing=known.preprocessing.describe(resolution),
+        layer="final norm" if spec.layer is None else f"block {spec.layer} of {known.depth}, no norm",
+        tokens=spec.tokens,
+        token_grid=(side, side),
+        width=known.width,
+    )
 
 
 def load(

@@ -15,22 +15,24 @@ from pipeline.encoders.tiny import RESOLUTION
 from pipeline.encoders.vision import VisionTransformerEncoder, normalize
 from pipeline.encoders.weights import file_sha256, read_weights
 from storage.base.errors import UserError
+from storage.identity import FeaturesIdentity
 
 
-def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
+def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     """Identity of the features."""
     if resolution != RESOLUTION:
         raise UserError(f"tiny-vit knows {RESOLUTION} px only; pass --resolution {RESOLUTION}, got {resolution}")
     config = _config(spec)
-    return {
-        "encoder": "timm.VisionTransformer",
-        "weights_sha256": file_sha256(_weights(spec)),
-        "preprocessing": "x/127.5-1",
-        "layer": "final norm" if spec.layer is None else f"block {spec.layer} of {config['depth']}, no norm",
-        "tokens": spec.tokens,
-        "token_grid": [config["img_size"] // config["patch_size"]] * 2,
-        "width": config["embed_dim"],
-    }
+    side = config["img_size"] // config["patch_size"]
+    return FeaturesIdentity(
+        encoder="timm.VisionTransformer",
+        weights_sha256=file_sha256(_weights(spec)),
+        preprocessing="x/127.5-1",
+        layer="final norm" if spec.layer is None else f"block {spec.layer} of {config['depth']}, no norm",
+        tokens=spec.tokens,
+        token_grid=(side, side),
+        width=config["embed_dim"],
+    )
 
 
 def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionTransformerEncoder:

@@ -27,6 +27,7 @@ from pipeline.encoders.weights import file_sha256, hub_file
 from storage.base.boundary import parse_json, read_regular
 from storage.base.errors import UserError
 from storage.base.shown import shown
+from storage.identity import LatentsIdentity
 from storage.weights.names import plain_folder
 
 CONFIG_FILE = "config.json"
@@ -72,23 +73,24 @@ def find_directory(model: str, weights: Path | None) -> Path:
     return config.parent
 
 
-def describe(spec: EncoderSpec, *, resolution: int) -> dict[str, Any]:
+def describe(spec: EncoderSpec, *, resolution: int) -> LatentsIdentity:
     """Identity of the latents."""
     directory = find_directory(spec.model, spec.weights)
     geometry = read_geometry(directory)
     if resolution % geometry.factor:
         raise UserError(f"--resolution must be a multiple of {geometry.factor} for {spec.store_name}, got {resolution}")
-    return {
-        "encoder": f"diffusers.{geometry.class_name}",
-        "weights_sha256": file_sha256(_weight_file(directory)),
-        "preprocessing": "x/127.5-1",
-        "stored": "concat(posterior mean, posterior std), unscaled" if geometry.posterior else "latent, unscaled",
-        **({} if geometry.posterior else {"posterior": False}),
-        "latent_channels": geometry.channels,
-        "latent_size": [resolution // geometry.factor] * 2,
-        "latent_scale_factor": geometry.scale,
-        "latent_shift_factor": geometry.shift,
-    }
+    side = resolution // geometry.factor
+    return LatentsIdentity(
+        encoder=f"diffusers.{geometry.class_name}",
+        weights_sha256=file_sha256(_weight_file(directory)),
+        preprocessing="x/127.5-1",
+        stored="concat(posterior mean, posterior std), unscaled" if geometry.posterior else "latent, unscaled",
+        posterior=None if geometry.posterior else False,
+        latent_channels=geometry.channels,
+        latent_size=(side, side),
+        latent_scale_factor=geometry.scale,
+        latent_shift_factor=geometry.shift,
+    )
 
 
 def read_geometry(directory: Path) -> Geometry:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from pipeline.label_options import AS_FOUND, LabelOptions
 from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.index import MAX_LABEL, far_apart
@@ -31,30 +32,6 @@ NUMERAL = re.compile(r"([+-]?\d{1,40})(\.0*)?|[+-]?\d{0,40}\.?\d{0,40}([eE][+-]?
 RENUMBER = "--renumber-labels numbers them anew, from 0"
 
 Label = int | float | Decimal | str | bytes | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelOptions:
-    """What the user decides about labels; each is an option of `index` and `precompute`."""
-
-    column: str = ""
-    unlabelled: bool = False
-    partly_labelled: bool = False
-    renumber: bool = False
-
-    def __post_init__(self) -> None:
-        if shown(self.column) != self.column:
-            raise UserError(
-                f"--label-column is a name without control characters, got '{shown(self.column)}'; rename it"
-            )
-        if self.unlabelled and (self.column or self.partly_labelled or self.renumber):
-            raise UserError(
-                "--unlabelled stores no label, so --label-column, --partly-labelled and --renumber-labels say nothing "
-                "beside it; leave it or them out"
-            )
-
-
-AS_FOUND = LabelOptions()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from storage.base.errors import StoreError
@@ -27,7 +26,6 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 64 << 20  # no file of ours is larger: a receipt of 100,000 rows has 2 MB
 CHUNK = 1 << 20  # bytes at once of a file that has more than it says
 MAX_LINE_BYTES, MAX_LINES = 4 << 20, 2_000_000
-MAX_YAML_VALUES = 100_000
 SHOWN = 60  # characters of a value that a message repeats
 
 Count = Annotated[int, Field(ge=0, le=2**53)]  # of steps, images, blocks: exact as a float, and as JavaScript's number
@@ -89,41 +87,6 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def parse_yaml(raw: bytes, where: str) -> Any:
-    """What YAML says, in plain values. Raises StoreError in one line.
-
-    Aliases are counted as what they stand for, before anything is built: a few lines of them could spell billions.
-    """
-    try:
-        loader = yaml.SafeLoader(raw.decode("utf-8-sig"))
-        try:
-            node = loader.get_single_node()
-            if node is not None and _n_values(node, {}) > MAX_YAML_VALUES:
-                raise StoreError(f"{shown(where)} spells more than {MAX_YAML_VALUES:,} values; restore it")
-            return None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except StoreError:
-        raise
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{shown(where)} is not YAML: {error.reason} at byte {error.start}, not UTF-8") from None
-    except RecursionError:
-        raise StoreError(f"{shown(where)} is not YAML that can be read: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a date of month 13 is a ValueError
-        raise StoreError(f"{shown(where)} is not YAML: {shown(' '.join(str(error).split()))[:200]}") from None
-
-
-def _n_values(node: Any, known: dict[int, int]) -> int:
-    """Values below a node, those behind aliases as often as they are named; a node that holds itself has too many."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = MAX_YAML_VALUES  # while it is counted
-        inner = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_n_values(part, known) for part in inner)
-    return known[id(node)]
 
 
 def parse_json(kind: type[T], raw: bytes | str, where: str, fix: str) -> T:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from storage.base.errors import UserError
+from storage.base.extras import what_to_install
 from storage.base.shown import shown
 
 EXIT_OK = 0
@@ -43,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `main(argv)` and exit with its status; `UserError` and `OSError` become one line and status 2.
+    """Run `main(argv)` and exit with its status; `UserError`, `OSError` and a package that is not installed become one
+    line and status 2.
 
     Ctrl-C, whenever it comes, ends with status 130 and one line; what was published before it stays.
     """
@@ -59,6 +61,12 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
             raise KeyboardInterrupt
     except UserError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = EXIT_USAGE
+    except ModuleNotFoundError as error:
+        remedy = what_to_install(error, prog)
+        if remedy is None:  # no package of ours to name, so a fault of ours
+            raise
+        print(f"{prog}: error: {remedy}", file=sys.stderr)
         status = EXIT_USAGE
     except BrokenPipeError:
         status = EXIT_NOBODY_READS

@@ -62,7 +62,7 @@ class Content:
         return {
             "views": list(self.store.layout.views),
             "resolution": self.store.resolution,
-            "identities": {group.path: group.identity for group in self.groups},
+            "identities": {group.path: group.identity.plain() for group in self.groups},
             "decoded": self.decode,
             "left_out_rows": self.left_out,
         }

@@ -27,6 +27,7 @@ from storage.exchange.incoming import (
     whole_labels,
 )
 from storage.hdf5 import find_dataset, find_member, hdf5_errors, read_column
+from storage.metadata import group_identity
 
 ABOUT = "offline_repa"
 GROUP = re.compile(r"(latents|features)/[^/.][^/]*")
@@ -64,22 +65,22 @@ def _exported(file: h5py.File, source: Path) -> Incoming:
     if not isinstance(raw, str):
         raise UserError(f"its attribute {ABOUT} is no text; {EXPORT_AGAIN}")
     about = parse_json(About, raw, f"attribute {ABOUT}", EXPORT_AGAIN)
-    if about.decoded and any("codec" in identity for identity in about.identities.values()):
-        raise UserError("it holds decoded int8 features, which their identity does not describe; export as stored")
     columns = {name: _named_dataset(file, name) for name in ("key", "label", "class_name")}
     n_rows = columns["key"].shape[0] if columns["key"].shape else 0
     keys, labels, class_names = (read_column(column, n_rows) for column in columns.values())
     groups = []
-    for path, identity in about.identities.items():
+    for path, stored in about.identities.items():
         group = find_member(file, path) if GROUP.fullmatch(path) else None
         if not isinstance(group, h5py.Group):
             raise UserError(
                 f"its attribute {ABOUT} names {shown(path)[:80]!r}, which is no group of arrays; {EXPORT_AGAIN}"
             )
+        identity = group_identity(path, stored, f"attribute {ABOUT}, {path}")
+        if about.decoded and identity.codec is not None:
+            raise UserError("it holds decoded int8 features, which their identity does not describe; export as stored")
         datasets = {str(name): _named_dataset(group, name) for name in group}
         arrays = {name: (data.dtype.name, tuple(data.shape[2:])) for name, data in datasets.items()}
-        own = {name: value for name, value in identity.items() if name not in ("views", "index_digest")}
-        groups.append(IncomingGroup(path=path, identity=own, arrays=arrays, rows=_Rows(datasets)))
+        groups.append(IncomingGroup(path=path, identity=identity, arrays=arrays, rows=_Rows(datasets)))
     return Incoming(
         keys=[str(key) for key in keys],
         labels=whole_labels(labels, source),

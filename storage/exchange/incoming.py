@@ -20,12 +20,17 @@ import numpy as np
 from storage.base.console import progress_bar, say
 from storage.base.errors import UserError
 from storage.base.options import option, required
+from storage.identity import Identity, LatentsIdentity
 from storage.index import make_index
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
 from storage.receipts import scan
 from storage.staging import Staging
 from storage.writer import create_group, create_store, publish_unit
 
+IMPORTED = (  # the first fields of an identity, in the order in which imports have always stored them
+    *("kind", "name", "encoder", "weights_sha256", "source_sha256", "resolution", "dtype"),
+    *("latent_scale_factor", "latent_shift_factor"),
+)
 SD_VAE_SCALE = 0.18215  # of the Stable Diffusion VAEs (Rombach et al., arXiv 2112.10752)
 
 
@@ -51,7 +56,7 @@ class IncomingGroup:
     """One group: path, identity, dtype and row shape by array, and `rows(range) -> {array: (n, V, *row_shape)}`."""
 
     path: str
-    identity: Mapping[str, Any]
+    identity: Identity
     arrays: Mapping[str, tuple[str, tuple[int, ...]]]
     rows: Callable[[range], Mapping[str, np.ndarray]]
 
@@ -86,7 +91,7 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
                 for name, (dtype, shape) in sorted(group.arrays.items())
             )
             layout = GroupLayout(path=group.path, arrays=arrays)
-            identity = {**group.identity, "views": list(incoming.views), "index_digest": index.digest()}
+            identity = group.identity.of_samples(incoming.views, index.digest())
             digest = create_group(staging.root, layout, identity, {"source": dict(incoming.source)}, staging.run_id)
             staging.prepare(layout.path)
             missing = [unit for unit, _, reason in scan(staging.root, layout, digest) if reason is not None]
@@ -103,21 +108,22 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
 
 def latents_identity(
     options: ImportOptions, *, what: str, sha256: str, channels: int, size: tuple[int, int], scale: float
-) -> dict[str, Any]:
+) -> LatentsIdentity:
     """The identity of imported latents, with every field that the trainer reads."""
-    return {
-        "kind": "latents",
-        "name": options.name,
-        "encoder": f"imported from {what}",
-        "weights_sha256": "unknown",
-        "source_sha256": sha256,
-        "resolution": options.resolution,
-        "dtype": "float16",
-        "latent_scale_factor": scale if options.latent_scale_factor is None else options.latent_scale_factor,
-        "latent_shift_factor": 0.0,
-        "latent_channels": channels,
-        "latent_size": list(size),
-    }
+    return LatentsIdentity(
+        kind="latents",
+        name=options.name,
+        encoder=f"imported from {what}",
+        weights_sha256="unknown",
+        source_sha256=sha256,
+        resolution=options.resolution,
+        dtype="float16",
+        latent_scale_factor=scale if options.latent_scale_factor is None else options.latent_scale_factor,
+        latent_shift_factor=0.0,
+        latent_channels=channels,
+        latent_size=size,
+        order=IMPORTED,
+    )
 
 
 def whole_labels(values: Any, where: Path) -> list[int]:

@@ -26,8 +26,8 @@ from storage.base.errors import UserError
 from tests.stores import FEATURES, make_store
 from tests.trainer.runs import micro
 from trainer.config.command_line import train_config
-from trainer.evaluation.probing.hidden_states import checkpoints_of, open_run
 from trainer.loop.train import train
+from trainer.run.opened import checkpoints_of, open_run
 
 OF_ARMS = arms("middle", "final", "other")
 

@@ -27,7 +27,6 @@ from pipeline.sources.listing import Listing
 from pipeline.sources.protocol import Sample
 from storage import Staging, StoreLayout
 from storage.base.console import run_command
-from storage.identity import identity_digest
 from storage.index import Index, make_index
 from storage.receipts import scan
 from storage.roots import open_root
@@ -134,7 +133,7 @@ def plan_of(store: str, index: Index, *, shard_rows: int, width: int = 24) -> Pl
         GroupPlan(spec=specs[path], layout=layouts[path], identity=identity)
         for path, identity in make_identities(width).items()
     )
-    digests = {group.layout.path: identity_digest(group.identity) for group in groups}
+    digests = {group.layout.path: group.identity.digest for group in groups}
     missing: dict[int, list[str]] = {}
     for group in groups:
         for unit, receipt, reason in scan(root, group.layout, digests[group.layout.path]):

@@ -126,10 +126,10 @@ def test_a_timm_model_is_found_in_the_hubs_cache_by_its_name(
     put_in_cache(cache, f"timm/{SMALL}", tmp_path / "model.safetensors", "model.safetensors")
     spec = registry.resolve_features(f"timm:{SMALL}:layer=8:tokens=both")
     identity = registry.describe(spec, resolution=224)
-    assert identity["encoder"] == f"timm.{SMALL}"
-    assert identity["preprocessing"] == "x/255, mean/std 0.5"
-    assert identity["layer"] == "block 8 of 12, no norm"
-    assert identity["weights_sha256"] == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert identity.encoder == f"timm.{SMALL}"
+    assert identity.preprocessing == "x/255, mean/std 0.5"
+    assert identity.layer == "block 8 of 12, no norm"
+    assert identity.weights_sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     images = pictures(2, 224)
     found = registry.encode_images(registry.load(spec, resolution=224, device=CPU), images)
     model = timm.create_model(SMALL, pretrained=False).eval()

@@ -78,7 +78,7 @@ def test_missing_or_wrong_inception_weights_say_what_to_fetch(
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds other weights"):
         Inception(tmp_path / "other.pth", CPU)
-    assert describe(inception_weights)["published_weights"] is False
+    assert describe(inception_weights).published_weights is False
 
 
 def features_of(out: Path, folder: Path, **changes: object) -> tuple[str, FeatureFile]:

@@ -61,10 +61,10 @@ def finish(child: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The array files of an uninterrupted run on a cluster of its own."""
+def whole(tmp_path_factory: pytest.TempPathFactory, joined: str) -> dict[str, bytes]:
+    """The array files of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run(command(folder / "store", n=N, shard_rows=SHARD_ROWS), environment(folder))
+    done = run(command(folder / "store", n=N, shard_rows=SHARD_ROWS, address=joined), environment(folder))
     assert done.returncode == 0, done.stderr
     assert not list(verify(folder / "store", deep=True))
     return array_files(folder / "store")
@@ -262,17 +262,18 @@ def spoil(store: Path, rng: random.Random) -> None:
             path.unlink()
 
 
-def kill_fakes(tmp_path: Path, whole: dict[str, bytes], kills: int) -> None:
+def kill_fakes(tmp_path: Path, whole: dict[str, bytes], kills: int, **options: Any) -> None:
     store = tmp_path / "store"
-    arguments = command(store, n=N, shard_rows=SHARD_ROWS, read_s=0.03)
+    arguments = command(store, n=N, shard_rows=SHARD_ROWS, read_s=0.03, **options)
     env = environment(tmp_path, FAKE_ENCODE_S="0.05")
     kill_at_random(store, env, arguments, kills, ["decode_unit", "NumpyEncoder"])
     same(store, whole)
     assert not [path for path in store.rglob("*") if path.name.startswith(".")]
 
 
-def test_a_driver_killed_at_a_random_moment(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    kill_fakes(tmp_path, whole, 1)
+def test_a_driver_killed_at_a_random_moment(joined: str, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """On a cluster that stays; drivers that start their own are among the twenty below."""
+    kill_fakes(tmp_path, whole, 1, address=joined)
 
 
 @pytest.mark.slow

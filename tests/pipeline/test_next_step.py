@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ def make_groups(root: Path, resolution: int, groups: dict[str, dict[str, Any]]) 
         for path, of in groups.items():
             n, side = of["n"], of["side"]
             kind = LATENTS if path.startswith("latents/") else FEATURES
-            identity = {**make_identities()[kind], "name": path.partition("/")[2], "resolution": resolution}
+            identity = replace(make_identities()[kind], name=path.partition("/")[2], resolution=resolution)
             if kind == LATENTS:
-                identity |= {"latent_channels": n, "latent_size": [side, side]}
+                identity = replace(identity, latent_channels=n, latent_size=(side, side))
                 shapes: dict[str, tuple[int, ...]] = {"moments": (2 * n, side, side)}
             else:
-                identity |= {"width": n, "token_grid": [side, side]}
+                identity = replace(identity, width=n, token_grid=(side, side))
                 shapes = {"patches": (side * side, n), "cls": (n,)}
             arrays = [
                 ArrayLayout(name=name, dtype="float16", row_shape=shapes[name], store=store)

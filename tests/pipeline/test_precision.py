@@ -102,7 +102,7 @@ def test_the_identity_names_the_arithmetic(tmp_path: Path) -> None:
             **options,  # type: ignore[arg-type]
         )
         groups = plan_groups(config, layout, "digest")
-        named[tuple(options)] = [group.identity["arithmetic"] for group in groups]
+        named[tuple(options)] = [group.identity.arithmetic for group in groups]
     assert list(named.values()) == [
         ["tf32", "float32"],
         ["tf32", "bfloat16 autocast"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ import torch
 from pipeline.encoders import registry
 from pipeline.encoders.tiny import RESOLUTION, TINY_VAE, TINY_VIT
 from pipeline.encoders.tiny.train import probe_accuracy, psnr_db, split_images
+from storage.identity import FeaturesIdentity, LatentsIdentity, parse
 
 LARGEST_BYTES = 8_000_000
 CPU = torch.device("cpu")
@@ -26,9 +25,12 @@ def test_their_geometries_fit_each_other() -> None:
     """8×8 tokens: the grid of a transformer with patch 2 over 16×16 latents."""
     latents = registry.describe(registry.resolve_latents("tiny-vae"), resolution=RESOLUTION)
     features = registry.describe(registry.resolve_features("tiny-vit"), resolution=RESOLUTION)
-    assert (latents["latent_channels"], latents["latent_size"]) == (4, [16, 16])
-    assert features["token_grid"] == [side // 2 for side in latents["latent_size"]]
-    assert json.loads(json.dumps([latents, features])) == [latents, features]
+    assert isinstance(latents, LatentsIdentity)
+    assert isinstance(features, FeaturesIdentity)
+    assert (latents.latent_channels, latents.latent_size) == (4, (16, 16))
+    assert features.token_grid == tuple(side // 2 for side in latents.latent_size)
+    for identity in (latents, features):
+        assert parse(type(identity), identity.plain(), "", "") == identity
 
 
 def test_psnr_is_what_its_formula_says() -> None:
@@ -62,7 +64,7 @@ def test_tiny_vae_reconstructs_what_it_never_saw(
 def test_scaled_latents_have_unit_variance(latents_and_pictures: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     _, moments, _ = latents_and_pictures
     noise = np.random.default_rng(0).standard_normal(moments[:, 4:].shape)
-    scale = registry.describe(registry.resolve_latents("tiny-vae"), resolution=RESOLUTION)["latent_scale_factor"]
+    scale = registry.describe(registry.resolve_latents("tiny-vae"), resolution=RESOLUTION).latent_scale_factor
     latents = (moments[:, :4] + moments[:, 4:] * noise) * scale
     assert 0.8 < latents.std() < 1.2
     assert np.abs(latents).max() < 20

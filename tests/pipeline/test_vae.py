@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.encoders import registry, vae
 from pipeline.encoders.catalogue import VAES
 from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
+from storage.identity import LatentsIdentity, parse
 from tests.pipeline.hub import empty_cache, put_in_cache
 from trainer.evaluation.generate.decode import load_decoder
 
@@ -74,14 +76,15 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save(model, root / name) for name, model in made.items()}
 
 
-def encode(name: str, resolution: int, n: int = 3) -> tuple[dict[str, Any], np.ndarray]:
+def encode(name: str, resolution: int, n: int = 3) -> tuple[LatentsIdentity, np.ndarray]:
     spec = registry.resolve_latents(name)
     identity = registry.describe(spec, resolution=resolution)
     encoder = registry.load(spec, resolution=resolution, device=CPU)
     moments = registry.encode_images(encoder, pictures(n, resolution))["moments"]
     assert moments.dtype == np.float16
     assert {"moments": moments.shape[1:]} == registry.array_shapes(identity)
-    assert json.loads(json.dumps(identity)) == identity
+    assert isinstance(identity, LatentsIdentity)
+    assert parse(LatentsIdentity, identity.plain(), "", "") == identity
     return identity, moments
 
 
@@ -95,11 +98,11 @@ def test_moments_are_the_posterior_mean_and_standard_deviation(
 ) -> None:
     directory = directories[name]
     identity, moments = encode(str(directory), 64)
-    assert identity["encoder"] == "diffusers.AutoencoderKL"
-    assert "posterior" not in identity
-    assert (identity["latent_channels"], identity["latent_size"]) == (channels, [16, 16])
-    assert identity["latent_scale_factor"] == {4: 0.5, 16: 0.3611}[channels]
-    assert identity["latent_shift_factor"] == shift
+    assert identity.encoder == "diffusers.AutoencoderKL"
+    assert "posterior" not in identity.plain()
+    assert (identity.latent_channels, identity.latent_size) == (channels, (16, 16))
+    assert identity.latent_scale_factor == {4: 0.5, 16: 0.3611}[channels]
+    assert identity.latent_shift_factor == shift
     with torch.inference_mode():
         posterior = AutoencoderKL.from_pretrained(directory).encode(to_input(pictures(3, 64))).latent_dist
     mean, log_variance = posterior.parameters.chunk(2, dim=1)
@@ -113,10 +116,10 @@ def test_a_deterministic_latent_is_stored_alone_and_the_identity_says_so(
     directories: dict[str, Path], name: str, kind: Any
 ) -> None:
     identity, moments = encode(str(directories[name]), 64)
-    assert identity["posterior"] is False
-    assert identity["stored"] == "latent, unscaled"
-    assert identity["latent_scale_factor"] == {"dc": 0.41407, "taesd": 1.0}[name]
-    assert moments.shape[1] == identity["latent_channels"]
+    assert identity.posterior is False
+    assert identity.stored == "latent, unscaled"
+    assert identity.latent_scale_factor == {"dc": 0.41407, "taesd": 1.0}[name]
+    assert moments.shape[1] == identity.latent_channels
     with torch.inference_mode():
         encoded = kind.from_pretrained(directories[name]).encode(to_input(pictures(3, 64)))
     wanted = encoded.latent if name == "dc" else encoded.latents
@@ -214,10 +217,10 @@ def test_a_pipelines_folder_and_the_hubs_cache_are_looked_into(
         for name in (str(directories["sixteen"]), str(whole), "flux-vae", "someone/vae")
     ]
     for identity in identities[1:]:
-        assert {**identity, "name": ""} == {**identities[0], "name": ""}
+        assert replace(identity, name="") == replace(identities[0], name="")
     assert registry.resolve_latents(str(whole)).decoder == str(whole / "vae")
     assert registry.resolve_latents("flux-vae", weights=whole).weights == whole / "vae"
-    assert [identity["name"] for identity in identities[1:]] == ["some-pipeline", "flux-vae", "someone--vae"]
+    assert [identity.name for identity in identities[1:]] == ["some-pipeline", "flux-vae", "someone--vae"]
 
 
 def test_missing_weights_say_which_folder_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ def test_features_of_a_released_file_equal_the_familys_forward(tmp_path: Path, n
     scale = patches.abs().max().item()
     torch.testing.assert_close(found_patches, patches, atol=1e-5 * scale, rtol=1e-4)
     identity = registry.describe(spec, resolution=resolution)
-    assert identity["token_grid"] == [resolution // 16] * 2
+    assert identity.token_grid == (resolution // 16, resolution // 16)
     stored = registry.encode_images(encoder, images)
     assert {key: value.shape[1:] for key, value in stored.items()} == registry.array_shapes(identity)
     np.testing.assert_allclose(stored["patches"], patches, atol=2e-3 * scale, rtol=2e-3)

@@ -90,6 +90,16 @@ def test_the_iterator_follows_the_order_and_resumes(tmp_path: Path) -> None:
             np.testing.assert_array_equal(together, batch[name])
 
 
+def test_a_visit_takes_the_view_that_it_always_took(tmp_path: Path) -> None:
+    """Recorded: a training that is resumed with a later version goes on with the same numbers."""
+    moments = make_store(tmp_path / "s", n_views=2)[LATENTS]["moments"]
+    for start, recorded in ((0, ["100001110000", "101010001111"]), (1000, ["111100010001", "011110000001"])):
+        batches = iterate_batches(tmp_path / "s", [LATENTS], batch=12, seed=3, start=start, stop=start + 2)
+        for batch, views in zip(batches, recorded, strict=True):
+            pairs = zip(batch[f"{LATENTS}/moments"], batch["row"], strict=True)
+            assert "".join(str(int(np.array_equal(got, moments[row, 1]))) for got, row in pairs) == views
+
+
 def test_leaving_the_loop_ends_the_thread(shared_tiny_store: Path) -> None:
     before = threading.active_count()
     batches = iterate_batches(shared_tiny_store, [LATENTS], batch=4, seed=0)

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from storage.base.errors import StoreError, UserError
 from storage.codec import INT8, LARGEST, Int8Codec, codec_of, cosine_bound, decode, encode, unquantisable
+from storage.identity import FeaturesIdentity
 from tests.features import DISTRIBUTIONS, WIDTHS, cosines, gaussian, outlier_channels
 
 SMALLEST_NORMAL = Fraction(127, 2**14)  # of a group's largest magnitude, from which on its factor is normal
@@ -177,11 +178,12 @@ def test_the_largest_magnitude_is_kept() -> None:
 
 
 def test_the_codec_of_an_identity() -> None:
-    assert codec_of({"dtype": "float16"}) is None
-    assert codec_of({"dtype": "int8", "codec": {"name": "int8", "group_channels": 64}}) == Int8Codec(group_channels=64)
-    assert codec_of({"codec": INT8.identity}) == INT8
+    assert codec_of(FeaturesIdentity(dtype="float16")) is None
+    of_64 = FeaturesIdentity(dtype="int8", codec={"name": "int8", "group_channels": 64})
+    assert codec_of(of_64) == Int8Codec(group_channels=64)
+    assert codec_of(FeaturesIdentity(codec=INT8.identity)) == INT8
     for unknown in ({"name": "fp8", "group_channels": 128}, {"name": "int8"}, {**INT8.identity, "offset": True}):
         with pytest.raises(StoreError, match="codec that this code does not know"):
-            codec_of({"codec": unknown})
+            codec_of(FeaturesIdentity(codec=unknown))
     with pytest.raises(UserError, match="at least 1, got 0"):
         Int8Codec(group_channels=0)

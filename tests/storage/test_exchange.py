@@ -213,7 +213,7 @@ def test_foreign_hdf5(tmp_path: Path) -> None:
     out = np.empty((9, 8, 16, 16), np.float16)
     group["moments"].read_into(np.arange(9), 0, out)
     np.testing.assert_array_equal(out, moments.astype(np.float16))
-    assert group.identity["latent_scale_factor"] == 0.18215
+    assert group.identity.latent_scale_factor == 0.18215
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from storage.base.errors import UserError
 from storage.feature_file import open_feature_file, write_feature_file
+from storage.identity import VectorsIdentity
 
-IDENTITY = {"name": "vit", "encoder": "test", "vector": "cls"}
+IDENTITY = VectorsIdentity(name="vit", encoder="test", vector="cls")
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

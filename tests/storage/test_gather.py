@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import storage.checks
-import storage.gather
+import storage.offsets
 import storage.shard_files
 from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, gather_into, open_store
-from storage.gather import IRREGULAR
 from storage.index import make_index
+from storage.offsets import IRREGULAR
 from storage.shard_files import LocalFiles
 from tests.stores import FEATURES, LATENTS, make_store, publish_all
 
@@ -194,8 +194,8 @@ def test_a_shard_cut_short_after_it_was_opened_names_the_row(tmp_path: Path, arr
     out = np.empty((len(rows), *reader.row_shape), reader.dtype)
     reader.read_into(rows, 0, out)
     before_row_29 = 29 - 16 - (18 in failed)
-    shard = tmp_path / FEATURES / array / reader._layout.shard_key(1)
-    os.truncate(shard, before_row_29 * reader._layout.stored_bytes + 3)
+    shard = tmp_path / FEATURES / array / reader.opened.layout.shard_key(1)
+    os.truncate(shard, before_row_29 * reader.opened.layout.stored_bytes + 3)
     with pytest.raises(StoreError, match=r"c/1/.*, row 29, view 0: the file is too short"):
         reader.read_into(rows, 0, out)
 
@@ -210,7 +210,7 @@ def test_a_disk_that_fails_is_named_with_shard_and_row(
     preadv = os.preadv
 
     def failing(fd: int, buffers: object, offset: int, *flags: int) -> int:
-        if offset == 5 * reader._layout.stored_bytes:
+        if offset == 5 * reader.opened.layout.stored_bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(fd, buffers, offset, *flags)  # type: ignore[arg-type]
 
@@ -240,13 +240,13 @@ def test_a_short_read_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_last_chunk_is_checked_as_the_first_was_and_then_none(tmp_path: Path) -> None:
     make_store(tmp_path)
     reader = open_store(tmp_path).group(LATENTS, n_threads=3)["moments"]
-    last, n_bytes = 21, reader._layout.stored_bytes
+    last, n_bytes = 21, reader.opened.layout.stored_bytes
     out = np.empty((1, *reader.row_shape), reader.dtype)
     for seed in range(3):
         for row in np.random.default_rng(seed).permutation(40):
             if row != last:
                 reader.read_into([row, row], 0, np.repeat(out, 2, axis=0))
-    assert reader._checks.n_unseen == 1
+    assert reader.opened.checks.n_unseen == 1
     with open(tmp_path / LATENTS / "moments/c/1/0/0/0/0", "r+b") as file:
         file.seek((last - 16) * n_bytes + 5)
         (byte,) = file.read(1)
@@ -259,21 +259,21 @@ def test_the_last_chunk_is_checked_as_the_first_was_and_then_none(tmp_path: Path
         file.seek((last - 16) * n_bytes + 5)
         file.write(bytes([byte]))
     reader.read_into([last], 0, out)
-    assert reader._checks.n_unseen == 0
+    assert reader.opened.checks.n_unseen == 0
     reader.close()
-    assert reader._checks.n_unseen == 40
+    assert reader.opened.checks.n_unseen == 40
 
 
 def test_an_index_that_is_read_again_never_looks_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread that looked at the state at that moment would take the shard for a regular one."""
-    monkeypatch.setattr(storage.gather, "INDEX_BYTES_KEPT", 1)
+    monkeypatch.setattr(storage.offsets, "INDEX_BYTES_KEPT", 1)
     data = make_store(tmp_path, failed_rows=[0, 17, 33])[LATENTS]["moments"]
     reader = open_store(tmp_path).group(LATENTS, checksums="never")["moments"]
     rows = np.array([row for row in range(40) if row not in (0, 17, 33)])
-    tail, states = reader._files.tail, []
+    tail, states = reader.opened.files.tail, []
 
     def looked_at(unit: int, n_bytes: int) -> tuple[int, bytes]:
-        states.append(int(reader._state[unit]))
+        states.append(int(reader.opened.offsets._state[unit]))
         return tail(unit, n_bytes)
 
     def read(seed: int) -> None:
@@ -283,7 +283,7 @@ def test_an_index_that_is_read_again_never_looks_unknown(tmp_path: Path, monkeyp
             np.testing.assert_array_equal(out, data[order, 0])
 
     read(0)
-    monkeypatch.setattr(reader._files, "tail", looked_at)
+    monkeypatch.setattr(reader.opened.files, "tail", looked_at)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, range(4)))
     assert set(states) == {IRREGULAR}

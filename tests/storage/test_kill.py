@@ -1,6 +1,6 @@
 """A publisher killed at any moment loses nothing, leaves nothing half-written, and is finished by the next run.
 
-200 rounds in `make test-all`, 20 of them in `make test`: a real process publishes, gets SIGKILL at a random moment (so
+200 rounds in `make test-all`, 8 of them in `make test`: a real process publishes, gets SIGKILL at a random moment (so
 also while it makes the store, a group, a shard, a receipt), and what has no receipt is done again: what has one must be
 whole.
 """
@@ -21,7 +21,7 @@ from storage.verify import verify
 from tests.stores import make_store
 
 SHAPE = {"n_rows": 64, "shard_rows": 8, "width": 512}
-QUICK_ROUNDS, ROUNDS = 20, 200
+QUICK_ROUNDS, ROUNDS = 8, 200
 PUBLISHER = """
 import sys
 from pathlib import Path

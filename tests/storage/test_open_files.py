@@ -97,10 +97,10 @@ def _close_in_child(reader: Any, pipe: Any) -> None:
 
 def test_a_reader_that_was_in_use_when_the_process_forked_is_closed_in_the_child(shared_tiny_store: Path) -> None:
     reader = open_store(shared_tiny_store).group(LATENTS)["moments"]
-    files = reader._files
+    files = reader.opened.files
     assert isinstance(files, LocalFiles)
     ours, theirs = get_context("fork").Pipe()
-    with files._lock, reader._pool._shutdown_lock:  # type: ignore[attr-defined]
+    with files._lock, reader.opened.threads._pool._shutdown_lock:  # type: ignore[attr-defined]
         child = get_context("fork").Process(target=_close_in_child, args=(reader, theirs))
         child.start()
     try:
@@ -112,7 +112,7 @@ def test_a_reader_that_was_in_use_when_the_process_forked_is_closed_in_the_child
 
 def test_a_file_that_is_being_read_is_closed_afterwards(tmp_path: Path) -> None:
     make_store(tmp_path / "s")
-    files = open_store(tmp_path / "s").group(LATENTS)["moments"]._files
+    files = open_store(tmp_path / "s").group(LATENTS)["moments"].opened.files
     assert isinstance(files, LocalFiles)
     used, idle = files._acquire(0), files._acquire(1)
     files._release(1)
@@ -189,7 +189,7 @@ def test_too_many_open_files_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     out = np.empty((1, *reader.row_shape), reader.dtype)
     if known:  # its index
         reader.read_into([0], 0, out)
-        reader._files._close_idle(0)  # type: ignore[attr-defined]
+        reader.opened.files._close_idle(0)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(storage.shard_files, "_ran_out_at", 0)
 

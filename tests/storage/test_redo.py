@@ -141,7 +141,7 @@ def test_a_reader_never_takes_a_shard_that_was_written_again_for_the_one_it_knew
     before = read(reader, rows)
     redo(tmp_path, 1)
     np.testing.assert_array_equal(read(reader, rows), before)  # its file is still open
-    reader._files._close_idle(0)
+    reader.opened.files._close_idle(0)
     with pytest.raises(StoreError, match="was written again while it was read; open the store again"):
         read(reader, rows)
     assert not np.array_equal(read(open_store(tmp_path).group(LATENTS)["moments"], rows), before)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -120,11 +121,11 @@ def test_a_store_or_group_made_differently_is_refused(tmp_path: Path) -> None:
     with Staging(root) as staging:
         with pytest.raises(StoreError, match="resolution: found 128, asked for 256"):
             create_store(root, other, index, {}, staging.run_id)
-        identity = make_identities()[FEATURES] | {"weights_sha256": "1" * 64}
+        identity = replace(make_identities()[FEATURES], weights_sha256="1" * 64)
         with pytest.raises(StoreError, match="weights_sha256: found"):
             create_group(root, make_layouts(STORE)[FEATURES], identity, {}, staging.run_id)
     with pytest.raises(StoreError, match="layer"):
-        open_store(root).group(FEATURES, expect=make_identities()[FEATURES] | {"layer": "blocks.3"})
+        open_store(root).group(FEATURES, expect=replace(make_identities()[FEATURES], layer="blocks.3"))
 
 
 def test_what_is_not_a_store_is_refused_in_words(tmp_path: Path) -> None:

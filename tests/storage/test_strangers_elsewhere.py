@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from storage import StoreError, UserError, open_array
 from storage.__main__ import main
 from storage.cache import DiskCache
-from storage.shard_files import Read
+from storage.read import Read
 from storage.staging import Staging, living_runs
 from tests.storage import edits
 

@@ -15,8 +15,9 @@ from storage.base.console import Parser
 from storage.base.errors import UserError
 from trainer.config.command_line import add_train_options, train_config
 from trainer.config.presets import PRESETS, SIZES, preset
+from trainer.config.saved import read_config, to_yaml
 from trainer.config.schema import TrainConfig
-from trainer.config.tree import flatten, free_fields, from_yaml, leaves, override, to_yaml
+from trainer.config.tree import flatten, free_fields, leaves, override
 
 
 def parse(*argv: str) -> TrainConfig:
@@ -37,7 +38,7 @@ def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
 def test_a_preset_survives_yaml(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(preset(name)), encoding="utf-8")
-    assert from_yaml(path) == preset(name)
+    assert read_config(path).config == preset(name)
 
 
 def test_published_sizes_and_settings() -> None:
@@ -156,15 +157,15 @@ def test_a_wrong_config_file_is_named(tmp_path: Path, text: str, says: str) -> N
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=says):
-        from_yaml(path)
+        read_config(path)
     with pytest.raises(UserError, match=r"none\.yaml does not exist"):
-        from_yaml(tmp_path / "none.yaml")
+        read_config(tmp_path / "none.yaml")
 
 
 def test_yaml_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("optim: {lr: 1e-3}")  # YAML 1.1 calls this a string
-    assert from_yaml(path).optim.lr == 1e-3
+    assert read_config(path).config.optim.lr == 1e-3
 
 
 def test_every_option_has_help_and_what_is_free_is_not_what_determines_numbers() -> None:

@@ -69,6 +69,21 @@ def test_views_are_drawn_afresh_at_each_visit(tmp_path: Path) -> None:
     assert sum(len(v) == 2 for v in views.values()) > 35  # 12 visits of each of 40 rows
 
 
+def test_a_visit_takes_the_view_that_it_always_took(tmp_path: Path) -> None:
+    """Recorded: a run that is resumed by a later version goes on with the same numbers."""
+    moments = make_store(tmp_path / "s", n_views=2)[LATENTS]["moments"]
+    data = opened(tmp_path / "s")
+    recorded = {0: "010100101011", 1: "001000111110", 1000: "000000111001", 1001: "100000001100"}
+    for start in (0, 1000):
+        with loader(data, start=start, stop=start + 2) as batches:
+            for batch in batches:
+                pairs = zip(batch.moments.numpy(), batch.rows.tolist(), strict=True)
+                views = [int(np.array_equal(got, moments[row, 1])) for got, row in pairs]
+                assert "".join(map(str, views)) == recorded.pop(batch.step)
+    assert not recorded
+    data.close()
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_cut_the_same_global_batches(shared_tiny_store: Path, size: int) -> None:
     data = opened(shared_tiny_store)
@@ -152,7 +167,7 @@ def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytes
         gather_into(*arguments)
 
     monkeypatch.setattr("trainer.data.loader.gather_into", slow)
-    monkeypatch.setattr("trainer.data.loader.WAIT_S", 0.1)
+    monkeypatch.setattr("storage.prefetch.WAIT_S", 0.1)
     data = opened(shared_tiny_store)
     stalls = []
     with Loader(

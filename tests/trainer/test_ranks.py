@@ -21,8 +21,8 @@ from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, we
 from trainer.loop.train import train
 from trainer.ranks.world import World, world_of_ranks
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.lock import only_writer
 from trainer.run.metrics import read_metrics
-from trainer.run.resume import only_writer
 
 BAD_ROW = 17
 BATCH = 12  # which 1, 2 and 3 ranks share

@@ -24,8 +24,9 @@ from tests.trainer.test_config import run_cli
 from tests.trainer.test_transformer import SMALL, inputs, randomised
 from trainer.__main__ import main
 from trainer.config.presets import preset
+from trainer.config.saved import read_config
 from trainer.config.schema import Kind, TrainConfig
-from trainer.config.tree import from_yaml, override
+from trainer.config.tree import override
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.loop.train import train
 from trainer.models.transformer import DiffusionTransformer, Geometry
@@ -259,7 +260,7 @@ def test_a_run_is_made_and_training_goes_on_from_it(shared_tiny_store: Path, tmp
     found, expected = load_ema_weights(checkpoint), converted(averaged, release)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    config = from_yaml(run / "config.yaml")
+    config = read_config(run / "config.yaml").config
     assert config.model.classes == 20
     assert config.precision == "auto"
     summary = train(config)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from storage.identity import LatentsIdentity
 from tests.trainer import plain
 from tests.trainer.test_transformer import KINDS, SMALL, randomised
 from trainer.config.presets import preset
@@ -144,10 +145,10 @@ def test_vanilla_has_no_alignment_and_the_same_denoising_loss() -> None:
 
 
 def test_a_deterministic_autoencoder_s_latents_are_scaled_and_nothing_is_drawn() -> None:
-    scale = LatentScale.of({"latent_scale_factor": 0.7, "latent_shift_factor": 0.2, "posterior": False})
+    scale = LatentScale.of(LatentsIdentity(latent_scale_factor=0.7, latent_shift_factor=0.2, posterior=False))
     batch = batch_of(SMALL, 4, posterior=False)
     assert torch.equal(sample_latents(batch, scale, seed=0), (batch.moments.float() - 0.2) * 0.7)
-    assert LatentScale.of({"latent_scale_factor": 1.0, "latent_shift_factor": 0.0}).has_posterior
+    assert LatentScale.of(LatentsIdentity(latent_scale_factor=1.0, latent_shift_factor=0.0)).has_posterior
 
 
 @pytest.mark.parametrize("kind", KINDS)

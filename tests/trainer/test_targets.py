@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from storage.codec import INT8, decode
 from tests.storage.servers import http_server
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, publish_all, random_arrays
 from trainer.config.presets import preset
+from trainer.config.saved import read_config, to_yaml
 from trainer.config.schema import AlignmentTarget, TrainConfig
-from trainer.config.tree import flatten, from_yaml, override, to_yaml
+from trainer.config.tree import flatten, override
 from trainer.data.groups import geometry_of, open_data
 from trainer.data.loader import Loader
 from trainer.loop.train import train
@@ -53,7 +55,7 @@ def add_group(root: Path, name: str, width: int, n_tokens: int = 64) -> None:
     )
     group = GroupLayout(path=f"features/{name}", arrays=arrays)
     side = int(n_tokens**0.5)
-    identity = make_identities(width, INT8)[FEATURES] | {"name": name, "token_grid": [side, side]}
+    identity = replace(make_identities(width, INT8)[FEATURES], name=name, token_grid=(side, side))
     keys = open_store(root).index.keys
     with Staging(root) as staging:
         publish_all(root, group, identity, random_arrays(group, 7, INT8), keys, (), staging)
@@ -136,7 +138,7 @@ def test_the_log_shows_each_target_and_a_resume_counts_on(two_features: Path, tm
         assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * first + 0.25 * second, rel=1e-6)
         assert line["alignment_loss"] == pytest.approx((first + second) / 2, rel=1e-6)
         assert first != second
-    again = from_yaml(tmp_path / "run" / "config.yaml")
+    again = read_config(tmp_path / "run" / "config.yaml").config
     assert flatten(again) == {**flatten(config), **{n: flatten(again)[n] for n in ("precision", "data.latents")}}
     assert train(override(again, {"steps": 4}))["steps_now"] == 1
 
@@ -169,7 +171,7 @@ def test_features_without_patch_tokens_are_refused(tmp_path: Path) -> None:
         path="features/cls-only",
         arrays=(ArrayLayout(name="cls", dtype="float16", row_shape=(24,), store=store.layout),),
     )
-    identity = make_identities()[FEATURES] | {"name": "cls-only"}
+    identity = replace(make_identities()[FEATURES], name="cls-only")
     with Staging(tmp_path / "store") as staging:
         publish_all(tmp_path / "store", group, identity, random_arrays(group), store.index.keys, (), staging)
     with pytest.raises(UserError, match="features/cls-only holds cls and no patch tokens"):
@@ -191,12 +193,12 @@ def test_lists_survive_yaml_and_a_single_value_stays_one(tmp_path: Path) -> None
     for changes in (BOTH, {"loss.projection_weight": (0.25,)}, {"data.features": ("tiny-vit",)}):
         config = override(preset("sit-tiny-2"), changes)
         path.write_text(to_yaml(config), encoding="utf-8")
-        assert from_yaml(path) == config
+        assert read_config(path).config == config
     assert "projection_weight: 0.5\n" in to_yaml(preset("sit-tiny-2"))
     path.write_text(
         "model: {align_block: 4}\nloss: {projection_weight: [0.5, 1e-1]}\ndata: {features: [a, features/b]}"
     )
-    config = from_yaml(path)
+    config = read_config(path).config
     assert [(t.features, t.block, t.weight) for t in config.targets] == [("a", 4, 0.5), ("b", 4, 0.1)]
 
 

@@ -5,9 +5,9 @@ A micro model on random numbers; what is checked is equality of runs, not that a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from trainer.__main__ import main
 from trainer.alignment import ALIGNMENTS
 from trainer.alignment.cosine import alignment_loss
 from trainer.alignment.kind import Alignment
-from trainer.config.tree import from_yaml, override
+from trainer.config.saved import read_config
+from trainer.config.tree import override
 from trainer.data.loader import Batch
 from trainer.loop.losses import LatentScale, sample_latents
 from trainer.loop.non_finite import NonFiniteError
@@ -183,7 +184,7 @@ def test_a_second_encoder_in_the_store_does_not_stop_a_run(tmp_path: Path) -> No
     group = GroupLayout(path="features/other", arrays=(patches,))
     keys = open_store(store).index.keys
     with Staging(store) as staging:
-        identity = make_identities()[FEATURES] | {"name": "other"}
+        identity = replace(make_identities()[FEATURES], name="other")
         publish_all(store, group, identity, random_arrays(group), keys, (), staging)
     assert train(micro(store, run, steps=3))["steps"] == 3
 
@@ -255,7 +256,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(shared_tiny_sto
 def test_a_saved_configuration_runs_again(shared_tiny_store: Path, tmp_path: Path) -> None:
     """`--config RUN/config.yaml`: the same run elsewhere, bit for bit."""
     train(micro(shared_tiny_store, tmp_path / "a", steps=3))
-    config = from_yaml(tmp_path / "a" / "config.yaml")
+    config = read_config(tmp_path / "a" / "config.yaml").config
     train(override(config, {"run": tmp_path / "b"}))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
@@ -309,7 +310,7 @@ def test_a_cosine_is_logged_whatever_the_loss_is(
     assert len(latest_sums(tmp_path / "b")) == len(latest_sums(tmp_path / "a")) + 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Other(Alignment):
     """Its gradient has the direction of the cosine's, not the size."""
 

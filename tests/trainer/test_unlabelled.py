@@ -13,13 +13,13 @@ from storage import index as store_index
 from tests.stores import make_store
 from tests.trainer.runs import curve, micro, weights
 from trainer.__main__ import main
-from trainer.config.tree import from_yaml
+from trainer.config.saved import read_config
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
-from trainer.evaluation.probing.hidden_states import open_run
 from trainer.evaluation.probing.sweep import SweepConfig, sweep
 from trainer.evaluation.report.page import write_report
 from trainer.loop.train import train
+from trainer.run.opened import open_run
 
 SAMPLES = {"log.samples_every": 3, "log.samples": 2, "sample.steps": 2}
 
@@ -39,7 +39,7 @@ def test_it_trains_unconditionally_and_says_so(run: Path, tmp_path: Path, capsys
     assert "\nlabels     none: trains unconditionally, without label dropout or guidance\n" in capsys.readouterr().out
     assert open_run(run).geometry.n_classes == 0
     assert weights(run)["y_embedder.embedding_table.weight"].shape == (1, 32)
-    assert from_yaml(run / "config.yaml").sample.guidance == 1, "the preset's is 2.5"
+    assert read_config(run / "config.yaml").config.sample.guidance == 1, "the preset's is 2.5"
     assert len(list((run / "samples").glob("*.png"))) == 2
     assert curve(run) == curve(tmp_path / "run"), "resumed, and unbroken"
 

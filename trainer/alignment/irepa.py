@@ -65,6 +65,11 @@ class IREPA(Alignment):
         if not 0 <= self.gamma <= 1:
             raise UserError(f"--loss.alignment irepa:gamma must be in [0, 1], got {self.gamma}")
 
+    @property
+    def has_hidden_layers(self) -> bool:
+        """As the chosen projector."""
+        return self.projector_kind == "mlp"
+
     def projector(self, width: int, hidden: int, target_width: int, grid: int) -> nn.Module:
         """One layer, `projection_layer` in the public checkpoints, without norm or activation."""
         if self.projector_kind == "mlp":

@@ -17,6 +17,11 @@ class Alignment:
 
     loss_is_cosine: ClassVar[bool] = False  # whether minus the loss is a mean cosine, which is logged for every kind
 
+    @property
+    def has_hidden_layers(self) -> bool:
+        """Whether its projector has layers of `--model.projector-width`."""
+        return True
+
     def projector(self, width: int, hidden: int, target_width: int, grid: int) -> nn.Module:
         """From hidden states (B, T, width) to (B, T, target_width).
 

@@ -25,8 +25,9 @@ from storage.base.options import (
 )
 from storage.roots import absolute
 from trainer.config.presets import PRESETS, preset
+from trainer.config.saved import read_config
 from trainer.config.schema import DEFAULT_PRESET, TrainConfig
-from trainer.config.tree import field_type, from_yaml, override
+from trainer.config.tree import field_type, override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class _WithTraining:
     """A command that has every setting of a run among its options."""
 
     training: TrainConfig
+    given: frozenset[str]  # dotted names of the settings that the command line spells
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -44,7 +46,8 @@ class _WithTraining:
     @classmethod
     def from_options(cls, texts: Mapping[str, Any]) -> Self:
         """The command of what `argparse` made. Raises UserError."""
-        return cls(**given_options(cls, texts, topics=False), training=train_config(texts))
+        given = frozenset(_given(texts))
+        return cls(**given_options(cls, texts, topics=False), training=train_config(texts), given=given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +81,19 @@ def _preset_in(argv: Sequence[str]) -> str:
 
 def train_config(texts: Mapping[str, Any]) -> TrainConfig:
     """The configuration of dotted name → text. Raises UserError, naming option and value."""
-    given = {each.name: texts[each.name] for each in options_of(TrainConfig) if texts.get(each.name) is not None}
+    given = _given(texts)
     if texts.get("config") is not None:
-        config = from_yaml(Path(texts["config"]))
+        config = read_config(Path(texts["config"])).config
         if "preset" in given:
             raise UserError("--config and --preset both name a whole configuration; pass one of them")
     else:
         config = preset(given.pop("preset", DEFAULT_PRESET))
     return override(config, {name: parse_setting(name, text, field_type(config, name)) for name, text in given.items()})
+
+
+def _given(texts: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted name → text of the settings among parsed options."""
+    return {each.name: texts[each.name] for each in options_of(TrainConfig) if texts.get(each.name) is not None}
 
 
 def parse_setting(name: str, text: str, kind: Any) -> Any:

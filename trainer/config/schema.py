@@ -18,13 +18,17 @@ from storage.base.options import flag_of, spelled
 from trainer.alignment import COSINE, spelled_out
 
 Kind = Literal["sit", "dit", "lightningdit"]
+AS_NOW = object()
 DEFAULT_PRESET = "sit-xl-2"
 PRESET_NAMES = "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], sit-tiny-2, dit-tiny-2"
 
 
-def option(default: object, help_text: str, *, free: bool = False) -> Any:
-    """A setting (`storage.base.options`); a *free* one may change when a run is resumed."""
-    return options.option(default, help_text, free=free)
+def option(default: object, help_text: str, *, free: bool = False, before: object = AS_NOW) -> Any:
+    """A setting (`storage.base.options`); a *free* one may change when a run is resumed.
+
+    `before`: what runs did that were saved before the setting existed, where that is not today's default.
+    """
+    return options.option(default, help_text, free=free, before=default if before is AS_NOW else before)
 
 
 def section(default: type) -> Any:

@@ -1,8 +1,4 @@
-"""A config as a tree of settings: read and replaced by dotted name, as plain YAML and back.
-
-YAML is nested mappings of numbers, strings, booleans and lists of them, nothing else. What is read is checked against
-the annotated types of `schema.py`'s classes, and an unknown name or a wrong type is one line with what was meant.
-"""
+"""A config as a tree of settings: read and replaced by dotted name, as plain values and back."""
 
 from __future__ import annotations
 
@@ -13,16 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
-from storage.base.boundary import parse_yaml, read_regular
 from storage.base.errors import UserError
 from storage.base.options import close_matches
-from storage.base.shown import shown
-from trainer.config.schema import TrainConfig
 
 C = TypeVar("C")
-MAX_CONFIG_BYTES = 1 << 20
 LONGEST = 80  # characters of a name or value in a message
 LARGEST = 2**63  # seeds go up to it
 
@@ -78,44 +68,6 @@ def _plain(value: Any) -> Any:
 def free_fields(config: Any) -> set[str]:
     """Dotted names of the fields that may change on resume."""
     return {name for name, _, item in leaves(config) if item.metadata["free"]}
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The config as YAML, nested by topic, in the order of declaration."""
-    tree: dict[str, Any] = {}
-    for dotted, value in flatten(config).items():
-        topic, _, name = dotted.rpartition(".")
-        (tree.setdefault(topic, {}) if topic else tree)[name] = value
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def from_yaml(path: Path) -> TrainConfig:
-    """Read what `to_yaml` wrote. Raises UserError naming the file for an unknown field or a value of the wrong type."""
-    try:
-        tree = parse_yaml(read_regular(path, MAX_CONFIG_BYTES), f"config {path}")
-    except FileNotFoundError:
-        raise UserError(f"config {path} does not exist; a run saves its own as RUN/config.yaml") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"config {path} must be a mapping of settings, as a run's config.yaml")
-    return from_tree(tree, f"config {path}")
-
-
-def from_tree(tree: Mapping[str, Any], where: str) -> TrainConfig:
-    """A config from nested mappings (dotted keys are taken too); `where` begins the message of a UserError."""
-    blank = TrainConfig()
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        topic = isinstance(value, Mapping)
-        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if topic else {str(name): value}
-    types_by_name = {name: field_type(blank, name) for name, _, _ in leaves(blank)}
-    for name in flat:
-        if name not in types_by_name:
-            close = close_matches(name, list(types_by_name))
-            raise UserError(f"{where} has an unknown setting {shown(name)[:LONGEST]}{close}")
-    try:
-        return override(blank, {name: checked(value, types_by_name[name], name) for name, value in flat.items()})
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def checked(value: Any, kind: Any, name: str) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from storage import CacheConfig, GroupReader, Store, UserError, open_store
 from storage.codec import Int8Codec, codec_of
+from storage.identity import FeaturesIdentity, LatentsIdentity
 from storage.index import far_apart
 from storage.order import ValidRows
 from storage.samples import REDO
@@ -26,8 +26,8 @@ class TrainingData:
     """Open readers and what they fit."""
 
     store: Store
-    latents: GroupReader
-    features: tuple[GroupReader, ...]  # one an alignment target; two targets may share one
+    latents: GroupReader[LatentsIdentity]
+    features: tuple[GroupReader[FeaturesIdentity], ...]  # one an alignment target; two targets may share one
     labels: np.ndarray  # int32 (N,), −1 for a sample without
     class_names: Sequence[str]  # none of a store that is trained on without labels
     valid_rows: ValidRows  # those that failed in no group
@@ -41,7 +41,8 @@ class TrainingData:
     @property
     def groups(self) -> tuple[GroupReader, ...]:
         """Every group that is read, once."""
-        return tuple({group.path: group for group in (self.latents, *self.features)}.values())
+        read: tuple[GroupReader, ...] = (self.latents, *self.features)
+        return tuple({group.path: group for group in read}.values())
 
     @property
     def identities(self) -> dict[str, str]:
@@ -139,8 +140,8 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
 
     A store without labels makes a model without classes, unless --model.classes says otherwise.
     """
-    latents: dict[str, Any] = data.latents.identity
-    height, width = latents["latent_size"]
+    latents = data.latents.identity
+    height, width = latents.latent_size
     if height != width:
         raise UserError(f"latents of {height}×{width} are not square; the model's position embedding needs a square")
     occurring, largest = len(data.store.classes.class_names.occurring), len(data.class_names) - 1
@@ -159,8 +160,8 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
         )
     side = height // config.model.patch
     for features in data.features:
-        grid = features.identity["token_grid"]
-        if grid != [side, side]:
+        grid = features.identity.token_grid
+        if grid != (side, side):
             raise UserError(
                 f"{features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, patch "
                 f"{config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
@@ -168,7 +169,7 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
     return Geometry(
         kind=config.model.kind,
         input_size=height,
-        channels=latents["latent_channels"],
+        channels=latents.latent_channels,
         patch=config.model.patch,
         width=config.model.width,
         depth=config.model.depth,
@@ -176,7 +177,7 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
         n_classes=n_classes,
         qk_norm=config.model.qk_norm,
         targets=tuple(
-            (target.block, features.identity["width"])
+            (target.block, features.identity.width)
             for target, features in zip(config.targets, data.features, strict=True)
         ),
         alignments=tuple(alignment_named(target.alignment) for target in config.targets),

@@ -1,9 +1,8 @@
 """Batches in the order of training, gathered by a background thread while the model computes.
 
-A ring of preallocated buffers (pinned for CUDA) is filled ahead of the step; moments and features of a sample are
-always of the same row and view. The state of the loader is the step, which is epoch and position in one: global batch b
-holds fixed rows whatever the number of ranks, and a rank gathers its part only. An error in the thread is raised in the
-consumer.
+A ring of preallocated buffers (pinned for CUDA) is filled ahead of the step (`storage/prefetch.py`); moments and
+features of a sample are always of the same row and view. The state of the loader is the step, which is epoch and
+position in one: global batch b holds fixed rows whatever the number of ranks, and a rank gathers its part only.
 
 On CUDA nothing here makes the host wait for the step that is under way: rows, labels and arrays are copied from pinned
 memory on a stream of their own, and the computing stream waits for the copy. A buffer returns to the ring when its copy
@@ -15,8 +14,6 @@ Cost: `prefetch` + 1 batches of host memory, two or three of device memory; no c
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,12 +24,11 @@ import torch
 from torch import Tensor
 
 from storage import ArrayReader, gather_into
-from storage.order import Order, rank_slice
+from storage.prefetch import Prefetcher
+from storage.visits import Views, Visit, Visits
 from trainer.data.codes import dequantise
 from trainer.data.groups import TrainingData
 from trainer.loop import random_keys
-
-WAIT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +91,7 @@ class Loader:
         prefetch: int,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._data, self._seed, self._batch = data, seed, batch
-        self._steps = range(start, stop)
-        self._slice = rank_slice(batch, rank, world_size)
-        self._order = Order(data.n_samples, seed)
+        self._data, self._seed = data, seed
         self._device = device
         self._on_wait = on_wait
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -108,37 +101,31 @@ class Loader:
                 readers[f"{group.path}/{name}"] = group[name]
         self._readers = readers
         share = batch // world_size
-        self._free: queue.Queue[dict[str, Tensor]] = queue.Queue()
-        for _ in range(prefetch + 1):  # one more is in the consumer's hands
-            self._free.put(
+        visits = Visits(
+            data.valid_rows, seed=seed, batch=batch, rank=rank, world_size=world_size, choose_views=self._choose_views
+        )
+        self._ahead = Prefetcher(
+            map(visits.of, range(start, stop)),
+            self._will_read,
+            self._gather,
+            ring=[
                 {name: _buffer(reader, share, pinned=self._copies is not None) for name, reader in readers.items()}
-            )
-        self._ready: queue.Queue[_Gathered | BaseException | None] = queue.Queue()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._gather_all, name="loader", daemon=True)
-        self._thread.start()
+                for _ in range(prefetch + 1)  # one more is in the consumer's hands
+            ],
+            name="loader",
+        )
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
+        self._ahead.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        held: dict[str, Tensor] | None = None
-        copied: Any = None
         while True:
-            if held is not None:
-                if copied is not None:
-                    copied.synchronize()
-                self._free.put(held)
             item, stall_s = self._next()
             if item is None:
                 return
-            if isinstance(item, BaseException):
-                raise item
-            held = item.buffers
             on_device, copied = self._to_device({**item.index, **item.buffers})
             yield Batch(
                 step=item.step,
@@ -148,8 +135,11 @@ class Loader:
                 targets=self._targets(on_device),
                 stall_s=stall_s,
             )
+            if copied is not None:
+                copied.synchronize()
+            self._ahead.give_back(item.buffers)
 
-    def _next(self) -> tuple[_Gathered | BaseException | None, float]:
+    def _next(self) -> tuple[_Gathered | None, float]:
         """What the thread made next, and how long the step waited for it.
 
         A wait that the device did not notice, since it had the steps before to finish, is none; one that it noticed
@@ -157,12 +147,7 @@ class Loader:
         """
         enqueued = torch.cuda.current_stream(self._device).record_event() if self._copies is not None else None
         start_s = time.perf_counter()
-        while True:
-            try:
-                item = self._ready.get(timeout=WAIT_S)
-                break
-            except queue.Empty:
-                self._on_wait(time.perf_counter() - start_s)
+        item = self._ahead.next(self._on_wait)
         waited_s = time.perf_counter() - start_s
         return item, waited_s if enqueued is None or enqueued.query() else 0.0
 
@@ -186,45 +171,23 @@ class Loader:
             tokens[path] = dequantise(tokens[path], on_device[f"{path}/scale"], codec)
         return tuple(tokens[group.path] for group in self._data.features)
 
-    def _gather_all(self) -> None:
-        try:
-            if self._copies is not None:
-                torch.cuda.set_device(self._device)  # a thread's own setting: pinning would open a context on GPU 0
-            for step in self._steps:
-                rows, views = self._samples(step)
-                buffers = self._take_free()
-                if buffers is None:
-                    return
-                if step + 1 in self._steps:  # the disk fetches the next batch while this one is copied
-                    next_rows, next_views = self._samples(step + 1)
-                    for reader in self._readers.values():
-                        reader.will_read(next_rows, next_views)
-                targets = [(reader, buffers[name].numpy()) for name, reader in self._readers.items()]
-                gather_into(targets, rows, views)
-                self._ready.put(_Gathered(step=step, index=self._index(rows), buffers=buffers))
-            self._ready.put(None)
-        except BaseException as error:  # raised again where the batch was asked for
-            self._ready.put(error)
+    def _will_read(self, visit: Visit) -> None:
+        for reader in self._readers.values():
+            reader.will_read(visit.rows, visit.views)
+
+    def _gather(self, visit: Visit, buffers: dict[str, Tensor]) -> _Gathered:
+        if self._copies is not None:
+            torch.cuda.set_device(self._device)  # a thread's own setting: pinning would open a context on GPU 0
+        targets = [(reader, buffers[name].numpy()) for name, reader in self._readers.items()]
+        gather_into(targets, visit.rows, visit.views)
+        return _Gathered(step=visit.number, index=self._index(visit.rows), buffers=buffers)
 
     def _index(self, rows: np.ndarray) -> dict[str, Tensor]:
         labels = self._data.labels[rows].astype(np.int64)
         index = {"rows": torch.from_numpy(rows), "labels": torch.from_numpy(labels)}
         return index if self._copies is None else {name: tensor.pin_memory() for name, tensor in index.items()}
 
-    def _take_free(self) -> dict[str, Tensor] | None:
-        while not self._stopping.is_set():
-            try:
-                return self._free.get(timeout=0.1)
-            except queue.Empty:
-                continue
-        return None
-
-    def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray | int]:
-        """Rows int64 (B,) and views of this rank's part of a global batch."""
-        rows = self._data.valid_rows.rows(self._order.global_batch(step, self._batch)[self._slice])
-        return rows, self._views(step, rows)
-
-    def _views(self, step: int, rows: np.ndarray) -> np.ndarray | int:
+    def _choose_views(self, step: int, rows: np.ndarray) -> Views:
         n_views = self._data.store.n_views
         if n_views == 1:
             return 0

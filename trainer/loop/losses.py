@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from storage.identity import LatentsIdentity
 from trainer.alignment.cosine import alignment_loss
 from trainer.config.schema import TrainConfig
 from trainer.data.loader import Batch
@@ -40,12 +41,12 @@ class LatentScale:
     has_posterior: bool = True  # a deterministic autoencoder stores the latent itself, without a deviation
 
     @classmethod
-    def of(cls, identity: dict[str, Any]) -> LatentScale:
+    def of(cls, identity: LatentsIdentity) -> LatentScale:
         """From the identity of a latents group."""
         return cls(
-            scale=identity["latent_scale_factor"],
-            shift=identity["latent_shift_factor"],
-            has_posterior=identity.get("posterior", True),
+            scale=identity.latent_scale_factor,
+            shift=identity.latent_shift_factor,
+            has_posterior=identity.has_posterior,
         )
 
 

@@ -40,6 +40,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Collection
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +51,8 @@ from torch import Tensor
 from storage.base.console import Stop, progress_bar, stop_on_signals
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
+from trainer.config.saved import to_save, to_yaml
 from trainer.config.schema import TrainConfig
-from trainer.config.tree import flatten, to_yaml
 from trainer.data.groups import TrainingData, geometry_of, open_data
 from trainer.data.loader import Loader
 from trainer.evaluation.generate.preview import write_preview
@@ -63,17 +64,19 @@ from trainer.loop.step import StepNumbers, TrainingState, build, train_step
 from trainer.models.flops import forward_flops_per_image
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
+from trainer.run.automatic import remember, resolve
 from trainer.run.checkpoint import RunState, save_checkpoint
+from trainer.run.folder import RunFolder
+from trainer.run.lock import only_writer
 from trainer.run.metrics import MetricsLog, read_metrics
-from trainer.run.resume import only_writer, remember_groups, resolve, resume
-
-SUMMARY_FILE = "summary.json"
+from trainer.run.resume import resume
 
 
-def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: bool = False) -> dict[str, Any]:
     """Train until `config.steps` and return the run's summary (also RUN/summary.json on the main rank).
 
-    Raises UserError for what the user can mend, KeyboardInterrupt after Ctrl-C with the state saved.
+    `given` are the settings that were chosen explicitly: a younger setting than the run applies to it only then. Raises
+    UserError for what the user can mend, KeyboardInterrupt after Ctrl-C with the state saved.
     """
     with world_of_ranks(config.device) as world:
         if config.batch % (world.size * config.accumulate):
@@ -81,7 +84,7 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
                 f"--batch {config.batch} must be a multiple of the {world.size} ranks times --accumulate "
                 f"{config.accumulate}"
             )
-        config = remember_groups(config)
+        config = remember(config, given)
         data = open_data(config)
         try:
             geometry = geometry_of(config, data)
@@ -109,6 +112,7 @@ class _Run:
 
     def __init__(self, training: TrainingState, data: TrainingData, resumed: RunState | None) -> None:
         self.training, self.data, self.config, self.world = training, data, training.config, training.world
+        self.saved_before = resumed.config if resumed is not None else None
         self.first_step = resumed.step if resumed is not None else 0
         self.non_finite = NonFiniteSteps(
             budget=self.config.max_skipped, skipped=resumed.skipped if resumed is not None else 0
@@ -124,7 +128,7 @@ class _Run:
         """Train; returns the summary."""
         config, start_s = self.config, time.perf_counter()
         if self.world.is_main:
-            write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
+            RunFolder(config.run).write_config(config, self.saved_before)
             print(self._opening(), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
         self.bar = progress_bar(
@@ -152,7 +156,7 @@ class _Run:
             step = self._steps(loader, stop)
         summary = self._summary(step, time.perf_counter() - start_s)
         if self.world.is_main:
-            write_atomic(config.run / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), "summary")
+            write_atomic(RunFolder(config.run).summary, json.dumps(summary, indent=1).encode(), "summary")
         if stop.signal is not None and self.world.is_main:
             print(
                 f"stopped by {signal.Signals(stop.signal).name}; step {step} is saved in {config.run}; "
@@ -217,7 +221,7 @@ class _Run:
     def _save(self, step: int) -> None:
         state = RunState(
             step=step,
-            config=flatten(self.config),
+            config=to_save(self.config, self.saved_before),
             identities=self.data.identities,
             log_sums=self.window.sums.tolist(),
             log_count=self.window.count,
@@ -254,7 +258,7 @@ class _Run:
         n_new = step - self.first_step
         return {
             "run": str(self.config.run),
-            "checkpoint": str(self.config.run / "checkpoints" / f"step-{step:07d}"),
+            "checkpoint": str(RunFolder(self.config.run).checkpoint(step)),
             "store": str(self.data.store.root),
             "steps": step,
             "steps_now": n_new,

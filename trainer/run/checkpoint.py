@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,9 @@ from storage.base.shown import shown
 from trainer.loop.ema import EMA
 from trainer.loop.optimiser import load_optimizer_tensors, optimizer_tensors
 from trainer.ranks.parallel import gather_state, load_state
+from trainer.run.folder import STEP, RunFolder
 
 VERSION = 2
-STEP = re.compile(r"step-\d{7,16}", re.ASCII)
 MAX_NAME_BYTES, LONGEST = 4096, 60
 OTHER_CHECKPOINT = "write the name of another one into RUN/latest"
 WEIGHTS, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -50,7 +49,7 @@ class RunState:
     """What a run is besides tensors: steps done, what determined its numbers, the sums of the current log interval."""
 
     step: Count
-    config: dict[str, Any]
+    config: dict[str, Any]  # as `config/saved.py` has it, for a reader to parse
     identities: dict[str, str]
     log_sums: list[Number]
     log_count: Count
@@ -74,8 +73,8 @@ def save_checkpoint(
     Of several ranks, every one must call, and one writes. Raises UserError, with the checkpoint before still in place,
     when it cannot be written. Cost: while it is written, the rank that writes holds all of it in host memory.
     """
-    folder = run / "checkpoints"
-    final = folder / f"step-{state.step:07d}"
+    of_run = RunFolder(run)
+    folder, final = of_run.checkpoints, of_run.checkpoint(state.step)
     named = {
         WEIGHTS: model.state_dict(),
         EMA_WEIGHTS: ema.state_dict(),
@@ -93,8 +92,8 @@ def save_checkpoint(
         if final.exists():  # the same step again, after a resume with changes
             shutil.rmtree(final)
         publish(aside, final)
-        write_atomic(run / "latest", final.name.encode(), "save")
-        _remove_older(final, keep, milestone_every)
+        write_atomic(of_run.latest, final.name.encode(), "save")
+        _remove_older(of_run, state.step, keep, milestone_every)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)  # which gives back the room it took
         raise UserError(
@@ -117,13 +116,11 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], state: RunState) -
     fsync_directory(folder)
 
 
-def _remove_older(newest: Path, keep: int, milestone_every: int) -> None:
-    """Remove all checkpoints before `newest` but for the newest of them, `keep` in all, and the milestones."""
-    older = [
-        path for path in sorted(newest.parent.glob("step-*")) if path.name < newest.name and STEP.fullmatch(path.name)
-    ]
-    for old in older[: max(0, len(older) - keep + 1)]:
-        if milestone_every and int(old.name.removeprefix("step-")) % milestone_every == 0:
+def _remove_older(run: RunFolder, newest: int, keep: int, milestone_every: int) -> None:
+    """Remove all checkpoints before step `newest` but for the newest of them, `keep` in all, and the milestones."""
+    older = [(step, path) for step, path in run.checkpoint_folders().items() if step < newest]
+    for step, old in older[: max(0, len(older) - keep + 1)]:
+        if milestone_every and step % milestone_every == 0:
             continue
         gone = partial_name(old, "old")  # renamed first, so that a kill leaves no half under a checkpoint's name
         old.rename(gone)
@@ -132,19 +129,16 @@ def _remove_older(newest: Path, keep: int, milestone_every: int) -> None:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint, or None. Raises UserError when `latest` names one that is not there."""
+    latest = RunFolder(run).latest
     try:
-        name = read_regular(run / "latest", MAX_NAME_BYTES).decode("utf-8", errors="replace").strip()
+        name = read_regular(latest, MAX_NAME_BYTES).decode("utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
-    path = run / "checkpoints" / name
+    path = RunFolder(run).checkpoints / name
     if not STEP.fullmatch(name):
-        raise UserError(
-            f"{run / 'latest'} names {shown(name[:LONGEST])!r}, which is no checkpoint; write step-… into it"
-        )
+        raise UserError(f"{latest} names {shown(name[:LONGEST])!r}, which is no checkpoint; write step-… into it")
     if not (path / STATE).exists():
-        raise UserError(
-            f"{run / 'latest'} names {name}, which is not in {path.parent}; name another in it, or remove it"
-        )
+        raise UserError(f"{latest} names {name}, which is not in {path.parent}; name another in it, or remove it")
     return path
 
 

@@ -21,9 +21,9 @@ from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten
+from trainer.run.folder import RunFolder
 
 T = TypeVar("T")
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -32,7 +32,7 @@ class MetricsLog:
     def __init__(self, config: TrainConfig, *, from_step: int) -> None:
         run = config.run
         self._wandb: Any = _start_wandb(config) if config.log.wandb else None
-        self._path = run / METRICS_FILE
+        self._path = RunFolder(run).metrics
         kept = [line for line in read_metrics(run) if line["step"] <= from_step]
         write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode(), "metrics")
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 — closed by close()
@@ -40,7 +40,7 @@ class MetricsLog:
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1)
+            self._writer = SummaryWriter(str(RunFolder(run).tensorboard), purge_step=from_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """One line; every number but the step is a scalar of TensorBoard and wandb too, a list one scalar an entry."""
@@ -106,7 +106,7 @@ def parsed(kind: type[T], where: str, text: bytes) -> T:
 
 def _lines(run: Path) -> Iterator[tuple[str, bytes]]:
     """(file and number, text) of every line; none where there is no file."""
-    path = run / METRICS_FILE
+    path = RunFolder(run).metrics
     with contextlib.suppress(FileNotFoundError):
         for number, line in read_lines(path):
             yield f"{path} line {number}", line

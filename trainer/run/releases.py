@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from storage.base.errors import UserError
-from storage.base.files import write_atomic
 from storage.base.shown import shown
 from storage.weights.file import open_weights
 from storage.weights.names import bare, not_a_tensor
 from storage.weights.tensors import Stored
+from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
-from trainer.config.tree import flatten, override, to_yaml
+from trainer.config.tree import override
 from trainer.data.groups import geometry_of, open_data
 from trainer.loop.log_window import LogWindow
 from trainer.loop.losses import LatentScale
@@ -39,8 +39,10 @@ from trainer.loop.step import build
 from trainer.models.blocks import LONGEST_PERIOD, TIME_FREQUENCIES
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.world import world_of_ranks
+from trainer.run.automatic import resolve
 from trainer.run.checkpoint import RunState, latest_checkpoint, save_checkpoint
-from trainer.run.resume import only_writer, resolve
+from trainer.run.folder import RunFolder
+from trainer.run.lock import only_writer
 
 Release = Literal["repa", "sit", "dit"]
 Weights = dict[str, Tensor]
@@ -81,7 +83,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
             sums = LogWindow.empty(geometry).sums.tolist()
             state = RunState(
                 step=0,
-                config=flatten(config),
+                config=to_save(config),
                 identities=data.identities,
                 log_sums=sums,
                 log_count=0,
@@ -89,7 +91,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
                 scaler={},
             )
             with only_writer(config.run, world):
-                write_atomic(config.run / "config.yaml", to_yaml(config).encode(), "config")
+                RunFolder(config.run).write_config(config)
                 save_checkpoint(
                     config.run, state, training.model, training.ema, training.optimizer, config.checkpoint.keep
                 )

@@ -25,22 +25,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.base.boundary import parse_yaml, read_regular
+from storage.base.boundary import read_regular
 from storage.base.errors import UserError
 from storage.base.options import argument, close_matches, option, required
 from trainer.config.command_line import parse_setting
 from trainer.config.presets import preset
+from trainer.config.saved import MAX_CONFIG_BYTES
 from trainer.config.schema import DEFAULT_PRESET, TrainConfig
 from trainer.config.tree import (
-    MAX_CONFIG_BYTES,
     field_type,
     flatten,
     free_fields,
-    from_yaml,
     leaves,
     override,
 )
+from trainer.config.yaml_file import parse_yaml
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.folder import RunFolder
 
 OF_THE_ALIGNMENT = ("data.features", "model.align_block", "model.projector_width")
 NOT_AXES = {"run": "the runs are named after their settings", "store": "pass --store", "seed": "write seeds: [0, 1]"}
@@ -205,10 +206,11 @@ def _run(base: Mapping[str, str], chosen: dict[str, str], seed: str, store: str,
 
 def _refuse_another_run(run: Run) -> None:
     """Raises UserError when the run's folder holds a run of other settings."""
-    saved = run.config.run / "config.yaml"
-    if not saved.exists():
+    folder = RunFolder(run.config.run)
+    if not folder.is_run:
         return
-    there, wanted = flatten(from_yaml(saved)), flatten(run.config)
+    saved = folder.read_config()
+    there, wanted = flatten(saved.config), flatten(saved.keep(run.config, run.options))
     differing = [
         f"{name}: was {there[name]}, is {value}"
         for name, value in wanted.items()

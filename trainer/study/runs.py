@@ -25,7 +25,7 @@ from storage.base.files import write_atomic
 from storage.base.shown import shown
 from storage.roots import absolute
 from trainer.data.groups import geometry_of, open_data
-from trainer.run.metrics import METRICS_FILE
+from trainer.run.folder import RunFolder
 from trainer.study.file import AblateConfig, Ablation, Run, read_ablation
 
 POLL_S = 0.2
@@ -126,7 +126,7 @@ def _in_turn(runs: Sequence[Run], ablation: Ablation, stop: Stop) -> list[str]:
     for number, run in enumerate(runs, start=1):
         say(f"run {number} of {len(runs)}: {run.name}", flush=True)
         run.config.run.mkdir(parents=True, exist_ok=True)
-        with open(run.config.run / "train.log", "a", encoding="utf-8") as log:
+        with open(RunFolder(run.config.run).log, "a", encoding="utf-8") as log:
             _attend(train_command(run, ablation.gpus), stop, stdout=log)
         if not run.is_complete:  # whatever its status: a run that is told to stop saves, and ends with 0
             failed.append(run.name)
@@ -141,10 +141,10 @@ def _on_ray(runs: Sequence[Run], ablation: Ablation, folder: Path, ray_address: 
         {
             "name": run.name,
             "command": train_command(run, ablation.gpus),
-            "log": str(run.config.run / "train.log"),
+            "log": str(RunFolder(run.config.run).log),
             "gpus": ablation.gpus,
             "steps": run.config.steps,
-            "metrics": str(run.config.run / METRICS_FILE),
+            "metrics": str(RunFolder(run.config.run).metrics),
         }
         for run in runs
     ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,25 +15,26 @@ from PIL import Image
 from storage.base.errors import UserError
 from storage.base.files import append_line
 from storage.feature_file import open_feature_file, write_feature_file
+from storage.identity import VectorsIdentity
 from tests.archives import write_npz
 from tests.inception import write_random_inception
 from tests.stores import make_store
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import SETTINGS_FILE, step_drawn_at
-from trainer.evaluation.quality.evaluate import RUN_RECORD, Description, evaluate, read_record, table
+from trainer.evaluation.quality.evaluate import Description, evaluate, read_record, table
 from trainer.evaluation.quality.frechet import frechet_distance, gaussian_of
 from trainer.evaluation.quality.inception_score import inception_score
 from trainer.evaluation.quality.precision_recall import precision_recall
 
-VIT = {"name": "vit", "encoder": "test", "weights_sha256": "0", "vector": "cls"}
-INCEPTION = {"name": "inception", "encoder": "v3", "weights_sha256": "1", "vector": "pool_3", "published_weights": True}
+VIT = VectorsIdentity(name="vit", encoder="test", weights_sha256="0", vector="cls")
+INCEPTION = VectorsIdentity(name="inception", encoder="v3", weights_sha256="1", vector="pool_3", published_weights=True)
 
 
 def numbers(seed: int, n: int, width: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
 
 
-def feature_file(path: Path, identity: dict[str, Any], **arrays: np.ndarray) -> Path:
+def feature_file(path: Path, identity: VectorsIdentity, **arrays: np.ndarray) -> Path:
     write_feature_file(path, arrays, identity, {"path": path.stem, "n": len(arrays["features"])})
     return path
 
@@ -100,7 +101,7 @@ def by_hand(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
 
 
 def test_weights_that_are_not_the_published_ones_are_told(tmp_path: Path) -> None:
-    identity = {**INCEPTION, "published_weights": False}
+    identity = replace(INCEPTION, published_weights=False)
     arrays = {"features": numbers(0, 9, 3), "spatial": numbers(1, 9, 2), "logits": numbers(2, 9, 4)}
     one = feature_file(tmp_path / "a.npz", identity, **arrays)
     result = evaluate(one, one, Description(encoder="inception"), out=tmp_path)
@@ -125,7 +126,7 @@ def test_a_result_is_recorded_in_the_run_it_is_of(files: tuple[Path, Path], tmp_
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="has no checkpoint, so the step of these images is unknown"):
         evaluate(*files, Description(encoder="vit"), out=tmp_path, run=tmp_path)
-    assert not (tmp_path / RUN_RECORD).exists()
+    assert not (tmp_path / "evaluations.jsonl").exists()
 
 
 def test_images_are_of_the_step_that_generate_noted(micro_run: Path, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     generated, reference = files
     description = Description(encoder="vit")
-    other = feature_file(tmp_path / "other.npz", {**VIT, "weights_sha256": "9"}, features=numbers(0, 9, 5))
+    other = feature_file(tmp_path / "other.npz", replace(VIT, weights_sha256="9"), features=numbers(0, 9, 5))
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
     np.savez(tmp_path / "labels.npz", labels=np.zeros(5))
     np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 3), dtype=np.uint8))
@@ -215,7 +216,7 @@ def test_a_bad_reference_is_found_before_any_image_is_described(tmp_path: Path, 
     np.savez(tmp_path / "text.npz", mu=np.array("a"), sigma=np.eye(2048))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "narrow.npz").read_bytes()[:300])
     write_npz(tmp_path / "declared.npz", mu=("<f8", (10**12,)), sigma=("<f8", (10**6, 10**6)))
-    identity = {"name": "inception", "vector": "pool_3"}
+    identity = VectorsIdentity(name="inception", vector="pool_3")
     feature_file(tmp_path / "broken.npz", identity, features=np.full((9, 3), np.nan, np.float32))
     for name in ("narrow", "nan", "shape", "text", "cut", "declared", "broken", "nowhere"):
         with pytest.raises(UserError) as refused:
@@ -277,14 +278,14 @@ def test_broken_images_and_links_in_a_reference(tmp_path: Path) -> None:
 
 def test_a_line_that_a_kill_cut_short_is_lost_and_no_other(tmp_path: Path) -> None:
     line = {"name": "vit", "step": 1, "metrics": {"fd": {"value": 1.0}}}
-    (tmp_path / RUN_RECORD).write_text(json.dumps(line) + '\n{"name": "v')
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(line) + '\n{"name": "v')
     assert len(read_record(tmp_path)) == 1
-    append_line(tmp_path / RUN_RECORD, json.dumps({**line, "step": 2}))
+    append_line(tmp_path / "evaluations.jsonl", json.dumps({**line, "step": 2}))
     assert [found.step for found in read_record(tmp_path)] == [1, 2]
-    (tmp_path / RUN_RECORD).write_text(json.dumps(line))  # by hand, without an end
-    append_line(tmp_path / RUN_RECORD, json.dumps({**line, "step": 2}))
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(line))  # by hand, without an end
+    append_line(tmp_path / "evaluations.jsonl", json.dumps({**line, "step": 2}))
     assert [found.step for found in read_record(tmp_path)] == [1, 2]
-    (tmp_path / RUN_RECORD).write_text('{"name": "v\n' + json.dumps(line) + "\n")
+    (tmp_path / "evaluations.jsonl").write_text('{"name": "v\n' + json.dumps(line) + "\n")
     with pytest.raises(UserError, match=r"evaluations\.jsonl line 1 is damaged.*remove the line"):
         read_record(tmp_path)
 

@@ -25,10 +25,10 @@ from trainer.evaluation.export import export as exporting
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.decode import decode_latents, load_decoder
 from trainer.evaluation.generate.draw import draw_latents
-from trainer.evaluation.probing.hidden_states import OpenRun, load_model, open_run
 from trainer.loop import random_keys
 from trainer.loop.train import train
 from trainer.run.checkpoint import latest_checkpoint
+from trainer.run.opened import OpenRun, load_model, open_run
 
 TOLERANCE = 1e-3
 STEPS = {"sit": 5, "dit": 9}  # with 9, one of the steps that DiT visits ends in a half

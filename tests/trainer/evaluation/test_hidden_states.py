@@ -13,16 +13,9 @@ import torch
 from torch import nn
 
 from storage.base.errors import UserError
-from trainer.evaluation.probing.hidden_states import (
-    OpenRun,
-    checkpoints_of,
-    load_model,
-    noisy_latents,
-    open_run,
-    pooled_hidden_states,
-    step_of,
-)
+from trainer.evaluation.probing.hidden_states import noisy_latents, pooled_hidden_states
 from trainer.loop import random_keys
+from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
 
 CPU = torch.device("cpu")
 ROWS = np.array([2, 3, 11, 17, 30, 39])

@@ -17,7 +17,7 @@ from storage.base.errors import UserError
 from tests.chromium import BINARY, Browser
 from tests.stores import FEATURES, LATENTS
 from trainer.config.command_line import train_config
-from trainer.config.tree import to_yaml
+from trainer.config.saved import to_yaml
 from trainer.evaluation.generate.decode import write_grid
 from trainer.evaluation.report.alike import measured_alike
 from trainer.evaluation.report.charts import MOST_POINTS, Line, short, thinned, ticks

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from storage.base.errors import UserError
 from tests.archives import write_npz
 from tests.trainer.evaluation.test_report import Structure, make_run, parsed
-from trainer.config.tree import from_yaml
+from trainer.config.saved import read_config
 from trainer.evaluation.generate.image_files import step_drawn_at
-from trainer.evaluation.probing.hidden_states import checkpoints_of, load_model, open_run
 from trainer.evaluation.quality.evaluate import Description, evaluate
 from trainer.evaluation.report.page import page, write_report
 from trainer.evaluation.report.run_record import read_runs
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.metrics import MetricsLog, read_metrics
+from trainer.run.opened import checkpoints_of, load_model, open_run
 from trainer.study.file import read_ablation
 
 STATE = "checkpoints/step-0000300/state.json"
@@ -157,7 +157,7 @@ def test_settings_of_any_kind(plain: Path, name: str, tmp_path: Path, shared_tin
             return
         if name == "config.yaml":
             requires_whole(one_line_or(lambda: page(read_runs([run, plain]), "x")))
-            one_line_or(lambda: from_yaml(run / name))
+            one_line_or(lambda: read_config(run / name))
         else:
             one_line_or(lambda: read_ablation(run / name, str(shared_tiny_store), tmp_path / "out"))
 
@@ -241,7 +241,7 @@ def test_a_kill_cuts_the_last_line_and_no_other_is_lost_unsaid(plain: Path, tmp_
     (run / "metrics.jsonl").write_text("".join([lines[0], lines[1][:-20] + "\n", lines[2]]))
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged"):
         read_metrics(run)
-    config = dataclasses.replace(from_yaml(run / "config.yaml"), run=run)
+    config = dataclasses.replace(read_config(run / "config.yaml").config, run=run)
     with pytest.raises(UserError, match="line 2 is damaged"):
         MetricsLog(config, from_step=100)
 

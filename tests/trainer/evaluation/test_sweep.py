@@ -14,24 +14,19 @@ import tests.stores
 from storage import open_store
 from storage.base.errors import UserError
 from storage.codec import INT8, decode
+from storage.identity import Identity
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.evaluation.conftest import MICRO
 from trainer.__main__ import main
 from trainer.config.command_line import train_config
 from trainer.evaluation.probing.analyse import write_analysis
 from trainer.evaluation.probing.cknna import cknna
-from trainer.evaluation.probing.hidden_states import (
-    checkpoints_of,
-    load_model,
-    noisy_latents,
-    open_run,
-    pooled_hidden_states,
-)
+from trainer.evaluation.probing.hidden_states import noisy_latents, pooled_hidden_states
 from trainer.evaluation.probing.probe import probe
 from trainer.evaluation.probing.sweep import SweepConfig, open_samples, parse_blocks, pooled_features, sweep
-from trainer.evaluation.quality.evaluate import RUN_RECORD
 from trainer.evaluation.report.run_record import RunRecord, read_runs
 from trainer.loop.train import train
+from trainer.run.opened import checkpoints_of, load_model, open_run
 
 CPU = torch.device("cpu")
 
@@ -87,10 +82,9 @@ def make_other_store(root: Path, group: str, monkeypatch: pytest.MonkeyPatch, **
     """A store whose group has other fields in its identity."""
     make = tests.stores.make_identities
 
-    def changed(*args: object) -> dict[str, dict[str, object]]:
+    def changed(*args: object) -> dict[str, Identity]:
         identities = make(*args)  # type: ignore[arg-type]
-        identities[group].update(fields)
-        return identities
+        return identities | {group: dataclasses.replace(identities[group], **fields)}
 
     with monkeypatch.context() as patch:
         patch.setattr(tests.stores, "make_identities", changed)
@@ -194,7 +188,7 @@ def test_the_figures_hold_what_was_measured(micro_run: Path, tmp_path: Path) -> 
         {**vit, "step": step, "metrics": {"fd": {"value": 10.0 - step, "n_generated": 9, "n_reference": 9}}}
         for step in (2, 3, 99)
     ]
-    (run / RUN_RECORD).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
     config = SweepConfig(times=(0.3, 0.6), k=5, device="cpu")
     write_analysis([plain, run], config, tmp_path / "figures")
     motivation, key_idea = (

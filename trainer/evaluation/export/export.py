@@ -25,11 +25,12 @@ from storage.base.files import follow_umask, make_directories, partial_name, pub
 from storage.base.options import spelled
 from trainer.config.tree import flatten
 from trainer.evaluation.generate.decode import load_decoder, location
-from trainer.evaluation.probing.hidden_states import OpenRun, checkpoints_of, open_run, step_of
 from trainer.models.blocks import sincos_position_embedding
 from trainer.models.transformer import Geometry
 from trainer.objectives.dit import BETA_FIRST, BETA_LAST, N_STEPS
 from trainer.run.checkpoint import load_ema_weights
+from trainer.run.folder import RunFolder
+from trainer.run.opened import OpenRun, checkpoints_of, open_run, step_of
 
 PIPELINE_SOURCE = Path(__file__).with_name("diffusers_pipeline.py")
 POSITION_TOLERANCE = 1e-5
@@ -42,7 +43,7 @@ def export(run: Path, to: str, out: Path | None, checkpoint: str) -> list[Path]:
     *others, chosen = checkpoints_of(run, checkpoint)
     if others:
         raise UserError(f"--checkpoint {checkpoint} names {len(others) + 1} checkpoints; an export is of one")
-    folder = out or run / f"export-{to}"
+    folder = out or RunFolder(run).exported(to)
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it, or name another --out")
     weights = load_ema_weights(chosen)

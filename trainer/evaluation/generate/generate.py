@@ -46,12 +46,13 @@ from trainer.evaluation.generate.image_files import (
     write_image,
 )
 from trainer.evaluation.options import GenerateConfig, LabelsDrawn
-from trainer.evaluation.probing.hidden_states import OpenRun, checkpoints_of, load_model, open_run, step_of
 from trainer.loop import random_keys
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import World, world_of_ranks
 from trainer.run.checkpoint import EMA_WEIGHTS
-from trainer.run.resume import only_writer
+from trainer.run.folder import RunFolder
+from trainer.run.lock import only_writer
+from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
 
 VERSION = 1
 LABELS_FILE = "labels.txt"
@@ -76,7 +77,7 @@ def generate(config: GenerateConfig) -> list[Path]:
                 f"1, got {recipe.sample.guidance:g}"
             )
         settings = _settings(config, recipe, checkpoint, decoder, run.geometry.n_classes, world.device)
-        folder = config.out or config.run / _name(recipe, config, step_of(checkpoint))
+        folder = config.out or RunFolder(config.run).drawn(_name(recipe, config, step_of(checkpoint)))
         _refuse_other_settings(folder, settings)
         with only_writer(folder, world, "generating"):
             if world.is_main:
@@ -209,7 +210,7 @@ def _settings(
 
 def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
     sampler = recipe.sample
-    name = f"samples-{step:07d}-{sampler.sampler}{sampler.steps}-guidance{sampler.guidance:g}-seed{config.seed}"
+    name = f"{step:07d}-{sampler.sampler}{sampler.steps}-guidance{sampler.guidance:g}-seed{config.seed}"
     return name + "-uniform" * (config.labels == "uniform")
 
 

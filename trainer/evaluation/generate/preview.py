@@ -20,6 +20,7 @@ from trainer.evaluation.generate.decode import decode_latents, load_decoder, wri
 from trainer.evaluation.generate.draw import draw_latents
 from trainer.loop.step import TrainingState
 from trainer.ranks.parallel import reshard
+from trainer.run.folder import RunFolder
 
 LATENT_ZOOM = 4
 
@@ -40,7 +41,7 @@ def write_preview(training: TrainingState, data: TrainingData, step: int) -> tup
     latents = world.gather(latents)[: config.log.samples] / training.scale.scale + training.scale.shift
     if not world.is_main:
         return None
-    path = config.run / "samples" / f"step-{step:07d}.png"
+    path = RunFolder(config.run).preview(step)
     return path, write_grid(_pictures(latents, data, world.device), path)
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from storage.base.errors import UserError
-from trainer.evaluation.probing.hidden_states import checkpoints_of, open_run
 from trainer.evaluation.probing.measured import read_measured
 from trainer.evaluation.probing.plots import Panel, Series, Style, write_figure
 from trainer.evaluation.probing.sweep import Measure, SweepConfig, open_samples, sweep
 from trainer.evaluation.quality.evaluate import Evaluation, read_record
 from trainer.evaluation.report.alike import Evaluated, evaluated
 from trainer.evaluation.report.run_record import names_of
+from trainer.run.folder import RunFolder, step_in_name
+from trainer.run.opened import checkpoints_of, open_run
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
 ANALYSE = "analyse"
@@ -32,6 +33,8 @@ STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 
 def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | None) -> list[Path]:
     """`probe` and `cknna`: RUN/analysis/MEASURE.{json,png}; returns the paths. Raises UserError."""
+    import matplotlib  # noqa: F401 — whoever lacks it learns so before hours of measuring
+
     return _write_measure(run, {**sweep(run, config, [measure]), "by": measure}, measure, config.times, out)
 
 
@@ -46,7 +49,7 @@ def _write_measure(
             label = f"step {step:,}, t = {t:g}"
             series.append(_line(found, measure, label, step, t, group=group, style=STYLES[i % len(STYLES)]))
     panel = _over_depth(measure, found["name"], [line for line in series if line.x], [found])
-    return write_figure([panel], out or run / "analysis" / measure, found)
+    return write_figure([panel], out or RunFolder(run).analysis(measure).with_suffix(""), found)
 
 
 def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list[Path]:
@@ -55,6 +58,8 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     What was measured of a run is written beside it too, as `write_measure` does, where the report finds it; but what
     `probe` or `cknna` wrote there stays. Raises UserError.
     """
+    import matplotlib  # noqa: F401 — as above
+
     if len(set(runs)) < len(runs):
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))
@@ -116,7 +121,7 @@ def _measure_run(run: Path, config: SweepConfig, middle: float) -> dict[str, Any
     """Both measures at the newest checkpoint; of earlier ones the alignment at the middle time."""
     found = sweep(run, dataclasses.replace(config, checkpoints="latest"), ["probe", "cknna"])
     newest = found["points"][0]["step"]
-    steps = [int(path.name.removeprefix("step-")) for path in checkpoints_of(run, "all")]
+    steps = [step_in_name(path) for path in checkpoints_of(run, "all")]
     earlier = ",".join(str(step) for step in steps if step != newest)
     if earlier:
         before = sweep(run, dataclasses.replace(config, checkpoints=earlier, times=(middle,)), ["cknna"])

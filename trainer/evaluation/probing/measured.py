@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from storage.base.boundary import Count, Number, parse_json, read_regular
+from trainer.run.folder import RunFolder
 
 MEASURES = ("probe", "cknna")
 Time = Annotated[float, Field(ge=0, le=1)]
@@ -66,7 +67,7 @@ class Measured:
 
 def read_measured(run: Path, measure: str) -> Measured | None:
     """What was written of a measure beside the run; None when it was not. Raises StoreError when it is damaged."""
-    path = run / "analysis" / f"{measure}.json"
+    path = RunFolder(run).analysis(measure)
     try:
         raw = read_regular(path)
     except (FileNotFoundError, NotADirectoryError):

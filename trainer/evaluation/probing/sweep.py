@@ -24,21 +24,16 @@ from storage import GroupReader, Store, open_store
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.codec import codec_of
+from storage.identity import unlike
 from storage.order import ValidRows
 from trainer.data.codes import dequantise
 from trainer.data.groups import pick_group
 from trainer.evaluation.options import SweepConfig
 from trainer.evaluation.probing import cknna
-from trainer.evaluation.probing.hidden_states import (
-    OpenRun,
-    checkpoints_of,
-    load_model,
-    open_run,
-    pooled_hidden_states,
-    step_of,
-)
+from trainer.evaluation.probing.hidden_states import pooled_hidden_states
 from trainer.evaluation.probing.probe import probe
 from trainer.ranks.world import device_named
+from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
 
 Measure = Literal["probe", "cknna"]
 LATENT_FIELDS = (
@@ -154,11 +149,10 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
     store = open_store(config.store) if config.store else run.data.store
     mine = run.data.latents
     latents = store.group(pick_group(store, "latents", mine.path.partition("/")[2]))
-    differing = [field for field in LATENT_FIELDS if latents.identity.get(field) != mine.identity.get(field)]
-    if differing:
-        shown = "; ".join(f"{f}: {mine.identity.get(f)} and {latents.identity.get(f)}" for f in differing)
+    if differing := unlike(mine.identity, latents.identity, LATENT_FIELDS):
         raise UserError(
-            f"{store.root} has other latents than {run.path} was trained on ({shown}); precompute it with the same VAE"
+            f"{store.root} has other latents than {run.path} was trained on ({differing}); precompute it with the "
+            "same VAE"
         )
     name = config.features.removeprefix("features/")
     if not name and run.data.features:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from storage.base.errors import UserError
 from storage.base.files import append_line, write_atomic
 from storage.base.shown import shown
 from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_feature_file
+from storage.identity import unlike
 from storage.roots import absolute
 from trainer.evaluation.generate.image_files import step_drawn_at
 from trainer.evaluation.options import INCEPTION
@@ -39,11 +41,11 @@ from trainer.evaluation.quality.precision_recall import NEIGHBOURS, precision_re
 from trainer.evaluation.quality.reference import Contents, contents, read_statistics
 from trainer.ranks.world import device_named
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.folder import RunFolder
 from trainer.run.metrics import parsed
 
 PUBLISHED_IMAGES = 50_000
 INCEPTION_WIDTH = 2048
-RUN_RECORD = "evaluations.jsonl"
 CACHE = "reference-features"  # beside the runs
 NAMED = 10  # images that could not be read, in a run's record; the result has them all
 LOOKED_FOR = 3  # folders above the images in which a run is looked for
@@ -70,6 +72,9 @@ class Description:
 
         Ends with its status when it fails, having said why itself.
         """
+        needed = "torch_fidelity" if self.encoder == INCEPTION else "timm"
+        if find_spec(needed) is None:
+            raise ModuleNotFoundError(name=needed)  # said here, since the other command has other extras in mind
         places, outs, limits = zip(*sets, strict=True)
         command = [sys.executable, "-m", "pipeline", "features", *map(_argument, places)]
         command += ["--out", *map(_argument, outs), "--n", *map(str, limits)]
@@ -131,7 +136,7 @@ def evaluate(
             identity = open_feature_file(images).identity
             raise UserError(
                 f"{images} is of {shown(label)}, the reference would be of {description.label}; pass "
-                f"--encoder {shown(identity['name'])} --token {shown(identity['vector'])}"
+                f"--encoder {shown(identity.name)} --token {shown(identity.vector)}"
             )
         sets.append((reference, features, n_reference))
     known = [path for path in (generated, features) if path is not None and path not in [path for _, path, _ in sets]]
@@ -155,7 +160,7 @@ def _file_name(label: str) -> str:
 def _cache(images: Path, run: Path | None, out: Path | None, folder: Path) -> Path:
     """Where a reference's features are kept: beside the runs, or beside the images; with --out and no run, there."""
     above = [images.absolute(), *images.absolute().parents][:LOOKED_FOR]
-    runs = [run] if run is not None else [path for path in above if (path / "config.yaml").is_file()]
+    runs = [run] if run is not None else [path for path in above if RunFolder(path).is_run]
     beside = runs[0].absolute().parent if runs else images.absolute().parent
     if (not runs and out is not None) or not os.access(beside, os.W_OK):
         return folder
@@ -200,7 +205,7 @@ def _result(
     generated = open_feature_file(generated_file)
     result: dict[str, Any] = {
         "name": generated.label,
-        "encoder": generated.identity,
+        "encoder": generated.identity.plain(),
         "generated": generated.images,
         "reference": against.record,
         "metrics": measure(generated, against, device),
@@ -209,7 +214,7 @@ def _result(
     write_atomic(folder / f"{_file_name(generated.label)}.json", json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
         few = {name: _few_named(result[name]) for name in ("generated", "reference")}
-        append_line(run / RUN_RECORD, json.dumps({"step": step, **result, **few}))
+        append_line(RunFolder(run).evaluations, json.dumps({"step": step, **result, **few}))
     return result
 
 
@@ -297,7 +302,7 @@ def read_record(run: Path) -> list[Evaluation]:
 
     Raises StoreError, naming the line, for one that is damaged otherwise.
     """
-    path = run / RUN_RECORD
+    path = RunFolder(run).evaluations
     with contextlib.suppress(FileNotFoundError):
         return [parsed(Evaluation, f"{path} line {number}", line) for number, line in read_lines(path)]
     return []
@@ -309,7 +314,7 @@ def _step(run: Path | None, step: int | None, images: Path) -> int | None:
         if step is not None:
             raise UserError("--step says which step of --run the images are of; pass --run RUN as well")
         return None
-    if not (run / "config.yaml").is_file():
+    if not RunFolder(run).is_run:
         raise UserError(f"--run {run} is not a run (it has no config.yaml); name a folder that `make train` wrote")
     if step is None:
         step = step_drawn_at(images)
@@ -330,13 +335,7 @@ def _opened(
     """What is compared with, once it is described. Raises UserError when it was described otherwise."""
     file = open_feature_file(features) if features is not None else None
     generated = open_feature_file(generated_file)
-    if file is not None and file.identity != generated.identity:
-        names = sorted({*file.identity, *generated.identity})
-        differing = [name for name in names if file.identity.get(name) != generated.identity.get(name)]
-        values = "; ".join(
-            f"{shown(name)}: {shown(str(generated.identity.get(name)))} and {shown(str(file.identity.get(name)))}"
-            for name in differing
-        )
+    if file is not None and (values := unlike(generated.identity, file.identity)):
         raise UserError(f"generated images and reference are described differently ({values}); describe both alike")
     if statistics is not None:
         record = {"kind": "statistics", "path": absolute(reference), "digest": _digest(*statistics)}
@@ -368,7 +367,7 @@ def _warnings(generated: FeatureFile, against: Reference) -> list[str]:
         found.append(f"{n:,} images; published figures are of {PUBLISHED_IMAGES:,}, and fewer give larger distances")
     if n <= width:
         found.append(f"{n:,} images do not determine the covariance of {width:,} features; compare equal counts only")
-    if generated.label == INCEPTION and not generated.identity.get("published_weights"):
+    if generated.label == INCEPTION and not generated.identity.published_weights:
         found.append("Inception's weights are not the published ones; no number here compares with any other")
     if against.features is None:
         found.append("the reference has no images, so there is no precision and no recall")

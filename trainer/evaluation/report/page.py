@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from storage import StoreError, UserError, open_store
 from storage.base.files import write_atomic
+from storage.identity import Identity
 from trainer.evaluation.generate.image_files import read_image
 from trainer.evaluation.probing.measured import Point
 from trainer.evaluation.report.alike import (
@@ -342,9 +342,10 @@ def stores(records: Sequence[RunRecord]) -> str:
     for (root, path, digest), names in used.items():
         identity, n_rows, said = _identity(root, path, digest)
         columns["Group"].append(Cell(text=path, key=path, note=said))
-        for title, field in IDENTITY.items():
-            value = str(identity.get(field, NOTHING))
-            columns[title].append(Cell(text=value[:12] if field == "weights_sha256" else value, key=value))
+        of = (identity.encoder, identity.weights_sha256, identity.resolution, identity.dtype)
+        for title, known in zip(IDENTITY, of, strict=True):
+            value = NOTHING if known is None else str(known)
+            columns[title].append(Cell(text=value[:12] if title == WEIGHTS else value, key=value))
         columns["Identity"].append(Cell(text=digest[:12], key=digest))
         columns["Rows"].append(number_cell(n_rows, ","))
         columns["Store"].append(Cell(text=root, key=root))
@@ -352,16 +353,17 @@ def stores(records: Sequence[RunRecord]) -> str:
     return table(columns, label="Stores")
 
 
-IDENTITY = {"Encoder": "encoder", "Weights SHA-256": "weights_sha256", "Resolution": "resolution", "dtype": "dtype"}
+WEIGHTS = "Weights SHA-256"
+IDENTITY = ("Encoder", WEIGHTS, "Resolution", "dtype")
 
 
-def _identity(root: str, path: str, digest: str) -> tuple[dict[str, Any], int | None, str]:
+def _identity(root: str, path: str, digest: str) -> tuple[Identity, int | None, str]:
     """The group's identity, its rows, and what is amiss; the page is made without a store that is gone."""
     try:
         store = open_store(root)
         group = store.group(path)
     except (StoreError, UserError, OSError) as error:
-        return {}, None, f"not there now: {' '.join(str(error).split())[:120]}"
+        return Identity(), None, f"not there now: {' '.join(str(error).split())[:120]}"
     group.close()
     changed = "" if group.identity_digest == digest else "made anew since these runs"
     return group.identity, store.n_rows, changed

@@ -13,14 +13,14 @@ from typing import Any
 from storage.base.boundary import parse_json, read_regular
 from storage.base.errors import UserError
 from trainer.config.schema import TrainConfig
-from trainer.config.tree import flatten, free_fields, from_yaml
+from trainer.config.tree import flatten, free_fields
 from trainer.evaluation.probing.measured import MEASURES, Measured, read_measured
 from trainer.evaluation.quality.evaluate import Evaluation, read_record
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.folder import RunFolder, runs_in
 from trainer.run.metrics import Logged, read_logged
 
 ALWAYS_COMPARED = ("preset", "steps", "store")  # free to change on resume, and part of what a run is
-BELOW = ("*/config.yaml", "*/*/config.yaml")  # runs/NAME, and runs/ablations/STUDY/NAME of `runs/*`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     """The runs among the paths and up to two levels below them, each once. Raises UserError where there is none."""
     found: list[Path] = []
     for path in paths:
-        below = sorted(child.parent for pattern in BELOW for child in path.glob(pattern))
-        runs = [path] if (path / "config.yaml").is_file() else below
+        runs = runs_in(path)
         if not runs:
             raise UserError(f"{path} is not a run and holds none (no config.yaml); name what `make train RUN=…` wrote")
         found += [run for run in runs if run not in found]
@@ -100,14 +99,14 @@ def _read(run: Path, name: str) -> RunRecord:
     return RunRecord(
         name=name,
         path=run,
-        config=from_yaml(run / "config.yaml"),
+        config=RunFolder(run).read_config().config,
         lines=[line for line in read_logged(run) if line.images_per_s and line.images_per_s > 0],
         device=_device(run),
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
         measured={measure: read_measured(run, measure) for measure in MEASURES},
         evaluations=read_record(run),
-        picture=_picture(run),
+        picture=RunFolder(run).newest_picture(),
     )
 
 
@@ -118,17 +117,8 @@ class _Summary:
 
 def _device(run: Path) -> str:
     """What the run was trained on, as its summary says. Raises StoreError when that is damaged."""
-    path = run / "summary.json"
+    path = RunFolder(run).summary
     try:
         return parse_json(_Summary, read_regular(path), str(path), "remove it; training writes it again").device
     except FileNotFoundError:
         return ""
-
-
-def _picture(run: Path) -> Path | None:
-    """The newest grid that `generate` wrote, else the newest that training did."""
-    drawn = sorted(
-        (path for path in run.glob("samples-*.png") if path.is_file()), key=lambda path: path.stat().st_mtime
-    )
-    previews = sorted((run / "samples").glob("step-*.png"))
-    return next(reversed(drawn or previews), None)

@@ -1,0 +1,35 @@
+"""Which extra of this project brings a package that is not installed, as one line to the user.
+
+A plain install reads stores; what training and encoding need on top is in extras (`pyproject.toml`). So a command may
+start and miss a package later.
+"""
+
+from __future__ import annotations
+
+from storage.base.errors import UserError
+
+MODULES = {  # that an extra brings, as they are imported
+    "train": "PIL safetensors tensorboard torch yaml",
+    "evaluate": "diffusers h5py huggingface_hub matplotlib timm torch_fidelity torchvision",
+    "precompute": "PIL diffusers fsspec h5py huggingface_hub ray safetensors skimage sklearn timm torch torchvision",
+}
+PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # named otherwise
+EXTRAS_OF = {  # a command, in the order in which its user is likely to want them
+    "python -m storage": ("train", "precompute"),
+    "python -m pipeline": ("precompute", "train", "evaluate"),
+    "python -m trainer": ("train", "evaluate"),
+}
+
+
+def package_of(module: str) -> str:
+    """What installs a module."""
+    return PACKAGES.get(module, module.replace("_", "-"))
+
+
+def what_to_install(error: ModuleNotFoundError, prog: str) -> UserError | None:
+    """The error for a package that the command `prog` lacks, None where the missing module is of no extra."""
+    module = (error.name or "").partition(".")[0]
+    for extra in EXTRAS_OF.get(prog, tuple(MODULES)):
+        if module in MODULES[extra].split():
+            return UserError(f"this needs the package {package_of(module)}; pip install 'offline-repa[{extra}]'")
+    return None

@@ -1,0 +1,41 @@
+"""Settings that nobody spelled out: a new run chooses and saves them, a resumed run keeps to what it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from trainer.config.saved import parse_config
+from trainer.config.schema import TrainConfig
+from trainer.config.tree import flatten, leaves, override
+from trainer.data.groups import TrainingData
+from trainer.ranks.world import World
+from trainer.run.checkpoint import latest_checkpoint, read_state
+
+GROUPS = ("data.latents", "data.features")
+
+
+def remember(config: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
+    """What the run saved stays where `config` does not say otherwise; `given` are settings that were given explicitly.
+
+    A run that chose the only group there was keeps to it when a store has gained others. A setting that is younger than
+    the run is as before it existed, whatever today's preset says.
+    """
+    checkpoint = latest_checkpoint(config.run)
+    if checkpoint is None:
+        return config
+    saved = parse_config(read_state(checkpoint).config, f"checkpoint {checkpoint}")
+    chosen = {name: value for name, value, _ in leaves(saved.config) if name in GROUPS and not flatten(config)[name]}
+    return override(saved.keep(config, given), chosen)
+
+
+def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfig:
+    """The configuration with what was chosen automatically written out, so that a resume chooses the same."""
+    resolved: dict[str, Any] = {"data.latents": data.latents.path.removeprefix("latents/")}
+    if not config.data.features:  # all targets share the only features there are
+        resolved["data.features"] = tuple({group.path.removeprefix("features/") for group in data.features})
+    if not data.class_names and not config.model.classes:
+        resolved["sample.guidance"] = 1.0  # towards what, without labels?
+    if config.precision == "auto":
+        resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
+    return override(config, resolved)
