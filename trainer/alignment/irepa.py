@@ -66,6 +66,11 @@ class IREPA(Alignment):
             raise UserError(f"--loss.alignment irepa:gamma must be in [0, 1], got {self.gamma}")
 
     @property
+    def takes_class_token(self) -> bool:
+        """It has no place on the grid, and no part in an image's mean and deviation."""
+        return False
+
+    @property
     def has_hidden_layers(self) -> bool:
         """As the chosen projector."""
         return self.projector_kind == "mlp"

@@ -18,6 +18,11 @@ class Alignment:
     loss_is_cosine: ClassVar[bool] = False  # whether minus the loss is a mean cosine, which is logged for every kind
 
     @property
+    def takes_class_token(self) -> bool:
+        """Whether a class token may stand before the patch tokens, in hidden states and in the target."""
+        return True
+
+    @property
     def has_hidden_layers(self) -> bool:
         """Whether its projector has layers of `--model.projector-width`."""
         return True

@@ -89,6 +89,9 @@ class LossConfig:
     direction_weight: float = option(
         0.0, "weight of one minus the cosine, over channels, between the velocity and the predicted one"
     )
+    stop_alignment_at: int = option(
+        0, "step from which on there is no alignment, at once: no features are read, projectors rest (HASTE); 0: never"
+    )
     class_weight: float = option(0.03, "weight of the class token's denoising loss, where the model has one")
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
@@ -98,6 +101,7 @@ class LossConfig:
         in_unit_interval(self, "loss", "label_dropout")
         at_least(self, "loss", "class_weight", 0)
         at_least(self, "loss", "direction_weight", 0)
+        at_least(self, "loss", "stop_alignment_at", 0)
         object.__setattr__(self, "alignment", tuple(spelled_out(spelling) for spelling in self.alignment))
         if not self.alignment:
             raise UserError("--loss.alignment must name a kind; a vanilla run is --loss.projection-weight 0")
@@ -321,6 +325,11 @@ class TrainConfig:
             )
         if self.model.class_token:
             self._check_class_token()
+        if self.loss.stop_alignment_at and not self.aligns:
+            raise UserError(
+                f"--loss.stop-alignment-at {self.loss.stop_alignment_at} has nothing to stop with "
+                "--loss.projection-weight 0; give a weight, or leave it out"
+            )
         if self.data.features and not self.aligns:
             raise UserError(
                 f"--data.features {spelled(self.data.features)} would not be read with --loss.projection-weight 0; "
@@ -351,6 +360,10 @@ class TrainConfig:
     def aligns(self) -> bool:
         """Whether the alignment loss is part of the objective; without it no features are read."""
         return any(self.loss.projection_weight)
+
+    def aligns_at(self, step: int) -> bool:
+        """Whether the step that is number `step`, from 0, has an alignment."""
+        return self.aligns and not 0 < self.loss.stop_alignment_at <= step
 
     @property
     def targets(self) -> tuple[AlignmentTarget, ...]:

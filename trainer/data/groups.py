@@ -32,6 +32,7 @@ class TrainingData:
     class_names: Sequence[str]  # none of a store that is trained on without labels
     valid_rows: ValidRows  # those that failed in no group
     codecs: dict[str, Int8Codec]  # by path, of the features that are quantised; others are plain float16
+    class_token: bool = False  # whether class tokens are read beside the patch tokens; the first target's are denoised
 
     @property
     def n_samples(self) -> int:
@@ -84,6 +85,11 @@ def open_data(config: TrainConfig) -> TrainingData:
                 f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
                 "other --data.features, or precompute it with patch tokens"
             )
+        if config.model.class_token and "cls" not in groups[path].arrays:
+            raise UserError(
+                f"{path} holds no class tokens, which --model.class-token needs; precompute the features with "
+                "tokens=both (--features ENCODER:tokens=both), or choose other --data.features"
+            )
     failed = np.unique(np.concatenate([group.failed_rows for group in groups.values()]))
     if len(failed) and config.data.failed_rows == "refuse":
         raise UserError(
@@ -106,6 +112,7 @@ def open_data(config: TrainConfig) -> TrainingData:
         class_names=[] if n_without else store.classes.class_names,
         valid_rows=ValidRows(store.n_rows, failed),
         codecs={path: codec for path in features if (codec := codec_of(groups[path].identity)) is not None},
+        class_token=config.model.class_token,
     )
 
 
@@ -181,5 +188,6 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
             for target, features in zip(config.targets, data.features, strict=True)
         ),
         alignments=tuple(alignment_named(target.alignment) for target in config.targets),
+        class_width=data.features[0].identity.width if data.class_token else 0,
         projector_width=config.model.projector_width,
     )

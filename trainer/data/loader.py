@@ -74,7 +74,8 @@ class _Gathered:
 class Loader:
     """Iterates over the batches of steps [start, stop). Use as a context manager, which ends the thread.
 
-    `on_wait` is called about once a second, with the seconds so far, while a batch is waited for.
+    Without `with_targets` no patch tokens are read. `on_wait` is called about once a second, with the seconds so far,
+    while a batch is waited for.
     """
 
     def __init__(
@@ -89,17 +90,20 @@ class Loader:
         world_size: int,
         device: torch.device,
         prefetch: int,
+        with_targets: bool = True,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._data, self._seed = data, seed
         self._device = device
         self._on_wait = on_wait
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        readers = {"moments": data.latents["moments"]}
-        for group in data.features:  # two targets may share a group, which is then read once
+        self._aligned = data.features if with_targets else ()
+        self._readers = readers = {"moments": data.latents["moments"]}
+        for group in self._aligned:  # two targets may share a group, which is then read once
             for name in ("patches", "scale") if group.path in data.codecs else ("patches",):
                 readers[f"{group.path}/{name}"] = group[name]
-        self._readers = readers
+        for group in (*self._aligned, *data.features[:1]) if data.class_token else ():
+            readers[f"{group.path}/cls"] = group["cls"]
         share = batch // world_size
         visits = Visits(
             data.valid_rows, seed=seed, batch=batch, rank=rank, world_size=world_size, choose_views=self._choose_views
@@ -134,6 +138,7 @@ class Loader:
                 moments=on_device["moments"],
                 targets=self._targets(on_device),
                 stall_s=stall_s,
+                class_tokens=on_device[f"{self._data.features[0].path}/cls"] if self._data.class_token else None,
             )
             if copied is not None:
                 copied.synchronize()
@@ -165,11 +170,16 @@ class Loader:
         return on_device, copied
 
     def _targets(self, on_device: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The patch tokens of each alignment target."""
-        tokens = {group.path: on_device[f"{group.path}/patches"] for group in self._data.features}
-        for path, codec in self._data.codecs.items():
-            tokens[path] = dequantise(tokens[path], on_device[f"{path}/scale"], codec)
-        return tuple(tokens[group.path] for group in self._data.features)
+        """The patch tokens of each alignment target, behind its class token where the model has one."""
+        tokens: dict[str, Tensor] = {}
+        for path in {group.path: None for group in self._aligned}:
+            tokens[path] = on_device[f"{path}/patches"]
+            if path in self._data.codecs:
+                tokens[path] = dequantise(tokens[path], on_device[f"{path}/scale"], self._data.codecs[path])
+            if self._data.class_token:
+                class_token = on_device[f"{path}/cls"].unsqueeze(1).to(tokens[path].dtype)
+                tokens[path] = torch.cat([class_token, tokens[path]], dim=1)
+        return tuple(tokens[group.path] for group in self._aligned)
 
     def _will_read(self, visit: Visit) -> None:
         for reader in self._readers.values():

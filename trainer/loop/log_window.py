@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from trainer.config.schema import TrainConfig
-from trainer.loop.losses import n_cosines
 from trainer.loop.optimiser import learning_rate
-from trainer.loop.step import DECILES, StepNumbers
+from trainer.loop.step import StepNumbers, sizes_of_numbers
 from trainer.models.flops import forward_flops_per_image
 from trainer.models.transformer import Geometry
 from trainer.ranks.arithmetic import peak_flops
@@ -29,6 +28,7 @@ class LogWindow:
 
     sums: Tensor  # float64, on the host
     count: int = 0
+    n_aligned: int = 0  # of these, the steps that had an alignment
     n_timed: int = 0  # steps of this process, which a resume begins anew
     stall_s: float = 0.0
     start_s: float = field(default_factory=time.perf_counter)
@@ -36,13 +36,13 @@ class LogWindow:
     @classmethod
     def empty(cls, geometry: Geometry) -> LogWindow:
         """The beginning of an interval."""
-        n = 2 + len(geometry.targets) + n_cosines(geometry) + 2 * DECILES + 1
-        return cls(sums=torch.zeros(n, dtype=torch.float64))
+        return cls(sums=torch.zeros(sum(sizes_of_numbers(geometry)), dtype=torch.float64))
 
-    def add(self, numbers: StepNumbers) -> None:
+    def add(self, numbers: StepNumbers, *, aligned: bool) -> None:
         """Count a step's numbers, which are on the host."""
         self.sums += numbers.packed()
         self.count += 1
+        self.n_aligned += aligned
 
     def line(self, step: int, config: TrainConfig, geometry: Geometry, world: World, skipped: int) -> dict[str, Any]:
         """The log line of the interval that ends with `step`; every rank must ask, for the longest stall counts.
@@ -67,25 +67,35 @@ class LogWindow:
             line["mfu"] = 3 * forward_flops_per_image(geometry) * images_per_s / (peak * world.size)
         return line
 
+    @property
+    def _share_aligned(self) -> float:
+        return self.n_aligned / self.count
+
     def _losses(self, config: TrainConfig, geometry: Geometry) -> dict[str, Any]:
-        numbers = StepNumbers.unpack(self.sums, n_cosines(geometry))
+        numbers = StepNumbers.unpack(self.sums, geometry)
         if self.count == 0:
             return dict.fromkeys(("loss", "denoising_loss", "alignment_loss", "gradient_norm", "loss_by_time"))
-        denoising, norm, *alignments = (numbers.losses / self.count).tolist()
-        targets = config.targets
+        denoising, norm = (numbers.losses[:2] / self.count).tolist()
+        alignments = (numbers.losses[2:] / max(1, self.n_aligned)).tolist()
+        cosines = (numbers.cosines / max(1, self.n_aligned)).tolist() or [-a for a in alignments]
+        targets = config.targets if self.n_aligned else ()
         aligned: dict[str, float] = {}
-        cosines = (numbers.cosines / self.count).tolist() if n_cosines(geometry) else [-a for a in alignments]
+        loss = denoising
+        if len(numbers.class_denoising):
+            aligned["class_denoising_loss"] = (numbers.class_denoising / self.count).item()
+            loss += config.loss.class_weight * aligned["class_denoising_loss"]
         if targets:
             aligned["alignment_cosine"] = sum(cosines) / len(cosines)
         if len(targets) > 1:
-            for target, loss, cosine in zip(targets, alignments, cosines, strict=True):
-                aligned[f"alignment_loss/{target.features}@{target.block}"] = loss
+            for target, of_target, cosine in zip(targets, alignments, cosines, strict=True):
+                aligned[f"alignment_loss/{target.features}@{target.block}"] = of_target
                 aligned[f"alignment_cosine/{target.features}@{target.block}"] = cosine
         by_time = [total / n if n else None for total, n in numbers.by_time.T.tolist()]
         return {
-            "loss": denoising + sum(target.weight * a for target, a in zip(targets, alignments, strict=True)),
+            # Of a window across the end of the alignment: its steps with one, by their share.
+            "loss": loss + sum(t.weight * a for t, a in zip(targets, alignments, strict=False)) * self._share_aligned,
             "denoising_loss": denoising,
-            "alignment_loss": sum(alignments) / max(1, len(alignments)),
+            "alignment_loss": None if config.aligns and not targets else sum(alignments) / max(1, len(alignments)),
             **aligned,
             "gradient_norm": norm,
             "loss_by_time": by_time,  # of tenths of t, from image to noise
@@ -96,7 +106,9 @@ def progress_text(line: dict[str, Any]) -> str:
     """The line as the progress bar shows it."""
     parts = []
     if line["loss"] is not None:
-        parts += [f"denoising {line['denoising_loss']:.4f}", f"align {line['alignment_loss']:.4f}"]
+        parts.append(f"denoising {line['denoising_loss']:.4f}")
+    if line["alignment_loss"] is not None:
+        parts.append(f"align {line['alignment_loss']:.4f}")
     parts.append(f"{line['images_per_s']:.0f} img/s")
     if "mfu" in line:
         parts.append(f"MFU {line['mfu']:.0%}")

@@ -146,6 +146,9 @@ def compare(
     if n_cosines(geometry):
         with torch.no_grad():
             cosines = [-alignment_loss(projection, target) for _, projection, target in compared]
+    if not projections:  # a model that aligns no longer, or never did
+        aligned = [torch.zeros_like(denoising) for _ in geometry.kinds]
+        cosines = aligned if n_cosines(geometry) else []
     return denoising, _columns(aligned, denoising), _columns(cosines, denoising), class_denoising
 
 
@@ -173,7 +176,7 @@ def losses(model: nn.Module, batch: Batch, scale: LatentScale, config: TrainConf
     drawn = draw_(batch, scale, config, geometry)
     half = autocast_dtype(config.precision)
     with torch.autocast(drawn.x.device.type, dtype=half, enabled=half is not None):
-        output, projections = model(drawn.x_t, drawn.t, drawn.labels)
+        output, projections = model(drawn.x_t, drawn.t, drawn.labels, with_projections=len(batch.targets) > 0)
     denoising, alignments, cosines, of_class = compare_(output, projections, batch.targets, drawn, config, geometry)
     times = OBJECTIVES[config.model.kind].unit_times(drawn.t)
     return Losses(denoising=denoising, alignments=alignments, times=times, cosines=cosines, class_denoising=of_class)

@@ -14,6 +14,7 @@ after 2,000 steps without one.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +23,15 @@ from torch import Tensor, nn
 from trainer.config.schema import TrainConfig
 from trainer.data.loader import Batch
 from trainer.loop.ema import EMA
-from trainer.loop.losses import LatentScale, Losses, losses
-from trainer.loop.optimiser import clip_gradients, make_optimizer, set_learning_rate, step_where_finite
+from trainer.loop.losses import LatentScale, Losses, losses, n_cosines
+from trainer.loop.optimiser import (
+    clip_gradients,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+    step_where_finite,
+)
 from trainer.models.make import make_model
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.arithmetic import autocast_dtype
@@ -56,22 +64,33 @@ class StepNumbers:
     by_time: Tensor  # (2, DECILES): sum of the denoising losses, and number of samples, by tenths of t; a rank's mean
     wants_to_stop: Tensor  # (1,): share of the ranks that were told to stop
     cosines: Tensor = field(default_factory=lambda: torch.empty(0))  # (K,), or none where the losses are minus these
+    class_denoising: Tensor = field(default_factory=lambda: torch.empty(0))  # (1,) of class tokens, or none
 
     def packed(self) -> Tensor:
         """One vector, to be read by `unpack`."""
-        return torch.cat([self.losses, self.cosines, self.by_time.flatten(), self.wants_to_stop])
+        return torch.cat([self.losses, self.cosines, self.class_denoising, self.by_time.flatten(), self.wants_to_stop])
+
+    def are_finite(self) -> Tensor:
+        """Whether every loss and the gradient's norm are, bool ()."""
+        return self.losses.isfinite().all() & self.class_denoising.isfinite().all()
 
     @classmethod
-    def unpack(cls, vector: Tensor, n_cosines: int = 0) -> StepNumbers:
+    def unpack(cls, vector: Tensor, geometry: Geometry) -> StepNumbers:
         """The parts of a vector, sharing its memory."""
-        tail = 2 * DECILES + 1
-        n_losses = len(vector) - tail - n_cosines
+        sizes = sizes_of_numbers(geometry)
+        losses, cosines, class_denoising, by_time, wants_to_stop = vector.split(sizes)
         return cls(
-            losses=vector[:n_losses],
-            cosines=vector[n_losses:-tail],
-            by_time=vector[-tail:-1].view(2, DECILES),
-            wants_to_stop=vector[-1:],
+            losses=losses,
+            cosines=cosines,
+            class_denoising=class_denoising,
+            by_time=by_time.view(2, DECILES),
+            wants_to_stop=wants_to_stop,
         )
+
+
+def sizes_of_numbers(geometry: Geometry) -> list[int]:
+    """Lengths of the parts of `StepNumbers.packed`."""
+    return [2 + len(geometry.targets), n_cosines(geometry), int(geometry.class_width > 0), 2 * DECILES, 1]
 
 
 def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: World) -> TrainingState:
@@ -99,6 +118,22 @@ def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: Wo
     )
 
 
+def without_alignment(training: TrainingState) -> TrainingState:
+    """The same state, whose projectors rest: they keep their weights and have no state in the optimiser."""
+    config, model = training.config, training.model
+    kept = {
+        name: tensor
+        for name, tensor in optimizer_tensors(model, training.optimizer).items()
+        if not name.startswith("projectors.")
+    }
+    model.projectors.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    optimizer = make_optimizer(model, config.optim)
+    load_optimizer_tensors(model, optimizer, kept)
+    wrapped = replicate(model, training.world) if training.wrapped is not model else model
+    return dataclasses.replace(training, optimizer=optimizer, wrapped=wrapped)
+
+
 def compile_blocks(model: DiffusionTransformer) -> None:
     """Compile each block's forward, in place: one compilation serves all, since they differ in weights only."""
     # A block is the unit of overlap with DDP's reductions already; cutting it up by bucket would undo its fusions.
@@ -121,16 +156,16 @@ def train_step(training: TrainingState, batch: Batch, *, stop: bool = False) -> 
     of_batch = Losses.joined(of_parts)
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.model, config.optim.clip)
-    numbers = _reduced(of_batch, norm, stop, training.world)
+    numbers = _reduced(of_batch, norm, stop, training)
     set_learning_rate(training.optimizer, config.optim, batch.step)
-    step_where_finite(training.optimizer, numbers.losses.isfinite().all())
+    step_where_finite(training.optimizer, numbers.are_finite())
     training.scaler.update()
     training.ema.update(training.model)
     return numbers, of_batch
 
 
 @torch.no_grad()
-def _reduced(of_batch: Losses, norm: Tensor, stop: bool, world: World) -> StepNumbers:
+def _reduced(of_batch: Losses, norm: Tensor, stop: bool, training: TrainingState) -> StepNumbers:
     """This rank's losses to the global batch's numbers: one small collective a step."""
     denoising = of_batch.denoising.double()
     # A one-hot product: scattering into deciles would be summed in no fixed order on a GPU.
@@ -141,5 +176,6 @@ def _reduced(of_batch: Losses, norm: Tensor, stop: bool, world: World) -> StepNu
         by_time=torch.stack([(one_hot * denoising[:, None]).sum(0), one_hot.sum(0)]),
         wants_to_stop=denoising.new_full((1,), float(stop)),
         cosines=of_batch.cosines.double().mean(0),
+        class_denoising=of_batch.class_denoising.double().reshape(len(denoising), -1).mean(0),
     )
-    return StepNumbers.unpack(world.mean(mine.packed()), len(mine.cosines))
+    return StepNumbers.unpack(training.world.mean(mine.packed()), training.geometry)

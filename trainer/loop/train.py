@@ -57,10 +57,10 @@ from trainer.data.groups import TrainingData, geometry_of, open_data
 from trainer.data.loader import Loader
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
-from trainer.loop.losses import LatentScale, Losses, n_cosines
+from trainer.loop.losses import LatentScale, Losses
 from trainer.loop.non_finite import NonFiniteSteps
 from trainer.loop.readback import Readback
-from trainer.loop.step import StepNumbers, TrainingState, build, train_step
+from trainer.loop.step import StepNumbers, TrainingState, build, train_step, without_alignment
 from trainer.models.flops import forward_flops_per_image
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
@@ -91,8 +91,10 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
             config = resolve(config, data, world)
             set_arithmetic(config)
             with only_writer(config.run, world):
-                training = build(config, geometry, LatentScale.of(data.latents.identity), world)
-                return _Run(training, data, resume(training, data.identities, accept_changes)).run()
+                new = build(config, geometry, LatentScale.of(data.latents.identity), world)
+                run = _Run(*resume(new, data.identities, accept_changes), data)
+                del new  # which the run may replace, and a replica that is kept would take part in its gradients
+                return run.run()
         finally:
             data.close()
 
@@ -110,17 +112,19 @@ class _InFlight:
 class _Run:
     """A run from the first step that is missing to the last, or to a signal."""
 
-    def __init__(self, training: TrainingState, data: TrainingData, resumed: RunState | None) -> None:
+    def __init__(self, training: TrainingState, resumed: RunState | None, data: TrainingData) -> None:
         self.training, self.data, self.config, self.world = training, data, training.config, training.world
         self.saved_before = resumed.config if resumed is not None else None
         self.first_step = resumed.step if resumed is not None else 0
         self.non_finite = NonFiniteSteps(
             budget=self.config.max_skipped, skipped=resumed.skipped if resumed is not None else 0
         )
+        self.alignment_stopped = resumed is not None and resumed.alignment_stopped
         self.window = LogWindow.empty(self.training.geometry)
         if resumed is not None and len(resumed.log_sums) == len(self.window.sums):  # as many alignment targets
             self.window.sums += self.window.sums.new_tensor(resumed.log_sums)
             self.window.count = resumed.log_count
+            self.window.n_aligned = resumed.log_count if resumed.log_aligned is None else resumed.log_aligned
         self.in_flight: deque[_InFlight] = deque()
         self.log: MetricsLog | None = None
 
@@ -135,25 +139,19 @@ class _Run:
             config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
         )
         self.training.model.train()
-        loader = Loader(
-            self.data,
-            seed=config.seed,
-            batch=config.batch,
-            start=self.first_step,
-            stop=config.steps,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            device=self.world.device,
-            prefetch=config.data.prefetch,
-            on_wait=self._show_wait,
-        )
+        step = self.first_step
         with (
             closing(self.log) if self.log is not None else nullcontext(),
             stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
-            loader,
             self.bar,
         ):
-            step = self._steps(loader, stop)
+            for end in self._phases():
+                if config.aligns and not config.aligns_at(step) and not self.alignment_stopped:
+                    self.training, self.alignment_stopped = without_alignment(self.training), True
+                with self._loader(step, end) as loader:
+                    step = self._steps(loader, step, stop)
+                if step < end:
+                    break
         summary = self._summary(step, time.perf_counter() - start_s)
         if self.world.is_main:
             write_atomic(RunFolder(config.run).summary, json.dumps(summary, indent=1).encode(), "summary")
@@ -166,10 +164,31 @@ class _Run:
             raise KeyboardInterrupt
         return summary
 
-    def _steps(self, loader: Loader, stop: Stop) -> int:
-        """Every step there is to take; returns how many are done and saved."""
+    def _phases(self) -> list[int]:
+        """The steps at which a part of what is left ends: where the alignment stops, and the last one."""
         config = self.config
-        done = self.first_step
+        ends = {config.loss.stop_alignment_at, config.steps} if config.aligns else {config.steps}
+        return sorted(end for end in ends if self.first_step < end <= config.steps)
+
+    def _loader(self, start: int, stop: int) -> Loader:
+        config = self.config
+        return Loader(
+            self.data,
+            seed=config.seed,
+            batch=config.batch,
+            start=start,
+            stop=stop,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            device=self.world.device,
+            prefetch=config.data.prefetch,
+            with_targets=config.aligns_at(start),
+            on_wait=self._show_wait,
+        )
+
+    def _steps(self, loader: Loader, done: int, stop: Stop) -> int:
+        """Every step of the loader's; returns how many are done in all, which are saved where the run ends there."""
+        config = self.config
         for batch in loader:
             numbers, losses = train_step(self.training, batch, stop=stop.signal is not None)
             readback = Readback(numbers.packed())
@@ -200,9 +219,9 @@ class _Run:
         stopping = False
         while len(self.in_flight) > keep:
             step = self.in_flight.popleft()
-            numbers = StepNumbers.unpack(step.numbers.wait(), n_cosines(self.training.geometry))
-            if numbers.losses.isfinite().all():
-                self.window.add(numbers)
+            numbers = StepNumbers.unpack(step.numbers.wait(), self.training.geometry)
+            if numbers.are_finite():
+                self.window.add(numbers, aligned=self.config.aligns_at(step.step))
             else:
                 loss_scale = self.training.scaler.get_scale()
                 message = self.non_finite.leave_out(step.step, numbers, step.losses, step.rows, self.world, loss_scale)
@@ -227,6 +246,8 @@ class _Run:
             log_count=self.window.count,
             skipped=self.non_finite.skipped,
             scaler=self.training.scaler.state_dict(),
+            log_aligned=self.window.n_aligned,
+            alignment_stopped=self.alignment_stopped,
         )
         training, checkpoint = self.training, self.config.checkpoint
         failure: UserError | None = None

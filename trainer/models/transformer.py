@@ -66,6 +66,12 @@ class Geometry:
             raise UserError(
                 f"patch {self.patch} does not divide the latents' side {self.input_size}; choose --model.patch so"
             )
+        unfit = [type(kind).__name__ for kind in self.kinds if not kind.takes_class_token]
+        if self.class_width and unfit:
+            raise UserError(
+                f"{unfit[0]} aligns patch tokens only, and --model.class-token puts one before them; choose another "
+                "--loss.alignment"
+            )
         if self.class_width and self.kind != "sit":
             raise UserError(f"a class token joins the sequence of --model.kind sit only, got {self.kind}")
         if self.width % self.heads or self.width % 4:

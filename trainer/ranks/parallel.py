@@ -75,8 +75,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor cut as `parameter` is, without communication."""
-    if not isinstance(parameter, DTensor):
+    """A whole tensor cut as `parameter` is, without communication; one that is cut already as it is."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

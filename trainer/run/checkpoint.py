@@ -55,6 +55,8 @@ class RunState:
     log_count: Count
     skipped: Count  # steps left out so far
     scaler: dict[str, Any]  # the loss scale of fp16, empty otherwise
+    log_aligned: Count | None = None  # of `log_count` steps, those with an alignment; None: every one
+    alignment_stopped: bool = False  # whether projectors rest, so that the optimiser's state has none of theirs
 
 
 def save_checkpoint(

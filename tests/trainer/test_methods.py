@@ -1,0 +1,142 @@
+"""Every method that trains from a store: exact resume, also across the end of an alignment, and ranks against one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage.base.errors import UserError
+from tests.trainer.runs import curve, micro, train_on_ranks, weights
+from trainer.loop.train import train
+from trainer.run.checkpoint import OPTIMIZER, latest_checkpoint, read_state
+from trainer.run.metrics import read_metrics
+
+STEPS, STOP = 8, 4
+STOPPED = {"loss.stop_alignment_at": STOP}
+REG = {"model.class_token": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "repa-stopped": STOPPED,
+    "irepa": {"loss.alignment": ("irepa",)},
+    "irepa-stopped": {"loss.alignment": ("irepa:gamma=0.8",), **STOPPED},
+    "reg": REG,
+    "reg-stopped": {**REG, **STOPPED},
+    "two-kinds-stopped": {"model.align_block": (1, 2), "loss.alignment": ("cosine", "irepa"), **STOPPED},
+    "lightningdit": {"model.kind": "lightningdit", "loss.time_sampling": "lognormal", "loss.direction_weight": 1.0},
+}
+SAMPLED = {"log.samples_every": 5, "log.samples": 2, "sample.steps": 2}
+
+
+def newest(run: Path) -> Path:
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    return checkpoint
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_in_parts_is_the_unbroken_one(method: str, shared_tiny_store: Path, tmp_path: Path) -> None:
+    changes = {**METHODS[method], **SAMPLED, "log.every": 3}
+    train(micro(shared_tiny_store, tmp_path / "whole", steps=STEPS, **changes))
+    for steps in (2, STOP, STOP + 1, STEPS):
+        train(micro(shared_tiny_store, tmp_path / "parts", steps=steps, **changes))
+    assert curve(tmp_path / "parts")[-1] == curve(tmp_path / "whole")[-1]
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    of_parts, of_whole = (load_file(newest(tmp_path / name) / OPTIMIZER) for name in ("parts", "whole"))
+    assert of_parts.keys() == of_whole.keys()
+    assert all(torch.equal(of_parts[name], of_whole[name]) for name in of_whole)
+
+
+@pytest.fixture(scope="module")
+def on_ranks(shared_tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method on two ranks, as replicas and as shards, and on one."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("ranks")
+    plans = [
+        {"store": shared_tiny_store, "run": root / f"{method}-{parallel}", "parallel": parallel, "steps": 6, **changes}
+        for method, changes in METHODS.items()
+        for parallel in ("ddp", "fsdp")
+    ]
+    assert train_on_ranks(2, plans) == [[""] * len(plans)] * 2
+    for method, changes in METHODS.items():
+        train(micro(shared_tiny_store, root / method, steps=6, **changes))
+    return root
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_are_one(method: str, parallel: str, on_ranks: Path) -> None:
+    ours, theirs = (read_metrics(on_ranks / name) for name in (f"{method}-{parallel}", method))
+    assert len(ours) == len(theirs) == 6
+    for line, same in zip(ours, theirs, strict=True):
+        for name in ("loss", "denoising_loss", "alignment_loss", "class_denoising_loss", "gradient_norm"):
+            assert line.get(name) == pytest.approx(same.get(name), rel=1e-4, abs=1e-6), (line["step"], name)
+    for kind in ("model", "ema"):
+        mine, one = weights(on_ranks / f"{method}-{parallel}", kind), weights(on_ranks / method, kind)
+        assert list(mine) == list(one)
+        assert all(torch.allclose(mine[name], one[name], atol=2e-4) for name in one)
+
+
+def test_what_a_stop_leaves(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """Features are not read, projectors rest, the log has no alignment; until then it is the run without a stop."""
+    train(micro(shared_tiny_store, tmp_path / "never", steps=6))
+    train(micro(shared_tiny_store, tmp_path / "stopped", steps=6, **STOPPED))
+    never, stopped = read_metrics(tmp_path / "never"), read_metrics(tmp_path / "stopped")
+    same = ("denoising_loss", "alignment_loss", "alignment_cosine", "gradient_norm")
+    assert [[line[name] for name in same] for line in stopped[:STOP]] == [
+        [line[name] for name in same] for line in never[:STOP]
+    ]
+    assert stopped[STOP]["denoising_loss"] == never[STOP]["denoising_loss"]  # of the weights that STOP steps have made
+    for line in stopped[STOP:]:
+        assert line["alignment_loss"] is None
+        assert "alignment_cosine" not in line
+        assert line["loss"] == line["denoising_loss"]
+    assert stopped[-1]["denoising_loss"] != never[-1]["denoising_loss"]
+    train(micro(shared_tiny_store, tmp_path / "at", steps=STOP, **STOPPED))
+    assert not read_state(newest(tmp_path / "at")).alignment_stopped
+    assert read_state(newest(tmp_path / "stopped")).alignment_stopped
+    before, after = weights(tmp_path / "at"), weights(tmp_path / "stopped")
+    projectors = [name for name in before if name.startswith("projectors.")]
+    assert projectors
+    assert all(torch.equal(before[name], after[name]) for name in projectors)
+    assert not any(name.startswith("projectors.") for name in load_file(newest(tmp_path / "stopped") / OPTIMIZER))
+
+
+def test_a_log_line_across_the_stop_is_of_the_steps_that_had_an_alignment(
+    shared_tiny_store: Path, tmp_path: Path
+) -> None:
+    for every in (1, 3):
+        changes = {**STOPPED, "log.every": every}
+        train(micro(shared_tiny_store, tmp_path / f"every-{every}", steps=6, **changes))
+    single, triple = (read_metrics(tmp_path / f"every-{every}") for every in (1, 3))
+    assert triple[1]["alignment_loss"] == pytest.approx(single[3]["alignment_loss"])
+    assert triple[1]["denoising_loss"] == pytest.approx(sum(line["denoising_loss"] for line in single[3:6]) / 3)
+    assert triple[1]["loss"] == pytest.approx(sum(line["loss"] for line in single[3:6]) / 3)
+
+
+def test_reg_logs_the_class_token_s_loss(shared_tiny_store: Path, tmp_path: Path) -> None:
+    train(micro(shared_tiny_store, tmp_path, steps=2, **REG))
+    for line in read_metrics(tmp_path):
+        parts = line["denoising_loss"] + 0.03 * line["class_denoising_loss"] + 0.5 * line["alignment_loss"]
+        assert line["loss"] == pytest.approx(parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss.projection_weight": (0.0,), **STOPPED}, "--loss.stop-alignment-at 4 has nothing to stop with"),
+        ({"loss.projection_weight": (0.0,), **REG}, "--model.class-token true needs features"),
+        ({**REG, "model.kind": "dit", "sample.sampler": "ddpm"}, "goes with --model.kind sit"),
+        ({**REG, "loss.alignment": ("irepa",)}, "IREPA aligns patch tokens only"),
+        ({**REG, "sample.guidance_channels": 3}, "is for models without class token"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    changes: dict[str, Any], message: str, shared_tiny_store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(micro(shared_tiny_store, tmp_path, steps=1, **changes))
