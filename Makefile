@@ -89,7 +89,8 @@ export: $(STAMP)  ## a run for other programs: RUN=folder [ARGS="--to safetensor
 	$(PY) -m trainer export $(call quote,RUN) $(ARGS)
 
 # Most of the time goes into processes that the tests start; a file stays with one worker, for what its tests share.
-PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
+# Three for two cores: what a test waits for leaves room.
+PYTEST = $(PY) -m pytest -n $$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 )) --dist loadfile
 test: $(STAMP)  ## the tests, a few minutes
 	$(PYTEST) $(ARGS)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from typing import Literal
 
 import numpy as np
 
@@ -21,12 +20,10 @@ from storage.base.errors import UserError
 from storage.checks import ChecksumPolicy
 from storage.codec import codec_of, decode
 from storage.gather import gather_into
-from storage.order import ValidRows, rank_slice
+from storage.order import ValidRows
 from storage.prefetch import Prefetcher
 from storage.reader import GroupReader, open_store
-from storage.visits import Views, Visits
-
-View = int | Literal["random"]
+from storage.visits import View, Views, Visits
 
 
 class Gatherer:
@@ -65,10 +62,6 @@ class Gatherer:
         self._wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
         self._labels = opened.classes.labels
         self.valid_rows = ValidRows(opened.n_rows, np.concatenate([group.failed_rows for group in self._groups]))
-
-    def views(self, n: int, rng: np.random.Generator) -> Views:
-        """Views of n samples: the one that was asked for, or int64 (n,) drawn by `rng`."""
-        return rng.integers(0, self.n_views, n) if self.view == "random" else self.view
 
     def gather(self, rows: np.ndarray, views: Views) -> dict[str, np.ndarray]:
         """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} of int64 rows (B,) and views."""
@@ -131,16 +124,10 @@ def iterate_batches(
 def _iterate(
     gatherer: Gatherer, batch: int, seed: int, numbers: Iterable[int], rank: int, world_size: int, prefetch: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    part = rank_slice(batch, rank, world_size)
-
-    def choose_views(number: int, rows: np.ndarray) -> Views:
-        # Drawn for the global batch, so that they do not depend on the number of ranks.
-        views = gatherer.views(batch, np.random.default_rng([seed, number]))
-        return views if isinstance(views, int) else views[part]
-
     visits = Visits(
-        gatherer.valid_rows, seed=seed, batch=batch, rank=rank, world_size=world_size, choose_views=choose_views
-    )
+        gatherer.valid_rows, n_views=gatherer.n_views, seed=seed, batch=batch, rank=rank, world_size=world_size,
+        view=gatherer.view,
+    )  # fmt: skip
     # Batches have memory of their own, so the ring only counts them: those ahead, and the one that is being made.
     ring = [None] * (prefetch + 1)
     try:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from storage.batches import Gatherer, View
+from storage.batches import Gatherer
 from storage.checks import ChecksumPolicy
+from storage.visits import View
 
 Batch = dict[str, Tensor]
 

@@ -6,13 +6,14 @@ any batch; and ranks cut one global batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from storage.order import Order, ValidRows, rank_slice
+from storage.philox import MASK, philox4x32, philox_key
 
+View = int | Literal["random"]
 Views = np.ndarray | int  # int64 (B,), or one for all
 
 
@@ -31,17 +32,30 @@ class Visits:
         self,
         valid_rows: ValidRows,
         *,
+        n_views: int,
         seed: int,
         batch: int,
         rank: int,
         world_size: int,
-        choose_views: Callable[[int, np.ndarray], Views],
+        view: View = "random",
     ) -> None:
-        """`choose_views` says which views of rows int64 (B,) batch `number` takes."""
+        """`n_views` are stored; `view` is one of them, or "random" for a fresh choice at each visit."""
         self._valid_rows, self._order, self._batch = valid_rows, Order(len(valid_rows), seed), batch
-        self._part, self._choose_views = rank_slice(batch, rank, world_size), choose_views
+        self._part, self._seed = rank_slice(batch, rank, world_size), seed
+        self._n_views, self._view = n_views, 0 if n_views == 1 else view
 
     def of(self, number: int) -> Visit:
         """What this rank reads for batch `number`."""
         rows = self._valid_rows.rows(self._order.global_batch(number, self._batch)[self._part])
-        return Visit(number, rows, self._choose_views(number, rows))
+        if self._view == "random":
+            return Visit(number, rows, draw_views(self._seed, number, rows, self._n_views))
+        return Visit(number, rows, self._view)
+
+
+def draw_views(seed: int, number: int, rows: np.ndarray, n_views: int) -> np.ndarray:
+    """A view int64 (B,) in [0, n_views) of each of rows int64 (B,), keyed by (seed, batch number, row).
+
+    As the trainer's other draws (`trainer/loop/random_keys.py`): the first word's upper 24 bits are a uniform number.
+    """
+    counter = (np.zeros_like(rows), rows & MASK, rows >> 32 & MASK, np.full_like(rows, number & MASK))
+    return (philox4x32(counter, philox_key(seed, "view"))[0] >> 8) * n_views >> 24

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import multiprocessing.process
 import os
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores; also read by the processes they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.stores import make_store
+
+QUICK_EXAMPLES = 10
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +31,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if config.getoption("--quick") and not starts_workers:
+        platform.processor()  # starts a process the first time, on behalf of libraries that ask
+        settings.register_profile("quick", settings.default, max_examples=QUICK_EXAMPLES)
+        settings.load_profile("quick")
         # Fixtures of a whole module start processes too, so nothing puts these back.
         subprocess.Popen.__init__ = _skip  # type: ignore[method-assign, assignment]
         multiprocessing.process.BaseProcess.start = _skip  # type: ignore[method-assign]

@@ -100,7 +100,7 @@ def a_batch(step: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", ["sit-xl-2", "dit-xl-2"])
 def test_a_step_stays_on_its_device_and_waits_for_nothing(
     fakes: None, monkeypatch: pytest.MonkeyPatch, name: str, accumulate: int

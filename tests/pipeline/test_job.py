@@ -97,6 +97,7 @@ def flags_for_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         del os.environ["FAKE_FLAGS"]
 
 
+@pytest.mark.slow  # in default: the three attempts, in test_encoder_pool.py and test_dispatch.py
 @pytest.mark.timeout(600)
 def test_a_unit_that_always_fails_is_given_up_and_the_others_are_done(
     joined: str, tmp_path: Path, whole: dict[str, bytes]
@@ -166,6 +167,7 @@ def test_too_many_broken_images_end_the_run(joined: str, tmp_path: Path) -> None
     assert n_receipts(tmp_path / "store") < N_UNITS
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_runs_on_one_root_and_a_third_of_another_identity(
     joined: str, tmp_path: Path, whole: dict[str, bytes]

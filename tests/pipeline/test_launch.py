@@ -20,6 +20,7 @@ def launch(tmp_path: Path, trainer: list[str], workers: int = 2) -> tuple[int, s
     return process.returncode, out, err
 
 
+@pytest.mark.slow  # in default: the same ranks through torchrun, in test_makefile.py
 def test_two_workers_train_as_one_process(shared_tiny_store: Path, tmp_path: Path) -> None:
     train(micro(shared_tiny_store, tmp_path / "one", steps=3))
     status, out, err = launch(tmp_path, command(shared_tiny_store, tmp_path / "workers", steps=3)[3:])

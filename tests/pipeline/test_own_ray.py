@@ -214,6 +214,7 @@ def test_a_run_where_nothing_is_as_it_should_be(tmp_path: Path) -> None:
     assert not list(verify(tmp_path / "store", deep=True))
 
 
+@pytest.mark.slow  # in default: a cluster that does not answer, in test_precompute.py
 def test_nothing_is_made_before_ray_is_known_to_start(tmp_path: Path) -> None:
     write_pictures(tmp_path / "data")
     arguments = ["-m", "pipeline", "precompute", "--data", str(tmp_path / "data"), "--store", str(tmp_path / "store")]

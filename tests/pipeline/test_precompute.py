@@ -126,7 +126,8 @@ def test_a_second_run_reuses_everything_without_starting_ray(whole: Path, tree: 
     assert time.monotonic() - start_s < 60
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in default: kills of the driver and its parts, in test_job.py
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_and_run_again_redoes_only_what_is_missing(
     whole: Path, tree: Path, tmp_path: Path, how: signal.Signals
 ) -> None:

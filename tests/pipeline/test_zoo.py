@@ -85,6 +85,7 @@ def test_a_unit_of_the_whole_zoo(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow  # in default: every animal decoded, from a folder and from Parquet
 def test_a_store_of_the_whole_zoo_and_the_same_from_parquet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     stores = []
     for name, write in (("folder", write_image_folder), ("parquet", write_parquet)):

@@ -21,6 +21,7 @@ import storage.checks
 import storage.offsets
 import storage.shard_files
 from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, gather_into, open_store
+from storage.identity import FeaturesIdentity
 from storage.index import make_index
 from storage.offsets import IRREGULAR
 from storage.shard_files import LocalFiles
@@ -68,7 +69,7 @@ def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
     with Staging(root) as staging:
         index = make_index(keys, [0] * len(keys), ["x"] * len(keys), keys, [1] * len(keys))
         create_store(root, store, index, {}, staging.run_id)
-        publish_all(root, layout, {"name": "any"}, data, keys, failed, staging)
+        publish_all(root, layout, FeaturesIdentity(name="any"), data, keys, failed, staging)
     rows, views = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     for policy in ("never", "first", "always"):
         group = open_store(root).group("features/any", checksums=policy, n_threads=3)  # type: ignore[arg-type]

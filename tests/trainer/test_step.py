@@ -151,7 +151,7 @@ def test_a_deterministic_autoencoder_s_latents_are_scaled_and_nothing_is_drawn()
     assert LatentScale.of(LatentsIdentity(latent_scale_factor=1.0, latent_shift_factor=0.0)).has_posterior
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sit", pytest.param("dit", marks=pytest.mark.slow)])
 def test_a_step_is_one_graph(kind: Kind) -> None:
     """Draws, noise and losses of both kinds can be compiled together with the model."""
     torch.compiler.reset()
@@ -167,7 +167,7 @@ def test_a_step_is_one_graph(kind: Kind) -> None:
         torch.testing.assert_close(compiled(batch), total(batch))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sit", pytest.param("dit", marks=pytest.mark.slow)])
 def test_draws_are_compiled_for_all_steps(kind: Kind) -> None:
     """Not anew for each: one graph for the first step and one for every other, with the numbers of the plain draws."""
     torch.compiler.reset()

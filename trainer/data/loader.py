@@ -25,10 +25,9 @@ from torch import Tensor
 
 from storage import ArrayReader, gather_into
 from storage.prefetch import Prefetcher
-from storage.visits import Views, Visit, Visits
+from storage.visits import Visit, Visits
 from trainer.data.codes import dequantise
 from trainer.data.groups import TrainingData
-from trainer.loop import random_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +92,7 @@ class Loader:
         with_targets: bool = True,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._data, self._seed = data, seed
-        self._device = device
+        self._data, self._device = data, device
         self._on_wait = on_wait
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._aligned = data.features if with_targets else ()
@@ -106,7 +104,7 @@ class Loader:
             readers[f"{group.path}/cls"] = group["cls"]
         share = batch // world_size
         visits = Visits(
-            data.valid_rows, seed=seed, batch=batch, rank=rank, world_size=world_size, choose_views=self._choose_views
+            data.valid_rows, n_views=data.store.n_views, seed=seed, batch=batch, rank=rank, world_size=world_size
         )
         self._ahead = Prefetcher(
             map(visits.of, range(start, stop)),
@@ -196,13 +194,6 @@ class Loader:
         labels = self._data.labels[rows].astype(np.int64)
         index = {"rows": torch.from_numpy(rows), "labels": torch.from_numpy(labels)}
         return index if self._copies is None else {name: tensor.pin_memory() for name, tensor in index.items()}
-
-    def _choose_views(self, step: int, rows: np.ndarray) -> Views:
-        n_views = self._data.store.n_views
-        if n_views == 1:
-            return 0
-        draws = random_keys.uniform(self._seed, "view", step, torch.from_numpy(rows))
-        return (draws * n_views).long().numpy()
 
 
 def _buffer(reader: ArrayReader, n: int, *, pinned: bool) -> Tensor:

@@ -58,6 +58,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
+@pytest.mark.slow  # in default: what is there stays, and the same images beside fewer and more
 def test_two_processes_killed_and_three_to_go_on_write_the_same_files(
     micro_run: Path, whole: Path, tmp_path: Path
 ) -> None:

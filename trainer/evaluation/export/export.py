@@ -66,6 +66,11 @@ def write_diffusers(run: OpenRun, weights: Mapping[str, Tensor], step: int, out:
     """The pipeline's folder. Raises UserError for a model that diffusers' class cannot be."""
     import diffusers
 
+    if run.geometry.class_width or run.geometry.kind == "lightningdit":
+        what = "a class token" if run.geometry.class_width else "RMS norms and rotary positions"
+        raise UserError(
+            f"{run.path} has a model with {what}, for which diffusers has no class; export it with --to safetensors"
+        )
     transformer = diffusers.DiTTransformer2DModel(**transformer_settings(run.geometry))
     transformer.load_state_dict(renamed(weights, run.geometry))
     transformer.save_pretrained(out / "transformer")

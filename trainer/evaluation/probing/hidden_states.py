@@ -21,6 +21,7 @@ from storage import GroupReader
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
 from trainer.loop.losses import sample_latents
+from trainer.models.reg import join
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import model_arithmetic
 from trainer.run.opened import OpenRun
@@ -38,16 +39,20 @@ def pooled_hidden_states(
     seed: int,
     batch: int,
     device: torch.device,
+    class_tokens: GroupReader | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> dict[int, Tensor]:
-    """Block (counted from 1) → float32 (len(rows), D) on `device`, of `latents`' rows at time t."""
+    """Block (counted from 1) → float32 (len(rows), D) on `device`, of `latents`' rows at time t.
+
+    A model that denoises class tokens is given those of `class_tokens`' rows; its first token is not averaged.
+    """
     states = {block: torch.empty(len(rows), run.geometry.width, device=device) for block in blocks}
-    moments = latents["moments"]
     now = slice(0, 0)
+    n_before = 1 if run.geometry.class_width else 0
 
     def keep(block: int) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, arguments: object, tokens: Tensor) -> None:
-            states[block][now] = tokens.float().mean(dim=1)
+            states[block][now] = tokens[:, n_before:].float().mean(dim=1)
 
         return hook
 
@@ -56,9 +61,9 @@ def pooled_hidden_states(
     try:
         for start in range(0, len(rows), batch):
             now = slice(start, min(start + batch, len(rows)))
-            stored = np.empty((now.stop - now.start, *moments.row_shape), dtype=moments.dtype)
-            moments.read_into(rows[now], 0, stored)
-            x_t, times = noisy_latents(torch.from_numpy(stored).to(device), rows[now], t, run, seed)
+            stored = read_rows(latents, "moments", rows[now]).to(device)
+            of_class = read_rows(class_tokens, "cls", rows[now]).to(device) if class_tokens is not None else None
+            x_t, times = noisy_latents(stored, rows[now], t, run, seed, of_class)
             null = torch.full((len(x_t),), run.geometry.n_classes, dtype=torch.int64, device=device)
             with model_arithmetic(run.config.precision, device):
                 model(x_t, times, null, with_projections=False)
@@ -69,13 +74,28 @@ def pooled_hidden_states(
     return states
 
 
-def noisy_latents(moments: Tensor, rows: np.ndarray, t: float, run: OpenRun, seed: int) -> tuple[Tensor, Tensor]:
-    """x_t float32 (B, C, h, w) of stored moments with the draws of the rows, and what the model is given as t (B,)."""
+def read_rows(group: GroupReader, name: str, rows: np.ndarray) -> Tensor:
+    """Rows of an array, as they are stored, the first view."""
+    array = np.empty((len(rows), *group[name].row_shape), dtype=group[name].dtype)
+    group[name].read_into(rows, 0, array)
+    return torch.from_numpy(array)
+
+
+def noisy_latents(
+    moments: Tensor, rows: np.ndarray, t: float, run: OpenRun, seed: int, class_tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x_t of stored moments with the draws of the rows, float32, and what the model is given as t (B,).
+
+    x_t is (B, C, h, w), or (B, C·h·w + c) with class tokens (B, c).
+    """
     index = torch.from_numpy(rows).to(moments.device)
     x = sample_latents(
         Batch(step=0, rows=index, labels=index, moments=moments, targets=(), stall_s=0.0), run.scale, seed
     )
     noise = random_keys.normal(seed, "noise", 0, index, x.shape[1:])
+    if class_tokens is not None:
+        x = join(x, class_tokens.float())
+        noise = join(noise, random_keys.normal(seed, "class-noise", 0, index, class_tokens.shape[1:]))
     objective = OBJECTIVES[run.config.model.kind]
     times = objective.model_times(torch.full((len(x),), t, device=x.device))
     return objective.perturb(x, noise, times, run.config.loss), times

@@ -30,7 +30,7 @@ from trainer.data.codes import dequantise
 from trainer.data.groups import pick_group
 from trainer.evaluation.options import SweepConfig
 from trainer.evaluation.probing import cknna
-from trainer.evaluation.probing.hidden_states import pooled_hidden_states
+from trainer.evaluation.probing.hidden_states import pooled_hidden_states, read_rows
 from trainer.evaluation.probing.probe import probe
 from trainer.ranks.world import device_named
 from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
@@ -56,6 +56,7 @@ class Samples:
     features: GroupReader
     rows: np.ndarray  # int64, sorted
     labels: Tensor  # int64, −1 where the store has none
+    class_tokens: GroupReader | None = None  # the features whose class tokens the run's model denoises
 
     @property
     def digest(self) -> str:
@@ -65,8 +66,9 @@ class Samples:
 
     def close(self) -> None:
         """Close every file."""
-        self.latents.close()
-        self.features.close()
+        for group in (self.latents, self.features, self.class_tokens):
+            if group is not None:
+                group.close()
 
 
 def sweep(path: Path, config: SweepConfig, measures: Collection[Measure]) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collec
                     seed=config.seed,
                     batch=config.batch,
                     device=device,
+                    class_tokens=samples.class_tokens,
                     progress=bar.update,
                 )
                 for block, x in states.items():
@@ -163,11 +166,15 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
             f"{features.path} of {store.root} holds {', '.join(features.arrays)} and no patch tokens, whose mean is "
             "compared; choose other --features"
         )
-    valid = ValidRows(store.n_rows, np.concatenate([latents.failed_rows, features.failed_rows]))
+    class_tokens = store.group(run.data.features[0].path) if run.geometry.class_width else None
+    if class_tokens is not None:
+        class_tokens.require("width", arrays=["cls"])
+    groups = [group for group in (latents, features, class_tokens) if group is not None]
+    valid = ValidRows(store.n_rows, np.concatenate([group.failed_rows for group in groups]))
     chosen = np.random.default_rng(config.seed).permutation(len(valid))[: config.n]
     rows = np.sort(valid.rows(chosen))
     labels = torch.from_numpy(store.classes.labels[rows].astype(np.int64))
-    return Samples(store=store, latents=latents, features=features, rows=rows, labels=labels)
+    return Samples(store=store, latents=latents, features=features, rows=rows, labels=labels, class_tokens=class_tokens)
 
 
 def _features_path(store: Store, name: str) -> str:
@@ -194,18 +201,12 @@ def pooled_features(
     pooled = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        patches = _gather(features, "patches", part).to(device)
+        patches = read_rows(features, "patches", part).to(device)
         if codec is not None:
-            patches = dequantise(patches, _gather(features, "scale", part).to(device), codec)
+            patches = dequantise(patches, read_rows(features, "scale", part).to(device), codec)
         pooled.append(patches.float().mean(dim=1))
         progress(len(part))
     return torch.cat(pooled)
-
-
-def _gather(group: GroupReader, name: str, rows: np.ndarray) -> Tensor:
-    array = np.empty((len(rows), *group[name].row_shape), dtype=group[name].dtype)
-    group[name].read_into(rows, 0, array)
-    return torch.from_numpy(array)
 
 
 def parse_blocks(text: str, depth: int) -> list[int]:
