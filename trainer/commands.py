@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ExportConfig,
         GenerateConfig,
         MeasureConfig,
+        NoConfig,
         ReportConfig,
     )
 
@@ -32,6 +33,9 @@ COMMANDS = {
         "train a diffusion transformer from a feature store; run it again to resume",
         "trainer.config.command_line:TrainCommand",
         "trainer.commands:train",
+    ),
+    "alignments": Command(
+        "the kinds of --loss.alignment, and their options", f"{OPTIONS}:NoConfig", "trainer.commands:alignments"
     ),
     "generate": Command(
         "draw images from a run's averaged weights: a folder of PNGs, or one .npz; run it again to go on",
@@ -86,6 +90,13 @@ def train(command: TrainCommand) -> int:
         run = shlex.quote(summary["run"])
         print(f"next: {PROG} generate {run} --n 64   ·   tensorboard --logdir {run}")
     return EXIT_OK
+
+
+def alignments(config: NoConfig) -> None:
+    """Print every kind, and its options."""
+    from trainer.alignment import described
+
+    print("\n".join(described()))
 
 
 def import_run(command: ImportCommand) -> None:

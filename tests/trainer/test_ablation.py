@@ -56,6 +56,30 @@ def test_a_run_without_alignment_is_there_once(tmp_path: Path) -> None:
     ]
 
 
+def test_variants_are_named_and_set(tmp_path: Path) -> None:
+    text = "preset: sit-tiny-2\nvariants: {plain: {}, other: {loss.alignment: irepa, optim.lr: 0.1}}\nseeds: [0, 1]"
+    runs = read_ablation(write(tmp_path, text), "/s", tmp_path).runs
+    assert [run.name for run in runs] == ["plain_seed-0", "plain_seed-1", "other_seed-0", "other_seed-1"]
+    assert [run.config.optim.lr for run in runs] == [2e-3, 2e-3, 0.1, 0.1]
+    assert runs[2].config.targets[0].alignment.startswith("irepa:")
+    with_axis = read_ablation(write(tmp_path, f"{text}\naxes: {{batch: [8, 16]}}"), "/s", tmp_path).runs
+    assert [run.name for run in with_axis][:3] == [
+        "plain_batch-8_seed-0",
+        "plain_batch-8_seed-1",
+        "plain_batch-16_seed-0",
+    ]
+
+
+def test_the_methods_of_the_repository_s_own_file(tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "ablations/methods.yaml"
+    runs = {run.name.partition("_")[0]: run.config for run in read_ablation(file, "/s", tmp_path).runs}
+    assert list(runs) == ["vanilla", "repa", "repa-stopped", "irepa", "reg"]
+    assert not runs["vanilla"].aligns
+    assert runs["vanilla"].data.features == ()
+    assert runs["reg"].model.class_token
+    assert not runs["repa-stopped"].aligns_at(100)
+
+
 def test_sizes_and_several_targets(tmp_path: Path) -> None:
     text = "axes: {preset: [sit-s-2, sit-b-2], data.features: [[a, b], a]}\nset: {model.align-block: [3, 4]}"
     ablation = read_ablation(write(tmp_path, text.replace("a, b], a", "a, b], [b, a]")), "/s", tmp_path)
@@ -84,6 +108,8 @@ def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> Non
     ("text", "message"),
     [
         ("axes: {loss.projection_wait: [1]}", "no setting loss.projection_wait to vary"),
+        ("variants: {a: 3}", "variants: a must be a mapping of settings"),
+        ("variants: {a: {lr: 3}}", "there is no setting lr"),
         ("axes: {loss.projection_wait: [1]}", "did you mean loss.projection_weight"),
         ("axes: {loss.projection_weight: [heavy]}", "must be a number of type float, got 'heavy'"),
         ("axes: {loss.projection_weight: []}", "must be a list of values"),

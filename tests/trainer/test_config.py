@@ -61,17 +61,34 @@ def test_a_preset_is_what_its_name_says(name: str) -> None:
     assert config.run == Path("runs") / name
     assert config.model.kind == kind
     assert config.model.patch == int(patch)
-    assert config.sample.steps == (50 if size == "tiny" else 250)
-    assert config.aligns == ("vanilla" not in rest)
-    if size != "tiny":
-        depth, width, heads, block = SIZES[size]
-        assert (config.model.depth, config.model.width, config.model.heads) == (depth, width, heads)
-        assert config.model.align_block == (block,)
-        assert config.data.resolution == (512 if "512" in rest else 256)
-        assert config.sample.guidance == 1
-    sampling = (config.sample.sampler, config.sample.guidance_high, config.sample.guidance_channels)
-    if size != "tiny":
-        assert sampling == (("sde", 0.7, 0) if kind == "sit" else ("ddpm", 1.0, 3))
+    assert config.aligns == ("vanilla" not in rest and kind != "lightningdit")
+    assert config.model.class_token == ("reg" in rest)
+    if size == "tiny":
+        assert config.sample.steps == 50
+        return
+    depth, width, heads, block = SIZES[size]
+    assert (config.model.depth, config.model.width, config.model.heads) == (depth, width, heads)
+    assert config.model.align_block == (block,)
+    assert config.data.resolution == (512 if "512" in rest else 256)
+    assert config.sample.guidance == 1
+    assert config.sample.steps == (249 if kind == "lightningdit" else 250)
+    high = 0.85 if "reg" in rest else 0.75 if patch == "1" else 0.7
+    expected = {"sit": ("sde", high, 0), "dit": ("ddpm", 1.0, 3), "lightningdit": ("ode", 0.875, 3)}[kind]
+    assert (config.sample.sampler, config.sample.guidance_high, config.sample.guidance_channels) == expected
+
+
+def test_settings_of_the_methods_after_repa() -> None:
+    """REG (arXiv 2507.01467), LightningDiT (arXiv 2501.01423)."""
+    config = preset("sit-xl-2-reg")
+    assert (config.loss.class_weight, config.loss.projection_weight, config.sample.guidance_class) == (
+        0.03,
+        (0.5,),
+        2.3,
+    )
+    config = preset("lightningdit-xl-1")
+    assert (config.optim.lr, config.optim.beta1, config.optim.beta2, config.batch) == (2e-4, 0.9, 0.95, 1024)
+    assert (config.loss.time_sampling, config.loss.direction_weight) == ("lognormal", 1.0)
+    assert (config.sample.shift, config.ema_decay) == (1 / 0.3, 0.9999)
 
 
 def test_every_row_of_the_published_table_is_a_preset() -> None:

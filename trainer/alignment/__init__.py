@@ -46,3 +46,15 @@ def spelled_out(spelling: str) -> str:
     name, alignment = spelling.partition(":")[0], alignment_named(spelling)
     options = [f"{o.name}={spelled(getattr(alignment, o.name))}" for o in options_of(type(alignment))]
     return ":".join([name, *options])
+
+
+def described() -> list[str]:
+    """A line a kind, and below it one an option, for people."""
+    lines = []
+    for name, spelling in ALIGNMENTS.items():
+        kind = imported(spelling)
+        lines.append(f"{name:12}{(kind.__doc__ or '').splitlines()[0]}")
+        for option in options_of(kind):
+            default = spelled(option.field.default)
+            lines.append(f"{'':4}:{option.name}={default}  {option.field.metadata['help']}")
+    return lines

@@ -1,6 +1,10 @@
 """Recipes: a preset is a function that returns the whole configuration, model, optimisation and sampling together.
 
-    {sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla]        and sit-tiny-2, dit-tiny-2
+    {sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla]        REPA, or the same without alignment
+    {sit,dit}-{b,l,xl}-1[-vanilla]                      for latents of 16×16 (autoencoders of factor 16)
+    sit-{b,l,xl}-2-reg                                  REG
+    lightningdit-{b,xl}-1                               LightningDiT, without alignment
+    sit-tiny-2, dit-tiny-2
 
 Sizes are DiT's (Peebles and Xie, arXiv 2212.09748, table 1), which SiT took over (Ma et al., arXiv 2401.08740).
 Training is REPA's (Yu et al., arXiv 2410.06940, section 4.1 and appendix D): linear path, velocity and uniform t for
@@ -17,6 +21,16 @@ sampling in 250 steps without guidance; with `--guidance 1.5` it is that of DiT'
 
 Labels are dropped once, with probability 0.1, as the paper says. (With `--legacy`, which it keeps for its early runs,
 the public script drops them twice, 19 % in all.)
+
+`-reg` (arXiv 2507.01467) is SiT's recipe with the class token in the sequence: its denoising loss has weight 0.03, and
+it is aligned with the patches. `--guidance 2.3` draws as the published figures with guidance were drawn: image and
+class token at 2.3, for t ≤ 0.85.
+
+`lightningdit` (arXiv 2501.01423): lognormal times, the velocity's direction counted with weight 1, AdamW at 2e-4 with
+β₂ = 0.95, global batch 1024. Sampling: Euler in 249 steps, shifted towards the noise by 1 / 0.3; guidance (6.7 with 800
+epochs) acts on the first three channels, for t ≤ 0.875.
+
+Patch 1 has REPA's settings, and the guidance interval of REPA-E's figures (arXiv 2504.10483), t ≤ 0.75.
 
 `sit-tiny-2` and `dit-tiny-2` are for the demo and for tests on a CPU: a few minutes on two cores, at any resolution.
 They are no published models.
@@ -42,10 +56,12 @@ from trainer.config.schema import (
     SampleConfig,
     TrainConfig,
 )
+from trainer.config.tree import override
 
 # size: (depth, width, heads, block aligned)
 SIZES = {"s": (12, 384, 6, 4), "b": (12, 768, 12, 4), "l": (24, 1024, 16, 8), "xl": (28, 1152, 16, 8)}
 PATCHES = (2, 4, 8)
+LARGE = ("b", "l", "xl")  # sizes that the methods after REPA were published at
 SAMPLING = {
     "sit": SampleConfig(sampler="sde", steps=250, guidance=1.0, guidance_high=0.7),
     "dit": SampleConfig(sampler="ddpm", steps=250, guidance=1.0, guidance_channels=3),
@@ -62,6 +78,37 @@ def published(name: str, kind: Kind, size: str, patch: int, resolution: int, ali
         loss=LossConfig(projection_weight=(0.5 if aligned else 0.0,)),
         data=DataConfig(resolution=resolution),
         sample=SAMPLING[kind],
+    )
+
+
+def patch_one(name: str, kind: Kind, size: str, aligned: bool) -> TrainConfig:
+    """SiT or DiT for latents of 16×16, a token a pixel."""
+    return override(
+        published(name, kind, size, 1, 256, aligned), {"sample.guidance_high": 0.75} if kind == "sit" else {}
+    )
+
+
+def reg(name: str, size: str) -> TrainConfig:
+    """SiT with the class token in the sequence."""
+    changes = {"model.class_token": True, "sample.guidance_high": 0.85, "sample.guidance_class": 2.3}
+    return override(published(name, "sit", size, 2, 256, aligned=True), changes)
+
+
+def lightningdit(name: str, size: str) -> TrainConfig:
+    """LightningDiT with its published settings."""
+    depth, width, heads, align_block = SIZES[size]
+    return TrainConfig(
+        preset=name,
+        run=Path("runs") / name,
+        batch=1024,
+        steps=80_000,  # 64 epochs of ImageNet
+        model=ModelConfig(
+            kind="lightningdit", depth=depth, width=width, heads=heads, patch=1, align_block=(align_block,)
+        ),
+        loss=LossConfig(time_sampling="lognormal", direction_weight=1.0, projection_weight=(0.0,)),
+        data=DataConfig(resolution=256),
+        optim=OptimConfig(lr=2e-4, beta2=0.95),
+        sample=SampleConfig(sampler="ode", steps=249, shift=1 / 0.3, guidance_high=0.875, guidance_channels=3),
     )
 
 
@@ -92,7 +139,16 @@ def _all_presets() -> dict[str, Callable[[], TrainConfig]]:
                     for aligned in (True, False):
                         name = f"{kind}-{size}-{patch}{'-512' * (resolution == 512)}{'-vanilla' * (not aligned)}"
                         presets[name] = partial(published, name, kind, size, patch, resolution, aligned)
-    return presets | {f"{kind}-tiny-2": partial(tiny, f"{kind}-tiny-2", kind) for kind in kinds}
+        for size in LARGE:
+            for aligned in (True, False):
+                name = f"{kind}-{size}-1{'-vanilla' * (not aligned)}"
+                presets[name] = partial(patch_one, name, kind, size, aligned)
+        presets[f"{kind}-tiny-2"] = partial(tiny, f"{kind}-tiny-2", kind)
+    for size in LARGE:
+        presets[f"sit-{size}-2-reg"] = partial(reg, f"sit-{size}-2-reg", size)
+    for size in ("b", "xl"):  # L/1 was not published
+        presets[f"lightningdit-{size}-1"] = partial(lightningdit, f"lightningdit-{size}-1", size)
+    return presets
 
 
 PRESETS = _all_presets()

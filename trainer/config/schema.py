@@ -20,15 +20,22 @@ from trainer.alignment import COSINE, spelled_out
 Kind = Literal["sit", "dit", "lightningdit"]
 AS_NOW = object()
 DEFAULT_PRESET = "sit-xl-2"
-PRESET_NAMES = "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], sit-tiny-2, dit-tiny-2"
+PRESET_NAMES = (
+    "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
+    "lightningdit-{b,xl}-1, sit-tiny-2, dit-tiny-2"
+)
 
 
-def option(default: object, help_text: str, *, free: bool = False, before: object = AS_NOW) -> Any:
+def option(
+    default: object, help_text: str, *, free: bool = False, before: object = AS_NOW, of_alignment: bool = False
+) -> Any:
     """A setting (`storage.base.options`); a *free* one may change when a run is resumed.
 
     `before`: what runs did that were saved before the setting existed, where that is not today's default.
+    `of_alignment`: a run without alignment does not depend on it, so an ablation does not vary it there.
     """
-    return options.option(default, help_text, free=free, before=default if before is AS_NOW else before)
+    before = default if before is AS_NOW else before
+    return options.option(default, help_text, free=free, before=before, of_alignment=of_alignment)
 
 
 def section(default: type) -> Any:
@@ -51,13 +58,15 @@ class ModelConfig:
     patch: int = option(2, "latent pixels a side of a token")
     qk_norm: bool = option(False, "normalise queries and keys")
     class_token: bool = option(
-        False, "the features' class token joins the sequence, is noised, predicted and aligned (REG)"
+        False, "the features' class token joins the sequence, is noised, predicted and aligned (REG)", of_alignment=True
     )
     classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
     align_block: tuple[int, ...] = option(
-        (8,), "block after which hidden states are aligned with the features, counted from 1; one, or one a target"
+        (8,),
+        "block after which hidden states are aligned with the features, counted from 1; one, or one a target",
+        of_alignment=True,
     )
-    projector_width: int = option(2048, "hidden width of the projectors")
+    projector_width: int = option(2048, "hidden width of the projectors", of_alignment=True)
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "patch", "projector_width"):
@@ -84,15 +93,20 @@ class LossConfig:
         (COSINE,),
         "how projections are compared with features, one or one a target: NAME, or NAME:option=value; "
         "`python -m trainer alignments` lists them",
+        of_alignment=True,
     )
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
     direction_weight: float = option(
         0.0, "weight of one minus the cosine, over channels, between the velocity and the predicted one"
     )
     stop_alignment_at: int = option(
-        0, "step from which on there is no alignment, at once: no features are read, projectors rest (HASTE); 0: never"
+        0,
+        "step from which on there is no alignment, at once: no features are read, projectors rest (HASTE); 0: never",
+        of_alignment=True,
     )
-    class_weight: float = option(0.03, "weight of the class token's denoising loss, where the model has one")
+    class_weight: float = option(
+        0.03, "weight of the class token's denoising loss, where the model has one", of_alignment=True
+    )
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
     )
@@ -120,7 +134,9 @@ class DataConfig:
 
     latents: str = option("", "latents to train on, a name below latents/; empty: the only ones there are")
     features: tuple[str, ...] = option(
-        (), "features to align with, names below features/, one a target; empty: the only ones there are"
+        (),
+        "features to align with, names below features/, one a target; empty: the only ones there are",
+        of_alignment=True,
     )
     resolution: int = option(0, "pixels a side that the store must have been made at; 0: any")
     failed_rows: Literal["leave-out", "refuse"] = option(

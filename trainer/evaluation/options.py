@@ -131,6 +131,11 @@ class ReportConfig:
     title: str = option("", "heading of the page")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoConfig:
+    """`alignments`: nothing."""
+
+
 def _at_least_one(config: object, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:

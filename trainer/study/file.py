@@ -7,6 +7,9 @@
       model.align-block: [4, 6]
       loss.projection-weight: [0, 0.5]
       preset: [sit-b-2, sit-l-2]                     model size, say
+    variants:                                        and of these, each a name and its settings
+      repa: {}
+      irepa: {loss.alignment: irepa}
     seeds: [0, 1]
     encoders: {mae-vitl16-layer12: "mae-vitl16:layer=12"}    features whose encoder is spelled otherwise
     precompute: {features-weights: /weights/mae.pth}         options for the features that the store lacks
@@ -43,7 +46,6 @@ from trainer.config.yaml_file import parse_yaml
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder
 
-OF_THE_ALIGNMENT = ("data.features", "model.align_block", "model.projector_width")
 NOT_AXES = {"run": "the runs are named after their settings", "store": "pass --store", "seed": "write seeds: [0, 1]"}
 MAX_RUNS = 10_000
 AUTOMATIC: tuple[object, ...] = ("", [], "auto")  # settings that a run resolves as it starts
@@ -100,20 +102,21 @@ def read_ablation(path: Path, store: str, out: Path) -> Ablation:
     """Read and check the file. Raises UserError naming the setting, the value and the fix."""
     tree = _read(path)
     try:
-        known = ("preset", "set", "axes", "seeds", "encoders", "precompute", "gpus")
+        known = ("preset", "set", "variants", "axes", "seeds", "encoders", "precompute", "gpus")
         for key in tree:
             if key not in known:
                 raise UserError(f"unknown entry {key}{close_matches(str(key), list(known))}")
         base = {"preset": str(tree.get("preset", DEFAULT_PRESET)), **_settings(_mapping(tree, "set"))}
+        variants = _variants(tree)
         axes = {name: _texts(name, values) for name, values in _flat(_mapping(tree, "axes")).items()}
         seeds = _texts("seeds", tree.get("seeds", [0]))
-        n_runs = math.prod(map(len, axes.values())) * len(seeds)
+        n_runs = len(variants) * math.prod(map(len, axes.values())) * len(seeds)
         if n_runs > MAX_RUNS:
-            raise UserError(f"the axes and seeds make {n_runs:,} runs, more than {MAX_RUNS:,}; leave some out")
+            raise UserError(f"variants, axes and seeds make {n_runs:,} runs, more than {MAX_RUNS:,}; leave some out")
         runs: dict[str, Run] = {}
-        for values in itertools.product(*axes.values(), seeds):
-            *chosen, seed = values
-            run = _run(base, dict(zip(axes, chosen, strict=True)), seed, store, out)
+        for variant, *chosen, seed in itertools.product(variants, *axes.values(), seeds):
+            of_axes = dict(zip(axes, chosen, strict=True))
+            run = _run({**base, **variants[variant]}, of_axes, seed, store, out, variant)
             if runs.setdefault(run.name, run).config != run.config:
                 raise UserError(f"two runs would be named {run.name} (other signs become -); spell a value otherwise")
         encoders, precompute = (
@@ -161,6 +164,15 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _variants(tree: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Name → settings; one without a name where the file has none."""
+    variants = _mapping(tree, "variants")
+    for name, settings in variants.items():
+        if not isinstance(settings, dict):
+            raise UserError(f"variants: {name} must be a mapping of settings ({{}} for none), got {settings!r}")
+    return {str(name): _settings(settings) for name, settings in variants.items()} or {"": {}}
+
+
 def _settings(tree: Mapping[str, Any]) -> dict[str, str]:
     return {name: _text(value) for name, value in _flat(tree).items()}
 
@@ -180,7 +192,7 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _run(base: Mapping[str, str], chosen: dict[str, str], seed: str, store: str, out: Path) -> Run:
+def _run(base: Mapping[str, str], chosen: dict[str, str], seed: str, store: str, out: Path, variant: str = "") -> Run:
     settings = {**base, **chosen, "seed": seed}
     recipe = preset(settings.pop("preset"))
 
@@ -193,11 +205,12 @@ def _run(base: Mapping[str, str], chosen: dict[str, str], seed: str, store: str,
         recipe.aligns if weight is None else any(parse_setting("loss.projection_weight", weight, tuple[float, ...]))
     )
     if not aligns:
-        for axis in OF_THE_ALIGNMENT:
+        for axis in [name for name, _, item in leaves(recipe) if item.metadata.get("of_alignment")]:
             settings.pop(axis, None)
             chosen.pop(axis, None)
     named = [f"{axis.rpartition('.')[2].replace('_', '-')}-{text}" for axis, text in [*chosen.items(), ("seed", seed)]]
-    name = "_".join(re.sub(r"[^\w.+-]", "-", part.replace(",", "+")) for part in named)
+    parts = [variant, *named] if variant else named
+    name = "_".join(re.sub(r"[^\w.+-]", "-", part.replace(",", "+")) for part in parts)
     try:
         return Run(name=name, config=configured(), options=settings)
     except UserError as error:
