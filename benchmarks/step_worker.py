@@ -38,7 +38,7 @@ from trainer.loop.readback import Readback
 from trainer.loop.step import build, compile_blocks, train_step
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
-from trainer.run.automatic import resolve
+from trainer.run.settings import resolve
 
 N_CLASSES = 1000
 FEWEST_STEPS, WARM_UP_STEPS, PROFILED_STEPS = 3, 3, 3

@@ -3,8 +3,9 @@
 A *key* is a path below the root, with "/" between its parts. `open_root` takes a path or a URL: `s3://`, `gs://` and
 `http(s)://` go through obstore (`remote.py`, imported only then), anything else is a directory.
 
-Guarantees: whoever reads a key sees a whole file or none; `write` with `exclusive` never replaces one. Roots pickle, so
-that a worker on another machine opens its own connection.
+Guarantees: whoever reads a key sees a whole file or none; `write` with `exclusive` never replaces one. In a directory
+that is a temporary name, fsync and rename (`LocalRoot.write`), in an object store one upload. Roots pickle, so that a
+worker on another machine opens its own connection.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Order of publication, which is what makes every crash harmless: the index and its receipt, then the root's metadata; a
 group's attributes, which claim its name for one identity, its arrays' metadata, the receipt of both; then, a unit at a
-time, its shards and last its receipt. Metadata is spelled by zarr-python, in memory, and published like all else.
+time, its shards and last its receipt. Metadata is spelled by zarr-python, in memory, and published like all else: what
+makes one file whole or absent is in `roots.py`.
 """
 
 from __future__ import annotations

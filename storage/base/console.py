@@ -1,4 +1,4 @@
-"""What the three commands share at the terminal: one-line errors with exit status 2, and a progress bar.
+"""What the three commands share at the terminal: one-line errors with exit status 2, signals, a progress bar.
 
 `python -m storage`, `python -m pipeline` and `python -m trainer` all end in `run_command`, so that a mistake in the
 input is one clear line and never a traceback, wherever it was found.

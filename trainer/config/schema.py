@@ -20,7 +20,7 @@ from trainer.alignment import COSINE, spelled_out
 Kind = Literal["sit", "dit", "lightningdit"]
 AS_NOW = object()
 DEFAULT_PRESET = "sit-xl-2"
-PRESET_NAMES = (
+PRESET_NAMES = (  # in words, of `presets.py`
     "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
     "lightningdit-{b,xl}-1, sit-tiny-2, dit-tiny-2"
 )

@@ -64,12 +64,12 @@ from trainer.loop.step import StepNumbers, TrainingState, build, train_step, wit
 from trainer.models.flops import forward_flops_per_image
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
-from trainer.run.automatic import remember, resolve
 from trainer.run.checkpoint import RunState, save_checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.lock import only_writer
 from trainer.run.metrics import MetricsLog, read_metrics
 from trainer.run.resume import resume
+from trainer.run.settings import remember, resolve
 
 
 def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: bool = False) -> dict[str, Any]:

@@ -39,10 +39,10 @@ from trainer.loop.step import build
 from trainer.models.blocks import LONGEST_PERIOD, TIME_FREQUENCIES
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.world import world_of_ranks
-from trainer.run.automatic import resolve
 from trainer.run.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.lock import only_writer
+from trainer.run.settings import resolve
 
 Release = Literal["repa", "sit", "dit"]
 Weights = dict[str, Tensor]
