@@ -160,8 +160,8 @@ class LaterConfig(TrainConfig):
     optim: LaterOptim = section(LaterOptim)
 
 
-LATER = {"optim.warmup": 1000, "optim.cycle": 8, "optim.period": 10}
-BEFORE = {"optim.warmup": 0, "optim.cycle": 7, "optim.period": 9}
+LATER = {"optim.momentum": 1000, "optim.cycle": 8, "optim.period": 10}
+BEFORE = {"optim.momentum": 0, "optim.cycle": 7, "optim.period": 9}
 
 
 @pytest.fixture
@@ -193,8 +193,8 @@ def test_a_setting_added_later_leaves_old_runs_as_they_were(old: Path, tmp_path:
     )
     assert of_later(RunFolder(old).read_config().config) == BEFORE
     [record] = read_runs([old])
-    assert {name: record.settings[name] for name in ("optim.warmup", "optim.cycle")} == {
-        "optim.warmup": 0,
+    assert {name: record.settings[name] for name in ("optim.momentum", "optim.cycle")} == {
+        "optim.momentum": 0,
         "optim.cycle": 7,
     }
     fresh = tmp_path / "fresh"
@@ -203,7 +203,7 @@ def test_a_setting_added_later_leaves_old_runs_as_they_were(old: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("later")
-@pytest.mark.parametrize("name", ["optim.warmup", "optim.cycle"])
+@pytest.mark.parametrize("name", ["optim.momentum", "optim.cycle"])
 def test_what_is_given_explicitly_is_a_change(old: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     option = f"--{name}={LATER[name]}"
     with pytest.raises(UserError, match=rf"was made otherwise \({name}: was {BEFORE[name]}, is {LATER[name]}\)"):
@@ -221,8 +221,8 @@ def test_an_ablation_takes_an_old_run_for_its_own(old: Path, tmp_path: Path) -> 
     file.write_text(yaml.safe_dump({"preset": "sit-tiny-2", "set": STUDY, "seeds": [0]}))
     [run] = read_ablation(file, store, out).runs
     assert run.steps_done == 3
-    file.write_text(yaml.safe_dump({"preset": "sit-tiny-2", "set": {**STUDY, "optim.warmup": 1000}}))
-    with pytest.raises(UserError, match=r"made otherwise \(optim.warmup: was 0, is 1000\)"):
+    file.write_text(yaml.safe_dump({"preset": "sit-tiny-2", "set": {**STUDY, "optim.momentum": 1000}}))
+    with pytest.raises(UserError, match=r"made otherwise \(optim.momentum: was 0, is 1000\)"):
         read_ablation(file, store, out)
 
 
@@ -244,11 +244,11 @@ def test_what_this_code_does_not_know_is_refused_in_one_line(old: Path, monkeypa
         refused(rf"checkpoint .*step-0000003: {says}")
     config.write_text(f"version: soon\n{text}")
     refused("version must be of type int, got 'soon'")
-    config.write_text(text.replace("optim:\n", "optim:\n  warmup: 1000\n"))
-    refused(r"config\.yaml: unknown setting optim\.warmup \(correct its name, or use the code that saved it, or newer")
+    config.write_text(text.replace("optim:\n", "optim:\n  momentum: 1000\n"))
+    refused(r"config\.yaml: unknown setting optim\.momentum \(correct its name, or use the code that saved it, or newer")
     config.write_text(text)
-    state.write_text(json.dumps({**raw, "config": {**raw["config"], "optim.warmup": 1000}}))
-    refused(r"checkpoint .*: unknown setting optim\.warmup")
+    state.write_text(json.dumps({**raw, "config": {**raw["config"], "optim.momentum": 1000}}))
+    refused(r"checkpoint .*: unknown setting optim\.momentum")
 
 
 def test_a_config_survives_a_round_trip_with_its_version(tmp_path: Path) -> None:

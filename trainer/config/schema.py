@@ -254,6 +254,11 @@ class SampleConfig:
     guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
     guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
     guidance_channels: int = option(0, "latent channels that guidance applies to, the first ones; 0: all", free=True)
+    labels: Literal["balanced", "random", "uniform"] = option(
+        "balanced",
+        "classes of generated images: each in turn, or drawn at random (uniform is the older word)",
+        free=True,
+    )
     guidance_class: float = option(0.0, "guidance scale of the class token, where guidance applies; 0: none", free=True)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from storage.base.errors import UserError
 from storage.base.options import argument, option, required
 
 Device = Literal["auto", "cpu", "cuda"]
-LabelsDrawn = Literal["balanced", "uniform"]
+LabelsDrawn = Literal["balanced", "random", "uniform"]
 Weights = Literal["ema", "raw"]
 INCEPTION = "inception"
 CHECKPOINT_HELP = "latest, or a step"
@@ -28,7 +28,9 @@ class GenerateConfig:
     n: int = option(50_000, "how many images")
     out: Path | None = option(None, "folder of the images (default RUN/samples-…, named after settings)")
     checkpoint: str = option("latest", CHECKPOINT_HELP)
-    labels: LabelsDrawn = option("balanced", "the model's classes in turn, or drawn uniformly")
+    labels: LabelsDrawn | None = option(
+        None, "the model's classes in turn, or each drawn at random (uniform is the older word) (default: the run's)"
+    )
     format: Literal["png", "npz"] = option("png", "npz: one file in ADM's layout as well")
     seed: int = option(0, "of noise and labels")
     sampler: Literal["sde", "ode", "ddpm"] | None = option(None, "(default: the run's)")

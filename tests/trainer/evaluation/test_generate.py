@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
+from trainer.config.presets import preset
 from trainer.evaluation.generate.generate import GenerateConfig, generate, labels_of
 from trainer.evaluation.generate.image_files import image_path, is_whole, n_written, read_image
 
@@ -119,6 +121,32 @@ def test_labels() -> None:
     assert (counts != 1000).any()
     assert torch.equal(uniform[5000:], labels_of(images[5000:], 10, "uniform", 0))
     assert not torch.equal(uniform, labels_of(images, 10, "uniform", 1))
+
+
+def test_labels_are_the_preset_s_unless_named(micro_run: Path, tmp_path: Path) -> None:
+    assert {preset(name).sample.labels for name in ("sit-xl-2", "dit-b-4", "sit-l-2-reg", "lightningdit-b-1")} == {
+        "random"
+    }
+    drawn = []
+    for labels in (None, "balanced", "random"):
+        folder, _ = generate(settings(micro_run, tmp_path / str(labels), n=6, labels=labels))
+        drawn.append([int(line) for line in (folder / "labels.txt").read_text().split()])
+    assert drawn[0] == drawn[1] == [0, 1, 2, 3, 4, 0]
+    assert drawn[2] == labels_of(torch.arange(6), 5, "random", 0).tolist()
+
+
+def test_images_that_are_older_than_a_setting_are_added_to(
+    micro_run: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "older"
+    generate(settings(micro_run, out, n=3))
+    saved = json.loads((out / "settings.json").read_text())
+    younger = [name for name in saved if name in ("sample.shift", "sample.guidance_class")]
+    assert len(younger) == 2
+    (out / "settings.json").write_text(json.dumps({n: v for n, v in saved.items() if n not in younger}))
+    generate(settings(micro_run, out, n=5))
+    assert n_written(out) == 5
+    assert json.loads((out / "settings.json").read_text()) == saved
 
 
 def test_seeds_and_checkpoints_give_other_images(micro_run: Path, whole: Path, tmp_path: Path) -> None:

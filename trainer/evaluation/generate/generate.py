@@ -33,7 +33,7 @@ from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from storage.base.shown import shown
 from trainer.config.schema import TrainConfig
-from trainer.config.tree import LONGEST, flatten, override
+from trainer.config.tree import LONGEST, flatten, leaves, override
 from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
 from trainer.evaluation.generate.draw import draw_latents
 from trainer.evaluation.generate.image_files import (
@@ -66,6 +66,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         run.data.close()  # only what it says is needed, not its rows
         checkpoint = _one_checkpoint(config)
         recipe = _recipe(run.config, config, world.device)
+        config = dataclasses.replace(config, labels=recipe.sample.labels)
         decoder = config.vae or run.data.latents.attributes["provenance"].get("decoder", "")
         if not decoder:
             raise UserError(
@@ -124,8 +125,8 @@ class _Source:
         return decode_latents(latents / self.run.scale.scale + self.run.scale.shift, self.decoder)
 
 
-def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn, seed: int) -> Tensor:
-    """Classes int64 (B,) of image numbers: in turn (balanced), or each drawn on its own (uniform).
+def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:
+    """Classes int64 (B,) of image numbers: in turn (balanced), or each drawn on its own (random).
 
     A model without classes has the null label alone, 0.
     """
@@ -184,7 +185,7 @@ def _recipe(of_run: TrainConfig, config: GenerateConfig, device: torch.device) -
     precision = config.precision
     if precision == "auto":  # the published figures were sampled in float32 with TF32 matrix products
         precision = "tf32" if device.type == "cuda" else "fp32"
-    asked = {f"sample.{name}": getattr(config, name) for name in ("sampler", "steps", "guidance")}
+    asked = {f"sample.{name}": getattr(config, name) for name in ("sampler", "steps", "guidance", "labels")}
     return override(of_run, {"precision": precision, **{k: v for k, v in asked.items() if v is not None}})
 
 
@@ -204,14 +205,14 @@ def _settings(
         "seed": config.seed,
         "batch": config.batch,
         "arithmetic": f"{recipe.precision} on {device.type}",
-        **{name: value for name, value in flatten(recipe).items() if name.startswith("sample.")},
+        **{n: value for n, value in flatten(recipe).items() if n.startswith("sample.") and n != "sample.labels"},
     }
 
 
 def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
     sampler = recipe.sample
     name = f"{step:07d}-{sampler.sampler}{sampler.steps}-guidance{sampler.guidance:g}-seed{config.seed}"
-    return name + "-uniform" * (config.labels == "uniform")
+    return f"{name}-{config.labels}" if config.labels != "balanced" else name
 
 
 def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -226,7 +227,9 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     if not n_written(folder):
         return
-    before = parse_json(dict[str, Any], read_regular(path), str(path), "name another --out")
+    drawn_by = parse_json(dict[str, Any], read_regular(path), str(path), "name another --out")
+    # A setting that is younger than the images was as its declaration says of before.
+    before = {name: item.metadata["before"] for name, _, item in leaves(TrainConfig()) if name in settings} | drawn_by
     names = sorted({*before, *settings})
     differing = [
         f"{shown(n)}: were {shown(str(before.get(n)))[:LONGEST]}, are {settings.get(n)}"
