@@ -148,7 +148,7 @@ def test_images_are_drawn_from_it_and_its_weights_exported(old: Path, tmp_path: 
 class LaterOptim(OptimConfig):
     """As a later version might declare it."""
 
-    warmup: int = option(500, "steps over which the learning rate rises", before=0)
+    momentum: int = option(500, "steps over which the learning rate rises", before=0)
     cycle: int = option(7, "a setting whose default is what runs did before")
     period: int = option(9, "the same, free", free=True)
 
