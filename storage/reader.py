@@ -17,6 +17,7 @@ from typing import Any, Generic
 import numpy as np
 
 from storage.base.errors import StoreError
+from storage.base.shown import shown
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
 from storage.foreign import ZarrArrayReader, open_foreign
@@ -47,6 +48,7 @@ from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
 
+LONGEST = 60  # characters of a value in a message
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
 RowReader = ArrayReader | ZarrArrayReader
 VIEWS = ("original", "hflip")
@@ -171,7 +173,8 @@ class Store:
             raise StoreError(f"{changed[0]}; restore it, or remove the group to encode it again")
         attributes = read_attributes(self.root, f"{path}/{METADATA}") or {}
         if attributes.get("format_version") != FORMAT_VERSION:
-            raise StoreError(f"{where} has format version {attributes.get('format_version')}, not {FORMAT_VERSION}")
+            version = shown(str(attributes.get("format_version")))[:LONGEST]
+            raise StoreError(f"{where} has format version {version}, not {FORMAT_VERSION}")
         about = typed_attributes(GroupAttributes, attributes, f"{where}/{METADATA}")
         if identity_digest(about.identity) != about.identity_digest:
             raise StoreError(f"{where}: the identity was edited, its digest no longer fits; restore zarr.json")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing.process
 import os
 import platform
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores; also read by the processes they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from storage.base import console
 from tests.stores import make_store
 
 QUICK_EXAMPLES = 10
@@ -41,6 +44,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _skip(*_: Any, **__: Any) -> NoReturn:
     pytest.skip("starts a process")
+
+
+@pytest.fixture(autouse=True)
+def _no_interrupt_from_before() -> Iterator[None]:
+    """A command that ran in this process notes Ctrl-C from then on; what a test sends is its own."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+    console._interrupted.clear()
 
 
 @pytest.fixture

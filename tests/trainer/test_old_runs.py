@@ -245,7 +245,9 @@ def test_what_this_code_does_not_know_is_refused_in_one_line(old: Path, monkeypa
     config.write_text(f"version: soon\n{text}")
     refused("version must be of type int, got 'soon'")
     config.write_text(text.replace("optim:\n", "optim:\n  momentum: 1000\n"))
-    refused(r"config\.yaml: unknown setting optim\.momentum \(correct its name, or use the code that saved it, or newer")
+    refused(
+        r"config\.yaml: unknown setting optim\.momentum \(correct its name, or use the code that saved it, or newer"
+    )
     config.write_text(text)
     state.write_text(json.dumps({**raw, "config": {**raw["config"], "optim.momentum": 1000}}))
     refused(r"checkpoint .*: unknown setting optim\.momentum")

@@ -128,7 +128,7 @@ def test_losses_by_time_are_those_of_the_samples() -> None:
     deciles = np.minimum((of_batch.times * DECILES).numpy().astype(int), DECILES - 1)
     want = np.stack([np.bincount(deciles, of_batch.denoising, DECILES), np.bincount(deciles, minlength=DECILES)])
     np.testing.assert_allclose(numbers.by_time, want, rtol=1e-6)
-    again = StepNumbers.unpack(Readback(numbers.packed()).wait())
+    again = StepNumbers.unpack(Readback(numbers.packed()).wait(), GEOMETRY)
     assert all(torch.equal(a, b) for a, b in zip(vars(again).values(), vars(numbers).values(), strict=True))
 
 

@@ -135,9 +135,7 @@ def test_labels_are_the_preset_s_unless_named(micro_run: Path, tmp_path: Path) -
     assert drawn[2] == labels_of(torch.arange(6), 5, "random", 0).tolist()
 
 
-def test_images_that_are_older_than_a_setting_are_added_to(
-    micro_run: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_images_that_are_older_than_a_setting_are_added_to(micro_run: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "older"
     generate(settings(micro_run, out, n=3))
     saved = json.loads((out / "settings.json").read_text())
