@@ -153,7 +153,7 @@ def _help(each: Option, defaults: object) -> str:
             value = getattr(value, part)
     text = str(each.field.metadata["help"])
     if not each.is_required and "(default" not in text and value not in (None, "", (), Path()):
-        text += f" (default {spelled(value)})"
+        text += f" (default {' '.join(map(spelled, value)) if each.takes_several else spelled(value)})"
     return text.replace("%", "%%")
 
 
@@ -171,6 +171,8 @@ def given_options(config_class: type, texts: Mapping[str, Any], *, topics: bool 
 
 def _value(each: Option, text: Any) -> Any:
     if isinstance(text, list):
+        if "" in text and typing.get_args(each.kind)[0] is Path:
+            raise UserError(f"one of {each.flag} is empty; name paths")
         return tuple(parse_text(each.flag, part, typing.get_args(each.kind)[0]) for part in text)
     if text == "" and each.is_required and each.kind is not str:
         raise UserError(f"{each.flag} is empty; name a path (make takes it as {each.flag.strip('-').upper()}=…)")

@@ -75,6 +75,11 @@ def test_what_is_given_arrives_and_nothing_else() -> None:
     }
 
 
+def test_an_empty_path_among_several_is_a_forgotten_variable() -> None:
+    with pytest.raises(UserError, match="one of RUNS is empty; name paths"):
+        parse(Positional, "a", "")
+
+
 def test_a_switch_beside_positional_arguments_takes_none_of_them() -> None:
     assert parse(Positional, "--deep", "a", "b") == {"runs": (Path("a"), Path("b")), "deep": True}
     assert parse(Positional, "a", "--no-deep") == {"runs": (Path("a"),), "deep": False}
