@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.encoders.tiny import TINY_VAE
+from storage import StoreLayout
 from storage.base.errors import UserError
+from tests.stores import FEATURES, make_layouts, make_store, random_arrays
 from tests.trainer.runs import curve, micro, train_on_ranks, weights
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
@@ -18,6 +21,7 @@ from trainer.evaluation.generate.image_files import n_written
 from trainer.evaluation.probing.hidden_states import noisy_latents, pooled_hidden_states, read_rows
 from trainer.evaluation.probing.sweep import SweepConfig, open_samples, sweep
 from trainer.evaluation.report.page import write_report
+from trainer.loop import train as loop
 from trainer.loop.train import train
 from trainer.models.reg import split
 from trainer.run.checkpoint import OPTIMIZER, latest_checkpoint, read_state
@@ -204,3 +208,32 @@ def test_hidden_states_of_reg_are_of_the_patches(trained: dict[str, Path]) -> No
     torch.testing.assert_close(found, tokens[:, 1:].mean(1), atol=1e-5, rtol=1e-5)
     run.data.close()
     samples.close()
+
+
+def test_a_class_token_that_is_not_finite_is_left_out_and_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layout = StoreLayout(n_rows=40, views=("original",), resolution=128, shard_rows=16)
+    class_tokens = random_arrays(make_layouts(layout)[FEATURES], seed=1)["cls"]
+    class_tokens[17] = np.inf
+    make_store(tmp_path / "store", features={"cls": class_tokens})
+    changes = {**REG, "loss.projection_weight": (0.5,), "model.align_block": (1,)}
+    train(micro(tmp_path / "store", tmp_path / "run", steps=5, **changes))
+    (line,) = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "left out" in line]
+    assert "rows [17]; left out, 1 of at most 10" in line
+    assert "class token's" in line
+
+
+def test_a_signal_at_the_stop_ends_the_run_there(
+    shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not a step later, in the part of the run that has no alignment."""
+    take = loop.train_step
+
+    def signalled(training: Any, batch: Any, *, stop: bool) -> Any:
+        return take(training, batch, stop=stop or batch.step == STOP - 1)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    train(micro(shared_tiny_store, tmp_path, steps=STEPS, **STOPPED, **{"checkpoint.every": STOP}))
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, STOP + 1))
+    assert not read_state(newest(tmp_path)).alignment_stopped

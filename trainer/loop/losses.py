@@ -73,6 +73,11 @@ class Losses:
             class_denoising=torch.cat([part.class_denoising.detach() for part in parts]),
         )
 
+    def of_samples(self) -> Tensor:
+        """What each sample lost in all, without weights, (B,): finite where every loss of it is."""
+        of_class = self.class_denoising if len(self.class_denoising) else torch.zeros_like(self.denoising)
+        return self.denoising + self.alignments.sum(1) + of_class
+
     def total(self, config: TrainConfig) -> Tensor:
         """The scalar that is minimised."""
         weights = [target.weight for target in config.targets]
@@ -128,8 +133,10 @@ def compare(
     config: TrainConfig,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Denoising losses (B,), alignment losses (B, K), cosines (B, K) unless the losses are minus these, and the class
-    tokens' denoising losses (B,) where there are any.
+    """Four kinds of numbers, a row a sample.
+
+    Denoising losses (B,); alignment losses (B, K); cosines (B, K), or (B, 0) where the losses are minus these; the
+    class tokens' denoising losses (B,), or (0,) where there are none.
     """
     denoise = OBJECTIVES[config.model.kind].denoising_loss
     output, c_output = split(output, geometry)

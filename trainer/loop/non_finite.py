@@ -38,7 +38,9 @@ class NonFiniteSteps:
         losses_text = f"denoising loss {denoising:.4g}, gradient norm {norm:.4g}"
         if alignments:
             losses_text += f", alignment {', '.join(f'{value:.4g}' for value in alignments)}"
-        finite = (losses.denoising + losses.alignments.sum(1)).isfinite()
+        if len(losses.class_denoising):
+            losses_text += f", class token's {numbers.class_denoising.item():.4g}"
+        finite = losses.of_samples().isfinite()
         bad_rows = [row for row in world.gather(torch.where(finite, -1, rows)).tolist() if row >= 0]
         message = f"step {step}: {losses_text}; rows {bad_rows or world.gather(rows).tolist()}"
         if not bad_rows and loss_scale > 1:

@@ -149,8 +149,8 @@ class _Run:
                 if config.aligns and not config.aligns_at(step) and not self.alignment_stopped:
                     self.training, self.alignment_stopped = without_alignment(self.training), True
                 with self._loader(step, end) as loader:
-                    step = self._steps(loader, step, stop)
-                if step < end:
+                    step, stopping = self._steps(loader, step, stop)
+                if stopping:
                     break
         summary = self._summary(step, time.perf_counter() - start_s)
         if self.world.is_main:
@@ -186,9 +186,9 @@ class _Run:
             on_wait=self._show_wait,
         )
 
-    def _steps(self, loader: Loader, done: int, stop: Stop) -> int:
-        """Every step of the loader's; returns how many are done in all, which are saved where the run ends there."""
-        config = self.config
+    def _steps(self, loader: Loader, done: int, stop: Stop) -> tuple[int, bool]:
+        """Take every step of the loader's; returns how many are done in all, and whether a rank was asked to stop."""
+        config, stopping = self.config, False
         for batch in loader:
             numbers, losses = train_step(self.training, batch, stop=stop.signal is not None)
             readback = Readback(numbers.packed())
@@ -212,7 +212,7 @@ class _Run:
                 break
             if samples:
                 self._sample(done)
-        return done
+        return done, stopping
 
     def _settle(self, keep: int) -> bool:
         """Take in the numbers of all but the last `keep` steps; returns whether a rank was asked to stop."""
