@@ -8,11 +8,26 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.alignment.irepa import IREPA
 from trainer.alignment.kind import Alignment
 from trainer.models.transformer import Geometry
+
+
+def assert_gradients_agree(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """The model's gradients are those of the float64 weights, after a backward pass of each."""
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        if expected is None:
+            assert name == "pos_embed"
+            assert parameter.grad is None
+            continue
+        assert parameter.grad is not None, name
+        # The key bias moves every score of a query alike, so its gradient is zero but for rounding: compare by the
+        # largest gradient of the whole tensor, with a floor for tensors whose gradient is all small.
+        error = (parameter.grad.double() - expected).abs().max().item()
+        assert error < 2e-4 * expected.abs().max().item() + 1e-7, (name, error)
 
 
 def norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,47 +20,17 @@ FILES = {
     "reg": "reg.npz",
     "lightningdit": "lightningdit.npz",
 }
+SIT = Geometry(
+    kind="sit", input_size=8, channels=4, patch=2, width=48, depth=4, heads=4, n_classes=1000, targets=((2, 40),),
+    projector_width=64,
+)  # fmt: skip
 GEOMETRIES = {
-    "sit": Geometry(
-        kind="sit",
-        input_size=8,
-        channels=4,
-        patch=2,
-        width=48,
-        depth=4,
-        heads=4,
-        n_classes=1000,
-        targets=((2, 40),),
-        projector_width=64,
-    ),
-    "dit": Geometry(kind="dit", input_size=8, channels=4, patch=2, width=48, depth=3, heads=4, n_classes=1000),
-    "irepa": Geometry(
-        kind="sit",
-        input_size=8,
-        channels=4,
-        patch=2,
-        width=48,
-        depth=3,
-        heads=4,
-        n_classes=1000,
-        targets=((2, 40),),
-        alignments=(alignment_named("irepa"),),
-    ),
-    "reg": Geometry(
-        kind="sit",
-        input_size=8,
-        channels=4,
-        patch=2,
-        width=48,
-        depth=3,
-        heads=4,
-        n_classes=1000,
-        targets=((2, 40),),
-        projector_width=64,
-        class_width=40,
-    ),
-    "lightningdit": Geometry(
-        kind="lightningdit", input_size=4, channels=8, patch=1, width=48, depth=3, heads=4, n_classes=10
+    "sit": SIT,
+    "dit": replace(SIT, kind="dit", depth=3, targets=(), projector_width=2048),
+    "irepa": replace(SIT, depth=3, alignments=(alignment_named("irepa"),)),
+    "reg": replace(SIT, depth=3, class_width=40),
+    "lightningdit": replace(
+        SIT, kind="lightningdit", input_size=4, channels=8, patch=1, depth=3, n_classes=10, targets=()
     ),
 }
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from storage.base.errors import UserError
+from tests.trainer import plain
 from tests.trainer.reference import load_reference, reference_model
 from tests.trainer.test_step import SCALE, WEIGHTS, batch_of, config_of, plain_step
 from tests.trainer.test_transformer import SMALL, randomised
@@ -111,12 +112,7 @@ def test_losses_and_every_gradient_agree_with_float64() -> None:
     total = denoising.mean() + WEIGHTS[0] * alignments[:, 0].mean() + WEIGHTS[1] * alignments[:, 1].mean()
     total.backward()
     torch.testing.assert_close(found.alignments.double(), alignments, atol=1e-5, rtol=1e-4)
-    for name, parameter in model.named_parameters():
-        if (expected := weights[name].grad) is None:
-            continue
-        assert parameter.grad is not None, name
-        error = (parameter.grad.double() - expected).abs().max().item()
-        assert error < 2e-4 * expected.abs().max().item() + 1e-7, (name, error)
+    plain.assert_gradients_agree(model, weights)
 
 
 @pytest.mark.parametrize(
