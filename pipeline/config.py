@@ -216,4 +216,4 @@ class LaunchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoConfig:
-    """`encoders`: nothing."""
+    """`encoders` has no options."""

@@ -76,7 +76,7 @@ class Identity:
         return identity_digest(self.plain())
 
     def of_samples(self, views: Iterable[str], index_digest: str) -> Self:
-        """The identity of a group of these samples, who are named last."""
+        """The identity of a group of these samples; views and index are named last."""
         encoder = replace(self, views=None, index_digest=None)
         return replace(encoder, views=tuple(views), index_digest=index_digest, order=tuple(encoder.plain()))
 

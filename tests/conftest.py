@@ -43,7 +43,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _skip(*_: Any, **__: Any) -> NoReturn:
-    pytest.skip("starts a process")
+    pytest.skip("--quick: this test starts a process, which takes longer than the quick run has")
 
 
 @pytest.fixture(autouse=True)

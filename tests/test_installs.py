@@ -113,7 +113,7 @@ def test_a_fresh_environment(extra: str, shared_tiny_store: Path, tmp_path: Path
     pip = [program, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints, what]
     done = subprocess.run(pip, capture_output=True, text=True, env=env, cwd=tmp_path)
     if "Retrying" in done.stderr:
-        pytest.skip("no index of packages can be reached")
+        pytest.skip("the environments cannot be made: no index of packages can be reached from here")
     assert done.returncode == 0, done.stdout + done.stderr
     listed = json.loads(python("-m", "pip", "list", "--format", "json", env=env, program=program).stdout)
     size = subprocess.run(["du", "-sm", tmp_path / "venv"], capture_output=True, text=True).stdout.split()[0]

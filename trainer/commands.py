@@ -114,7 +114,7 @@ def generate(config: GenerateConfig) -> None:
     """Draw images."""
     from trainer.evaluation.generate.generate import generate
 
-    _name(generate(config))
+    _print_paths(generate(config))
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -130,37 +130,37 @@ def probe(config: MeasureConfig) -> None:
     """Measure one run by linear probing."""
     from trainer.evaluation.probing.analyse import write_measure
 
-    _name(write_measure(config.run, config, "probe", config.out))
+    _print_paths(write_measure(config.run, config, "probe", config.out))
 
 
 def cknna(config: MeasureConfig) -> None:
     """Measure one run by CKNNA."""
     from trainer.evaluation.probing.analyse import write_measure
 
-    _name(write_measure(config.run, config, "cknna", config.out))
+    _print_paths(write_measure(config.run, config, "cknna", config.out))
 
 
 def analyse(config: AnalyseConfig) -> None:
     """Draw the paper's figures."""
     from trainer.evaluation.probing.analyse import write_analysis
 
-    _name(write_analysis(config.runs, config, config.out))
+    _print_paths(write_analysis(config.runs, config, config.out))
 
 
 def report(config: ReportConfig) -> None:
     """Write the page."""
     from trainer.evaluation.report.page import write_report
 
-    _name(write_report(config.runs, config.out, config.title))
+    _print_paths(write_report(config.runs, config.out, config.title))
 
 
 def export(config: ExportConfig) -> None:
     """Write weights for other programs."""
     from trainer.evaluation.export.export import export
 
-    _name(export(config.run, config.to, config.out, config.checkpoint))
+    _print_paths(export(config.run, config.to, config.out, config.checkpoint))
 
 
-def _name(written: Iterable[Path]) -> None:
+def _print_paths(written: Iterable[Path]) -> None:
     for path in written:
         print(path)

@@ -12,8 +12,8 @@
 A nested dataclass is a topic: its fields become `--topic.name`, under a heading that is the first line of its
 docstring. A field without a help text is no option. Types are str, int, float, bool, Path, `Path | str` (a path or a
 URL), a Literal of strings, any of these or None, and a tuple of one of them. A tuple is one text with commas, or, where
-it is positional or `spaced`, several arguments. A bool is `--flip`, `--no-flip`, or `--flip true`; beside positional
-arguments, for which the value could be meant, the last form does not exist.
+it is positional or `spaced`, several arguments. A bool is `--flip`, `--no-flip`, or `--flip true`; in a class with
+positional arguments, for which the value could be meant, the last form does not exist.
 
 What the user gave is read as text and converted here, so that a wrong value is one line that names the option.
 """

@@ -8,39 +8,21 @@ the numbers, and changing it on resume must be asked for.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from storage.base import options
 from storage.base.errors import UserError
-from storage.base.options import flag_of, spelled
+from storage.base.options import spelled
 from trainer.alignment import COSINE, spelled_out
+from trainer.config.declaring import at_least, flag, in_unit_interval, option, section
 
 Kind = Literal["sit", "dit", "lightningdit"]
-AS_NOW = object()
 DEFAULT_PRESET = "sit-xl-2"
 PRESET_NAMES = (  # in words, of `presets.py`
     "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
     "lightningdit-{b,xl}-1, sit-tiny-2, dit-tiny-2"
 )
-
-
-def option(
-    default: object, help_text: str, *, free: bool = False, before: object = AS_NOW, of_alignment: bool = False
-) -> Any:
-    """A setting (`storage.base.options`); a *free* one may change when a run is resumed.
-
-    `before`: what runs did that were saved before the setting existed, where that is not today's default.
-    `of_alignment`: a run without alignment does not depend on it, so an ablation does not vary it there.
-    """
-    before = default if before is AS_NOW else before
-    return options.option(default, help_text, free=free, before=before, of_alignment=of_alignment)
-
-
-def section(default: type) -> Any:
-    """A nested config; its first docstring line heads its options in `--help`."""
-    return field(default_factory=default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,20 +396,3 @@ class AlignmentTarget:
     block: int
     weight: float
     alignment: str = COSINE
-
-
-def flag(topic: str, name: str) -> str:
-    """The command line's spelling of a field: `--loss.projection-weight`."""
-    return flag_of(f"{topic}.{name}" if topic else name)
-
-
-def at_least(config: object, topic: str, name: str, least: int) -> None:
-    """Raise UserError when the field is below `least` (or not a number)."""
-    if not getattr(config, name) >= least:
-        raise UserError(f"{flag(topic, name)} must be at least {least}, got {getattr(config, name)}")
-
-
-def in_unit_interval(config: object, topic: str, name: str) -> None:
-    """Raise UserError when the field is outside [0, 1]."""
-    if not 0 <= getattr(config, name) <= 1:
-        raise UserError(f"{flag(topic, name)} must be in [0, 1], got {getattr(config, name)}")

@@ -135,7 +135,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoConfig:
-    """`alignments`: nothing."""
+    """`alignments` has no options."""
 
 
 def _at_least_one(config: object, *names: str) -> None:

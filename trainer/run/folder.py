@@ -1,4 +1,4 @@
-"""What a run's folder holds, and under which names; no other file spells them.
+"""What a run's folder holds, and under which names; no other file of the trainer spells them but `.lock`'s own.
 
 config.yaml                     the configuration, with what was chosen automatically written out
 checkpoints/step-0000100/       weights, optimiser and state after 100 steps (`checkpoint.py`)

@@ -1,4 +1,4 @@
-"""A run goes on from its newest checkpoint, and is refused when something else made it."""
+"""A run continues from its newest checkpoint; it is refused when its settings or its stores are others."""
 
 from __future__ import annotations
 
