@@ -2,7 +2,7 @@
 
     dx = v(x, t) dt                                       ode, t from 1 to 0
     dx = [v(x, t) − ½ w(t) s(x, t)] dt + √w(t) dW̄         sde, diffusion w(t) = 2 t (SiT, arXiv 2401.08740, eq. 4)
-    x_{t−1} ~ p(x_{t−1} | x_t)                            ddpm, on evenly strided steps (`objectives/diffusion.py`)
+    x_{t−1} ~ p(x_{t−1} | x_t)                            ddpm, on evenly strided steps (`objectives/dit.py`)
 
 The SDE runs from t = 1 to t = 0.04 in equal steps and makes its last step, to 0, without noise, as the published
 figures were sampled; so does the chain. Classifier-free guidance o = o_∅ + s·(o_y − o_∅) of the model's output applies
