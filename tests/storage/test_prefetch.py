@@ -90,6 +90,7 @@ def test_closing_wakes_a_thread_that_waits_for_a_buffer() -> None:
 def test_an_interrupt_ends_the_wait_and_the_thread() -> None:
     main = threading.main_thread().ident
     assert main is not None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     timer = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT))
 
     def make(plan: int, buffer: int) -> int:
