@@ -21,8 +21,10 @@ from trainer.evaluation.generate.image_files import n_written
 from trainer.evaluation.probing.hidden_states import noisy_latents, pooled_hidden_states, read_rows
 from trainer.evaluation.probing.sweep import SweepConfig, open_samples, sweep
 from trainer.evaluation.report.page import write_report
+from trainer.loop import log_window
 from trainer.loop import train as loop
 from trainer.loop.train import train
+from trainer.models.flops import forward_flops_per_image
 from trainer.models.reg import split
 from trainer.run.checkpoint import OPTIMIZER, latest_checkpoint, read_state
 from trainer.run.metrics import read_metrics
@@ -130,6 +132,20 @@ def test_a_log_line_across_the_stop_is_of_the_steps_that_had_an_alignment(
     assert triple[1]["alignment_loss"] == pytest.approx(single[3]["alignment_loss"])
     assert triple[1]["denoising_loss"] == pytest.approx(sum(line["denoising_loss"] for line in single[3:6]) / 3)
     assert triple[1]["loss"] == pytest.approx(sum(line["loss"] for line in single[3:6]) / 3)
+
+
+def test_utilisation_counts_the_projectors_of_the_steps_that_run_them(
+    shared_tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_window, "peak_flops", lambda device: 1e9)
+    config = micro(shared_tiny_store, tmp_path, steps=9, **STOPPED, **{"log.every": 3})
+    train(config)
+    run = open_run(tmp_path)
+    run.data.close()
+    aligned, plain = (3 * forward_flops_per_image(run.geometry, projected) for projected in (True, False))
+    assert aligned > 1.05 * plain
+    counted = [line["mfu"] * 1e9 / line["images_per_s"] for line in read_metrics(tmp_path)]
+    assert counted == pytest.approx([aligned, (aligned + 2 * plain) / 3, plain])
 
 
 def test_reg_logs_the_class_token_s_loss(shared_tiny_store: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What happened since the last log line: sums over the steps taken, and where the time went.
 
 The sums are part of a checkpoint, so that a line that spans a resume says what an unbroken run's would have said. Time
-is this process's own. MFU is counted FLOPs (three times the forward pass) over the device's dense bf16 peak.
+is this process's own. MFU is counted FLOPs (three times the forward pass, projectors where a step has an alignment)
+over the device's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class LogWindow:
     count: int = 0
     n_aligned: int = 0  # of these, the steps that had an alignment
     n_timed: int = 0  # steps of this process, which a resume begins anew
+    n_timed_aligned: int = 0  # of these, the steps that had an alignment
     stall_s: float = 0.0
     start_s: float = field(default_factory=time.perf_counter)
 
@@ -43,6 +45,12 @@ class LogWindow:
         self.sums += numbers.packed()
         self.count += 1
         self.n_aligned += aligned
+
+    def time(self, stall_s: float, *, aligned: bool) -> None:
+        """Count a step that was taken, and how long it waited for its batch."""
+        self.stall_s += stall_s
+        self.n_timed += 1
+        self.n_timed_aligned += aligned
 
     def line(self, step: int, config: TrainConfig, geometry: Geometry, world: World, skipped: int) -> dict[str, Any]:
         """The log line of the interval that ends with `step`; every rank must ask, for the longest stall counts.
@@ -64,8 +72,13 @@ class LogWindow:
         }
         peak = peak_flops(world.device)
         if peak is not None:
-            line["mfu"] = 3 * forward_flops_per_image(geometry) * images_per_s / (peak * world.size)
+            line["mfu"] = self._flops_per_image(geometry) * images_per_s / (peak * world.size)
         return line
+
+    def _flops_per_image(self, geometry: Geometry) -> float:
+        """Forward and backward pass, the mean over the steps timed."""
+        aligned, plain = (3 * forward_flops_per_image(geometry, with_projections) for with_projections in (True, False))
+        return plain + (aligned - plain) * self.n_timed_aligned / max(1, self.n_timed)
 
     @property
     def _share_aligned(self) -> float:

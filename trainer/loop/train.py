@@ -193,8 +193,7 @@ class _Run:
             numbers, losses = train_step(self.training, batch, stop=stop.signal is not None)
             readback = Readback(numbers.packed())
             self.in_flight.append(_InFlight(step=batch.step, rows=batch.rows, losses=losses, numbers=readback))
-            self.window.stall_s += batch.stall_s
-            self.window.n_timed += 1
+            self.window.time(batch.stall_s, aligned=config.aligns_at(batch.step))
             done = batch.step + 1
             is_last = done == config.steps
             logs = is_last or done % config.log.every == 0
@@ -297,7 +296,7 @@ class _Run:
         config, geometry, world, data = self.config, self.training.geometry, self.world, self.data
         n_parameters = sum(parameter.numel() for parameter in self.training.model.parameters())
         groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
-        gflop = 3 * forward_flops_per_image(geometry) / 1e9
+        gflop = 3 * forward_flops_per_image(geometry, config.aligns_at(self.first_step)) / 1e9
         share = config.batch // world.size
         ranks = f"{world.size} rank(s) of {share} images"
         if config.accumulate > 1:
