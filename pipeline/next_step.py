@@ -1,11 +1,17 @@
 """The command that trains on a store: a preset, and options where the store leaves a choice, that the trainer takes.
 
 What fits is arithmetic of identities: a model of patch p makes (side / p)² tokens of latents with `side` pixels, which
-must be the features' grid. Presets `sit-xl-{2,4,8}` are of 256 px, those with `-512` of 512 px, `sit-tiny-2` of any.
+must be the features' grid; without features, p makes as many tokens as features would have, or nearly.
+
+    sit-xl-{2,4,8}[-512][-vanilla]   at 256 or 512 px
+    sit-xl-2-reg                     at 256 px, where class tokens lie beside the patch tokens
+    sit-xl-1[-vanilla]               for latents of autoencoders of factor 16 and more
+    sit-tiny-2                       at any other resolution
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Collection
 from contextlib import closing, suppress
@@ -14,8 +20,8 @@ from typing import Any
 from storage import GroupReader, StoreError, open_store
 from storage.identity import FeaturesIdentity, LatentsIdentity
 
-PATCHES = (2, 4, 8)
-PUBLISHED = {256: "", 512: "-512"}  # pixels → what ends a preset's name
+PATCHES = (1, 2, 4, 8)
+PIXELS_A_TOKEN = 16  # of features, and so of published models
 TINY, TINY_PATCH = "sit-tiny-2", 2
 
 
@@ -36,23 +42,41 @@ def train_command(where: str, preferred: Collection[str] = ()) -> str:
         (source, target, patch)
         for source in latents
         for target in [*features, ""]  # none: a vanilla model
-        for patch in PATCHES
+        for patch in sorted(PATCHES, key=lambda patch: _distance(groups[source], patch, store.resolution))
         if _fits(groups[source], groups.get(target), patch)
     ]
     if not fitting:
         return ""
     source, target, patch = min(fitting, key=lambda fit: not fit[1])  # the first with alignment, else the first
-    options = []
-    if store.resolution in PUBLISHED:
-        preset = f"sit-xl-{patch}{PUBLISHED[store.resolution]}{'' if target else '-vanilla'}"
-    else:
-        preset = TINY
-        options += [f"--model.patch {patch}"] * (patch != TINY_PATCH) + ["--loss.projection-weight 0"] * (not target)
+    preset, options = _preset(store.resolution, patch, groups.get(target))
+    n_without = int((store.classes.labels < 0).sum())
+    if 0 < n_without < store.n_rows:  # which can only be trained on without any
+        options.append("--loss.label-dropout 1")
     for kind, chosen in (("latents", source), ("features", target)):
         if chosen and sum(path.startswith(f"{kind}/") for path in there) > 1:
             options.append(f"--data.{kind} {shlex.quote(chosen.partition('/')[2])}")
     line = f"make train STORE={shlex.quote(where)} PRESET={preset}"
     return f"{line} ARGS={shlex.quote(' '.join(options))}" if options else line
+
+
+def _preset(resolution: int, patch: int, target: GroupReader[FeaturesIdentity] | None) -> tuple[str, list[str]]:
+    """A preset's name, and the options that make it fit."""
+    vanilla = "" if target is not None else "-vanilla"
+    if resolution not in (256, 512):
+        options = [f"--model.patch {patch}"] * (patch != TINY_PATCH)
+        return TINY, options + ["--loss.projection-weight 0"] * bool(vanilla)
+    if patch == 1:
+        return f"sit-xl-1{vanilla}", ["--data.resolution 512"] * (resolution == 512)
+    if resolution == 512:
+        return f"sit-xl-{patch}-512{vanilla}", []
+    if patch == 2 and target is not None and "cls" in target.arrays:
+        return "sit-xl-2-reg", []
+    return f"sit-xl-{patch}{vanilla}", []
+
+
+def _distance(latents: GroupReader[LatentsIdentity], patch: int, resolution: int) -> float:
+    """How far, in powers of two, a patch's number of tokens is from that of published models."""
+    return abs(math.log2(latents.identity.latent_size[0] / patch * PIXELS_A_TOKEN / resolution))
 
 
 def _fits(latents: GroupReader[LatentsIdentity], features: GroupReader[FeaturesIdentity] | None, patch: int) -> bool:

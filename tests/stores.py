@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +109,43 @@ def make_store(
                 root, layout, identities[path], data[path], keys, failed_rows, staging, missing_only=missing_only
             )
     return data
+
+
+def make_groups(
+    root: Path,
+    resolution: int,
+    groups: Mapping[str, Mapping[str, Any]],
+    *,
+    n_rows: int = 2,
+    labels: Sequence[int] = (),
+) -> None:
+    """A store of random numbers with groups of any geometry: n (channels or width), side, and `arrays` if not all.
+
+    Two classes in turn, unless `labels` says otherwise; factors and shifts of latents are those of `make_identities`.
+    """
+    store = StoreLayout(n_rows=n_rows, views=("original",), resolution=resolution, shard_rows=n_rows)
+    keys = [f"{row:05d}" for row in range(n_rows)]
+    labels = labels or [row % 2 for row in range(n_rows)]
+    index = make_index(keys, labels, ["" if n < 0 else f"class{n}" for n in labels], keys, [1] * n_rows)
+    with Staging(root) as staging:
+        create_store(root, store, index, {"source": "none"}, staging.run_id)
+        for path, of in groups.items():
+            n, side = of["n"], of["side"]
+            kind = LATENTS if path.startswith("latents/") else FEATURES
+            identity = replace(make_identities()[kind], name=path.partition("/")[2], resolution=resolution)
+            shapes: dict[str, tuple[int, ...]]
+            if kind == LATENTS:
+                identity = replace(identity, latent_channels=n, latent_size=(side, side))
+                shapes = {"moments": (2 * n, side, side)}
+            else:
+                identity = replace(identity, width=n, token_grid=(side, side))
+                shapes = {"patches": (side * side, n), "cls": (n,)}
+            arrays = [
+                ArrayLayout(name=name, dtype="float16", row_shape=shapes[name], store=store)
+                for name in of.get("arrays", shapes)
+            ]
+            layout = GroupLayout(path=path, arrays=tuple(arrays))
+            publish_all(root, layout, identity, random_arrays(layout), keys, [], staging)
 
 
 def publish_all(

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from pipeline.encoders.catalogue import VAES, VISION
+from pipeline.encoders.tiny import RESOLUTION
 from pipeline.next_step import train_command
-from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_store
-from storage.index import make_index
-from tests.stores import FEATURES, LATENTS, make_identities, publish_all
+from tests.stores import make_groups
 from trainer.config.command_line import train_config
 from trainer.config.presets import preset
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import geometry_of, open_data
-
-
-def make_groups(root: Path, resolution: int, groups: dict[str, dict[str, Any]]) -> None:
-    """A store of two rows; each group's geometry is (channels or width, side), and `arrays` if they are others."""
-    store = StoreLayout(n_rows=2, views=("original",), resolution=resolution, shard_rows=2)
-    index = make_index(["a", "b"], [0, 1], ["a", "b"], ["a", "b"], [1, 1])
-    with Staging(root) as staging:
-        create_store(root, store, index, {"source": "none"}, staging.run_id)
-        for path, of in groups.items():
-            n, side = of["n"], of["side"]
-            kind = LATENTS if path.startswith("latents/") else FEATURES
-            identity = replace(make_identities()[kind], name=path.partition("/")[2], resolution=resolution)
-            if kind == LATENTS:
-                identity = replace(identity, latent_channels=n, latent_size=(side, side))
-                shapes: dict[str, tuple[int, ...]] = {"moments": (2 * n, side, side)}
-            else:
-                identity = replace(identity, width=n, token_grid=(side, side))
-                shapes = {"patches": (side * side, n), "cls": (n,)}
-            arrays = [
-                ArrayLayout(name=name, dtype="float16", row_shape=shapes[name], store=store)
-                for name in of.get("arrays", shapes)
-            ]
-            layout = GroupLayout(path=path, arrays=tuple(arrays))
-            numbers = {array.name: np.zeros(array.shape, np.float16) for array in arrays}
-            publish_all(root, layout, identity, numbers, ["a", "b"], [], staging)
 
 
 def configured(command: str) -> TrainConfig:
@@ -57,18 +32,32 @@ def configured(command: str) -> TrainConfig:
     return train_config({**values, **named})
 
 
-SD, DC = {"n": 4, "side": 32}, {"n": 32, "side": 8}
+SD, DC, F16 = {"n": 4, "side": 32}, {"n": 32, "side": 8}, {"n": 32, "side": 16}
+
+
+def taken(command: str) -> TrainConfig:
+    """The configuration, which the trainer accepts for the store."""
+    config = configured(command)
+    data = open_data(config)
+    geometry_of(config, data)
+    data.close()
+    return config
 
 
 @pytest.mark.parametrize(
     ("resolution", "groups", "says"),
     [
         (128, {"latents/a": {"n": 4, "side": 16}, "features/b": {"n": 24, "side": 8}}, "sit-tiny-2"),
-        (256, {"latents/a": SD, "features/b": {"n": 24, "side": 16}}, "sit-xl-2"),
+        (256, {"latents/a": SD, "features/b": {"n": 24, "side": 16}}, "sit-xl-2-reg"),
+        (256, {"latents/a": SD, "features/b": {"n": 24, "side": 16, "arrays": ["patches"]}}, "sit-xl-2"),
+        (256, {"latents/a": F16, "features/b": {"n": 24, "side": 16}}, "sit-xl-1"),
+        (256, {"latents/a": F16}, "sit-xl-1-vanilla"),
+        (512, {"latents/a": {"n": 32, "side": 32}, "features/b": {"n": 24, "side": 32}}, "--data.resolution 512"),
+        (384, {"latents/a": {"n": 32, "side": 24}, "features/b": {"n": 24, "side": 24}}, "--model.patch 1"),
         (512, {"latents/a": {"n": 16, "side": 64}, "features/b": {"n": 24, "side": 32}}, "sit-xl-2-512"),
         (256, {"latents/a": SD, "features/b": {"n": 24, "side": 8}}, "sit-xl-4"),
         (256, {"latents/a": SD, "features/b": {"n": 24, "side": 14}}, "sit-xl-2-vanilla"),
-        (256, {"latents/a": DC, "features/b": {"n": 24, "side": 16}}, "sit-xl-2-vanilla"),
+        (256, {"latents/a": DC, "features/b": {"n": 24, "side": 16}}, "sit-xl-1-vanilla"),
         (256, {"latents/a": SD}, "sit-xl-2-vanilla"),
         (384, {"latents/a": {"n": 4, "side": 48}, "features/b": {"n": 24, "side": 12}}, "--model.patch 4"),
         (384, {"latents/a": {"n": 4, "side": 48}}, "--loss.projection-weight 0"),
@@ -89,7 +78,7 @@ SD, DC = {"n": 4, "side": 32}, {"n": 32, "side": 8}
             "c",
         ),
         (256, {"features/b": {"n": 24, "side": 16}}, ""),
-        (96, {"latents/a": {"n": 4, "side": 3}}, ""),
+        (96, {"latents/a": {"n": 4, "side": 3}}, "--model.patch 1"),
     ],
 )
 def test_the_trainer_takes_it(tmp_path: Path, resolution: int, groups: dict[str, Any], says: str) -> None:
@@ -99,7 +88,41 @@ def test_the_trainer_takes_it(tmp_path: Path, resolution: int, groups: dict[str,
         assert command == ""
         return
     assert says in command
-    config = configured(command)
-    data = open_data(config)
-    geometry_of(config, data)
-    data.close()
+    assert says in taken(command).preset or says.startswith("--") or says == "c"
+
+
+@pytest.mark.parametrize("resolution", [RESOLUTION, 256, 384, 512])
+def test_the_trainer_takes_what_follows_any_pair_of_encoders(tmp_path: Path, resolution: int) -> None:
+    """Every latent and every kind of features that the catalogue can make, and latents of factor 16 from elsewhere."""
+    latents = {(vae.channels, vae.factor) for vae in VAES.values()} | {(32, 16)}
+    features = {
+        (model.width, math.isqrt(model.n_tokens(resolution)), kept)
+        for model in VISION.values()
+        if model.resolution in (0, resolution)
+        for kept in (("patches", "cls"), ("patches",), ("cls",))
+        if model.has_cls or kept == ("patches",)
+    }
+    groups: dict[str, dict[str, Any]] = {
+        f"latents/f{factor}c{channels}": {"n": channels, "side": resolution // factor} for channels, factor in latents
+    } | {
+        f"features/{width}-{'-'.join(kept)}": {"n": width, "side": side, "arrays": kept}
+        for width, side, kept in features
+        if width in (128, 1152, 768)  # which width it is changes nothing
+    }
+    make_groups(tmp_path, resolution, groups, n_rows=1)
+    for source, target in itertools.product(*([g for g in groups if g.startswith(kind)] for kind in ("lat", "fea"))):
+        config = taken(train_command(str(tmp_path), {source, target}))
+        side, grid = groups[source]["side"], groups[target]["side"]
+        assert config.aligns
+        if side % grid == 0 and "patches" in groups[target]["arrays"]:  # otherwise another group's turn
+            assert (f"latents/{config.data.latents}", f"features/{config.data.features[0]}") == (source, target)
+            has_reg = resolution == 256 and side // grid == 2 and "cls" in groups[target]["arrays"]
+            assert config.model.class_token == has_reg
+            assert config.model.patch == side // grid
+
+
+def test_a_store_with_some_labels_is_trained_on_without_them(tmp_path: Path) -> None:
+    make_groups(tmp_path, 256, {"latents/a": SD}, labels=[0, -1])
+    command = train_command(str(tmp_path))
+    assert "--loss.label-dropout 1" in command
+    assert taken(command).preset == "sit-xl-2-vanilla"
