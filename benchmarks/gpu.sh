@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that the open issues want measured on a machine with a GPU, in one call of at most ten minutes.
 #
-#   benchmarks/gpu.sh [tests] [train_step] [encoders] [profile]      default: tests train_step encoders
+#   benchmarks/gpu.sh [tests] [train_step] [encoders] [methods] [profile]      default: tests train_step encoders
 #
 # Each step has its own time limit, and goes on without those that failed; logs, tables and profiles are in $OUT (default
 # gpu-results). The status is 0 when every step passed. Variables:
 #   OUT      where results are written
 #   PYTHON   the interpreter with a torch that sees the GPU (default python3)
 #   PUBLIC   a clone of REPA's repository, for the public step's rows; needs accelerate and torchvision
-#   MINUTES  limit of train_step (default 5); with 5, not every model is begun: call `MINUTES=9 benchmarks/gpu.sh train_step`
+#   MINUTES  limit of train_step and of methods (default 5); with 5, not every model is begun: call `MINUTES=9 benchmarks/gpu.sh train_step`
 #   ARGS     more options of benchmarks.train_step (`--vae`, `--encoder dinov2-vitg14`, `--dtype int8`, …)
 #   WHEELS   a folder of wheels to install first, into a folder of their own
 #
@@ -58,12 +58,16 @@ for name in "${@:-tests train_step encoders}"; do
       train_step)
         step train_step $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --presets sit-xl-2,sit-b-2,sit-l-2 \
           --seconds 1.5 --minutes $((MINUTES - 1)) "${COMMON[@]}" ${ARGS:-} ;;
+      methods)  # images a second of each, in one table beside REPA's
+        step methods $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --batches 32 --compile yes --seconds 1.5 \
+          --presets "sit-xl-2,sit-xl-2:irepa,sit-xl-2-reg,sit-xl-2:stopped,sit-xl-2-vanilla,sit-xl-1,lightningdit-xl-1" \
+          --minutes $((MINUTES - 1)) "${COMMON[@]}" --out "$OUT/methods" ${ARGS:-} ;;
       encoders)
         step encoders 110 "$PYTHON" -m benchmarks.encoders --device cuda --seconds 1 --out "$OUT" ;;
       profile)
         step profile 150 "$PYTHON" -m benchmarks.train_step --presets sit-b-2,sit-xl-2 --batches 32 --compile yes \
           --profile store "${COMMON[@]}" ${ARGS:-} ;;
-      *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, profile" >&2; exit 2 ;;
+      *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, methods, profile" >&2; exit 2 ;;
     esac
   done
 done

@@ -72,10 +72,15 @@ def preprocess(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_tokens(model: Any, images: Tensor) -> Tensor:
-    """Patch tokens (B, T, D) in the model's dtype; no_grad, since inference tensors could not be trained against."""
+def encode_tokens(model: Any, images: Tensor, *, class_token: bool = False) -> Tensor:
+    """Patch tokens (B, T, D) in the model's dtype, behind the class token if asked for.
+
+    With no_grad, since inference tensors could not be trained against.
+    """
     x = preprocess(images).to(model.patch_embed.proj.weight.dtype)
-    return model.forward_features(x)[:, model.num_prefix_tokens :]
+    tokens = model.forward_features(x)
+    patches = tokens[:, model.num_prefix_tokens :]
+    return torch.cat([tokens[:, :1], patches], dim=1) if class_token else patches
 
 
 @torch.no_grad()

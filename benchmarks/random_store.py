@@ -1,7 +1,8 @@
 """A store of random numbers, a row as large as ImageNet's, written through the real writer, to train on for a while.
 
-SD-VAE's moments at 256 px (8 × 32 × 32) and 256 patch tokens of the width asked for, float16 or int8 with factors. One
-shard's numbers are drawn and every shard holds them: what is read is as large and as spread as real features are.
+SD-VAE's moments at 256 px (8 × 32 × 32), those of an autoencoder of factor 16 (64 × 16 × 16), and 256 patch tokens of
+the width asked for, float16 or int8 with factors, beside a class token. One shard's numbers are drawn and every shard
+holds them: what is read is as large and as spread as real features are.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 
 RESOLUTION = 256
-LATENT_CHANNELS, LATENT_SIDE, GRID = 4, 32, 16
+GRID = 16
 SHARD_ROWS = 512
 N_CLASSES = 10
-LATENTS, FEATURES = "latents/random", "features/random"
+FEATURES = "features/random"
+LATENTS = {"latents/random": (4, 32), "latents/random-f16": (32, 16)}  # channels, side
 
 
 def write(root: Path, n_rows: int, width: int, dtype: str) -> None:
@@ -53,26 +55,33 @@ def _arrays(n: int, width: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
     """One shard's arrays (n, 1, …) by group and name."""
     rng = np.random.default_rng(0)
     tokens = rng.standard_normal((n, 1, GRID * GRID, width), dtype=np.float32)
-    moments = rng.standard_normal((n, 1, 2 * LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), dtype=np.float32)
-    moments[:, :, LATENT_CHANNELS:] = np.abs(moments[:, :, LATENT_CHANNELS:])
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for path, (channels, side) in LATENTS.items():
+        moments = rng.standard_normal((n, 1, 2 * channels, side, side), dtype=np.float32)
+        moments[:, :, channels:] = np.abs(moments[:, :, channels:])
+        arrays[path] = {"moments": moments.astype(np.float16)}
     features = {"patches": tokens.astype(np.float16)}
     if dtype == "int8":
         features = dict(zip(("patches", "scale"), encode(tokens), strict=True))
-    return {LATENTS: {"moments": moments.astype(np.float16)}, FEATURES: features}
+    features["cls"] = rng.standard_normal((n, 1, width), dtype=np.float32).astype(np.float16)
+    return {**arrays, FEATURES: features}
 
 
 def _identities(width: int, dtype: str) -> dict[str, Identity]:
     """What the trainer asks of a group."""
     return {
-        LATENTS: LatentsIdentity(
-            resolution=RESOLUTION,
-            encoder="random numbers",
-            dtype="float16",
-            latent_channels=LATENT_CHANNELS,
-            latent_size=(LATENT_SIDE, LATENT_SIDE),
-            latent_scale_factor=0.18215,
-            latent_shift_factor=0.0,
-        ),
+        **{
+            path: LatentsIdentity(
+                resolution=RESOLUTION,
+                encoder="random numbers",
+                dtype="float16",
+                latent_channels=channels,
+                latent_size=(side, side),
+                latent_scale_factor=0.18215,
+                latent_shift_factor=0.0,
+            )
+            for path, (channels, side) in LATENTS.items()
+        },
         FEATURES: FeaturesIdentity(
             resolution=RESOLUTION,
             encoder="random numbers",

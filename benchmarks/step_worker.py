@@ -26,21 +26,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.methods import N_CLASSES, latents_of, measured_step, method
 from benchmarks.online import Encoders, encode_moments, encode_tokens, random_images
 from benchmarks.public_repa import PublicStep
+from benchmarks.random_store import LATENTS
 from storage.base.errors import UserError
-from trainer.config.presets import preset
 from trainer.config.tree import override
 from trainer.data.groups import geometry_of, open_data
 from trainer.data.loader import Batch, Loader
 from trainer.loop.losses import LatentScale
 from trainer.loop.readback import Readback
-from trainer.loop.step import build, compile_blocks, train_step
+from trainer.loop.step import build, compile_blocks, train_step, without_alignment
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
 from trainer.run.settings import resolve
 
-N_CLASSES = 1000
 FEWEST_STEPS, WARM_UP_STEPS, PROFILED_STEPS = 3, 3, 3
 RESULT = "RESULT "
 
@@ -49,7 +49,7 @@ RESULT = "RESULT "
 class Task:
     """What a worker holds."""
 
-    preset: str
+    preset: str  # as `methods.py` spells it
     batch: int
     store: str
     encoder: str
@@ -74,20 +74,25 @@ class Ours:
     """Our trainer, on batches from a store, from memory, or from encoders in the loop."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
+        config = method(task.preset)
+        latents = next((path for path, of in LATENTS.items() if of == latents_of(config)), "")
         # The published label embedding, whatever the store's classes.
         changes = {"store": task.store, "batch": task.batch, "device": task.device, "model.classes": N_CLASSES}
-        config = override(preset(task.preset), changes)
+        config = override(config, {**changes, "data.latents": latents})
         self.task, self.device, self.data = task, device, open_data(config)
         with world_of_ranks(task.device) as world:
             config = resolve(config, self.data, world)
             set_arithmetic(config)
             geometry = geometry_of(config, self.data)
             self.parts = build(config, geometry, LatentScale.of(self.data.latents.identity), world)
+        self.start = measured_step(config)
+        if config.aligns and not config.aligns_at(self.start):
+            self.parts = without_alignment(self.parts)
         with closing(self._loader()) as batches:
             self.batch: Batch = _to(next(batches), torch.device("cpu"))
         self.encoders: dict[tuple[str, bool], Encoders] = {}
         self.compiled: list[Any] = []
-        self.position = itertools.count()
+        self.position = itertools.count(self.start)
 
     @contextmanager
     def steps(self, request: Request, micro_batches: int) -> Iterator[tuple[Iterator[Any], Step]]:
@@ -131,8 +136,8 @@ class Ours:
     def _loader(self) -> Iterator[Batch]:
         config = self.parts.config
         with Loader(
-            self.data, seed=config.seed, batch=config.batch, start=0, stop=2**31, rank=0, world_size=1,
-            device=self.device, prefetch=config.data.prefetch,
+            self.data, seed=config.seed, batch=config.batch, start=self.start, stop=2**31, rank=0, world_size=1,
+            device=self.device, prefetch=config.data.prefetch, with_targets=config.aligns_at(self.start),
         ) as loader:  # fmt: skip
             yield from loader
 
@@ -156,8 +161,10 @@ class Ours:
         def batches() -> Iterator[Batch]:
             for batch in self._repeated():
                 moments = batch.moments if encoders.vae is None else encode_moments(encoders.vae, images)
-                tokens = encode_tokens(encoders.vision, images)
-                yield dataclasses.replace(batch, moments=moments, targets=(tokens,))
+                with_class = batch.class_tokens is not None
+                tokens = encode_tokens(encoders.vision, images, class_token=with_class)
+                class_tokens = tokens[:, 0] if with_class else None
+                yield dataclasses.replace(batch, moments=moments, targets=(tokens,), class_tokens=class_tokens)
 
         try:
             yield batches()
@@ -170,7 +177,7 @@ class Public:
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task = task
-        self.of = PublicStep(Path(task.public), preset(task.preset).model, task.encoder, N_CLASSES, device)
+        self.of = PublicStep(Path(task.public), method(task.preset).model, task.encoder, N_CLASSES, device)
 
     @contextmanager
     def steps(self, request: Request, micro_batches: int) -> Iterator[tuple[Iterator[Any], Step]]:
@@ -262,6 +269,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         labels=batch.labels.to(device),
         moments=batch.moments.to(device),
         targets=tuple(target.to(device) for target in batch.targets),
+        class_tokens=None if batch.class_tokens is None else batch.class_tokens.to(device),
     )
 
 

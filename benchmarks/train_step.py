@@ -1,6 +1,7 @@
 """A training step, side by side: from a store, from memory, with the encoders in the loop, and REPA's public step.
 
     python -m benchmarks.train_step [--public ../REPA] [--vae] [--presets sit-b-2,sit-xl-2] [--batches 32,256]
+    python -m benchmarks.train_step --presets sit-xl-2,sit-xl-2:irepa,sit-xl-2-reg,lightningdit-xl-1     the methods
     python -m benchmarks.train_step --device cpu --presets sit-tiny-2 --batches 4 --encoder dinov2-vits14 --compile no
 
     store        ours from a store on disk, of random numbers at real size, written first and read from the page cache
@@ -9,13 +10,15 @@
     online+vae   and SD-VAE's encoder (--vae)
     public       REPA's own step, from a clone (--public); see public_repa.py
 
-Ours is the trainer's own step, with and without compiled blocks. For each model and batch, one process holds ours and
-one the public model; rounds go through all variants in turn, each timed for --seconds after three steps untimed.
-Figures are medians over rounds. MFU counts the transformer alone, three times its forward pass, over the GPU's dense
-bf16 peak. Stall is the share of time that a step waited for its batch. `store / this` is how many times faster ours
-from the store is (compiled with compiled, the public step with the better of ours), the median of the ratios within a
-round; beside it, the ratio of the FLOPs. Memory is the most that was allocated, weights included. A batch that does not
-fit is taken in micro-batches. After each model and batch the table is written anew to --out/train_step.md.
+Ours is the trainer's own step, with and without compiled blocks; models are presets, or methods as `methods.py` spells
+them. Online, a method without features has no rows, and latents of factor 16 have no VAE. For each model and batch, one
+process holds ours and one the public model; rounds go through all variants in turn, each timed for --seconds after
+three steps untimed. Figures are medians over rounds. MFU counts the transformer alone, three times its forward pass,
+over the GPU's dense bf16 peak. Stall is the share of time that a step waited for its batch. `store / this` is how many
+times faster ours from the store is (compiled with compiled, the public step with the better of ours), the median of the
+ratios within a round; beside it, the ratio of the FLOPs. Memory is the most that was allocated, weights included. A
+batch that does not fit is taken in micro-batches. After each model and batch the table is written anew to
+--out/train_step.md.
 
 `--profile VARIANT` times nothing and writes, for each model and batch, the operations by time and a trace.
 """
@@ -38,16 +41,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.methods import measured_step, method, step_flops
 from benchmarks.online import ENCODERS, vae_flops, vision_flops
-from benchmarks.random_store import LATENT_CHANNELS, LATENT_SIDE, write
+from benchmarks.random_store import write
 from benchmarks.report import RESULTS, machine, table
-from benchmarks.step_worker import N_CLASSES, RESULT, Request, Task
+from benchmarks.step_worker import RESULT, Request, Task
 from storage.base.console import EXIT_OK, run_command
 from storage.base.errors import UserError
-from storage.base.options import close_matches
-from trainer.config.presets import PRESETS, preset
-from trainer.models.flops import forward_flops_per_image
-from trainer.models.transformer import Geometry
+from trainer.config.schema import TrainConfig
 from trainer.ranks.arithmetic import peak_flops
 from trainer.ranks.world import world_of_ranks
 
@@ -112,30 +113,37 @@ class Case:
         """As the table spells it."""
         return f"{self.preset}, {self.batch}"
 
+    @property
+    def config(self) -> TrainConfig:
+        """Of the method."""
+        return method(self.preset)
+
+    @property
+    def has_public(self) -> bool:
+        """Whether the public step is of this model, and asked for."""
+        model, plain = self.config.model, ":" not in self.preset and self.config.aligns
+        return bool(self.args.public) and plain and model.kind == "sit" and model.patch > 1 and not model.class_token
+
     def rows(self) -> list[Row]:
         """What is measured, ours first."""
         modes = {"both": (True, False), "yes": (True,), "no": (False,)}[self.args.compile]
-        variants = [variant for variant in OURS if variant != "online+vae" or self.args.vae]
+        variants = list(OURS[:2])
+        if self.config.aligns_at(measured_step(self.config)):
+            variants += ["online"] + ["online+vae"] * (self.args.vae and self.config.model.patch > 1)
         rows = [Row(variant=variant, compiled=compiled) for compiled in modes for variant in variants]
-        return rows + ([Row(variant="public", compiled=False)] if self.args.public else [])
+        return rows + ([Row(variant="public", compiled=False)] if self.has_public else [])
 
     def workers(self, store: Path) -> dict[bool, Worker]:
         """One for ours and, if asked for, one for the public step (True)."""
         task = Task(
             preset=self.preset, batch=self.batch, store=str(store), encoder=self.args.encoder, device=self.args.device
         )
-        public = {True: dataclasses.replace(task, public=str(self.args.public))} if self.args.public else {}
+        public = {True: dataclasses.replace(task, public=str(self.args.public))} if self.has_public else {}
         return {is_public: Worker(each) for is_public, each in ({False: task} | public).items()}
 
     def flops(self) -> int:
         """Forward and backward pass of one image."""
-        model = preset(self.preset).model
-        geometry = Geometry(
-            kind=model.kind, input_size=LATENT_SIDE, channels=LATENT_CHANNELS, patch=model.patch, width=model.width,
-            depth=model.depth, heads=model.heads, n_classes=N_CLASSES, projector_width=model.projector_width,
-            targets=((model.align_block[0], ENCODERS[self.args.encoder][1]),),
-        )  # fmt: skip
-        return 3 * forward_flops_per_image(geometry)
+        return step_flops(self.config, ENCODERS[self.args.encoder][1])
 
     def arithmetic(self, variant: str) -> float:
         """How many times the FLOPs of ours from the store."""
@@ -209,7 +217,7 @@ def write_profile(case: Case, store: Path) -> None:
     row = next((row for row in case.rows() if row.variant == case.args.profile), None)
     if row is None:
         raise UserError(f"--profile {case.args.profile} is not measured; pass --public DIR, or --vae, with it")
-    stem = case.args.out / f"profile-{case.preset}-{case.batch}-{row.name.replace(', ', '-')}"
+    stem = case.args.out / f"profile-{case.preset.replace(':', '-')}-{case.batch}-{row.name.replace(', ', '-')}"
     workers = case.workers(store)
     try:
         request = Request(variant=row.variant, compiled=row.compiled, seconds=0.0, profile=str(stem))
@@ -246,7 +254,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--presets", default="sit-b-2,sit-l-2,sit-xl-2", help="models, by the trainer's presets")
+    parser.add_argument("--presets", default="sit-b-2,sit-l-2,sit-xl-2", help="models: PRESET or PRESET:CHANGE")
     parser.add_argument("--batches", default="32,256", help="images a GPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", choices=("both", "yes", "no"), default="both", help="ours: compiled blocks")
@@ -256,7 +264,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="rounds through all variants (default 3)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timed run (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no model and batch is begun after so many")
-    parser.add_argument("--rows", type=int, default=4096, help="of the store (default 4096: 1.7 GB in float16)")
+    parser.add_argument("--rows", type=int, default=4096, help="of the store (default 4096: 1.8 GB in float16)")
     parser.add_argument("--dtype", choices=("float16", "int8"), default="float16", help="of the stored features")
     parser.add_argument("--directory", type=Path, default=Path(), help="where the store is made (default here)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the table and profiles are written")
@@ -265,8 +273,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.presets = args.presets.split(",")
     args.batches = [int(batch) for batch in args.batches.split(",")]
     for name in args.presets:
-        if name not in PRESETS:
-            raise UserError(f"--presets {name} is none{close_matches(name, list(PRESETS))}")
+        method(name)
     if args.rounds < 1 or min(args.batches) < 1:
         raise UserError(f"--rounds and --batches must be at least 1, got {args.rounds} and {min(args.batches)}")
     if args.rows < 2 * max(args.batches):

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks import flops, step_worker, train_step
+from benchmarks.methods import method
 from benchmarks.public_repa import PublicStep
-from benchmarks.step_worker import Request, Step, Timer
+from benchmarks.random_store import write
+from benchmarks.step_worker import Ours, Request, Step, Task, Timer
 from benchmarks.train_step import Case, Row, parse, ratio
 from storage.base.errors import UserError
 from trainer.config.presets import preset
+from trainer.config.tree import override
 
 CPU = torch.device("cpu")
 
@@ -23,16 +26,20 @@ CPU = torch.device("cpu")
 @pytest.mark.slow
 def test_the_smallest_setting_gives_a_whole_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = (
-        f"--device cpu --presets sit-tiny-2 --batches 1 --compile no --encoder dinov2-vits14 --rounds 1 --seconds 0.01 "
-        f"--rows 8 --dtype int8 --directory {tmp_path} --out {tmp_path}/out"
+        f"--device cpu --presets sit-tiny-2,sit-tiny-2:stopped --batches 1 --compile no --encoder dinov2-vits14 "
+        f"--rounds 1 --seconds 0.01 --rows 8 --dtype int8 --directory {tmp_path} --out {tmp_path}/out"
     )
     assert train_step.main(options.split()) == 0
     table = (tmp_path / "out" / "train_step.md").read_text()
     assert table in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "sit-tiny-2" in line]
-    assert [row[1] for row in rows] == ["store", "ceiling", "online"]
+    whole, stopped = ("sit-tiny-2, 1", "sit-tiny-2:stopped, 1")
+    assert [row[:2] for row in rows] == [
+        *([whole, variant] for variant in ("store", "ceiling", "online")),
+        *([stopped, variant] for variant in ("store", "ceiling")),
+    ]
     assert all(float(row[2]) > 0 and float(row[7]) > 0 for row in rows)
-    assert rows[0][7] == "1.000"
+    assert rows[0][7] == rows[3][7] == "1.000"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
@@ -50,6 +57,50 @@ def test_ratios_of_flops_are_the_design_s(name: str, encoder: str, online: float
     assert case.arithmetic("store") == case.arithmetic("ceiling") == 1
     assert case.arithmetic("online") == case.arithmetic("public") == pytest.approx(online, rel=0.03)
     assert case.arithmetic("online+vae") == pytest.approx(with_vae, rel=0.03)
+
+
+SMALL = {"model.depth": 1, "model.width": 32, "model.heads": 2, "model.align_block": (1,), "precision": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("sit-xl-2", ["store", "ceiling", "online"]),
+        ("sit-xl-2:irepa", ["store", "ceiling", "online"]),
+        ("sit-xl-2:irepa-1", ["store", "ceiling", "online"]),
+        ("sit-xl-2:stopped", ["store", "ceiling"]),
+        ("sit-xl-2-vanilla", ["store", "ceiling"]),
+        ("sit-xl-2-reg", ["store", "ceiling", "online"]),
+        ("sit-xl-1", ["store", "ceiling", "online"]),
+        ("lightningdit-xl-1", ["store", "ceiling"]),
+    ],
+)
+def test_every_method_takes_steps_from_a_store_and_online(
+    name: str, variants: list[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the methods' own settings in a small model; at full size a CPU would take minutes."""
+    monkeypatch.setattr(step_worker, "method", lambda name: override(method(name), SMALL))
+    monkeypatch.setattr(step_worker, "WARM_UP_STEPS", 1)
+    args = parse(["--encoder", "dinov2-vits14", "--device", "cpu", "--compile", "no"])
+    assert [row.variant for row in Case(preset=name, batch=2, args=args).rows()] == variants
+    ours = Ours(Task(preset=name, batch=2, store=str(store), encoder="dinov2-vits14", device="cpu"), CPU)
+    for variant in variants:
+        found = Timer(ours, 2, CPU).answer(Request(variant=variant, compiled=False, seconds=1e-9))
+        assert found["images_per_s"] > 0
+    ours.data.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of eight rows, for a vision encoder 384 wide."""
+    root = tmp_path_factory.mktemp("random") / "store"
+    write(root, 8, 384, "float16")
+    return root
+
+
+def test_the_table_of_the_methods_page_is_what_the_script_prints() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"\n\n{flops.lines()}\n\n" in page
 
 
 def test_a_ratio_is_the_median_of_those_within_a_round() -> None:
@@ -101,7 +152,8 @@ def test_a_step_that_does_not_fit_is_taken_in_parts() -> None:
     ("options", "said"),
     [
         ("--rows 511", "--rows must be two batches at least, 512, got 511"),
-        ("--presets sit-b-3", r"--presets sit-b-3 is none; did you mean .*sit-b-2"),
+        ("--presets sit-b-3", r"unknown preset 'sit-b-3'; did you mean .*sit-b-2"),
+        ("--presets sit-b-2:haste", r"there is no change 'haste', but irepa, irepa-1, stopped"),
         ("--rounds 0", "--rounds and --batches must be at least 1, got 0 and 32"),
     ],
 )

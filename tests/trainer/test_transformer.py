@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.methods import on_imagenet
 from storage.base.errors import UserError
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from trainer.config.presets import PRESETS
 from trainer.config.schema import Kind
+from trainer.config.tree import override
 from trainer.models.blocks import sincos_position_embedding, unpatchify
 from trainer.models.flops import forward_flops_per_image
 from trainer.models.make import make_model
@@ -207,34 +209,22 @@ def test_a_double_model_gives_double_gradients() -> None:
 # ---- cost -------------------------------------------------------------------------------------------------------
 
 
-def meta_flops(config: Geometry, backward: bool) -> int:
+def meta_flops(config: Geometry, backward: bool, with_projections: bool = True) -> int:
     with torch.device("meta"):
         model = make_model(config)
         x = torch.empty(1, *config.state_shape)
         t, y = torch.empty(1), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        velocity, projections = model(x, t, y)
+        velocity, projections = model(x, t, y, with_projections)
         if backward:
             torch.stack([velocity.sum(), *[p.sum() for p in projections]]).sum().backward()
     return counter.get_total_flops()
 
 
-def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768) -> Geometry:
-    config = PRESETS[name]()
-    model = config.model
-    return Geometry(
-        kind=model.kind,
-        input_size=config.data.resolution // 8,
-        channels=4,
-        patch=model.patch,
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        n_classes=1000,
-        qk_norm=model.qk_norm,
-        targets=((model.align_block[0], target_width),) if aligned else (),
-        projector_width=model.projector_width,
-    )
+def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768, **changes: Any) -> Geometry:
+    """A preset's model on ImageNet: SD-VAE's latents, or where the patch is 1 those of an f16d32 autoencoder."""
+    geometry = on_imagenet(override(PRESETS[name](), changes), target_width)
+    return geometry if aligned else dataclasses.replace(geometry, targets=(), alignments=())
 
 
 @pytest.mark.parametrize(
@@ -253,6 +243,8 @@ def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768)
 )
 def test_flop_count_equals_torch_s_count(config: Geometry) -> None:
     assert forward_flops_per_image(config) == meta_flops(config, backward=False)
+    without = forward_flops_per_image(config, with_projections=False)
+    assert without == meta_flops(config, backward=False, with_projections=False)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
