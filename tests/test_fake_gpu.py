@@ -8,6 +8,7 @@ streams, autocast, and the backward pass, for which gradients of the parameters'
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,18 @@ from trainer.config.presets import preset
 from trainer.config.tree import override
 from trainer.data.codes import dequantise
 from trainer.data.loader import Batch
+from trainer.evaluation.generate.draw import draw_latents
 from trainer.loop import step as update
 from trainer.loop.losses import LatentScale
-from trainer.models.transformer import DiffusionTransformer
+from trainer.models.make import make_model
+from trainer.models.transformer import Geometry
 from trainer.objectives import dit as diffusion
-from trainer.objectives.sampling import sample
 from trainer.ranks.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda", 0)
 B = 16  # samples
 OLD = [int(part) for part in torch.__version__.split("+")[0].split(".")[:2]] < [2, 14]
-FEATURES_WIDTH = 768
 
 
 class Copies(TorchDispatchMode):
@@ -88,52 +89,77 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def a_batch(step: int) -> Batch:
-    q, scale = quantise(torch.randn(B, 256, FEATURES_WIDTH, device=GPU))
+def a_batch(step: int, geometry: Geometry) -> Batch:
+    """Int8 features as float32, as the loader makes them; latents and class tokens are float16 in the store."""
+    n = geometry.grid**2
+    targets = tuple(dequantise(*quantise(torch.randn(B, n, width, device=GPU))) for _, width in geometry.targets)
+    class_tokens = None
+    if geometry.class_width:
+        class_tokens = torch.randn(B, geometry.class_width, device=GPU).half()
+        targets = tuple(torch.cat([class_tokens.float().unsqueeze(1), target], dim=1) for target in targets)
+    moments = torch.randn(B, 2 * geometry.channels, geometry.input_size, geometry.input_size, device=GPU).half()
     return Batch(
         step=step,
         rows=torch.arange(B, device=GPU),
         labels=torch.arange(B, device=GPU),
-        moments=torch.randn(B, 8, 32, 32, device=GPU).half(),
-        targets=(dequantise(q, scale),),
+        moments=moments,
+        targets=targets,
         stall_s=0.0,
+        class_tokens=class_tokens,
     )
+
+
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sit-xl-2": ("sit-xl-2", {}),
+    "dit-xl-2": ("dit-xl-2", {}),
+    "sit-xl-1": ("sit-xl-1", {}),
+    "sit-xl-2-reg": ("sit-xl-2-reg", {}),
+    "lightningdit-xl-1": ("lightningdit-xl-1", {}),
+    "irepa, kernel 1": ("sit-xl-2", {"loss.alignment": ("irepa:kernel=1",)}),
+    "irepa, kernel 3": ("sit-xl-2", {"loss.alignment": ("irepa",)}),
+    "stopped": ("sit-xl-2", {"loss.stop_alignment_at": 1}),
+}
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("name", ["sit-xl-2", "dit-xl-2"])
+@pytest.mark.parametrize("method", STEPS)
 def test_a_step_stays_on_its_device_and_waits_for_nothing(
-    fakes: None, monkeypatch: pytest.MonkeyPatch, name: str, accumulate: int
+    fakes: None, monkeypatch: pytest.MonkeyPatch, method: str, accumulate: int
 ) -> None:
-    config = override(preset(name), {"precision": "fp32", "accumulate": accumulate, "optim.clip": 1.0})
-    parts = update.build(
-        config, imagenet_config(name), LatentScale(scale=0.18, shift=0.0), World(rank=0, size=1, device=GPU)
-    )
+    name, changes = STEPS[method]
+    config = override(preset(name), {"precision": "fp32", "accumulate": accumulate, "optim.clip": 1.0, **changes})
+    geometry = imagenet_config(name, **changes)
+    parts = update.build(config, geometry, LatentScale(scale=0.18, shift=0.0), World(rank=0, size=1, device=GPU))
 
     def backward(loss: Tensor) -> None:
         assert loss.device == GPU
         for parameter in parts.model.parameters():
-            parameter.grad = torch.ones_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.ones_like(parameter)
 
     monkeypatch.setattr(Tensor, "backward", backward)
     for step in range(2):  # the second finds the optimiser's state there
-        batch = a_batch(step)
+        batch = a_batch(step, geometry)
+        if not config.aligns_at(step):
+            parts = update.without_alignment(parts) if step and config.aligns else parts
+            batch = dataclasses.replace(batch, targets=())
         with Copies() as copies:
             numbers, losses = update.train_step(parts, batch)
         assert copies.n == 0 or (name == "dit-xl-2" and step == 0)  # DiT's schedule goes there once
         assert {numbers.packed().device, losses.denoising.device, losses.alignments.device} == {GPU}
     assert losses.denoising.shape == (B,)
+    assert losses.class_denoising.shape == ((B,) if geometry.class_width else (0,))
     averaged, moments = parts.ema.model.parameters(), parts.optimizer.state.values()
     assert {p.device for p in averaged} == {m["exp_avg"].device for m in moments} == {GPU}
+    resting = [p for p in parts.model.projectors.parameters() if p not in parts.optimizer.state]
+    assert len(resting) == (6 if method == "stopped" else 0)
 
 
 def test_a_tensor_of_the_host_and_a_wait_are_noticed(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the tests here could not fail."""
-    config = override(preset("sit-s-2"), {"precision": "fp32"})
-    parts = update.build(
-        config, imagenet_config("sit-s-2"), LatentScale(scale=1, shift=0.0), World(rank=0, size=1, device=GPU)
-    )
-    batch = a_batch(0)
+    config, geometry = override(preset("sit-s-2"), {"precision": "fp32"}), imagenet_config("sit-s-2")
+    parts = update.build(config, geometry, LatentScale(scale=1, shift=0.0), World(rank=0, size=1, device=GPU))
+    batch = a_batch(0, geometry)
     losses = update.losses
 
     def wrong(*arguments: Any) -> Any:
@@ -151,9 +177,12 @@ def test_a_tensor_of_the_host_and_a_wait_are_noticed(fakes: None, monkeypatch: p
     assert copies.n == 2
 
 
-@pytest.mark.parametrize("sampler", ["ode", "sde"])  # ddpm asks its schedule for all times before the first step
+@pytest.mark.parametrize(  # ddpm asks its schedule for all times before the first step
+    ("name", "sampler"),
+    [("sit-b-2", "ode"), ("sit-b-2", "sde"), ("sit-b-1", "sde"), ("sit-b-2-reg", "sde"), ("lightningdit-b-1", "ode")],
+)
 def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
-    fakes: None, monkeypatch: pytest.MonkeyPatch, sampler: str
+    fakes: None, monkeypatch: pytest.MonkeyPatch, name: str, sampler: str
 ) -> None:
     linspace = torch.linspace
 
@@ -162,13 +191,13 @@ def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
             return linspace(*arguments, **more)
 
     monkeypatch.setattr(torch, "linspace", on_the_host)  # the times of the steps
-    model = DiffusionTransformer(imagenet_config("sit-b-2")).to(GPU)
-    config = override(preset("sit-b-2"), {"sample.sampler": sampler, "sample.steps": 3, "sample.guidance": 1.8}).sample
-    x, y = torch.randn(B, 4, 32, 32, device=GPU), torch.arange(B, device=GPU)
-    drawn = sample(
-        lambda x, t, y: model(x, t, y)[0], x, y, 1000, config, "linear", lambda step: torch.randn(x.shape, device=GPU)
-    )
-    assert (drawn.device, drawn.dtype, drawn.shape) == (GPU, torch.float64, x.shape)
+    geometry = imagenet_config(name)
+    model = make_model(geometry).to(GPU)
+    changes = {"sample.sampler": sampler, "sample.steps": 3, "sample.guidance": 1.8, "precision": "fp32"}
+    images = torch.arange(B, device=GPU)
+    drawn = draw_latents(model, images, images, geometry, override(preset(name), changes), seed=0)
+    shape = (B, geometry.channels, geometry.input_size, geometry.input_size)
+    assert (drawn.device, drawn.dtype, drawn.shape) == (GPU, torch.float64, shape)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
