@@ -68,7 +68,7 @@ COMMANDS = {
         "a run for diffusers, or its averaged weights as one file", f"{OPTIONS}:ExportConfig", "trainer.commands:export"
     ),
     "import": Command(
-        "make a run, to draw from or to train on, from a public checkpoint of DiT, SiT or REPA",
+        "make a run, to draw from or to train on, from a public checkpoint of REPA, iREPA, REG, LightningDiT, SiT, DiT",
         "trainer.config.command_line:ImportCommand",
         "trainer.commands:import_run",
     ),
@@ -77,11 +77,13 @@ COMMANDS = {
 
 def train(command: TrainCommand) -> int:
     """Train or resume; the summary goes to stdout, from the main rank."""
+    from trainer.config.command_line import train_config
     from trainer.loop.non_finite import NonFiniteError
     from trainer.loop.train import train
 
     try:
-        summary = train(command.training, given=command.given, accept_changes=command.resume_with_changes)
+        config = train_config(command.settings)
+        summary = train(config, given=command.given, accept_changes=command.resume_with_changes)
     except NonFiniteError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -101,10 +103,16 @@ def alignments(config: NoConfig) -> None:
 
 def import_run(command: ImportCommand) -> None:
     """Make a run of a public checkpoint."""
+    from trainer.config.command_line import train_config
     from trainer.run.folder import RunFolder
-    from trainer.run.releases import import_checkpoint
+    from trainer.run.published import starting_point
+    from trainer.run.releases import import_checkpoint, shapes_of
 
-    config = command.training
+    base, settings = None, command.settings
+    if settings.get("config") is None:
+        shapes = shapes_of(command.file, command.release)
+        base = starting_point(command.release, shapes, command.file, settings.get("preset") or "")
+    config = train_config(settings, base=base)
     print("\n".join(import_checkpoint(command.file, command.release, config)))
     run, saved = (shlex.quote(str(path)) for path in (config.run, RunFolder(config.run).config))
     print(f"next: {PROG} generate {run} --n 64   ·   {PROG} train --config {saved}")

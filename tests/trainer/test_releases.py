@@ -31,7 +31,8 @@ from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.loop.train import train
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.run.checkpoint import latest_checkpoint, load_ema_weights
-from trainer.run.releases import Release, converted, import_checkpoint, read_release
+from trainer.run.published import Release
+from trainer.run.releases import converted, import_checkpoint, read_release
 
 LAYOUTS = ("scripts", "bare", "safetensors")
 TINY: dict[str, Any] = {

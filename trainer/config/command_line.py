@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from storage.base.console import Parser
 from storage.base.errors import UserError
@@ -28,14 +28,14 @@ from trainer.config.presets import PRESETS, preset
 from trainer.config.saved import read_config
 from trainer.config.schema import DEFAULT_PRESET, TrainConfig
 from trainer.config.tree import field_type, override
+from trainer.run.published import Release
 
 
 @dataclass(frozen=True, kw_only=True)
-class _WithTraining:
+class _WithSettings:
     """A command that has every setting of a run among its options."""
 
-    training: TrainConfig
-    given: frozenset[str]  # dotted names of the settings that the command line spells
+    settings: Mapping[str, Any]  # the texts of --config and of the settings, by dotted name; None: not spelled
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -46,23 +46,27 @@ class _WithTraining:
     @classmethod
     def from_options(cls, texts: Mapping[str, Any]) -> Self:
         """The command of what `argparse` made. Raises UserError."""
-        given = frozenset(_given(texts))
-        return cls(**given_options(cls, texts, topics=False), training=train_config(texts), given=given)
+        return cls(**given_options(cls, texts, topics=False), settings=texts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(_WithTraining):
+class TrainCommand(_WithSettings):
     """`train`: a configuration, and whether an existing run may be continued with another one."""
 
     resume_with_changes: bool = option(False, "resume the run although settings that determine it changed")
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Dotted names of the settings that the command line spells."""
+        return frozenset(_given(self.settings))
+
 
 @dataclass(frozen=True, kw_only=True)
-class ImportCommand(_WithTraining):
-    """`import`: a public checkpoint, and the configuration of the run that it becomes."""
+class ImportCommand(_WithSettings):
+    """`import`: a public checkpoint, and settings of the run that it becomes."""
 
     file: Path = argument("what torch.save or safetensors wrote")
-    release: Literal["repa", "sit", "dit"] = required("whose it is")
+    release: Release = required("whose it is; without --preset, the preset is the one that its shapes fit")
 
 
 def add_train_options(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
@@ -79,10 +83,13 @@ def _preset_in(argv: Sequence[str]) -> str:
     return named if named in PRESETS else DEFAULT_PRESET
 
 
-def train_config(texts: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of dotted name → text. Raises UserError, naming option and value."""
+def train_config(texts: Mapping[str, Any], *, base: TrainConfig | None = None) -> TrainConfig:
+    """The configuration of dotted name → text; `base` stands for a preset. Raises UserError that names both."""
     given = _given(texts)
-    if texts.get("config") is not None:
+    if base is not None:
+        given.pop("preset", None)
+        config = base
+    elif texts.get("config") is not None:
         config = read_config(Path(texts["config"])).config
         if "preset" in given:
             raise UserError("--config and --preset both name a whole configuration; pass one of them")

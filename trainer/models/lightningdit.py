@@ -84,6 +84,11 @@ class LightningBlock(Block):
 class LightningDiT(DiffusionTransformer):
     """output, projections = LightningDiT(geometry)(x, t, y), with t from noise (0) to image (1)."""
 
+    def rotary_tables(self) -> dict[str, Tensor]:
+        """Cosines and sines (T, head width) of the rotary positions, every block's, under their public names."""
+        attention: RotaryAttention = self.blocks[0].attn  # type: ignore[assignment, union-attr]
+        return {"freqs_cos": attention.cos, "freqs_sin": attention.sin}
+
     def _make_block(self) -> Block:
         return LightningBlock(self.config)
 

@@ -1,12 +1,18 @@
-"""Public checkpoints of DiT, SiT and REPA: their weights under this project's conventions, and a run made from them.
+"""Public checkpoints (`published.py`): their weights under this project's conventions, and a run made from them.
 
     {"model", "ema", "opt", "args", …}    what their training scripts save: weights and averaged weights
     {name: tensor}                        one set of weights, as DiT's and SiT's are handed out; or a safetensors file
 
-Names and shapes are ours as they are, and so is what DiT's and REPA's weights mean. SiT's release differs: its time
-runs from noise (s = 0) to image, its velocity along it, and its last layer has C more channels that nothing reads. With
-s = 1 − t, v(x, t) = −u(x, 1 − t), and the embedding cos ω(1 − t), sin ω(1 − t) is a rotation of cos ωt, sin ωt. So the
-first layer that reads it takes the rotation, the last one the sign, and the weights are SiT's function exactly.
+Names and shapes are ours as they are, and so is what the weights mean, with these exceptions.
+
+SiT's time runs from noise (s = 0) to image, its velocity along it, and its last layer has C more channels that nothing
+reads. With s = 1 − t, v(x, t) = −u(x, 1 − t), and the embedding cos ω(1 − t), sin ω(1 − t) is a rotation of cos ωt,
+sin ωt. So the first layer that reads it takes the rotation, the last one the sign, and the weights are SiT's function
+exactly.
+
+LightningDiT's files hold the tables of its rotary positions, and those of REPA on an end-to-end tuned autoencoder
+(REPA-E, arXiv 2504.10483) the statistics by which latents are standardised. Both are compared with the run's, and left
+out.
 
 Names that DistributedDataParallel, torch.compile or FSDP made longer are cut, and sets below other names are found. A
 file is read as data (`storage/weights/`): nothing in it is run. A run made from it is at step 0, with a fresh
@@ -19,7 +25,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,18 +43,24 @@ from trainer.loop.log_window import LogWindow
 from trainer.loop.losses import LatentScale
 from trainer.loop.step import build
 from trainer.models.blocks import LONGEST_PERIOD, TIME_FREQUENCIES
+from trainer.models.lightningdit import LightningDiT
 from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.world import world_of_ranks
 from trainer.run.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.lock import only_writer
+from trainer.run.published import ANCHOR, PUBLISHED, Release, Shapes, check_model, check_release
 from trainer.run.settings import resolve
 
-Release = Literal["repa", "sit", "dit"]
+V = TypeVar("V")
 Weights = dict[str, Tensor]
 NAMED_AT_MOST = 4
-ANCHOR = "x_embedder.proj.weight"  # a name that every set of weights has
-OURS = frozenset("x_embedder t_embedder y_embedder pos_embed blocks decoder_blocks projectors final_layer".split())
+ROTARY, STATISTICS = "feat_rope.", "bn."  # what stands beside weights: tables, and the statistics of latents
+STATISTICS_EPSILON, STATISTICS_APART = 1e-4, 0.02  # REPA-E's, added to a variance; the most that is taken for the same
+OURS = frozenset(
+    "x_embedder t_embedder y_embedder pos_embed blocks decoder_blocks projectors final_layer cls_projectors2 wg_norm "
+    "feat_rope bn".split()
+)
 AVERAGED = re.compile(r"(^|[._])(ema|averag|avg|shadow)", re.IGNORECASE)
 
 
@@ -58,11 +70,11 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
     The number of classes is the checkpoint's. Projectors are kept where the run aligns, as many as it has targets;
     where the file has none they are new. Raises UserError when the file or the run does not fit.
     """
-    if (config.model.kind == "dit") != (release == "dit"):
-        raise UserError(f"--release {release} is not of --model.kind {config.model.kind}; choose another --preset")
+    check_model(release, config)
     if latest_checkpoint(config.run) is not None:
         raise UserError(f"run {config.run} has a checkpoint already; name another --run")
     found = read_release(file)
+    check_release(release, found.averaged, file)
     try:
         weights, averaged = (converted(part, release) for part in (found.weights, found.averaged))
     except (ValueError, IndexError, RuntimeError) as error:  # shapes that no release has
@@ -77,9 +89,16 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
             geometry = geometry_of(config, data)
             # The machine that trains the run decides on its arithmetic, not the one that makes it.
             config = override(resolve(config, data, world), {"precision": config.precision})
-            training = build(config, geometry, LatentScale.of(data.latents.identity), world)
-            notes = [_load(training.model, weights, geometry, file)]
-            _load(training.ema.model, averaged, geometry, file)
+            scale = LatentScale.of(data.latents.identity)
+            training = build(config, geometry, scale, world)
+            notes = [_load(training.model, weights, geometry, scale, file)]
+            _load(training.ema.model, averaged, geometry, scale, file)
+            if standardised := PUBLISHED[release].statistics:
+                ours = f"(x − {_numbers(scale.shift)}) · {_numbers(scale.scale)}"
+                notes.append(
+                    f"it was trained on latents standardised channel by channel with {standardised}, which lies beside "
+                    f"it; the run's are {ours}, and what is drawn is right only where these agree"
+                )
             sums = LogWindow.empty(geometry).sums.tolist()
             state = RunState(
                 step=0,
@@ -117,21 +136,7 @@ def read_release(file: Path) -> Found:
     """
     with open_weights(file) as found:
         entries = bare(found.entries(), file)
-        sets = [name.removesuffix(ANCHOR) for name in entries if f".{name}".endswith(f".{ANCHOR}")]
-        if not sets:
-            there = listed(dict.fromkeys(name.partition(".")[0] for name in entries)) or "nothing by name"
-            raise UserError(
-                f"{file} has no {ANCHOR}, so it is none of DiT's, SiT's or REPA's checkpoints; it has {there}"
-            )
-        averaged = [name for name in sets if AVERAGED.search(name)]
-        trained = [name for name in sets if name not in averaged]
-        for several in (averaged, trained):
-            if len(several) > 1:
-                raise UserError(
-                    f"{file} holds several sets of weights, {listed(map(_called, several))}; save those that are meant "
-                    "with torch.save, as {'model': …, 'ema': …}"
-                )
-        of_trained, of_averaged = (trained or averaged)[0], (averaged or trained)[0]
+        of_trained, of_averaged, sets = _sets_of(entries, file)
         parts = {name: _entries_of(entries, name, sets, file) for name in dict.fromkeys((of_trained, of_averaged))}
         read = {name: _float32(found.tensors(part), file) for name, part in parts.items()}
     used = {prefix + name for prefix, part in parts.items() for name in part}
@@ -145,6 +150,37 @@ def read_release(file: Path) -> Found:
     if left:
         notes.append(f"left out: {listed(left)}")
     return Found(weights=read[of_trained], averaged=read[of_averaged], notes=tuple(notes))
+
+
+def shapes_of(file: Path, release: Release) -> Shapes:
+    """Shapes of the averaged weights of a file, under this project's names; no tensor is read. Raises UserError."""
+    with open_weights(file) as found:
+        entries = bare(found.entries(), file)
+        _, averaged, sets = _sets_of(entries, file)
+        stored = _entries_of(entries, averaged, sets, file)
+    return {name: item.shape for name, item in _renamed(stored, release).items()}
+
+
+def _sets_of(entries: Mapping[str, Any], file: Path) -> tuple[str, str, list[str]]:
+    """What stands before the names of the weights, before those of the averaged ones, and before those of every set."""
+    sets = [name.removesuffix(ANCHOR) for name in entries if f".{name}".endswith(f".{ANCHOR}")]
+    if not sets:
+        there = listed(dict.fromkeys(name.partition(".")[0] for name in entries)) or "nothing by name"
+        raise UserError(f"{file} has no {ANCHOR}, so it is none of {_methods()} checkpoints; it has {there}")
+    averaged = [name for name in sets if AVERAGED.search(name)]
+    trained = [name for name in sets if name not in averaged]
+    for several in (averaged, trained):
+        if len(several) > 1:
+            raise UserError(
+                f"{file} holds several sets of weights, {listed(map(_called, several))}; save those that are meant "
+                "with torch.save, as {'model': …, 'ema': …}"
+            )
+    return (trained or averaged)[0], (averaged or trained)[0], sets
+
+
+def _methods() -> str:
+    *others, last = (f"{published.name}'s" for published in PUBLISHED.values())
+    return f"{', '.join(others)} or {last}"
 
 
 def _entries_of(entries: Mapping[str, Any], prefix: str, sets: list[str], file: Path) -> dict[str, Stored]:
@@ -176,9 +212,20 @@ def listed(names: Iterable[str]) -> str:
 
 def converted(weights: Weights, release: Release) -> Weights:
     """Weights of a release under this project's names and conventions."""
-    if release == "sit":
-        return _sit_to_repa(weights)
-    return _count_on(weights) if release == "repa" else weights
+    return _sit_to_repa(weights) if release == "sit" else _renamed(weights, release)
+
+
+def _renamed(weights: Mapping[str, V], release: Release) -> dict[str, V]:
+    """What a release calls by other names; REPA's code, and so its first names, are in those that follow it."""
+    renamed = dict(weights)
+    if release in ("repa", "irepa", "reg"):
+        renamed = _count_on(renamed)
+    if release == "irepa":  # which wraps REPA's projector as well
+        renamed = {
+            re.sub(r"^(projectors\.\d+)\.projection_layer(\.\d)", r"\1\2", name): value
+            for name, value in renamed.items()
+        }
+    return renamed
 
 
 def _sit_to_repa(weights: Weights) -> Weights:
@@ -198,7 +245,7 @@ def _sit_to_repa(weights: Weights) -> Weights:
     return changed
 
 
-def _count_on(weights: Weights) -> Weights:
+def _count_on(weights: Mapping[str, V]) -> dict[str, V]:
     """REPA's first release numbers the blocks after the aligned one from 0 again, as `decoder_blocks`."""
     n_before = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     renamed = {}
@@ -211,8 +258,9 @@ def _count_on(weights: Weights) -> Weights:
     return renamed
 
 
-def _load(model: DiffusionTransformer, weights: Weights, geometry: Geometry, file: Path) -> str:
+def _load(model: DiffusionTransformer, weights: Weights, geometry: Geometry, scale: LatentScale, file: Path) -> str:
     """Load weights into a model and return a remark on projectors, if any is due. Raises UserError."""
+    weights = _without_rotary(_without_statistics(weights, scale, file), model, file)
     projectors = {name for name in weights if name.startswith("projectors.")}
     own = model.state_dict()
     unused = {name for name in projectors if name not in own}
@@ -238,9 +286,48 @@ def _load(model: DiffusionTransformer, weights: Weights, geometry: Geometry, fil
     return "it has no projectors; the run's are new" if fresh - {"pos_embed"} else ""
 
 
+def _without_rotary(weights: Weights, model: DiffusionTransformer, file: Path) -> Weights:
+    """Weights without the tables of rotary positions, if these are the model's; they also say how many heads it has."""
+    tables = {name: value for name, value in weights.items() if name.startswith(ROTARY)}
+    if not isinstance(model, LightningDiT):
+        return weights  # of which they are unknown names
+    for name, own in model.rotary_tables().items():
+        theirs = tables.get(ROTARY + name)
+        if theirs is not None and (theirs.shape != own.shape or not torch.allclose(theirs, own, atol=1e-3)):
+            raise UserError(
+                f"{file} is not of this model: {ROTARY}{name} is {list(theirs.shape)}, the model's {list(own.shape)}, "
+                "or its positions rotate otherwise; choose the --preset, --model.heads and store that fit it"
+            )
+    return {name: value for name, value in weights.items() if name not in tables}
+
+
+def _without_statistics(weights: Weights, scale: LatentScale, file: Path) -> Weights:
+    """Weights without the statistics by which latents were standardised, if the run standardises by the same."""
+    left = {name: value for name, value in weights.items() if not name.startswith(STATISTICS)}
+    mean, variance = (weights.get(f"{STATISTICS}running_{of}") for of in ("mean", "var"))
+    if mean is None or variance is None:
+        return left
+    theirs = (variance.double() + STATISTICS_EPSILON).rsqrt()
+    ours, shift = (torch.as_tensor(of).double().flatten() for of in (scale.scale, scale.shift))
+    apart = torch.cat([ours / theirs - 1, (shift - mean) * theirs]).abs().max().item()
+    if apart > STATISTICS_APART:
+        raise UserError(
+            f"{file} standardises latents with the statistics in its {STATISTICS}*, (x − {_numbers(mean)}) · "
+            f"{_numbers(theirs)}, and the store's are (x − {_numbers(shift)}) · {_numbers(ours)}; name a --store whose "
+            "latents are of its own autoencoder, and standardised by these"
+        )
+    return left
+
+
+def _numbers(values: Any) -> str:
+    """A number, or the smallest and the largest of several."""
+    flat = torch.as_tensor(values).flatten()
+    return f"{flat[0]:.4g}" if len(flat) == 1 else f"[{flat.min():.4g} … {flat.max():.4g}]"
+
+
 def _entry(weights: Weights, name: str, file: Path) -> Tensor:
     if name not in weights:
-        raise UserError(f"{file} has no {name}, so it is none of DiT's, SiT's or REPA's checkpoints")
+        raise UserError(f"{file} has no {name}, so it is none of {_methods()} checkpoints")
     return weights[name]
 
 
