@@ -78,11 +78,12 @@ COMMANDS = {
 def train(command: TrainCommand) -> int:
     """Train or resume; the summary goes to stdout, from the main rank."""
     from trainer.config.command_line import train_config
+
+    config = train_config(command.settings)  # before torch is loaded, which takes longer than an error
     from trainer.loop.non_finite import NonFiniteError
     from trainer.loop.train import train
 
     try:
-        config = train_config(command.settings)
         summary = train(config, given=command.given, accept_changes=command.resume_with_changes)
     except NonFiniteError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)

@@ -7,9 +7,11 @@ implementations computed with them.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,11 +20,11 @@ from torch import Tensor
 from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
 from storage.base.options import spelled
+from tests.inception import write_random_inception
 from tests.stores import make_groups
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_state
 from tests.trainer.test_transformer import imagenet_config
 from trainer.__main__ import main
-from trainer.config import presets
 from trainer.config.presets import PRESETS, preset
 from trainer.config.saved import read_config
 from trainer.config.tree import override
@@ -77,11 +79,7 @@ def save(path: Path, averaged: dict[str, Tensor], prefix: str = "") -> Path:
 def argv(file: Path, method: Release, store: Path, run: Path, **changes: Any) -> list[str]:
     """The command's line; presets are those of published sizes, so the vectors' sizes are spelled."""
     options = {"preset": START[method], "store": store, "run": run, "data.resolution": 0, **SIZE, **QUICK}
-    if method != "lightningdit":
-        options |= {"model.align_block": 2, "model.projector_width": 64}
-    else:
-        options |= {"model.align_block": 2}
-    options |= changes
+    options |= {"model.align_block": 2, "model.projector_width": 64, **changes}
     flags = [f"--{n.replace('_', '-')}={spelled(value)}" for n, value in options.items() if value is not None]
     return ["import", str(file), f"--release={method}", *flags]
 
@@ -173,6 +171,20 @@ def test_images_are_drawn_and_hidden_states_measured(
     assert 0 <= point["probe"] <= 1
 
 
+@pytest.mark.slow
+def test_its_images_are_evaluated(imported: dict[Release, Path], tmp_path: Path) -> None:
+    """With random weights of Inception, against random pictures: every figure is there."""
+    weights = write_random_inception(tmp_path / "inception.pth")
+    np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
+    options = ["--n=6", "--batch=3", f"--vae={TINY_VAE}", "--device=cpu", f"--out={tmp_path / 'images'}"]
+    assert main(["generate", str(imported["reg"]), *options]) == 0
+    options = [f"--reference={tmp_path / 'reference.npz'}", f"--weights={weights}", "--device=cpu"]
+    assert main(["evaluate", str(tmp_path / "images"), *options, f"--out={tmp_path / 'out'}"]) == 0
+    metrics = json.loads((tmp_path / "out" / "inception.json").read_text())["metrics"]
+    assert metrics["fid"]["value"] > 0
+    assert metrics["fid"]["n_generated"] == 6
+
+
 # ---- which preset -----------------------------------------------------------------------------------------------
 
 
@@ -222,11 +234,9 @@ def test_irepa_s_projector_is_read_off_its_shapes(layers: dict[str, tuple[int, .
 def test_without_a_preset_the_one_that_fits_is_taken(
     stores: dict[Release, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(presets, "PRESETS", PRESETS)
     for method in METHODS:
-        small = {**SIZE, "model.align_block": (2,), "data.resolution": 64, "preset": f"small-{method}"}
-        if method != "lightningdit":
-            small["model.projector_width"] = 64
+        small = {**SIZE, "model.align_block": (2,), "model.projector_width": 64, "data.resolution": 64}
+        small |= {"preset": f"small-{method}"}
         monkeypatch.setitem(PRESETS, f"small-{method}", lambda m=method, s=small: override(preset(START[m]), s))
         file = save(tmp_path / f"{method}.pt", public_state(method))
         assert main(argv(file, method, stores[method], tmp_path / method, preset=None, **dict.fromkeys(SIZE))) == 0
@@ -281,8 +291,6 @@ def test_another_method_s_file_is_refused(of: str, release: Release, message: st
 def test_another_model_is_named_in_one_line(
     method: Release, changes: dict[str, Any], message: str, stores: dict[Release, Path], tmp_path: Path
 ) -> None:
-    if changes.get("preset") == "sit-xl-2-reg":
-        changes = {**changes, "loss.alignment": "cosine"}
     file = save(tmp_path / "c.pt", public_state(method))
     assert message in refused(argv(file, method, stores[method], tmp_path / "run", **changes))
     assert latest_checkpoint(tmp_path / "run") is None
