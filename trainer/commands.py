@@ -16,6 +16,7 @@ from storage.base.console import EXIT_FAILED, EXIT_OK
 
 if TYPE_CHECKING:
     from trainer.config.command_line import ImportCommand, TrainCommand
+    from trainer.config.schema import TrainConfig
     from trainer.evaluation.options import (
         AnalyseConfig,
         EvaluateConfig,
@@ -109,7 +110,8 @@ def import_run(command: ImportCommand) -> None:
     from trainer.run.published import starting_point
     from trainer.run.releases import import_checkpoint, shapes_of
 
-    base, settings = None, command.settings
+    settings = command.settings
+    base: TrainConfig | None = None
     if settings.get("config") is None:
         shapes = shapes_of(command.file, command.release)
         base = starting_point(command.release, shapes, command.file, settings.get("preset") or "")

@@ -86,7 +86,7 @@ class LightningDiT(DiffusionTransformer):
 
     def rotary_tables(self) -> dict[str, Tensor]:
         """Cosines and sines (T, head width) of the rotary positions, every block's, under their public names."""
-        attention: RotaryAttention = self.blocks[0].attn  # type: ignore[assignment, union-attr]
+        attention: RotaryAttention = self.blocks[0].attn  # type: ignore[assignment]
         return {"freqs_cos": attention.cos, "freqs_sin": attention.sin}
 
     def _make_block(self) -> Block:
