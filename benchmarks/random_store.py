@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
-from storage.codec import INT8, encode
+from storage.codecs import codec_named
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 
@@ -55,9 +55,8 @@ def _arrays(n: int, width: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
     tokens = rng.standard_normal((n, 1, GRID * GRID, width), dtype=np.float32)
     moments = rng.standard_normal((n, 1, 2 * LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), dtype=np.float32)
     moments[:, :, LATENT_CHANNELS:] = np.abs(moments[:, :, LATENT_CHANNELS:])
-    features = {"patches": tokens.astype(np.float16)}
-    if dtype == "int8":
-        features = dict(zip(("patches", "scale"), encode(tokens), strict=True))
+    encoded = codec_named(dtype).encode(tokens[:, 0], np.arange(n), 0)
+    features = {name: array[:, None] for name, array in encoded.items()}
     return {LATENTS: {"moments": moments.astype(np.float16)}, FEATURES: features}
 
 
@@ -76,9 +75,9 @@ def _identities(width: int, dtype: str) -> dict[str, Identity]:
         FEATURES: FeaturesIdentity(
             resolution=RESOLUTION,
             encoder="random numbers",
-            dtype=dtype,
+            dtype=codec_named(dtype).dtype,
             token_grid=(GRID, GRID),
             width=width,
-            codec=INT8.identity if dtype == "int8" else None,
+            codec=codec_named(dtype).identity,
         ),
     }

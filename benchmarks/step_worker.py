@@ -261,7 +261,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         rows=batch.rows.to(device),
         labels=batch.labels.to(device),
         moments=batch.moments.to(device),
-        targets=tuple(target.to(device) for target in batch.targets),
+        targets=tuple(target.each(lambda tensor: tensor.to(device)) for target in batch.targets),
     )
 
 

@@ -25,12 +25,12 @@ from pipeline.encode import UnitEncoder
 from pipeline.encoders import registry
 from pipeline.encoders.tiny import RESOLUTION
 from pipeline.plan import plan_groups
-from pipeline.quantise import quantise
 from storage import StoreLayout
+from storage.torch.codecs import Tokens
+from storage.torch.codecs.int8 import dequantise, quantise
 from tests.trainer.test_transformer import imagenet_config
 from trainer.config.presets import preset
 from trainer.config.tree import override
-from trainer.data.codes import dequantise
 from trainer.data.loader import Batch
 from trainer.loop import step as update
 from trainer.loop.losses import LatentScale
@@ -95,7 +95,7 @@ def a_batch(step: int) -> Batch:
         rows=torch.arange(B, device=GPU),
         labels=torch.arange(B, device=GPU),
         moments=torch.randn(B, 8, 32, 32, device=GPU).half(),
-        targets=(dequantise(q, scale),),
+        targets=(Tokens(dequantise(q, scale)),),
         stall_s=0.0,
     )
 
@@ -194,7 +194,7 @@ def test_units_are_encoded_where_their_images_are(
     present = np.delete(np.arange(B), 3)
     for group in groups:
         with Copies() as copies:
-            arrays: Any = encoder.encode(group.layout.path, images, present, 5)
+            arrays: Any = encoder.encode(group.layout.path, images, present, 5, 0)
         assert copies.n == 1  # the rows', whatever the number of batches
         assert {name: (values.device, tuple(values.shape)) for name, values in arrays.items()} == {
             array.name: (GPU, array.shape) for array in group.layout.arrays

@@ -21,7 +21,8 @@ from storage.__main__ import main
 from storage.base.console import EXIT_USAGE
 from storage.base.errors import UserError
 from storage.base.files import walk_files
-from storage.codec import INT8, decode
+from storage.codecs.int8 import INT8
+from storage.codecs.int8 import numbers as decode
 from storage.diff import diff_stores
 from storage.exchange import from_repa_npy
 from storage.exchange.incoming import ImportOptions

@@ -14,11 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storage.base.errors import UserError
 from storage.base.options import option
-from trainer.alignment.cosine import alignment_loss
+from storage.torch.codecs import Tokens
+from trainer.alignment.cosine import directed_loss
 from trainer.alignment.kind import Alignment
 
 EPSILON = 1e-6
@@ -84,10 +86,10 @@ class IREPA(Alignment):
         layer = nn.Conv2d(width, target_width, self.kernel, padding=self.kernel // 2)
         return GridProjector(layer, (grid, grid))
 
-    def prepared(self, target: Tensor) -> Tensor:
-        """Spatially normalised, float32."""
-        return spatially_normalised(target, self.gamma)
+    def prepared(self, target: Tokens) -> Tensor:
+        """Directions of the spatially normalised tokens, float32."""
+        return F.normalize(spatially_normalised(target.values, self.gamma), dim=-1)
 
     def loss(self, projection: Tensor, target: Tensor) -> Tensor:
         """REPA's loss of what was prepared."""
-        return alignment_loss(projection, target)
+        return directed_loss(projection, target)

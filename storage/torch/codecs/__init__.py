@@ -1,0 +1,25 @@
+"""Codecs on a device: encoding where the vision encoder runs, decoding where the model trains.
+
+`TWINS` maps a codec's name to its twin in torch. A codec without a line here is computed on the host (`HostTwin`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from storage.base.commands import imported
+from storage.codecs import Codec
+from storage.torch.codecs.twin import HostTwin, Tokens, Twin
+
+__all__ = ["TWINS", "Tokens", "Twin", "twin_of"]
+
+TWINS = {
+    "float16": "storage.torch.codecs.plain:PlainTwin",
+    "int8": "storage.torch.codecs.int8:Int8Twin",
+}
+
+
+def twin_of(codec: Codec) -> Twin[Any]:
+    """The codec, for tensors."""
+    twin: Twin[Any] = imported(TWINS[codec.name])(codec) if codec.name in TWINS else HostTwin(codec)
+    return twin
