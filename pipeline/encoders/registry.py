@@ -29,8 +29,8 @@ import numpy as np
 
 from pipeline.encoders.catalogue import VAES, VISION, VisionModel
 from pipeline.encoders.precision import ARITHMETIC
-from storage.base.errors import UserError
 from storage import codecs
+from storage.base.errors import UserError
 from storage.codecs import PLAIN, Codec, codec_named
 from storage.identity import Identity
 

@@ -18,6 +18,7 @@ from storage.base.options import one_of
 from storage.codecs.codec import TOKENS, Codec, StoredArray
 from storage.codecs.int8 import INT8
 from storage.codecs.plain import Plain
+from storage.codecs.rotated import ROTATED
 from storage.identity import FeaturesIdentity, Identity
 from storage.visits import Views
 
@@ -29,6 +30,7 @@ CODECS: dict[str, Codec] = {
     for codec in (
         PLAIN,
         INT8,
+        *ROTATED,
     )
 }
 

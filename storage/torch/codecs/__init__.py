@@ -16,6 +16,7 @@ __all__ = ["TWINS", "Tokens", "Twin", "twin_of"]
 TWINS = {
     "float16": "storage.torch.codecs.plain:PlainTwin",
     "int8": "storage.torch.codecs.int8:Int8Twin",
+    "rotated": "storage.torch.codecs.rotated:RotatedTwin",
 }
 
 
