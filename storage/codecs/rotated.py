@@ -12,10 +12,11 @@ Stored are the codes q, (f, ‖y‖/√D) of each token and μ of each image, th
 mean square of the channels, so that it is in float16's range whenever they are.
 
 Each ŷ is far from y at few bits, by √(1/ρ − 1) · ‖r‖, ρ = 0.637, 0.883, 0.990; its mean over keys is y, and errors of
-different tokens are independent (`docs/codes.md` derives both, and says what float16 leaves). Who uses them keeps to what
-is linear in y, over the stored length. The rotation is RaBitQ's (Gao and Long, arXiv 2405.12497) and TurboQuant's (Zandieh
-et al., arXiv 2504.19874), by signs and Hadamard matrices as in QuIP and QuIP# (arXiv 2307.13304, 2402.04396); f is
-RaBitQ's correction. Levels: Lloyd, "Least squares quantization in PCM", 1982; Max, "Quantizing for minimum distortion", 1960.
+different tokens are independent (`docs/codes.md` derives both, and says what float16 leaves). Who uses them keeps to
+what is linear in y, over the stored length. The rotation and f, which makes it unbiased, are RaBitQ's (Gao and Long,
+arXiv 2405.12497), Lloyd–Max levels after a rotation are TurboQuant's (Zandieh et al., arXiv 2504.19874), signs and
+Hadamard matrices QuIP's and QuIP#'s (arXiv 2307.13304, 2402.04396). Levels: Lloyd, "Least squares quantization in PCM",
+1982; Max, "Quantizing for minimum distortion", 1960.
 
 Codes are a function of (tokens, row, view). Two implementations agree on all but values within float32's rounding of a
 threshold. Cost of a row of 256 × 768, one core: about a millisecond either way.
@@ -129,7 +130,7 @@ class Rotated(Codec):
         return out
 
     def _encoded(self, y: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        n_tokens, channels = y.shape
+        channels = y.shape[1]
         mean = y.mean(axis=0, dtype=np.float64).astype(np.float32).astype(np.float16)
         r = y - mean.astype(np.float32)
         z = Rotation(words, channels).forward(r)

@@ -2,8 +2,8 @@
 
     R r = H (s₂ ⊙ H (s₁ ⊙ r))         H = DCT_m ⊗ Hadamard of order 2ᵏ, D = m · 2ᵏ, m odd
 
-Signs are bits of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection of a counter, so that any token's are made
-alone, in any order, with 64-bit integers that wrap, numpy's and torch's alike (`storage/torch/codecs/rotated.py`):
+Signs are bits of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection of a counter, so that any token's are
+made alone, in any order, with 64-bit integers that wrap, numpy's and torch's alike (`storage/torch/codecs/rotated.py`):
 
     mix(z): z ^= z >> 30; z *= BF58476D1CE4E5B9; z ^= z >> 27; z *= 94D049BB133111EB; z ^= z >> 31
     a = mix(row + γ),  b = mix(a + view · 2³² + token + γ),  word w = mix(b + (w + 1) · γ),  γ = 9E3779B97F4A7C15

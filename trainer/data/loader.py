@@ -74,7 +74,7 @@ class _Gathered:
 class Loader:
     """Iterates over the batches of steps [start, stop). Use as a context manager, which ends the thread.
 
-    Without `with_targets` no patch tokens are read. `on_wait` is called about once a second, with the seconds so far,
+    Without `with_targets` no patch tokens are read; `compiled`, codes are decoded by compiled code. `on_wait` is called about once a second, with the seconds so far,
     while a batch is waited for.
     """
 
@@ -91,6 +91,7 @@ class Loader:
         device: torch.device,
         prefetch: int,
         with_targets: bool = True,
+        compiled: bool = False,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._data, self._device = data, device
@@ -103,7 +104,7 @@ class Loader:
                 readers[f"{group.path}/{name}"] = group[name]
         for group in (*self._aligned, *data.features[:1]) if data.class_token else ():
             readers[f"{group.path}/cls"] = group["cls"]
-        self._decoders = {group.path: (group.codec_arrays, twin_of(group.codec).decode) for group in self._aligned}
+        self._decoders = {group.path: (group.codec_arrays, twin_of(group.codec, compiled=compiled).decode) for group in self._aligned}
         share = batch // world_size
         visits = Visits(
             data.valid_rows, n_views=data.store.n_views, seed=seed, batch=batch, rank=rank, world_size=world_size

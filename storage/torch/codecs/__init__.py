@@ -20,7 +20,8 @@ TWINS = {
 }
 
 
-def twin_of(codec: Codec) -> Twin[Any]:
-    """The codec, for tensors."""
-    twin: Twin[Any] = imported(TWINS[codec.name])(codec) if codec.name in TWINS else HostTwin(codec)
+def twin_of(codec: Codec, *, compiled: bool = False) -> Twin[Any]:
+    """The codec, for tensors; `compiled` where the model is, too."""
+    kind = imported(TWINS[codec.name]) if codec.name in TWINS else HostTwin
+    twin: Twin[Any] = kind(codec, compiled=compiled)
     return twin

@@ -1,7 +1,7 @@
 """What a codec's twin does: the same as the codec, with tensors, where they are.
 
 A twin never waits for its device and looks at no number: a token that cannot be encoded gets arrays that say so
-(`Codec.unencodable`), which whoever takes them to the host asks. `encode` and `decode` can be compiled unless said.
+(`Codec.unencodable`), which whoever takes them to the host asks.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Tokens(NamedTuple):
 class Twin(Generic[C]):
     """Encodes and decodes as `codec` does. `rows` int64 (B,) on the tensors' device, `views` likewise or one int."""
 
-    def __init__(self, codec: C) -> None:
-        self.codec = codec
+    def __init__(self, codec: C, *, compiled: bool = False) -> None:
+        """`compiled`: who decodes has a compiler, and many batches of one shape."""
+        self.codec, self.compiled = codec, compiled
 
     def encode(self, tokens: Tensor, rows: Tensor, views: Tensor | int) -> dict[str, Tensor]:
         """Arrays (B, *row_shape) by name, of tokens (B, T, D) taken in float32."""
