@@ -60,12 +60,12 @@ def test_the_mean_over_keys_is_the_token(name: str, codec: Rotated) -> None:
 
 def test_a_large_channel_does_not_drown_the_others_on_average() -> None:
     """At one bit; with one round of signs the rest would be a tenth too small."""
-    codec, n, width = CODECS["rotated1"], 6000, 64
+    codec, n, width = Rotated(bits=1), 6000, 64
     token = np.random.default_rng(0).standard_normal(width)
     token[5] = 0
     token *= 0.6 / np.linalg.norm(token)
     token[5] = 0.8
-    found = decoded(codec, np.broadcast_to(of_mean_zero(token), (n, 2, width)), np.arange(n))[:, 0].mean(0)  # type: ignore[arg-type]
+    found = decoded(codec, np.broadcast_to(of_mean_zero(token), (n, 2, width)), np.arange(n))[:, 0].mean(0)
     rest = np.arange(width) != 5
     assert found[rest] @ token[rest] / (token[rest] @ token[rest]) == pytest.approx(1, abs=0.05)
     assert found[5] == pytest.approx(0.8, abs=0.02)
@@ -84,14 +84,13 @@ def test_the_error_is_what_is_promised_whatever_the_distribution(name: str, code
     assert found.min() > COSINES[codec.bits] - 0.12 / codec.bits
     along = (r.astype(np.float64) * r_hat).sum(-1) / (r.astype(np.float64) ** 2).sum(-1)
     np.testing.assert_allclose(along, 1, atol=1e-3)  # float16's rounding of f
-    np.testing.assert_allclose(
-        arrays["scale"][..., 1].astype(float) * 384**0.5, np.linalg.norm(y, axis=-1), rtol=6e-4
-    )
+    np.testing.assert_allclose(arrays["scale"][..., 1].astype(float) * 384**0.5, np.linalg.norm(y, axis=-1), rtol=6e-4)
 
 
 def test_a_mean_apart_is_worth_its_bytes() -> None:
-    y = outlier_channels(8)(np.random.default_rng(0), 256, 384)[None] + 2 * np.random.default_rng(1).standard_normal(384)
-    assert cosines(y, decoded(CODECS["rotated1"], y.astype(np.float32), np.arange(1))).mean() > 0.93  # type: ignore[arg-type]
+    y = outlier_channels(8)(np.random.default_rng(0), 256, 384)[None]
+    y += 2 * np.random.default_rng(1).standard_normal(384).astype(np.float32)
+    assert cosines(y, decoded(Rotated(bits=1), y, np.arange(1))).mean() > 0.93
 
 
 @pytest.mark.parametrize("which", ["row", "view", "token", "word"])
@@ -105,7 +104,8 @@ def test_signs_are_balanced_and_do_not_know_of_each_other(which: str) -> None:
         "token": lambda: sign_words(rows, 0, n_tokens + 1, 2)[:, 1:],
         "word": lambda: words[..., ::-1],
     }[which]()
-    mine, theirs = (1 - 2 * np.unpackbits(np.ascontiguousarray(w).view(np.uint8)).astype(np.int64) for w in (words, other))
+    octets = [np.ascontiguousarray(of).view(np.uint8) for of in (words, other)]
+    mine, theirs = (1 - 2 * np.unpackbits(of).astype(np.int64) for of in octets)
     n = len(mine)
     assert abs(mine.sum()) < 6 * n**0.5
     by_bit = (1 - 2 * np.unpackbits(words.view(np.uint8).reshape(-1, 8), axis=1).astype(np.int64)).sum(0)

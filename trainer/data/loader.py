@@ -104,7 +104,9 @@ class Loader:
                 readers[f"{group.path}/{name}"] = group[name]
         for group in (*self._aligned, *data.features[:1]) if data.class_token else ():
             readers[f"{group.path}/cls"] = group["cls"]
-        self._decoders = {group.path: (group.codec_arrays, twin_of(group.codec, compiled=compiled).decode) for group in self._aligned}
+        self._decoders = {
+            group.path: (group.codec_arrays, twin_of(group.codec, compiled=compiled).decode) for group in self._aligned
+        }
         share = batch // world_size
         visits = Visits(
             data.valid_rows, n_views=data.store.n_views, seed=seed, batch=batch, rank=rank, world_size=world_size
