@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from storage.statistics import unit_sums
 
 if TYPE_CHECKING:
     import torch
+
+    from storage.torch.codecs import Twin
 
 CALLS_IN_HAND = 2  # one encoding, one publishing
 WIDTH = 2  # axis of images (B, H, W, 3)
@@ -78,6 +80,7 @@ class UnitEncoder:
         self._n_threads, self._run_id = n_threads, run_id
         self._batch = dict.fromkeys(self._groups, batch)
         self._encoders: dict[str, registry.Encoder] = {}
+        self._twins: dict[str, Twin[Any]] = {}
         self._device = ""
         self._copying: torch.cuda.Stream | None = None  # on a GPU
         self._encoding = threading.Lock()
@@ -245,8 +248,6 @@ class UnitEncoder:
         """
         import torch
 
-        from storage.torch.codecs import twin_of
-
         group = self._groups[path]
         layout = group.layout
         device = torch.device("cpu") if isinstance(images, np.ndarray) else images.device
@@ -255,7 +256,7 @@ class UnitEncoder:
             a.name: torch.zeros((len(images), *a.shape[1:]), dtype=dtypes[a.name], device=device) for a in layout.arrays
         }
         rows_present = torch.from_numpy(present).to(device)  # once: the GPU would run dry at a copy every batch
-        twin = twin_of(codec_of(group.identity))
+        twin = self._twin(group)
         for view, name in enumerate(layout.store.views):
             for start in range(0, len(present), batch):
                 rows = rows_present[start : start + batch]
@@ -273,6 +274,15 @@ class UnitEncoder:
         if device.type == "cuda":
             _wait_for(torch.cuda.current_stream(device))
         return arrays
+
+    def _twin(self, group: GroupPlan) -> Twin[Any]:
+        """The group's codec where images are; kept, since its tables are."""
+        from storage.torch.codecs import twin_of
+
+        path = group.layout.path
+        if path not in self._twins:
+            self._twins[path] = twin_of(codec_of(group.identity))
+        return self._twins[path]
 
 
 def _wait_for(stream: torch.cuda.Stream) -> None:

@@ -26,9 +26,12 @@ from pipeline.encoders import registry
 from pipeline.encoders.tiny import RESOLUTION
 from pipeline.plan import plan_groups
 from storage import StoreLayout
-from storage.torch.codecs import Tokens
-from storage.torch.codecs.int8 import dequantise, quantise
+from storage.codecs import CODECS, Codec
+from storage.codecs.int8 import INT8
+from storage.torch.codecs import twin_of
 from tests.trainer.test_transformer import imagenet_config
+from trainer.alignment.cosine import Cosine
+from trainer.alignment.irepa import IREPA
 from trainer.config.presets import preset
 from trainer.config.tree import override
 from trainer.data.loader import Batch
@@ -88,14 +91,15 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def a_batch(step: int) -> Batch:
-    q, scale = quantise(torch.randn(B, 256, FEATURES_WIDTH, device=GPU))
+def a_batch(step: int, codec: Codec = INT8) -> Batch:
+    rows, views, twin = torch.arange(B, device=GPU), torch.zeros(B, dtype=torch.int64, device=GPU), twin_of(codec)
+    stored = twin.encode(torch.randn(B, 256, FEATURES_WIDTH, device=GPU), rows, views)
     return Batch(
         step=step,
-        rows=torch.arange(B, device=GPU),
+        rows=rows,
         labels=torch.arange(B, device=GPU),
         moments=torch.randn(B, 8, 32, 32, device=GPU).half(),
-        targets=(Tokens(dequantise(q, scale)),),
+        targets=(twin.decode(stored, rows, views),),
         stall_s=0.0,
     )
 
@@ -125,6 +129,21 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
     assert losses.denoising.shape == (B,)
     averaged, moments = parts.ema.model.parameters(), parts.optimizer.state.values()
     assert {p.device for p in averaged} == {m["exp_avg"].device for m in moments} == {GPU}
+
+
+@pytest.mark.parametrize("spelling", list(CODECS))
+def test_decoding_and_aligning_stay_on_their_device_and_wait_for_nothing(fakes: None, spelling: str) -> None:
+    twin, rows = twin_of(CODECS[spelling]), torch.arange(B, device=GPU)
+    views, kinds = rows % 2, (Cosine(), IREPA())
+    projection = torch.randn(B, 256, FEATURES_WIDTH, device=GPU, requires_grad=True)
+    for step in range(2):  # tables go there once
+        with Copies() as copies:
+            stored = twin.encode(torch.randn(B, 256, FEATURES_WIDTH, device=GPU), rows, views)
+            tokens = twin.decode(stored, rows, views)
+            losses = [kind.loss(projection, kind.prepared(tokens)) for kind in kinds]
+        assert copies.n == 0 or step == 0
+    assert {tensor.device for tensor in (*stored.values(), *losses)} == {GPU}
+    assert tokens.values.shape == (B, 256, FEATURES_WIDTH)
 
 
 def test_a_tensor_of_the_host_and_a_wait_are_noticed(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +190,7 @@ def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
     assert (drawn.device, drawn.dtype, drawn.shape) == (GPU, torch.float64, x.shape)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "rotated1", "rotated4"])
 def test_units_are_encoded_where_their_images_are(
     fakes: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str
 ) -> None:
@@ -193,6 +212,7 @@ def test_units_are_encoded_where_their_images_are(
     images = torch.zeros(B, RESOLUTION, RESOLUTION, 3, dtype=torch.uint8, device=GPU)
     present = np.delete(np.arange(B), 3)
     for group in groups:
+        encoder.encode(group.layout.path, images, present, 5, 0)  # a codec's tables go there once
         with Copies() as copies:
             arrays: Any = encoder.encode(group.layout.path, images, present, 5, 0)
         assert copies.n == 1  # the rows', whatever the number of batches

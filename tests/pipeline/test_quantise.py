@@ -18,10 +18,12 @@ from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
 from pipeline.plan import plan_groups
 from storage import GroupLayout, StoreLayout, UserError, open_store
+from storage.codecs import CODECS
 from storage.codecs.int8 import INT8, LARGEST, Int8
 from storage.codecs.int8 import numbers as decode
 from storage.codecs.int8 import quantised as encode
 from storage.torch.codecs.int8 import quantise
+from storage.verify import verify
 from tests.features import DISTRIBUTIONS, cosines
 from tests.pipeline.encoding import encode_store, read_all
 
@@ -143,6 +145,28 @@ def test_the_store_holds_the_encoders_float32_numbers_quantised(tmp_path: Path, 
         assert cosines(tokens, decode(*stored.values())).min() > 0.9995
         if view == 0:
             np.testing.assert_array_equal(group.tokens(np.arange(4)), decode(*stored.values()))
+    group.close()
+
+
+@pytest.mark.parametrize("spelling", ["rotated1", "rotated2", "rotated4"])
+def test_the_store_holds_codes_of_the_encoders_numbers_keyed_by_row_and_view(tmp_path: Path, spelling: str) -> None:
+    images, codec = photographs(4), CODECS[spelling]
+    settings = config(tmp_path, features_dtype=spelling, flip=True)
+    layout = StoreLayout(n_rows=4, views=settings.views, resolution=RESOLUTION, shard_rows=4)
+    (plan,) = plan_groups(settings, layout, "digest")
+    encode_store(tmp_path / "store", [plan], images)
+    group = open_store(tmp_path / "store").group("features/tiny-vit")
+    encoder = registry.load(registry.resolve_features("tiny-vit"), resolution=RESOLUTION, device=CPU)
+    for view in (0, 1):
+        seen = images if view == 0 else images[:, :, ::-1].copy()
+        tokens = np.concatenate([encoder.encode_tokens(torch.from_numpy(p))[0].numpy() for p in (seen[:3], seen[3:])])  # type: ignore[attr-defined]
+        expected = codec.encode(tokens, np.arange(4), view)
+        for name in codec.names:
+            np.testing.assert_array_equal(read_all(group, name, 4, view), expected[name])
+        apart = tokens - tokens.mean(1, keepdims=True)
+        found = group.tokens(range(4), view) - tokens.mean(1, keepdims=True)
+        assert cosines(apart, found).mean() == pytest.approx(codec.rho**0.5, abs=0.02)
+    assert list(verify(tmp_path / "store", deep=True, n_workers=1)) == []
     group.close()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from storage import Staging, StoreLayout, create_group, create_store, open_store, publish_unit
 from storage.__main__ import main
-from storage.codecs import PLAIN, Codec
+from storage.codecs import CODECS, PLAIN, Codec
 from storage.codecs.int8 import INT8
 from storage.index import make_index
 from storage.receipts import Failure
@@ -50,7 +50,7 @@ def read(root: Path, path: str) -> dict[str, Sums]:
     return sums
 
 
-@pytest.mark.parametrize("codec", [None, INT8])
+@pytest.mark.parametrize("codec", [None, INT8, CODECS["rotated2"]])
 def test_sums_of_units_are_those_of_all_numbers(tmp_path: Path, codec: Codec | None) -> None:
     data = write(tmp_path, codec)
     kept = [row for row in range(N) if row != FAILED]

@@ -57,7 +57,7 @@ def test_the_pipeline_writes_it(tmp_path: Path, example: Codec) -> None:
         tokens[dtype] = group.tokens(range(3), 1)
         group.close()
     np.testing.assert_allclose(tokens[example.spelling], tokens["float16"], rtol=2**-8, atol=1e-6)
-    with pytest.raises(UserError, match="--features-dtype must be one of float16, .*bfloat16, got 'fp4'"):
+    with pytest.raises(UserError, match=r"--features-dtype must be one of float16, .*bfloat16, got 'fp4'"):
         PrecomputeConfig(**{**vars(asked), "features_dtype": "fp4"})
 
 

@@ -1,4 +1,4 @@
-"""Rotated codes where the model trains: torch's tokens are numpy's, losses take them over stored lengths, runs resume."""
+"""Rotated codes where the model trains: torch's tokens are numpy's, losses take stored lengths, runs resume."""
 
 from __future__ import annotations
 
@@ -191,7 +191,9 @@ def test_an_alignment_that_does_not_say_that_it_is_linear_is_refused(
 ) -> None:
     make_store(tmp_path / "s", codec=CODECS["rotated1"])
     monkeypatch.setitem(ALIGNMENTS, "crooked", f"{__name__}:Crooked")
-    with pytest.raises(UserError, match="is in rotated1 codes, .* crooked is not linear in its target; choose another"):
+    with pytest.raises(
+        UserError, match=r"is in rotated1 codes, .* crooked is not linear in its target; choose another"
+    ):
         train(micro(tmp_path / "s", tmp_path / "run", **{"loss.alignment": ("crooked",)}))
     group = open_store(tmp_path / "s").group(FEATURES)
     assert group.tokens([3, 1]).shape == (2, 64, 24)

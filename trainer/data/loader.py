@@ -74,8 +74,8 @@ class _Gathered:
 class Loader:
     """Iterates over the batches of steps [start, stop). Use as a context manager, which ends the thread.
 
-    Without `with_targets` no patch tokens are read; `compiled`, codes are decoded by compiled code. `on_wait` is called about once a second, with the seconds so far,
-    while a batch is waited for.
+    Without `with_targets` no patch tokens are read; `compiled`, codes are decoded by compiled code. `on_wait` is called
+    about once a second, with the seconds so far, while a batch is waited for.
     """
 
     def __init__(
