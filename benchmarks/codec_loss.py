@@ -32,16 +32,16 @@ from pipeline.encoders import registry, timm_vit
 from pipeline.encoders.catalogue import VISION
 from pipeline.encoders.vision import VisionTransformerEncoder, preprocess
 from pipeline.encoders.weights import read_weights
-from pipeline.quantise import quantise
 from pipeline.sources import open_source
 from pipeline.sources.photos import write_photos
 from pipeline.transforms import center_crop
 from storage.base.console import progress_bar
 from storage.order import Order
+from storage.torch.codecs import Tokens
+from storage.torch.codecs.int8 import dequantise, quantise
 from trainer.alignment.cosine import alignment_loss
 from trainer.config.presets import preset
 from trainer.config.tree import override
-from trainer.data.codes import dequantise
 from trainer.data.loader import Batch
 from trainer.loop.losses import LatentScale, losses
 from trainer.loop.step import build, train_step
@@ -154,8 +154,9 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     def batch_of(step: int) -> Batch:
         rows = torch.from_numpy(order.global_batch(step, batch))
         return Batch(
-            step=step, rows=rows, labels=rows % N_CLASSES, moments=moments[rows], targets=(patches[rows],), stall_s=0.0
-        )
+            step=step, rows=rows, labels=rows % N_CLASSES, moments=moments[rows], targets=(Tokens(patches[rows]),),
+            stall_s=0.0,
+        )  # fmt: skip
 
     with progress_bar(n_steps, unit="step", description=case.name) as bar:
         for step in range(n_steps):
@@ -169,7 +170,7 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     hook.remove()
     by_velocity = flat(gradients(of_batch.denoising.mean(), model))
     found = {}
-    for dtype, target in targets(last.targets[0]).items():
+    for dtype, target in targets(last.targets[0].values).items():
         loss = alignment_loss(projections[0], target).mean()
         assert dtype != "float32" or torch.equal(loss, of_batch.alignments.mean())
         found[dtype] = (float(loss.detach().double()), gradients(loss, model))

@@ -93,7 +93,7 @@ def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found
     for images, block in blocks:
         pixels = encoder.upload(images)
         for path in block.paths:
-            encoder.encode(path, pixels, np.arange(len(images)), case.config(Path()).batch)
+            encoder.encode(path, pixels, np.arange(len(images)), case.config(Path()).batch, 0)
         done.append((time.perf_counter(), len(images)))
     return Found(images_per_s=rate(done))
 
@@ -207,7 +207,7 @@ def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
             block = Block(unit=unit, failures=[], timings_s={}, paths=paths, crcs=crcs)
             pixels, present = encoder.upload(handed_over), np.arange(len(images))
             for path in paths:
-                arrays = encoder.encode(path, pixels, present, case.config(Path()).batch)
+                arrays = encoder.encode(path, pixels, present, case.config(Path()).batch, 0)
                 took("encode")
                 encoder._publish(path, block, arrays, present, {}, {})
                 took("publish")

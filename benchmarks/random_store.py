@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
-from storage.codec import INT8, encode
+from storage.codecs import codec_named
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 
@@ -60,9 +60,8 @@ def _arrays(n: int, width: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
         moments = rng.standard_normal((n, 1, 2 * channels, side, side), dtype=np.float32)
         moments[:, :, channels:] = np.abs(moments[:, :, channels:])
         arrays[path] = {"moments": moments.astype(np.float16)}
-    features = {"patches": tokens.astype(np.float16)}
-    if dtype == "int8":
-        features = dict(zip(("patches", "scale"), encode(tokens), strict=True))
+    encoded = codec_named(dtype).encode(tokens[:, 0], np.arange(n), 0)
+    features = {name: array[:, None] for name, array in encoded.items()}
     features["cls"] = rng.standard_normal((n, 1, width), dtype=np.float32).astype(np.float16)
     return {**arrays, FEATURES: features}
 
@@ -85,9 +84,9 @@ def _identities(width: int, dtype: str) -> dict[str, Identity]:
         FEATURES: FeaturesIdentity(
             resolution=RESOLUTION,
             encoder="random numbers",
-            dtype=dtype,
+            dtype=codec_named(dtype).dtype,
             token_grid=(GRID, GRID),
             width=width,
-            codec=INT8.identity if dtype == "int8" else None,
+            codec=codec_named(dtype).identity,
         ),
     }

@@ -31,6 +31,7 @@ from benchmarks.online import Encoders, encode_moments, encode_tokens, random_im
 from benchmarks.public_repa import PublicStep
 from benchmarks.random_store import LATENTS
 from storage.base.errors import UserError
+from storage.torch.codecs import Tokens
 from trainer.config.tree import override
 from trainer.data.groups import geometry_of, open_data
 from trainer.data.loader import Batch, Loader
@@ -164,7 +165,7 @@ class Ours:
                 with_class = batch.class_tokens is not None
                 tokens = encode_tokens(encoders.vision, images, class_token=with_class)
                 class_tokens = tokens[:, 0] if with_class else None
-                yield dataclasses.replace(batch, moments=moments, targets=(tokens,), class_tokens=class_tokens)
+                yield dataclasses.replace(batch, moments=moments, targets=(Tokens(tokens),), class_tokens=class_tokens)
 
         try:
             yield batches()
@@ -268,7 +269,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         rows=batch.rows.to(device),
         labels=batch.labels.to(device),
         moments=batch.moments.to(device),
-        targets=tuple(target.to(device) for target in batch.targets),
+        targets=tuple(target.each(lambda tensor: tensor.to(device)) for target in batch.targets),
         class_tokens=None if batch.class_tokens is None else batch.class_tokens.to(device),
     )
 

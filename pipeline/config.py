@@ -10,6 +10,7 @@ from pipeline.encoders.precision import ARITHMETIC
 from pipeline.label_options import LabelOptions
 from storage.base.errors import UserError
 from storage.base.options import argument, option, required
+from storage.codecs import CODECS, PLAIN, codec_named
 
 Token = Literal["cls", "mean"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -79,7 +80,7 @@ class PrecomputeConfig(_ImagesConfig):
     )
     compile: bool = option(False, "torch.compile the encoders: minutes at the start, other roundings")
     features_dtype: str = option(
-        "float16", "patch tokens as float16, or as int8 with a float16 factor for 128 channels"
+        PLAIN.spelling, f"how patch tokens are stored: {', '.join(CODECS)} (docs/codes.md has sizes and errors)"
     )
     resolution: int = option(256, "side of the ADM centre crop, pixels")
     flip: bool = option(False, "store the horizontally flipped view as well (V = 2)")
@@ -117,10 +118,12 @@ class PrecomputeConfig(_ImagesConfig):
                 raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if self.latents == "none" and self.features == "none":
             raise UserError("nothing to encode: --latents and --features are both none; name at least one")
-        if self.features_dtype not in ("float16", "int8"):
-            raise UserError(f"--features-dtype must be float16 or int8, got {self.features_dtype!r}")
-        if self.features == "none" and self.features_dtype != "float16":
-            raise UserError("--features-dtype int8 has nothing to quantise with --features none; leave one of them out")
+        if self.features == "none" and codec_named(self.features_dtype) != PLAIN:
+            raise UserError(
+                f"--features-dtype {self.features_dtype} has nothing to quantise with --features none; leave one of "
+                "them out"
+            )
+        codec_named(self.features_dtype)
         if self.precision not in ARITHMETIC:
             raise UserError(f"--precision must be one of {', '.join(ARITHMETIC)}, got {self.precision!r}")
         if not 0 <= self.max_failures <= 1:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from pipeline.encoders import registry
 from pipeline.plan import GroupPlan
 from storage import Failure, publish_unit
 from storage.base.errors import UserError
-from storage.codec import codec_of, refusal, unquantisable
+from storage.codecs import TOKENS, codec_of
 from storage.receipts import Receipt, look_at
 from storage.roots import Root, open_root
 from storage.samples import group_paths, is_of_samples, refuse_lost_rows, refuse_other_samples
@@ -36,6 +36,8 @@ from storage.statistics import unit_sums
 
 if TYPE_CHECKING:
     import torch
+
+    from storage.torch.codecs import Twin
 
 CALLS_IN_HAND = 2  # one encoding, one publishing
 WIDTH = 2  # axis of images (B, H, W, 3)
@@ -78,6 +80,7 @@ class UnitEncoder:
         self._n_threads, self._run_id = n_threads, run_id
         self._batch = dict.fromkeys(self._groups, batch)
         self._encoders: dict[str, registry.Encoder] = {}
+        self._twins: dict[str, Twin[Any]] = {}
         self._device = ""
         self._copying: torch.cuda.Stream | None = None  # on a GPU
         self._encoding = threading.Lock()
@@ -190,11 +193,13 @@ class UnitEncoder:
         group = self._groups[path]
         arrays = self._download(encoded)
         first_row = group.layout.store.unit_rows(block.unit).start
-        if "scale" in arrays:
-            _refuse_unquantisable(path, arrays["scale"], first_row)
+        codec = codec_of(group.identity)
+        if TOKENS in arrays and (bad := codec.unencodable(arrays)) is not None:
+            i, view, token = bad
+            raise codec.refusal(f"{path}, row {first_row + i}, view {view}: token {token}")
         self._refuse_other_samples(block)  # again: another run may have published meanwhile
         start_s = time.perf_counter()
-        sums = unit_sums(group.layout, arrays, present, codec_of(group.identity))
+        sums = unit_sums(group.layout, arrays, present, codec, first_row)
         if not all(np.isfinite(of.squares).all() for of in sums.values()):  # they have seen every number
             registry.refuse_infinite(arrays, lambda i: f"{path}, row {first_row + i},")
         timings_s = {**timings_s, "statistics": time.perf_counter() - start_s}
@@ -227,7 +232,7 @@ class UnitEncoder:
         present = np.array([i for i in range(len(images)) if i not in failed], dtype=np.int64)
         while True:
             try:
-                arrays = self.encode(path, images, present, self._batch[path])
+                arrays = self.encode(path, images, present, self._batch[path], first_row)
                 break
             except RuntimeError as error:
                 if not _out_of_gpu_memory(error) or self._batch[path] == 1:
@@ -236,10 +241,10 @@ class UnitEncoder:
             _release_gpu_memory()  # outside the handler, whose traceback holds the batch
         return arrays, present
 
-    def encode(self, path: str, images: Array, present: np.ndarray, batch: int) -> Mapping[str, Array]:
+    def encode(self, path: str, images: Array, present: np.ndarray, batch: int, first_row: int) -> Mapping[str, Array]:
         """Arrays (n, V, *row_shape) by name, where `images` are; rows that are not in `present` stay zero, not stored.
 
-        They are complete when this returns.
+        The images are those of rows from `first_row`. The arrays are complete when this returns.
         """
         import torch
 
@@ -251,6 +256,7 @@ class UnitEncoder:
             a.name: torch.zeros((len(images), *a.shape[1:]), dtype=dtypes[a.name], device=device) for a in layout.arrays
         }
         rows_present = torch.from_numpy(present).to(device)  # once: the GPU would run dry at a copy every batch
+        twin = self._twin(group)
         for view, name in enumerate(layout.store.views):
             for start in range(0, len(present), batch):
                 rows = rows_present[start : start + batch]
@@ -259,13 +265,24 @@ class UnitEncoder:
                     rows = torch.cat([rows, rows[-1:].expand(batch - n)])
                 pixels = torch.from_numpy(images[rows.numpy()]) if isinstance(images, np.ndarray) else images[rows]
                 encoded = self._encoders[path].encode(pixels.flip(WIDTH) if name == "hflip" else pixels)
-                # Assigning would cast, float16 tokens to int8 say, without a word.
+                if TOKENS in encoded:
+                    encoded |= twin.encode(encoded[TOKENS], rows + first_row, view)
+                # Assigning would cast, float32 tokens to int8 say, without a word.
                 assert dtypes == {array: values.dtype for array, values in encoded.items()}, encoded
                 for array, values in encoded.items():
                     arrays[array][rows[:n], view] = values[:n]
         if device.type == "cuda":
             _wait_for(torch.cuda.current_stream(device))
         return arrays
+
+    def _twin(self, group: GroupPlan) -> Twin[Any]:
+        """The group's codec where images are; kept, since its tables are."""
+        from storage.torch.codecs import twin_of
+
+        path = group.layout.path
+        if path not in self._twins:
+            self._twins[path] = twin_of(codec_of(group.identity))
+        return self._twins[path]
 
 
 def _wait_for(stream: torch.cuda.Stream) -> None:
@@ -288,11 +305,3 @@ def _release_gpu_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _refuse_unquantisable(path: str, scale: np.ndarray, first_row: int) -> None:
-    """Raise UserError naming row and token when a factor of scale (n, V, T, G) is not finite."""
-    bad = unquantisable(scale)
-    if bad is not None:
-        i, view, token = bad
-        raise refusal(f"{path}, row {first_row + i}, view {view}: token {token}")

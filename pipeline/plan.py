@@ -23,6 +23,7 @@ from pipeline.redo import Done, changed_images, refuse_changed, resized_rows, un
 from pipeline.sources import Source
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store, open_store
 from storage.base.errors import StoreError
+from storage.codecs import stored_arrays
 from storage.identity import Identity
 from storage.index import Index
 from storage.receipts import scan
@@ -97,10 +98,9 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
     groups = []
     for spec in specs:
         identity = registry.describe(spec, resolution=config.resolution).of_samples(config.views, index_digest)
-        dtypes = registry.array_dtypes(identity)
         arrays = tuple(
-            ArrayLayout(name=array, dtype=dtypes[array], row_shape=shape, store=layout)
-            for array, shape in sorted(registry.array_shapes(identity).items())
+            ArrayLayout(name=array, dtype=dtype, row_shape=shape, store=layout)
+            for array, (dtype, shape) in sorted(stored_arrays(identity).items())
         )
         groups.append(
             GroupPlan(

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,7 +20,6 @@ from pipeline.sources.protocol import Sample, Unreadable
 from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
 from storage.base.shown import shown
-from storage.codec import codec_of, decode
 from storage.layout import GroupLayout
 from storage.receipts import read_receipt
 from storage.samples import sample_crc32c, stored_samples
@@ -183,7 +181,7 @@ def decode_means(group: GroupReader, rows: np.ndarray, decoder: Path) -> np.ndar
     from pipeline.encoders.vae import VAE
 
     group.require("latent_channels", arrays=["moments"])
-    means = gather(group["moments"], rows)[:, : group.identity.latent_channels]
+    means = group.gather(rows, 0, ["moments"])["moments"][:, : group.identity.latent_channels]
     vae = VAE(decoder, torch.device("cpu"))
     return np.concatenate([vae.decode(means[i : i + DECODE_BATCH]) for i in range(0, len(means), DECODE_BATCH)])
 
@@ -191,7 +189,7 @@ def decode_means(group: GroupReader, rows: np.ndarray, decoder: Path) -> np.ndar
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:
     """First three principal components over all patch tokens of the rows, each stretched to 0–255; (n, R, R, 3)."""
     group.require("token_grid")
-    tokens = gather_features(group, rows)
+    tokens = group.tokens(rows)
     if not np.isfinite(tokens).all():
         raise UserError(f"{group.path} holds NaN or infinity; `python -m storage verify --deep` names the rows")
     n, _, width = tokens.shape
@@ -209,20 +207,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of each pair of uint8 images (n, H, W, 3): 10 · log10(255² / mean squared error)."""
     error = np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
-
-
-def gather(reader: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows of the first view, (n, *row_shape)."""
-    out = np.empty((len(rows), *reader.row_shape), dtype=reader.dtype)
-    reader.read_into(rows, 0, out)
-    return out
-
-
-def gather_features(group: GroupReader, rows: np.ndarray) -> np.ndarray:
-    """Patch tokens of the first view, float32 (n, T, D), quantised or not."""
-    patches = gather(group["patches"], rows)
-    codec = codec_of(group.identity)
-    return patches.astype(np.float32) if codec is None else decode(patches, gather(group["scale"], rows), codec)
 
 
 def stack(strips: list[np.ndarray]) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from storage.base.errors import UserError
 from storage.checks import ChecksumPolicy
-from storage.codec import codec_of, decode
+from storage.codecs import TOKENS, decoded
 from storage.gather import gather_into
 from storage.order import ValidRows
 from storage.prefetch import Prefetcher
@@ -57,8 +57,8 @@ class Gatherer:
                 f"{', '.join(groups)} have arrays {', '.join(sorted(there))}, not {sorted(set(arrays) - there)[0]}"
             )
         self._arrays = set(arrays) or there
-        if decode and "patches" in self._arrays:
-            self._arrays |= there & {"scale"}
+        if decode and TOKENS in self._arrays:
+            self._arrays |= {name for group in self._groups for name in group.codec_arrays}
         self._wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
         self._labels = opened.classes.labels
         self.valid_rows = ValidRows(opened.n_rows, np.concatenate([group.failed_rows for group in self._groups]))
@@ -71,9 +71,8 @@ class Gatherer:
         gather_into(list(zip(readers, out, strict=True)), rows, views)
         for group in self._groups:
             arrays = {name: values for (of, name), values in zip(self._wanted, out, strict=True) if of is group}
-            codec = codec_of(group.identity) if self._decode else None
-            if codec is not None and "patches" in arrays:
-                arrays["patches"] = decode(arrays["patches"], arrays.pop("scale"), codec, dtype=np.float16)
+            if self._decode:
+                arrays = decoded(group.codec, arrays, rows, views)
             batch |= {f"{group.path}/{name}": values for name, values in arrays.items()}
         return batch
 

@@ -92,10 +92,11 @@ def describe_group(store: Store, path: str) -> None:
         for stage, seconds in receipt.timings_s.items():
             timings_s[stage] = timings_s.get(stage, 0.0) + seconds
     say("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
-    sums, without = group_sums(store.root, layout, attributes["identity_digest"])
+    identity = group_identity(path, attributes["identity"], store.root.at(path))
+    sums, without = group_sums(store.root, layout, attributes["identity_digest"], identity)
     if without:
         say(f"statistics are of the other units: {without} were written without")
-    say(*describe(sums, group_identity(path, attributes["identity"], store.root.at(path))))
+    say(*describe(sums, identity))
     n_units = layout.store.n_units
     if n_of_unknown:
         say(

@@ -12,7 +12,7 @@ canonical JSON: sorted keys, no spaces, UTF-8, no NaN.
 `plain` of what it gives is that mapping to the byte: a field that is absent stays absent, and what has no name here (of
 a user's own encoder, of an older or a later version) goes through `others`. A value is checked where code computes with
 it. An identity has no version: its group has one, its codec a name, and an unknown one of either is refused by whoever
-opens the group (`Store.group_layout`) or decodes its arrays (`storage.codec.codec_of`).
+opens the group (`Store.group_layout`) or decodes its arrays (`storage.codecs.codec_of`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Identity:
     resolution: Count | None = None
     dtype: str | None = None
     arithmetic: Kept | None = None
-    codec: dict[str, Any] | None = None  # `storage.codec.codec_of`
+    codec: dict[str, Any] | None = None  # `storage.codecs.codec_of`
     encoder: str | None = None
     weights_sha256: str | None = None
     published_weights: Annotated[bool, SkipValidation] | None = None  # of Inception: whether they define FID
@@ -118,7 +118,7 @@ class FeaturesIdentity(Identity):
     width: Size = ABSENT
 
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """As of every identity; factors of quantised tokens are the codec's matter."""
+        """As of every identity; `patches` is (T, D), and how a codec lays it out is the codec's matter."""
         if not self.width:
             return {}
         grid = {"patches": (math.prod(self.token_grid), self.width)} if self.token_grid else {}

@@ -18,15 +18,15 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from storage.base.boundary import parse_json
-from storage.base.errors import StoreError
-from storage.codec import codec_of
+from storage.base.errors import StoreError, UserError
+from storage.codecs import TOKENS, codec_of
 from storage.identity import OF_GROUPS, Identity, canonical_json, parse
 from storage.layout import METADATA, ArrayLayout, GroupLayout, StoreLayout
 from storage.roots import Root
 from storage.schema import MAX_SAMPLE_BYTES, ArrayNode, GroupNode
 
 T = TypeVar("T")
-NUMBERS = ("moments", "patches", "cls", "scale")  # arrays whose numbers are computed with
+NUMBERS = ("moments", "cls")  # arrays whose numbers are computed with, but for a codec's
 RESTORE = "restore it, or use another copy of the store"
 
 
@@ -93,14 +93,20 @@ def check_identity(layout: GroupLayout, identity: Identity, where: str) -> None:
         codec = codec_of(identity)
     except StoreError:
         return  # a later version's: whoever decodes says so
-    if codec is not None and "patches" in arrays:
-        *tokens, width = arrays["patches"]
-        shapes["scale"] = (*tokens, codec.n_groups(width))
-        if "scale" not in arrays:
-            raise StoreError(f"{where} has quantised patches and no scale; {RESTORE}")
+    dtypes = dict.fromkeys(NUMBERS, "float16")
+    if TOKENS in arrays:
+        try:
+            stored = codec.arrays(*(shapes.get(TOKENS) or codec.tokens_shape(arrays[TOKENS])))
+        except (UserError, TypeError) as error:  # the latter for a shape with other axes
+            raise StoreError(
+                f"{where}/{TOKENS} {arrays[TOKENS]} are no {codec.spelling} tokens ({error}); {RESTORE}"
+            ) from None
+        for name, (dtype, shape) in stored.items():
+            if name not in arrays:
+                raise StoreError(f"{where} has {codec.spelling} {TOKENS} and no {name}; {RESTORE}")
+            dtypes[name], shapes[name] = dtype, shape
     for array in layout.arrays:
-        quantised = codec is not None and array.name == "patches"
-        if array.name in NUMBERS and not np.dtype(array.dtype).kind == ("i" if quantised else "f"):
+        if not _alike(np.dtype(array.dtype), np.dtype(dtypes.get(array.name, array.dtype))):
             raise StoreError(
                 f"{where}/{array.name} holds {array.dtype}, which its identity does not describe; {RESTORE}"
             )
@@ -109,6 +115,11 @@ def check_identity(layout: GroupLayout, identity: Identity, where: str) -> None:
             raise StoreError(
                 f"{where}/{name} has samples of shape {arrays[name]}, the identity says {shapes[name]}; {RESTORE}"
             )
+
+
+def _alike(a: np.dtype[Any], b: np.dtype[Any]) -> bool:
+    """Whether both are floating-point numbers, of any size, or the same integers."""
+    return a.kind == b.kind and (a.kind == "f" or a.itemsize == b.itemsize)
 
 
 def _first(error: Exception) -> str:

@@ -15,13 +15,15 @@ from functools import cached_property, partial
 from typing import Any, Generic
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from storage.base.errors import StoreError
 from storage.base.shown import shown
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
+from storage.codecs import TOKENS, Codec, StoredArray, codec_of, decoded
 from storage.foreign import ZarrArrayReader, open_foreign
-from storage.gather import ArrayReader
+from storage.gather import ArrayReader, gather_into
 from storage.identity import AnyIdentity, Identity, identity_digest, require_same
 from storage.index import Classes, Index, count_rows, read_classes, read_index
 from storage.layout import (
@@ -47,6 +49,7 @@ from storage.open_array import EmptyRows, OpenArray
 from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
+from storage.visits import Views
 
 LONGEST = 60  # characters of a value in a message
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
@@ -79,6 +82,43 @@ class GroupReader(Generic[AnyIdentity]):
 
     def __getitem__(self, name: str) -> ArrayReader:
         return self.arrays[name]
+
+    @cached_property
+    def codec(self) -> Codec:
+        """How patch tokens are stored. Raises StoreError when this code does not know."""
+        return codec_of(self.identity)
+
+    @property
+    def codec_arrays(self) -> list[str]:
+        """Names of the arrays that hold patch tokens; none of a group without."""
+        return list(self.codec.names) if TOKENS in self.arrays else []
+
+    def shapes(self, *, decoded: bool) -> dict[str, StoredArray]:
+        """Array name → dtype and row shape, as stored, or as `storage.codecs.decoded` gives them."""
+        stored = {name: StoredArray(array.dtype.str, array.row_shape) for name, array in self.arrays.items()}
+        if not decoded or TOKENS not in stored:
+            return stored
+        patches = self.arrays[TOKENS]
+        shape = self.codec.tokens_shape(patches.row_shape)
+        numbers = StoredArray(self.codec.number_dtype(patches.dtype).str, shape)
+        kept = [name for name in stored if name == TOKENS or name not in self.codec.names]
+        return {name: numbers if name == TOKENS else stored[name] for name in kept}
+
+    def gather(self, rows: np.ndarray, views: Views, arrays: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Samples of the named arrays, or of all, (B, *row_shape) as stored. `rows` int64 (B,); raises as reading."""
+        readers = {name: self.arrays[name] for name in arrays or self.arrays}
+        out = {name: np.empty((len(rows), *reader.row_shape), reader.dtype) for name, reader in readers.items()}
+        gather_into([(readers[name], buffer) for name, buffer in out.items()], rows, views)
+        return out
+
+    def tokens(
+        self, rows: np.ndarray | Sequence[int], views: Views = 0, *, dtype: DTypeLike = np.float32
+    ) -> np.ndarray:
+        """Patch tokens (B, T, D) as numbers, whatever the codec. Raises StoreError for a group without."""
+        self.require(arrays=[TOKENS])
+        rows = np.asarray(rows, dtype=np.int64)
+        stored = self.gather(rows, views, self.codec_arrays)
+        return decoded(self.codec, stored, rows, views, dtype=dtype)[TOKENS]
 
     def require(self, *fields: str, arrays: Sequence[str] = ()) -> None:
         """Raise StoreError when the identity lacks one of the fields, or the group one of the arrays."""

@@ -5,7 +5,7 @@ Sums merge by adding, so it does not matter which run wrote which unit, a unit t
 share, and nothing has to be written when the last unit is done: whoever asks adds up the receipts. They are not in the
 group's attributes, which are sealed before the first unit and never change.
 
-Numbers are those that are stored: float16, or dequantised int8. Cost: `python -m benchmarks.precompute` has it.
+Numbers are those that are stored, decoded where they are in a codec. Cost: `python -m benchmarks.precompute` has it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.base.errors import StoreError
-from storage.codec import Int8Codec, decode
+from storage.codecs import Codec, decoded
 from storage.identity import Identity, LatentsIdentity
 from storage.layout import GroupLayout
 from storage.receipts import HEAL_RECEIPT, Receipt, scan
@@ -67,23 +67,19 @@ class Sums:
 
 @np.errstate(invalid="ignore")  # infinity less infinity
 def unit_sums(
-    layout: GroupLayout, arrays: Mapping[str, np.ndarray], present: np.ndarray, codec: Int8Codec | None
+    layout: GroupLayout, arrays: Mapping[str, np.ndarray], present: np.ndarray, codec: Codec, first_row: int
 ) -> dict[str, Sums]:
-    """Sums of a unit's arrays (n, V, *row_shape), over the rows in `present` (positions).
+    """Sums of a unit's arrays (n, V, *row_shape), over the rows in `present` (positions); it begins at `first_row`.
 
     Channels are a latent's first axis and a token's last; token arrays have their norms besides. A number that is not
     finite leaves its channel's sum so.
     """
     latents = layout.path.startswith("latents/")
     sums: dict[str, Sums] = {}
-    for array in layout.arrays:
-        if array.name == "scale":
-            continue
-        name, values = array.name, arrays[array.name]
-        for i in present.tolist():
-            row = values[i]
-            if codec is not None and name == "patches":
-                row = decode(row, arrays["scale"][i], codec)
+    names, views = [array.name for array in layout.arrays], np.arange(layout.store.n_views)
+    for i in present.tolist():
+        stored = {name: arrays[name][i] for name in names}
+        for name, row in decoded(codec, stored, np.full_like(views, first_row + i), views, dtype=np.float32).items():
             if latents:
                 row = np.moveaxis(row, 1, -1)
             vectors = row.reshape(-1, row.shape[-1]).astype(np.float64)
@@ -96,7 +92,9 @@ def unit_sums(
     return sums
 
 
-def group_sums(root: Root, layout: GroupLayout, digest: str) -> tuple[dict[str, Sums], int]:
+def group_sums(
+    root: Root, layout: GroupLayout, digest: str, identity: Identity | None = None
+) -> tuple[dict[str, Sums], int]:
     """(sums over the group's done units, how many done units have none: a store that was imported, say)."""
     sums: dict[str, Sums] = {}
     without = 0
@@ -104,14 +102,18 @@ def group_sums(root: Root, layout: GroupLayout, digest: str) -> tuple[dict[str, 
         if receipt is None or reason is not None:
             continue
         without += not receipt.statistics
-        for name, new in receipt_sums(layout, receipt).items():
+        for name, new in receipt_sums(layout, receipt, identity).items():
             _add(sums, name, new)
     return sums, without
 
 
-def receipt_sums(layout: GroupLayout, receipt: Receipt) -> dict[str, Sums]:
-    """The sums that a unit's receipt carries. Raises StoreError when they are not of the group's arrays."""
-    channels = {a.name: a.row_shape[0 if layout.path.startswith("latents/") else -1] for a in layout.arrays}
+def receipt_sums(layout: GroupLayout, receipt: Receipt, identity: Identity | None = None) -> dict[str, Sums]:
+    """The sums that a unit's receipt carries. Raises StoreError when they are not of the group's arrays.
+
+    The group's identity says how many channels tokens have that lie in a codec's arrays.
+    """
+    shapes = {array.name: array.row_shape for array in layout.arrays} | (identity.row_shapes() if identity else {})
+    channels = {name: shape[0 if layout.path.startswith("latents/") else -1] for name, shape in shapes.items()}
     channels |= {name + NORM: 1 for name in channels}
     sums = {}
     for name, fields in receipt.statistics.items():

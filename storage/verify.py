@@ -83,15 +83,16 @@ def verify(
             yield str(error)
             continue
         whole[path] = (layout, attributes["identity_digest"])
-        yield from contradictions(store, path, group_identity(path, attributes["identity"], store.root.at(path)))
+        identity = group_identity(path, attributes["identity"], store.root.at(path))
+        yield from contradictions(store, path, identity)
         yield from _stray_files(store.root, layout)
         units = scan(store.root, layout, attributes["identity_digest"])
         n_processes = min(n_workers or os.cpu_count() or 1, layout.store.n_units) if deep else 1
-        yield from _each_unit(partial(unit_faults, store.root, layout, deep), units, n_processes, progress)
+        yield from _each_unit(partial(unit_faults, store.root, layout, identity, deep), units, n_processes, progress)
     yield from disagreements(store.root, {**whole, **(_other_groups(store, wanted) if groups is not None else {})})
 
 
-def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: Unit) -> tuple[int, list[str]]:
+def unit_faults(root: Root, layout: GroupLayout, identity: Identity, deep: bool, task: Unit) -> tuple[int, list[str]]:
     """(bytes looked at, faults) of one unit: what the scan said of it, and its shards against its receipt."""
     unit, receipt, reason = task
     n_bytes, faults = 0, []
@@ -102,7 +103,7 @@ def unit_faults(root: Root, layout: GroupLayout, deep: bool, task: Unit) -> tupl
         return n_bytes, faults
     try:
         if reason is None:
-            receipt_sums(layout, receipt)
+            receipt_sums(layout, receipt, identity)
     except StoreError as error:
         faults.append(str(error))
     for array in layout.arrays:

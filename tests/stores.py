@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from storage import ArrayLayout, Failure, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
-from storage.codec import Int8Codec, encode
+from storage.codecs import PLAIN, Codec
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 from storage.receipts import look_at
@@ -19,22 +19,22 @@ LATENTS = "latents/tiny-vae"
 FEATURES = "features/tiny-vit"
 
 
-def make_layouts(store: StoreLayout, width: int = 24, codec: Int8Codec | None = None) -> dict[str, GroupLayout]:
+def make_layouts(store: StoreLayout, width: int = 24, codec: Codec | None = None) -> dict[str, GroupLayout]:
     """Latents (8, 16, 16) and features of 64 tokens on an 8×8 grid, as the built-in encoders write at 128 px."""
 
     def array(name: str, *row_shape: int, dtype: str = "float16") -> ArrayLayout:
         return ArrayLayout(name=name, dtype=dtype, row_shape=row_shape, store=store)
 
-    features = [array("cls", width), array("patches", 64, width, dtype="float16" if codec is None else "int8")]
-    if codec is not None:
-        features.append(array("scale", 64, codec.n_groups(width)))
+    features = [array("cls", width)]
+    for name, (dtype, shape) in (codec or PLAIN).arrays(64, width).items():
+        features.append(array(name, *shape, dtype=dtype))
     return {
         LATENTS: GroupLayout(path=LATENTS, arrays=(array("moments", 8, 16, 16),)),
         FEATURES: GroupLayout(path=FEATURES, arrays=tuple(features)),
     }
 
 
-def make_identities(width: int = 24, codec: Int8Codec | None = None) -> dict[str, Identity]:
+def make_identities(width: int = 24, codec: Codec | None = None) -> dict[str, Identity]:
     """Identities with the fields that readers use."""
     return {
         LATENTS: LatentsIdentity(
@@ -53,8 +53,8 @@ def make_identities(width: int = 24, codec: Int8Codec | None = None) -> dict[str
             encoder="test",
             weights_sha256="0" * 64,
             resolution=128,
-            dtype="float16" if codec is None else "int8",
-            codec=None if codec is None else codec.identity,
+            dtype=(codec or PLAIN).dtype,
+            codec=(codec or PLAIN).identity,
             layer="norm",
             token_grid=(8, 8),
             width=width,
@@ -62,13 +62,34 @@ def make_identities(width: int = 24, codec: Int8Codec | None = None) -> dict[str
     }
 
 
-def random_arrays(layout: GroupLayout, seed: int = 0, codec: Int8Codec | None = None) -> dict[str, np.ndarray]:
-    """Standard normal numbers for every array of the group, (N, V, *row_shape); quantised with a codec."""
+def random_arrays(layout: GroupLayout, seed: int = 0, codec: Codec | None = None) -> dict[str, np.ndarray]:
+    """Standard normal numbers for every array of the group, (N, V, *row_shape); tokens encoded by a codec."""
     rng = np.random.default_rng(seed)
-    arrays = {array.name: rng.standard_normal(array.shape).astype(np.float32) for array in layout.arrays}
-    if codec is not None and "patches" in arrays:
-        arrays["patches"], arrays["scale"] = encode(arrays["patches"], codec)
+    arrays = {}
+    for array in layout.arrays:
+        if array.name == "patches" and codec is not None:
+            shape = (*array.shape[:2], *codec.tokens_shape(array.row_shape))
+            arrays |= encoded(rng.standard_normal(shape).astype(np.float32), codec)
+        elif codec is None or array.name not in codec.names:
+            arrays[array.name] = rng.standard_normal(array.shape).astype(np.float32)
     return {array.name: arrays[array.name].astype(array.dtype) for array in layout.arrays}
+
+
+def encoded(tokens: np.ndarray, codec: Codec, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """Arrays (N, V, *row_shape) of tokens (N, V, T, D), of rows 0 to N − 1 unless said."""
+    numbers = np.arange(len(tokens)) if rows is None else np.asarray(rows)
+    of_views = [codec.encode(tokens[:, view], numbers, view) for view in range(tokens.shape[1])]
+    return {name: np.stack([arrays[name] for arrays in of_views], axis=1) for name in of_views[0]}
+
+
+def decoded(arrays: Mapping[str, np.ndarray], codec: Codec, **options: Any) -> np.ndarray:
+    """The other way round."""
+    n, n_views = arrays["patches"].shape[:2]
+    of_views = [
+        codec.decode({name: arrays[name][:, view] for name in codec.names}, np.arange(n), view, **options)
+        for view in range(n_views)
+    ]
+    return np.stack(of_views, axis=1)
 
 
 def make_store(
@@ -80,7 +101,7 @@ def make_store(
     n_classes: int = 5,
     failed_rows: Sequence[int] = (),
     width: int = 24,
-    codec: Int8Codec | None = None,
+    codec: Codec | None = None,
     features: Mapping[str, np.ndarray] | None = None,
     source: Mapping[str, str] | None = None,
     label: int | None = None,

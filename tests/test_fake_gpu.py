@@ -26,13 +26,16 @@ from pipeline.encode import UnitEncoder
 from pipeline.encoders import registry
 from pipeline.encoders.tiny import RESOLUTION
 from pipeline.plan import plan_groups
-from pipeline.quantise import quantise
 from storage import StoreLayout
+from storage.codecs import CODECS, Codec
+from storage.codecs.int8 import INT8
+from storage.torch.codecs import twin_of
 from tests.trainer.test_transformer import imagenet_config
+from trainer.alignment.cosine import Cosine
+from trainer.alignment.irepa import IREPA
 from trainer.config.presets import preset
 from trainer.config.tree import override
-from trainer.data.codes import dequantise
-from trainer.data.loader import Batch
+from trainer.data.loader import Batch, behind_class_token
 from trainer.evaluation.generate.draw import draw_latents
 from trainer.loop import step as update
 from trainer.loop.losses import LatentScale
@@ -89,18 +92,22 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def a_batch(step: int, geometry: Geometry) -> Batch:
-    """Int8 features as float32, as the loader makes them; latents and class tokens are float16 in the store."""
-    n = geometry.grid**2
-    targets = tuple(dequantise(*quantise(torch.randn(B, n, width, device=GPU))) for _, width in geometry.targets)
+def a_batch(step: int, geometry: Geometry, codec: Codec = INT8) -> Batch:
+    """Targets as the loader makes them of codes; latents and class tokens are float16 in the store."""
+    n, twin = geometry.grid**2, twin_of(codec)
+    rows, views = torch.arange(B, device=GPU), torch.zeros(B, dtype=torch.int64, device=GPU)
+    targets = tuple(
+        twin.decode(twin.encode(torch.randn(B, n, width, device=GPU), rows, views), rows, views)
+        for _, width in geometry.targets
+    )
     class_tokens = None
     if geometry.class_width:
         class_tokens = torch.randn(B, geometry.class_width, device=GPU).half()
-        targets = tuple(torch.cat([class_tokens.float().unsqueeze(1), target], dim=1) for target in targets)
+        targets = tuple(behind_class_token(target, class_tokens) for target in targets)
     moments = torch.randn(B, 2 * geometry.channels, geometry.input_size, geometry.input_size, device=GPU).half()
     return Batch(
         step=step,
-        rows=torch.arange(B, device=GPU),
+        rows=rows,
         labels=torch.arange(B, device=GPU),
         moments=moments,
         targets=targets,
@@ -109,6 +116,7 @@ def a_batch(step: int, geometry: Geometry) -> Batch:
     )
 
 
+FEATURES_WIDTH = 768
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "sit-xl-2": ("sit-xl-2", {}),
     "dit-xl-2": ("dit-xl-2", {}),
@@ -153,6 +161,21 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
     assert {p.device for p in averaged} == {m["exp_avg"].device for m in moments} == {GPU}
     resting = [p for p in parts.model.projectors.parameters() if p not in parts.optimizer.state]
     assert len(resting) == (6 if method == "stopped" else 0)
+
+
+@pytest.mark.parametrize("spelling", list(CODECS))
+def test_decoding_and_aligning_stay_on_their_device_and_wait_for_nothing(fakes: None, spelling: str) -> None:
+    twin, rows = twin_of(CODECS[spelling]), torch.arange(B, device=GPU)
+    views, kinds = rows % 2, (Cosine(), IREPA())
+    projection = torch.randn(B, 256, FEATURES_WIDTH, device=GPU, requires_grad=True)
+    for step in range(2):  # tables go there once
+        with Copies() as copies:
+            stored = twin.encode(torch.randn(B, 256, FEATURES_WIDTH, device=GPU), rows, views)
+            tokens = twin.decode(stored, rows, views)
+            losses = [kind.loss(projection, kind.prepared(tokens)) for kind in kinds]
+        assert copies.n == 0 or step == 0
+    assert {tensor.device for tensor in (*stored.values(), *losses)} == {GPU}
+    assert tokens.values.shape == (B, 256, FEATURES_WIDTH)
 
 
 def test_a_tensor_of_the_host_and_a_wait_are_noticed(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +223,7 @@ def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
     assert (drawn.device, drawn.dtype, drawn.shape) == (GPU, torch.float64, shape)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "rotated1", "rotated4"])
 def test_units_are_encoded_where_their_images_are(
     fakes: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str
 ) -> None:
@@ -222,8 +245,9 @@ def test_units_are_encoded_where_their_images_are(
     images = torch.zeros(B, RESOLUTION, RESOLUTION, 3, dtype=torch.uint8, device=GPU)
     present = np.delete(np.arange(B), 3)
     for group in groups:
+        encoder.encode(group.layout.path, images, present, 5, 0)  # a codec's tables go there once
         with Copies() as copies:
-            arrays: Any = encoder.encode(group.layout.path, images, present, 5)
+            arrays: Any = encoder.encode(group.layout.path, images, present, 5, 0)
         assert copies.n == 1  # the rows', whatever the number of batches
         assert {name: (values.device, tuple(values.shape)) for name, values in arrays.items()} == {
             array.name: (GPU, array.shape) for array in group.layout.arrays

@@ -21,7 +21,7 @@ from storage import (
     open_store,
     publish_unit,
 )
-from storage.codec import INT8
+from storage.codecs.int8 import INT8
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 

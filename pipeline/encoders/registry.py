@@ -29,9 +29,10 @@ import numpy as np
 
 from pipeline.encoders.catalogue import VAES, VISION, VisionModel
 from pipeline.encoders.precision import ARITHMETIC
+from storage import codecs
 from storage.base.errors import UserError
-from storage.codec import INT8, Int8Codec, codec_of
-from storage.identity import FeaturesIdentity, Identity
+from storage.codecs import PLAIN, Codec, codec_named
+from storage.identity import Identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +46,9 @@ class Encoder(Protocol):
     """A loaded encoder."""
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Arrays (B, *row_shape) by name, of `array_dtypes`, on its device, of images uint8 (B, H, W, 3) on any.
+        """Arrays (B, *row_shape) by name, on its device, of images uint8 (B, H, W, 3) on any.
 
+        All are float16 but `patches` (B, T, D), which is float32: the group's codec makes of it what is stored.
         Numbers that are not finite are found by whoever takes the arrays to the host; to look here would be to wait.
         """
         ...
@@ -62,7 +64,7 @@ class EncoderSpec:
     model: str  # what that module loads: a hub id, a directory, a timm name
     weights: Path | None = None
     decoder: str = ""  # latents: the VAE to decode with, a hub id or directory
-    codec: Int8Codec | None = None  # features: how patch tokens are quantised; None: float16
+    codec: Codec = PLAIN  # features: how patch tokens are stored
     vision: VisionModel | None = None  # features: what the catalogue knows; None: timm is asked
     layer: int | None = None  # features: of this block, counted from 1; None: of the final norm
     tokens: str = "both"  # features: "patch", "cls" or "both"
@@ -139,11 +141,11 @@ def resolve_features(
     precision: str = "fp32",
     compiled: bool = False,
 ) -> EncoderSpec:
-    """The vision encoder `text`, its patch tokens as float16 or int8. Raises UserError naming the known ones.
+    """The vision encoder `text`, its patch tokens in the codec `dtype`. Raises UserError naming the known ones.
 
     The group is named after the encoder, and after layer and tokens where they are not its default.
     """
-    assert dtype in ("float16", "int8"), dtype
+    codec = codec_named(dtype)
     request = Request.parse(text, ("layer", "tokens", "precision"))
     known = VISION.get(request.name)
     if known is None and not re.fullmatch(rf"{TIMM}[\w.-]+", request.name):
@@ -155,8 +157,10 @@ def resolve_features(
     layer, tokens = _layer(request, known), request.options.get("tokens", default_tokens)
     if tokens not in TOKENS:
         raise UserError(f"{text}: tokens= is one of {', '.join(TOKENS)}")
-    if dtype == "int8" and tokens == "cls":
-        raise UserError(f"{text}: --features-dtype int8 quantises patch tokens, and only the class token is asked for")
+    if codec != PLAIN and tokens == "cls":
+        raise UserError(
+            f"{text}: --features-dtype {dtype} quantises patch tokens, and only the class token is asked for"
+        )
     name = request.name.removeprefix(TIMM)
     if layer != (known.layer if known else None):
         name += "-norm" if layer is None else f"-layer{layer}"
@@ -168,7 +172,7 @@ def resolve_features(
         family=known.family if known else "timm_vit",
         model=known.model if known else request.name.removeprefix(TIMM),
         weights=weights.absolute() if weights else None,
-        codec=INT8 if dtype == "int8" else None,
+        codec=codec,
         vision=known,
         layer=layer,
         tokens=tokens,
@@ -232,9 +236,9 @@ def describe(spec: EncoderSpec, *, resolution: int) -> Identity:
         name=spec.store_name,
         crop="adm-center-crop",
         resolution=resolution,
-        dtype="int8" if spec.codec else "float16",
+        dtype=spec.codec.dtype if spec.kind == "features" else "float16",
         arithmetic=ARITHMETIC[spec.precision] + (", torch.compile" if spec.compiled else ""),
-        codec=spec.codec.identity if spec.codec else None,
+        codec=spec.codec.identity,
     )
 
 
@@ -250,32 +254,16 @@ def provenance(spec: EncoderSpec) -> dict[str, str]:
     return {"weights": where, **({"decoder": spec.decoder} if spec.decoder else {})}
 
 
-def array_shapes(identity: Identity) -> dict[str, tuple[int, ...]]:
-    """Array name → shape of one sample of one view, by the identity's geometry."""
-    shapes = identity.row_shapes()
-    if isinstance(identity, FeaturesIdentity):
-        left_out = {"patch": "cls", "cls": "patches"}.get(identity.tokens or "")
-        shapes = {name: shape for name, shape in shapes.items() if name != left_out}
-        if (codec := codec_of(identity)) is not None:
-            n_tokens, width = shapes["patches"]
-            shapes["scale"] = (n_tokens, codec.n_groups(width))
-    return shapes
-
-
-def array_dtypes(identity: Identity) -> dict[str, str]:
-    """Array name → dtype. Quantised features differ in their patches only: factors and class tokens are float16."""
-    dtype = identity.dtype or "float16"
-    return {name: dtype if name == "patches" else "float16" for name in array_shapes(identity)}
-
-
 def encode_images(encoder: Encoder, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the encoder makes of images uint8 (B, H, W, 3), all in the host's memory.
+    """What the encoder makes of images uint8 (B, H, W, 3), all in the host's memory; patch tokens as float16.
 
     Raises UserError for NaN, infinity, and what float16 cannot hold.
     """
     import torch
 
     arrays = to_host(encoder.encode(torch.from_numpy(images)))
+    if codecs.TOKENS in arrays:
+        arrays |= PLAIN.encode(arrays[codecs.TOKENS], np.arange(len(images)), 0)
     refuse_infinite(arrays, lambda i: f"image {i} of a batch")
     return arrays
 

@@ -60,7 +60,6 @@ def load(
         lambda x: preprocess(x, known.preprocessing),
         device,
         tokens=spec.tokens,
-        codec=spec.codec,
         precision=spec.precision,
         compiled=spec.compiled,
     )

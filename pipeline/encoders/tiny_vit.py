@@ -47,7 +47,6 @@ def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionT
         lambda x: normalize(x, HALF),
         device,
         tokens=spec.tokens,
-        codec=spec.codec,
         precision=spec.precision,
         compiled=spec.compiled,
     )

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from pipeline.encoders.catalogue import IMAGENET, Normalisation, Preprocessing
 from pipeline.encoders.precision import arithmetic
-from pipeline.quantise import quantise
-from storage.codec import Int8Codec
 
 
 class VisionTransformerEncoder:
@@ -28,13 +26,12 @@ class VisionTransformerEncoder:
         device: torch.device,
         *,
         tokens: str = "both",
-        codec: Int8Codec | None = None,
         precision: str = "fp32",
         compiled: bool = False,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.preprocess, self.device, self.precision = preprocess, device, precision
-        self.tokens, self.codec = tokens, codec
+        self.tokens = tokens
         if compiled:
             for block in self.model.blocks:  # one by one: they share their code, which is then compiled once
                 block.compile(dynamic=False)
@@ -49,9 +46,11 @@ class VisionTransformerEncoder:
         return tokens[:, self.model.num_prefix_tokens :], tokens[:, 0]
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """`patches` float16 (B, T, D) and `cls` float16 (B, D); with a codec `patches` int8 and `scale` (B, T, G)."""
+        """`patches` float32 (B, T, D) and `cls` float16 (B, D), of them what was asked for."""
         patches, cls = self.encode_tokens(images)
-        return to_arrays(patches if self.tokens != "cls" else None, cls if self.tokens != "patch" else None, self.codec)
+        arrays = {"patches": patches, "cls": cls.half()}
+        left_out = {"patch": "cls", "cls": "patches"}.get(self.tokens)
+        return {name: array for name, array in arrays.items() if name != left_out}
 
 
 def preprocess(x: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -76,16 +75,3 @@ def per_channel(values: Sequence[float], x: Tensor) -> Tensor:
     Made there: a tensor of Python's numbers would be copied to a GPU, and the host would wait for that at every batch.
     """
     return torch.cat([x.new_full((1,), value) for value in values])[:, None, None]
-
-
-def to_arrays(patches: Tensor | None, cls: Tensor | None, codec: Int8Codec | None) -> dict[str, Tensor]:
-    """What is stored of patch tokens (B, T, D) and class token (B, D), of those that are given."""
-    arrays = {}
-    if patches is not None:
-        if codec is None:
-            arrays["patches"] = patches.half()
-        else:
-            arrays["patches"], arrays["scale"] = quantise(patches, codec)
-    if cls is not None:
-        arrays["cls"] = cls.half()
-    return arrays

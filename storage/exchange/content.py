@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from storage.base.errors import UserError
-from storage.codec import codec_of, decode
+from storage.codecs import decoded
 from storage.index import Index
 from storage.reader import GroupReader, Store
 
@@ -47,13 +47,9 @@ class Content:
         """The arrays, in the order in which `batches` gives them."""
         found = []
         for group in self.groups:
-            codec = codec_of(group.identity) if self.decode else None
-            for name, array in group.arrays.items():
-                if codec is not None and name == "scale":
-                    continue
-                dtype = np.dtype(np.float16) if codec is not None and name == "patches" else array.dtype
-                shape = (self.store.n_views, *array.row_shape)
-                found.append(Column(name=f"{group.path}/{name}", dtype=dtype, shape=shape))
+            for name, (dtype, row_shape) in group.shapes(decoded=self.decode).items():
+                shape = (self.store.n_views, *row_shape)
+                found.append(Column(name=f"{group.path}/{name}", dtype=np.dtype(dtype), shape=shape))
         return found
 
     @property
@@ -77,18 +73,15 @@ class Content:
             self.progress(where.stop - where.start)
 
     def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        views = np.tile(np.arange(self.store.n_views), len(rows))
+        n_views = self.store.n_views
+        rows, views = np.repeat(rows, n_views), np.tile(np.arange(n_views), len(rows))
         found: dict[str, np.ndarray] = {}
         for group in self.groups:
-            arrays = {}
-            for name, array in group.arrays.items():
-                out = np.empty((len(views), *array.row_shape), array.dtype)
-                array.read_into(np.repeat(rows, self.store.n_views), views, out)
-                arrays[name] = out.reshape(len(rows), self.store.n_views, *array.row_shape)
-            codec = codec_of(group.identity) if self.decode else None
-            if codec is not None:
-                arrays["patches"] = decode(arrays["patches"], arrays.pop("scale"), codec, dtype=np.float16)
-            found |= {f"{group.path}/{name}": values for name, values in arrays.items()}
+            arrays = group.gather(rows, views)
+            if self.decode:
+                arrays = decoded(group.codec, arrays, rows, views)
+            for name, values in arrays.items():
+                found[f"{group.path}/{name}"] = values.reshape(-1, n_views, *values.shape[1:])
         return found
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from storage.base.boundary import parse_json
 from storage.base.errors import UserError
 from storage.base.shown import shown
+from storage.codecs import codec_of
 from storage.exchange.incoming import (
     SD_VAE_SCALE,
     ImportOptions,
@@ -77,7 +78,12 @@ def _exported(file: h5py.File, source: Path) -> Incoming:
             )
         identity = group_identity(path, stored, f"attribute {ABOUT}, {path}")
         if about.decoded and identity.codec is not None:
-            raise UserError("it holds decoded int8 features, which their identity does not describe; export as stored")
+            raise UserError(f"{path} was decoded, which its identity does not describe; export as stored")
+        if codec_of(identity).keyed and _whole_rows(file) != n_rows:
+            raise UserError(
+                f"{path} is in a codec that is keyed by the row, and the file has a part of the rows; export all rows, "
+                "or with --decode"
+            )
         datasets = {str(name): _named_dataset(group, name) for name in group}
         arrays = {name: (data.dtype.name, tuple(data.shape[2:])) for name, data in datasets.items()}
         groups.append(IncomingGroup(path=path, identity=identity, arrays=arrays, rows=_Rows(datasets)))
@@ -90,6 +96,12 @@ def _exported(file: h5py.File, source: Path) -> Incoming:
         source={"kind": "hdf5", "path": str(source.absolute())},
         groups=groups,
     )
+
+
+def _whole_rows(file: h5py.File) -> int:
+    """How many rows the file has, if they are 0, 1, 2, …, else −1."""
+    rows = read_column(_named_dataset(file, "row"), len(file["row"]))
+    return len(rows) if rows == list(range(len(rows))) else -1
 
 
 def _named_dataset(group: h5py.Group, name: str) -> h5py.Dataset:

@@ -10,6 +10,8 @@ import numpy as np
 from pipeline.encode import Block, UnitEncoder
 from pipeline.plan import GroupPlan
 from storage import GroupReader, Staging, create_group, create_store
+from storage.codecs import stored_arrays
+from storage.identity import Identity
 from storage.index import make_index
 
 
@@ -25,6 +27,11 @@ def encode_store(root: Path, groups: Sequence[GroupPlan], images: np.ndarray) ->
             staging.prepare(path)
         encoder = UnitEncoder(root, groups, digests, batch=3, n_threads=1, run_id=staging.run_id)
         encoder.encode_and_publish(images, Block(unit=0, failures=[], timings_s={}, paths=paths), 0.0)
+
+
+def shapes_of(identity: Identity) -> dict[str, tuple[int, ...]]:
+    """Array name → shape of a sample of a group of this identity."""
+    return {name: array.row_shape for name, array in stored_arrays(identity).items()}
 
 
 def read_all(reader: GroupReader, name: str, n: int, view: int = 0) -> np.ndarray:

@@ -101,7 +101,9 @@ class NumpyEncoder(UnitEncoder):
             assert self._needs_gpu == bool(ray.get_gpu_ids()), "it was told otherwise"
         return "numpy"
 
-    def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+    def encode(
+        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int = 0
+    ) -> dict[str, np.ndarray]:
         for i in present.tolist():
             first = images[i, 0, 0].tolist()
             if first[0] == MARK:

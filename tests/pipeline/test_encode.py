@@ -73,11 +73,13 @@ def test_out_of_gpu_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
     asked: list[tuple[str, int]] = []
 
     class Small(NumpyEncoder):
-        def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+        def encode(
+            self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int
+        ) -> dict[str, np.ndarray]:
             asked.append((path, batch))
             if path == FEATURES and batch > 2:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return super().encode(path, images, present, batch)
+            return super().encode(path, images, present, batch, first_row)
 
     with Staging(tmp_path) as staging:
         encoder, images, layouts = make(Small, tmp_path, staging)

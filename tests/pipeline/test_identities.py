@@ -21,7 +21,7 @@ from pipeline.encoders.catalogue import VAES, VISION
 from pipeline.plan import plan_groups
 from storage import StoreError, StoreLayout, open_store
 from storage.__main__ import main
-from storage.codec import codec_of
+from storage.codecs import codec_of
 from storage.exchange import from_hdf5, from_repa_npy
 from storage.exchange.incoming import ImportOptions, import_store
 from storage.feature_file import open_feature_file, read_npz_array, write_feature_file

@@ -17,10 +17,13 @@ from torch import Tensor
 from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
 from pipeline.plan import plan_groups
-from pipeline.preview import gather_features
-from pipeline.quantise import quantise
 from storage import GroupLayout, StoreLayout, UserError, open_store
-from storage.codec import INT8, LARGEST, Int8Codec, decode, encode, unquantisable
+from storage.codecs import CODECS
+from storage.codecs.int8 import INT8, LARGEST, Int8
+from storage.codecs.int8 import numbers as decode
+from storage.codecs.int8 import quantised as encode
+from storage.torch.codecs.int8 import quantise
+from storage.verify import verify
 from tests.features import DISTRIBUTIONS, cosines
 from tests.pipeline.encoding import encode_store, read_all
 
@@ -32,7 +35,7 @@ DEVICES = [
 RESOLUTION = 128
 
 
-def assert_same_bits(x: np.ndarray, codec: Int8Codec, device: str) -> None:
+def assert_same_bits(x: np.ndarray, codec: Int8, device: str) -> None:
     expected_q, expected_scale = encode(x, codec)
     q, scale = (t.cpu().numpy() for t in quantise(torch.from_numpy(x).to(device), codec))
     assert (q.dtype, scale.dtype) == (np.int8, np.float16)
@@ -48,7 +51,7 @@ def assert_same_bits(x: np.ndarray, codec: Int8Codec, device: str) -> None:
     st.integers(1, 5),
 )
 def test_torch_equals_numpy_on_any_numbers(device: str, x: np.ndarray, group_channels: int) -> None:
-    assert_same_bits(x, Int8Codec(group_channels=group_channels), device)
+    assert_same_bits(x, Int8(group_channels=group_channels), device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -76,7 +79,7 @@ def test_torch_equals_numpy_beside_every_half(device: str) -> None:
 def test_the_factors_say_which_token_cannot_be_quantised(bad: float, device: str) -> None:
     x = torch.ones(2, 5, 300, device=device)
     x[1, 3, 299] = bad
-    assert unquantisable(quantise(x)[1].cpu().numpy()) == (1, 3)
+    assert INT8.unencodable({"scale": quantise(x)[1].cpu().numpy()}) == (1, 3)
 
 
 def config(store: Path, **changes: object) -> PrecomputeConfig:
@@ -106,7 +109,7 @@ def arrays_of(layout: GroupLayout) -> dict[str, tuple[str, tuple[int, ...]]]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features_dtype": "int4"}, "--features-dtype must be float16 or int8, got 'int4'"),
+        ({"features_dtype": "int4"}, "--features-dtype must be one of float16, int8.*, got 'int4'"),
         ({"latents": "tiny-vae", "features": "none", "features_dtype": "int8"}, "has nothing to quantise"),
     ],
 )
@@ -141,7 +144,29 @@ def test_the_store_holds_the_encoders_float32_numbers_quantised(tmp_path: Path, 
             np.testing.assert_array_equal(ours, expected)
         assert cosines(tokens, decode(*stored.values())).min() > 0.9995
         if view == 0:
-            np.testing.assert_array_equal(gather_features(group, np.arange(4)), decode(*stored.values()))
+            np.testing.assert_array_equal(group.tokens(np.arange(4)), decode(*stored.values()))
+    group.close()
+
+
+@pytest.mark.parametrize("spelling", ["rotated1", "rotated2", "rotated4"])
+def test_the_store_holds_codes_of_the_encoders_numbers_keyed_by_row_and_view(tmp_path: Path, spelling: str) -> None:
+    images, codec = photographs(4), CODECS[spelling]
+    settings = config(tmp_path, features_dtype=spelling, flip=True)
+    layout = StoreLayout(n_rows=4, views=settings.views, resolution=RESOLUTION, shard_rows=4)
+    (plan,) = plan_groups(settings, layout, "digest")
+    encode_store(tmp_path / "store", [plan], images)
+    group = open_store(tmp_path / "store").group("features/tiny-vit")
+    encoder = registry.load(registry.resolve_features("tiny-vit"), resolution=RESOLUTION, device=CPU)
+    for view in (0, 1):
+        seen = images if view == 0 else images[:, :, ::-1].copy()
+        tokens = np.concatenate([encoder.encode_tokens(torch.from_numpy(p))[0].numpy() for p in (seen[:3], seen[3:])])  # type: ignore[attr-defined]
+        expected = codec.encode(tokens, np.arange(4), view)
+        for name in codec.names:
+            np.testing.assert_array_equal(read_all(group, name, 4, view), expected[name])
+        apart = tokens - tokens.mean(1, keepdims=True)
+        found = group.tokens(range(4), view) - tokens.mean(1, keepdims=True)
+        assert cosines(apart, found).mean() == pytest.approx(codec.rho**0.5, abs=0.02)
+    assert list(verify(tmp_path / "store", deep=True, n_workers=1)) == []
     group.close()
 
 
@@ -155,8 +180,7 @@ def test_a_token_that_cannot_be_quantised_ends_the_unit_and_is_named(
         def encode(self, images: Tensor) -> dict[str, Tensor]:
             tokens = torch.ones(len(images), 64, 128)
             tokens[1, 7, 3] = torch.nan
-            q, scale = quantise(tokens)
-            return {"patches": q, "scale": scale, "cls": torch.zeros(len(images), 128, dtype=torch.float16)}
+            return {"patches": tokens, "cls": torch.zeros(len(images), 128, dtype=torch.float16)}
 
     monkeypatch.setattr(registry, "load", lambda *_, **__: Broken())
     with pytest.raises(UserError, match=r"features/tiny-vit, row 1, view 0: token 7 holds NaN"):

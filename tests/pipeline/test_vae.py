@@ -19,6 +19,7 @@ from pipeline.encoders.catalogue import VAES
 from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
 from storage.identity import LatentsIdentity, parse
+from tests.pipeline.encoding import shapes_of
 from tests.pipeline.hub import empty_cache, put_in_cache
 from trainer.evaluation.generate.decode import load_decoder
 
@@ -82,7 +83,7 @@ def encode(name: str, resolution: int, n: int = 3) -> tuple[LatentsIdentity, np.
     encoder = registry.load(spec, resolution=resolution, device=CPU)
     moments = registry.encode_images(encoder, pictures(n, resolution))["moments"]
     assert moments.dtype == np.float16
-    assert {"moments": moments.shape[1:]} == registry.array_shapes(identity)
+    assert {"moments": moments.shape[1:]} == shapes_of(identity)
     assert isinstance(identity, LatentsIdentity)
     assert parse(LatentsIdentity, identity.plain(), "", "") == identity
     return identity, moments

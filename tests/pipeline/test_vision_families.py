@@ -23,6 +23,7 @@ from pipeline.encoders import mocov3, registry, timm_vit
 from pipeline.encoders.catalogue import VISION
 from pipeline.encoders.weights import read_weights
 from storage.base.errors import UserError
+from tests.pipeline.encoding import shapes_of
 from tests.pipeline.original_vits import (
     State,
     clip_forward,
@@ -221,7 +222,7 @@ def test_features_of_a_released_file_equal_the_familys_forward(tmp_path: Path, n
     identity = registry.describe(spec, resolution=resolution)
     assert identity.token_grid == (resolution // 16, resolution // 16)
     stored = registry.encode_images(encoder, images)
-    assert {key: value.shape[1:] for key, value in stored.items()} == registry.array_shapes(identity)
+    assert {key: value.shape[1:] for key, value in stored.items()} == shapes_of(identity)
     np.testing.assert_allclose(stored["patches"], patches, atol=2e-3 * scale, rtol=2e-3)
     if spec.vision and spec.vision.has_cls:
         torch.testing.assert_close(found_cls, cls, atol=1e-5 * scale, rtol=1e-4)
@@ -258,7 +259,7 @@ def test_layers_and_tokens_are_the_ones_named(tmp_path: Path) -> None:
         spec = small_spec(f"dinov2-vitb14{options}", tmp_path / "dinov2.pth")
         identity = registry.describe(spec, resolution=64)
         arrays = registry.encode_images(registry.load(spec, resolution=64, device=CPU), images)
-        assert {key: value.shape[1:] for key, value in arrays.items()} == registry.array_shapes(identity)
+        assert {key: value.shape[1:] for key, value in arrays.items()} == shapes_of(identity)
         found[spec.store_name] = arrays
     assert {name: sorted(arrays) for name, arrays in found.items()} == {
         "dinov2-vitb14": ["cls", "patches"],

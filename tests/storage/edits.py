@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from storage.codec import INT8
+from storage.codecs.int8 import INT8
 from storage.identity import identity_digest
 from storage.receipts import seal
 from tests.stores import FEATURES, LATENTS, make_store

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from storage import UserError, open_store
 from storage.batches import iterate_batches
-from storage.codec import INT8, decode
+from storage.codecs.int8 import INT8
+from storage.codecs.int8 import numbers as decode
 from storage.order import Order
 from storage.torch import RowDataset, collate
 from tests.stores import FEATURES, LATENTS, make_store

@@ -15,7 +15,7 @@ import pytest
 
 from storage.__main__ import main
 from storage.base.console import EXIT_NOBODY_READS
-from storage.codec import INT8
+from storage.codecs.int8 import INT8
 from tests.stores import FEATURES, LATENTS, make_store
 
 

@@ -21,7 +21,9 @@ from storage.__main__ import main
 from storage.base.console import EXIT_USAGE
 from storage.base.errors import UserError
 from storage.base.files import walk_files
-from storage.codec import INT8, decode
+from storage.codecs import CODECS
+from storage.codecs.int8 import INT8
+from storage.codecs.int8 import numbers as decode
 from storage.diff import diff_stores
 from storage.exchange import from_repa_npy
 from storage.exchange.incoming import ImportOptions
@@ -196,6 +198,28 @@ def test_hdf5_there_and_back(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").rglob("*") if path.is_file()}
     assert main(argv) == 0  # again: nothing to do
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "t").rglob("*") if path.is_file()}
+
+
+def test_codes_that_are_keyed_by_the_row_keep_their_rows(tmp_path: Path) -> None:
+    """All rows come back as they were; a part of them would be decoded with other keys, and is refused."""
+    make_store(tmp_path / "s", n_views=2, codec=CODECS["rotated2"])
+    group = open_store(tmp_path / "s").group(FEATURES)
+    for name, more in {"all": [], "part": ["--rows", "2:8"], "decoded": ["--rows", "2:8", "--decode"]}.items():
+        main(["export", str(tmp_path / "s"), "--to", "hdf5", "--out", str(tmp_path / f"{name}.h5"), *more])
+    argv = ["--from", "hdf5", "--store", str(tmp_path / "t"), "--name", "x", "--shard-rows", "7"]
+    with pytest.raises(UserError, match=r"keyed by the row, and the file has a part of the rows; export all rows"):
+        main(["import", str(tmp_path / "part.h5"), *argv])
+    with pytest.raises(UserError, match="was decoded, which its identity does not describe"):
+        main(["import", str(tmp_path / "decoded.h5"), *argv])
+    assert main(["import", str(tmp_path / "all.h5"), *argv]) == 0
+    again = open_store(tmp_path / "t").group(FEATURES)
+    np.testing.assert_array_equal(again.tokens(range(40), 1), group.tokens(range(40), 1))
+    with h5py.File(tmp_path / "decoded.h5") as file:
+        expected = group.tokens(range(2, 8), 1, dtype=np.float16)
+        np.testing.assert_array_equal(file[f"{FEATURES}/patches"][:, 1], expected)
+        assert sorted(file[FEATURES]) == ["cls", "patches"]
+    for opened in (group, again):
+        opened.close()
 
 
 def test_foreign_hdf5(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from storage import open_store
+from storage.codecs import CODECS
 from tests.stores import make_store
 
 PAGE = Path(__file__).parents[2] / "docs" / "store-format.md"
@@ -32,6 +33,22 @@ def test_the_pages_reader_reads_what_the_project_reads(shared_tiny_store: Path, 
                 mine = np.empty((1, *array.row_shape), array.dtype)
                 array.read_into(np.array([row]), 0, mine)
                 assert np.array_equal(reader["read_row"](shared_tiny_store, path, name, row), mine[0])
+
+
+@pytest.mark.parametrize("spelling", list(CODECS))
+@pytest.mark.parametrize("width", [24, 80])
+def test_the_pages_reader_decodes_what_the_project_decodes(
+    tmp_path: Path, reader: dict[str, Any], spelling: str, width: int
+) -> None:
+    make_store(tmp_path, n_rows=3, n_views=2, width=width, codec=CODECS[spelling], failed_rows=[1])
+    group = open_store(tmp_path).group("features/tiny-vit")
+    for view in (0, 1):
+        mine = group.tokens([0, 2], view)
+        for row, tokens in zip((0, 2), mine, strict=True):
+            theirs = reader["read_tokens"](tmp_path, "features/tiny-vit", row, view)
+            np.testing.assert_allclose(tokens, theirs, rtol=1e-5, atol=1e-5)
+    assert reader["read_tokens"](tmp_path, "features/tiny-vit", 1) is None
+    group.close()
 
 
 def test_the_pages_reader_finds_damage(tmp_path: Path, reader: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import storage.checks
 import storage.gather
 import storage.shard_files
 from storage import StoreError, gather_into, open_store
-from storage.codec import INT8
+from storage.codecs.int8 import INT8
 from storage.shard_files import MIN_OPEN, LocalFiles
 from tests.stores import FEATURES, LATENTS, make_store
 

@@ -9,16 +9,17 @@ import pytest
 
 from storage import Staging, StoreLayout, create_group, create_store, open_store, publish_unit
 from storage.__main__ import main
-from storage.codec import INT8, Int8Codec, decode
+from storage.codecs import CODECS, PLAIN, Codec
+from storage.codecs.int8 import INT8
 from storage.index import make_index
 from storage.receipts import Failure
 from storage.statistics import Sums, group_sums, latent_mean_std, unit_sums
-from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, random_arrays
+from tests.stores import FEATURES, LATENTS, decoded, make_identities, make_layouts, random_arrays
 
 N, FAILED, WIDTH = 20, 7, 200
 
 
-def write(root: Path, codec: Int8Codec | None) -> dict[str, dict[str, np.ndarray]]:
+def write(root: Path, codec: Codec | None) -> dict[str, dict[str, np.ndarray]]:
     store = StoreLayout(n_rows=N, views=("original", "hflip"), resolution=128, shard_rows=6)
     layouts, identities = make_layouts(store, WIDTH, codec), make_identities(WIDTH, codec)
     keys = [str(row) for row in range(N)]
@@ -26,8 +27,8 @@ def write(root: Path, codec: Int8Codec | None) -> dict[str, dict[str, np.ndarray
     with Staging(root) as staging:
         create_store(root, store, make_index(keys, [0] * N, [""] * N, keys, [0] * N), {}, staging.run_id)
         for seed, (path, layout) in enumerate(layouts.items()):
-            used = codec if path == FEATURES else None
-            data[path] = random_arrays(layout, seed, used)
+            used = codec if path == FEATURES and codec else PLAIN
+            data[path] = random_arrays(layout, seed, codec if path == FEATURES else None)
             digest = create_group(root, layout, identities[path], {}, staging.run_id)
             staging.prepare(path)
             for unit in range(store.n_units):
@@ -35,20 +36,22 @@ def write(root: Path, codec: Int8Codec | None) -> dict[str, dict[str, np.ndarray
                 cut = {name: array[rows.start : rows.stop] for name, array in data[path].items()}
                 failed = [Failure(row=FAILED, key=str(FAILED), reason="test")] if FAILED in rows else []
                 present = np.array([i for i, row in enumerate(rows) if row != FAILED])
-                sums = {name: of.packed() for name, of in unit_sums(layout, cut, present, used).items()}
+                sums = {name: of.packed() for name, of in unit_sums(layout, cut, present, used, rows.start).items()}
                 publish_unit(root, layout, digest, unit, cut, failed, staging.run_id, {}, statistics=sums)
     return data
 
 
 def read(root: Path, path: str) -> dict[str, Sums]:
     layout, attributes = open_store(root).group_layout(path)
-    sums, without = group_sums(open_store(root).root, layout, attributes["identity_digest"])
+    sums, without = group_sums(
+        open_store(root).root, layout, attributes["identity_digest"], open_store(root).group(path).identity
+    )
     assert without == 0
     return sums
 
 
-@pytest.mark.parametrize("codec", [None, INT8])
-def test_sums_of_units_are_those_of_all_numbers(tmp_path: Path, codec: Int8Codec | None) -> None:
+@pytest.mark.parametrize("codec", [None, INT8, CODECS["rotated2"]])
+def test_sums_of_units_are_those_of_all_numbers(tmp_path: Path, codec: Codec | None) -> None:
     data = write(tmp_path, codec)
     kept = [row for row in range(N) if row != FAILED]
     moments = data[LATENTS]["moments"][kept].astype(np.float64)
@@ -57,7 +60,7 @@ def test_sums_of_units_are_those_of_all_numbers(tmp_path: Path, codec: Int8Codec
     np.testing.assert_allclose(found.mean, moments.mean(axis=(0, 1, 3, 4)), atol=1e-12)
     np.testing.assert_allclose(found.std, moments.std(axis=(0, 1, 3, 4)), rtol=1e-10)
     patches = data[FEATURES]["patches"][kept]
-    tokens = patches.astype(np.float64) if codec is None else decode(patches, data[FEATURES]["scale"][kept], codec)
+    tokens = patches.astype(np.float64) if codec is None else decoded(data[FEATURES], codec)[kept]
     sums = read(tmp_path, FEATURES)
     assert sorted(sums) == ["cls", "cls.norm", "patches", "patches.norm"]
     np.testing.assert_allclose(sums["patches"].mean, tokens.mean(axis=(0, 1, 2), dtype=np.float64), atol=1e-9)

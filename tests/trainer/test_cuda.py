@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from storage.codec import INT8, decode
+from storage.codecs.int8 import INT8
+from storage.codecs.int8 import numbers as decode
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.runs import assert_same_run, command
 from tests.trainer.test_update import GEOMETRY, SCALE, batch, config, tensors
@@ -56,7 +57,7 @@ def on_gpu(of: Batch) -> Batch:
         rows=of.rows.to(GPU),
         labels=of.labels.to(GPU),
         moments=of.moments.to(GPU),
-        targets=tuple(target.to(GPU) for target in of.targets),
+        targets=tuple(target.each(lambda tensor: tensor.to(GPU)) for target in of.targets),
     )
 
 
@@ -71,7 +72,7 @@ def test_the_ring_gives_the_store_s_numbers_while_the_gpu_is_behind(tmp_path: Pa
     ) as batches:  # fmt: skip
         for got in batches:
             torch.cuda._sleep(BUSY_CYCLES)
-            seen.append((got.rows.clone(), got.labels.clone(), got.moments.clone(), got.targets[0].clone()))
+            seen.append((got.rows.clone(), got.labels.clone(), got.moments.clone(), got.targets[0].values.clone()))
     data.close()
     want = (
         arrays[FEATURES]["patches"] if codec is None else decode(*(arrays[FEATURES][n] for n in ("patches", "scale")))
@@ -107,7 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_does(precisi
     train_step(ours, on_gpu(batch(0)))
     before, scale = tensors(ours), ours.scaler.get_scale()
     bad = on_gpu(batch(1))
-    bad.targets[0][3] = torch.inf
+    bad.targets[0].values[3] = torch.inf
     assert not train_step(ours, bad)[0].losses.isfinite().all()
     assert all(torch.equal(tensors(ours)[name], value) for name, value in before.items())
     assert ours.scaler.get_scale() == (scale / 2 if precision == "fp16" else 1.0)

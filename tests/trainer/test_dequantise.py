@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from storage.base.errors import StoreError
-from storage.codec import INT8, Int8Codec, decode, encode
+from storage.codecs.int8 import INT8, Int8
+from storage.codecs.int8 import numbers as decode
+from storage.codecs.int8 import quantised as encode
+from storage.torch.codecs.int8 import dequantise
 from tests.features import gaussian
 from tests.stores import FEATURES, make_store
 from trainer.config.presets import preset
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
-from trainer.data.codes import dequantise
 from trainer.data.groups import open_data
 from trainer.data.loader import Loader
 from trainer.loop.train import train
@@ -44,7 +46,7 @@ def test_every_factor_times_every_integer_is_exact(device: str) -> None:
     """All there is: 255 integers and the 31,744 finite float16 that are not negative."""
     q = torch.arange(-127, 128, dtype=torch.int8).expand(0x7C00, 255)
     scale = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)[:, None]
-    found = dequantise(q.to(device), scale.to(device), Int8Codec(group_channels=255))
+    found = dequantise(q.to(device), scale.to(device), Int8(group_channels=255))
     assert torch.equal(found.double().cpu(), q.double() * scale.double())
 
 
@@ -63,19 +65,19 @@ def config(store: Path, **changes: object) -> TrainConfig:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("width", "codec"), [(128, INT8), (24, INT8), (40, Int8Codec(group_channels=16))])
-def test_batches_hold_the_dequantised_rows(tmp_path: Path, width: int, codec: Int8Codec, device: str) -> None:
+@pytest.mark.parametrize(("width", "codec"), [(128, INT8), (24, INT8), (40, Int8(group_channels=16))])
+def test_batches_hold_the_dequantised_rows(tmp_path: Path, width: int, codec: Int8, device: str) -> None:
     arrays = make_store(tmp_path / "s", n_views=2, width=width, codec=codec)[FEATURES]
     expected = decode(arrays["patches"], arrays["scale"], codec)
     data = open_data(config(tmp_path / "s"))
-    assert data.codecs == {FEATURES: codec}
+    assert [group.codec for group in data.features] == [codec]
     options = {"seed": 3, "batch": 12, "start": 0, "stop": 5, "rank": 0, "world_size": 1, "prefetch": 2}
     seen_views = set()
     with Loader(data, device=torch.device(device), **options) as batches:  # type: ignore[arg-type]
         for batch in batches:
             (patches,) = batch.targets
-            assert patches.dtype == torch.float32
-            for row, found in zip(batch.rows.tolist(), patches.cpu().numpy(), strict=True):
+            assert patches.values.dtype == torch.float32
+            for row, found in zip(batch.rows.tolist(), patches.values.cpu().numpy(), strict=True):
                 views = [view for view in (0, 1) if np.array_equal(found, expected[row, view])]
                 assert len(views) == 1
                 seen_views.update(views)
@@ -100,6 +102,6 @@ def test_training_from_int8_is_training_from_the_numbers_it_stands_for(tmp_path:
 
 
 def test_a_codec_of_another_kind_is_refused(tmp_path: Path) -> None:
-    make_store(tmp_path / "s", codec=Int8Codec(name="int4"))  # type: ignore[arg-type]
+    make_store(tmp_path / "s", codec=Int8(name="int4"))  # type: ignore[arg-type]
     with pytest.raises(StoreError, match="codec that this code does not know"):
         open_data(config(tmp_path / "s"))

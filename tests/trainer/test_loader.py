@@ -49,7 +49,7 @@ def test_moments_and_patches_are_of_the_same_row_and_view(tmp_path: Path, n_view
             for i, row in enumerate(batch.rows.tolist()):
                 views = [v for v in range(n_views) if np.array_equal(batch.moments[i].numpy(), moments[row, v])]
                 assert len(views) == 1
-                np.testing.assert_array_equal(batch.targets[0][i].numpy(), patches[row, views[0]])
+                np.testing.assert_array_equal(batch.targets[0].values[i].numpy(), patches[row, views[0]])
                 seen.add(views[0])
             assert batch.labels.tolist() == [row % 5 for row in batch.rows.tolist()]
     assert seen == set(range(n_views))

@@ -13,6 +13,7 @@ from tests.trainer.reference import GEOMETRIES, load_reference, reference_model,
 from tests.trainer.test_step import SCALE, batch_of, config_of
 from tests.trainer.test_transformer import SMALL
 from trainer.config.schema import SampleConfig
+from trainer.data.loader import behind_class_token
 from trainer.loop import random_keys
 from trainer.loop.losses import losses
 from trainer.models.make import make_model
@@ -121,7 +122,7 @@ def test_losses_and_every_gradient_agree_with_float64() -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     batch = batch_of(geometry, 4)
     class_tokens = torch.randn(4, width, generator=torch.Generator().manual_seed(5)).half()
-    targets = (torch.cat([class_tokens[:, None], batch.targets[0]], dim=1),)
+    targets = (behind_class_token(batch.targets[0], class_tokens),)
     batch = dataclasses.replace(batch, class_tokens=class_tokens, targets=targets)
     found = losses(model, batch, SCALE, config, geometry)
     found.total(config).backward()
@@ -142,7 +143,7 @@ def test_losses_and_every_gradient_agree_with_float64() -> None:
     output, class_output, projections = plain.reg(weights, geometry, x_t, c_t, t, labels)
     denoising = plain.velocity_losses(output, x, noise, t, "linear")
     class_denoising = (class_output - (class_noise - c)).square().mean(1)
-    aligned = plain.alignment(projections[0], targets[0].double())
+    aligned = plain.alignment(projections[0], targets[0].values.double())
     total = denoising.mean() + 0.25 * class_denoising.mean() + 0.5 * aligned.mean()
     total.backward()
 

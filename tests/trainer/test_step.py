@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from storage.identity import LatentsIdentity
+from storage.torch.codecs import Tokens
 from tests.trainer import plain
 from tests.trainer.test_transformer import KINDS, SMALL, randomised
 from trainer.config.presets import preset
@@ -48,7 +49,7 @@ def batch_of(geometry: Geometry, n: int, *, posterior: bool = True) -> Batch:
         rows=torch.arange(n) * 1000 + 7,
         labels=torch.arange(n) % geometry.n_classes,
         moments=moments.half(),
-        targets=tuple(torch.randn(n, 16, width, generator=generator).half() for _, width in geometry.targets),
+        targets=tuple(Tokens(torch.randn(n, 16, width, generator=generator).half()) for _, width in geometry.targets),
         stall_s=0.0,
     )
 
@@ -77,7 +78,7 @@ def plain_step(config: TrainConfig, geometry: Geometry, batch: Batch, p: dict[st
         x_t = plain.interpolant(x, noise, uniform, config.loss.path)
         output, projections = plain.transformer(p, geometry, x_t, uniform, labels)
         denoising = plain.velocity_losses(output, x, noise, uniform, config.loss.path)
-    prepared = [plain.prepared(y.double(), kind) for y, kind in zip(batch.targets, geometry.kinds, strict=True)]
+    prepared = [plain.prepared(y.values.double(), kind) for y, kind in zip(batch.targets, geometry.kinds, strict=True)]
     aligned = [plain.alignment(h, y) for h, y in zip(projections, prepared, strict=True)]
     return denoising, torch.stack(aligned, dim=1)
 

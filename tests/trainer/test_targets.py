@@ -12,7 +12,8 @@ import torch
 
 from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.base.errors import StoreError, UserError
-from storage.codec import INT8, decode
+from storage.codecs.int8 import INT8
+from storage.codecs.int8 import numbers as decode
 from tests.storage.servers import http_server
 from tests.stores import FEATURES, LATENTS, make_identities, make_layouts, make_store, publish_all, random_arrays
 from trainer.config.presets import preset
@@ -114,7 +115,7 @@ def test_every_target_s_tokens_are_of_the_same_row_and_view(two_features: Path, 
     options: dict[str, Any] = {"seed": 3, "batch": 12, "start": 0, "stop": 4, "rank": 0, "world_size": 1, "prefetch": 2}
     with Loader(data, device=CPU, **options) as batches:
         for batch in batches:
-            first, second = (target.numpy() for target in batch.targets)
+            first, second = (target.values.numpy() for target in batch.targets)
             assert (first.dtype, second.dtype) == (np.float16, np.float32)
             for i, row in enumerate(batch.rows.tolist()):
                 (view,) = (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from storage.torch.codecs import Tokens
 from trainer.config.presets import preset
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
@@ -61,7 +62,7 @@ def batch(step: int = 0, n: int = 12) -> Batch:
         rows=rows,
         labels=rows % 5,
         moments=moments.half(),
-        targets=(normal(n, 16, 24).half(), normal(n, 16, 12).half()),
+        targets=(Tokens(normal(n, 16, 24).half()), Tokens(normal(n, 16, 12).half())),
         stall_s=0.5,
     )
 
@@ -118,7 +119,7 @@ def test_a_batch_is_split_in_order() -> None:
     cut = whole.split(3)
     assert [len(part.rows) for part in cut] == [4, 4, 4]
     assert torch.equal(torch.cat([part.rows for part in cut]), whole.rows)
-    assert torch.equal(torch.cat([part.targets[1] for part in cut]), whole.targets[1])
+    assert torch.equal(torch.cat([part.targets[1].values for part in cut]), whole.targets[1].values)
     assert torch.equal(torch.cat([part.moments for part in cut]), whole.moments)
     assert sum(part.stall_s for part in cut) == whole.stall_s
 
@@ -138,7 +139,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(which: str) -
     train_step(ours, batch(0))
     before = tensors(ours)
     bad = batch(1)
-    (bad.moments if which == "moments" else bad.targets[0])[3] = torch.inf
+    (bad.moments if which == "moments" else bad.targets[0].values)[3] = torch.inf
     numbers, of_batch = train_step(ours, bad)
     assert not numbers.losses.isfinite().all()
     after = tensors(ours)

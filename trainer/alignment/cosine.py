@@ -17,9 +17,13 @@ from trainer.alignment.kind import Alignment
 
 def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
     """Negative cosine between projection and target (B, T, D), mean over patch tokens; float32 (B,)."""
-    assert projection.shape == target.shape, (projection.shape, target.shape)
-    cosine = (F.normalize(projection.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
-    return -cosine.mean(-1)
+    return directed_loss(projection, F.normalize(target.float(), dim=-1))
+
+
+def directed_loss(projection: Tensor, direction: Tensor) -> Tensor:
+    """The same of a target's directions (B, T, D), which are not normalised again; linear in them."""
+    assert projection.shape == direction.shape, (projection.shape, direction.shape)
+    return -(F.normalize(projection.float(), dim=-1) * direction).sum(-1).mean(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,8 @@ class Cosine(Alignment):
     """Negative cosine, patch by patch."""
 
     loss_is_cosine: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def loss(self, projection: Tensor, target: Tensor) -> Tensor:
-        """REPA's."""
-        return alignment_loss(projection, target)
+        """REPA's, of a target's directions."""
+        return directed_loss(projection, target)

@@ -6,6 +6,14 @@
 The deviation is the unbiased one (T − 1), everything in float32 whatever the target's dtype. A channel that is constant
 over an image has deviation 0 and is divided by 10⁻⁶; its direction is what is left of it, (1 − γ) of its mean.
 
+Of rotated codes (`docs/codes.md`) the mean and each token's error variance v_n are known. Then
+
+    std² = Σ_n (ẑ_n − mean)²/(T − 1) − Σ_n v_n/(T − 1)      the codes' own error taken off, a channel at a time
+
+and a token is taken over √(‖ẑ‖² − Σ_c v_n/(std_c + 10⁻⁶)²), not over its own length. Both differences are at least a
+standard error of what they are taken from, √(2/(T − 1)) and √(2/D) of it. That is consistent, and unbiased but for a
+share of about v_n/‖r_n‖²: a channel that varies far less than the others is known no better than the codes' error.
+
 The paper's kernel is 3; the public code's default is 1.
 """
 
@@ -14,11 +22,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storage.base.errors import UserError
 from storage.base.options import option
-from trainer.alignment.cosine import alignment_loss
+from storage.torch.codecs import Tokens
+from trainer.alignment.cosine import directed_loss
 from trainer.alignment.kind import Alignment
 
 EPSILON = 1e-6
@@ -49,6 +60,18 @@ def spatially_normalised(target: Tensor, gamma: float) -> Tensor:
     return (z - gamma * mean) / (deviation + EPSILON)
 
 
+def directions_of_codes(z: Tensor, mean: Tensor, variance: Tensor, gamma: float) -> Tensor:
+    """Of decoded tokens (B, T, D), their exact mean (B, 1, D) and their error's variance a channel (B, T)."""
+    n, width = max(1, z.shape[1] - 1), z.shape[2]
+    spread = (z - mean).square().sum(1, keepdim=True) / n
+    own = spread - variance.sum(1)[:, None, None] / n
+    deviation = torch.maximum(own, spread * (2 / n) ** 0.5).sqrt() + EPSILON
+    normalised = (z - gamma * mean) / deviation
+    length2 = normalised.square().sum(-1, keepdim=True)
+    own = length2 - variance.unsqueeze(-1) * deviation.pow(-2).sum(-1, keepdim=True)
+    return normalised / torch.maximum(own, length2 * (2 / width) ** 0.5).sqrt().clamp(min=1e-12)
+
+
 @dataclass(frozen=True, kw_only=True)
 class IREPA(Alignment):
     """Negative cosine to spatially normalised tokens, through a convolution."""
@@ -58,6 +81,7 @@ class IREPA(Alignment):
     projector_kind: Literal["conv", "linear", "mlp"] = option("conv", "the projector; mlp is REPA's")
 
     loss_is_cosine: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
@@ -84,10 +108,12 @@ class IREPA(Alignment):
         layer = nn.Conv2d(width, target_width, self.kernel, padding=self.kernel // 2)
         return GridProjector(layer, (grid, grid))
 
-    def prepared(self, target: Tensor) -> Tensor:
-        """Spatially normalised, float32."""
-        return spatially_normalised(target, self.gamma)
+    def prepared(self, target: Tokens) -> Tensor:
+        """Directions of the spatially normalised tokens, float32."""
+        if target.mean is None or target.variance is None:
+            return F.normalize(spatially_normalised(target.values, self.gamma), dim=-1)
+        return directions_of_codes(target.values.float(), target.mean.unsqueeze(1), target.variance, self.gamma)
 
     def loss(self, projection: Tensor, target: Tensor) -> Tensor:
         """REPA's loss of what was prepared."""
-        return alignment_loss(projection, target)
+        return directed_loss(projection, target)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from storage.torch.codecs import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,7 @@ class Alignment:
     """
 
     loss_is_cosine: ClassVar[bool] = False  # whether minus the loss is a mean cosine, which is logged for every kind
+    linear: ClassVar[bool] = False  # in the target, so that one which is right on average gives a gradient that is too
 
     @property
     def takes_class_token(self) -> bool:
@@ -36,10 +40,21 @@ class Alignment:
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, target_width)
         )
 
-    def prepared(self, target: Tensor) -> Tensor:
-        """What projections are compared with, made of a target (B, T, D) of any dtype; the target unless said."""
-        return target
+    def prepared(self, target: Tokens) -> Tensor:
+        """What projections are compared with, made of a target: its directions (B, T, D) float32 unless said."""
+        return directions(target)
 
     def loss(self, projection: Tensor, target: Tensor) -> Tensor:
-        """Each sample's loss, float32 (B,), of a projection and a prepared target, each (B, T, D) of any dtype."""
+        """Each sample's loss, float32 (B,), of a projection (B, T, D) of any dtype and a prepared target."""
         raise NotImplementedError
+
+
+def directions(target: Tokens) -> Tensor:
+    """Tokens over their lengths, float32 (B, T, D).
+
+    Tokens that are right on average are taken over the exact ones' lengths, which are stored: over their own they would
+    be right no longer. Then a direction has length one on no token, and is the exact direction on average.
+    """
+    if target.norms is None:
+        return F.normalize(target.values.float(), dim=-1)
+    return target.values.float() / target.norms.clamp(min=1e-12).unsqueeze(-1)

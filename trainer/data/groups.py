@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage import CacheConfig, GroupReader, Store, UserError, open_store
-from storage.codec import Int8Codec, codec_of
+from storage.codecs import TOKENS
 from storage.identity import FeaturesIdentity, LatentsIdentity
 from storage.index import far_apart
 from storage.order import ValidRows
@@ -31,7 +31,6 @@ class TrainingData:
     labels: np.ndarray  # int32 (N,), −1 for a sample without
     class_names: Sequence[str]  # none of a store that is trained on without labels
     valid_rows: ValidRows  # those that failed in no group
-    codecs: dict[str, Int8Codec]  # by path, of the features that are quantised; others are plain float16
     class_token: bool = False  # whether class tokens are read beside the patch tokens; the first target's are denoised
 
     @property
@@ -80,7 +79,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     )
     for path in features:
         groups[path].require("token_grid", "width")
-        if "patches" not in groups[path].arrays:
+        if TOKENS not in groups[path].arrays:
             raise UserError(
                 f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
                 "other --data.features, or precompute it with patch tokens"
@@ -111,7 +110,6 @@ def open_data(config: TrainConfig) -> TrainingData:
         labels=labels,
         class_names=[] if n_without else store.classes.class_names,
         valid_rows=ValidRows(store.n_rows, failed),
-        codecs={path: codec for path in features if (codec := codec_of(groups[path].identity)) is not None},
         class_token=config.model.class_token,
     )
 
@@ -173,6 +171,14 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
                 f"{features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, patch "
                 f"{config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
             )
+    alignments = tuple(alignment_named(target.alignment) for target in config.targets)
+    for target, features, kind in zip(config.targets, data.features, alignments, strict=True):
+        if not features.codec.exact and not kind.linear:
+            raise UserError(
+                f"{features.path} is in {features.codec.spelling} codes, which are right on average only, and "
+                f"--loss.alignment {target.alignment.partition(':')[0]} is not linear in its target; choose another "
+                "alignment, or features as float16 or int8"
+            )
     return Geometry(
         kind=config.model.kind,
         input_size=height,
@@ -187,7 +193,7 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
             (target.block, features.identity.width)
             for target, features in zip(config.targets, data.features, strict=True)
         ),
-        alignments=tuple(alignment_named(target.alignment) for target in config.targets),
+        alignments=alignments,
         class_width=data.features[0].identity.width if data.class_token else 0,
         projector_width=config.model.projector_width,
     )

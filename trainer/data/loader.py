@@ -7,7 +7,7 @@ position in one: global batch b holds fixed rows whatever the number of ranks, a
 On CUDA nothing here makes the host wait for the step that is under way: rows, labels and arrays are copied from pinned
 memory on a stream of their own, and the computing stream waits for the copy. A buffer returns to the ring when its copy
 is done; a copy's memory on the device is held by the allocator until the computing stream has passed its last use
-(`record_stream`). Quantised features are copied as int8 and factors, and become float32 on the device.
+(`record_stream`). Features are copied as they are stored, packed codes too, and become numbers on the device.
 
 Cost: `prefetch` + 1 batches of host memory, two or three of device memory; no copy on the CPU beyond the gather itself.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from storage import ArrayReader, gather_into
 from storage.prefetch import Prefetcher
+from storage.torch.codecs import Tokens, twin_of
 from storage.visits import Visit, Visits
-from trainer.data.codes import dequantise
 from trainer.data.groups import TrainingData
 
 
@@ -38,7 +39,7 @@ class Batch:
     rows: Tensor  # int64 (B,)
     labels: Tensor  # int64 (B,)
     moments: Tensor  # float16 (B, 2C, h, w), or (B, C, h, w) of a deterministic autoencoder
-    targets: tuple[Tensor, ...]  # one an alignment target: float16 (B, T, D), or float32 from int8 and factors
+    targets: tuple[Tokens, ...]  # one an alignment target: (B, T, D), float16, or float32 where they were in a codec
     stall_s: float  # how long the step waited for it
     class_tokens: Tensor | None = None  # float16 (B, D), of a model that denoises these too
 
@@ -53,7 +54,7 @@ class Batch:
                 rows=self.rows[cut],
                 labels=self.labels[cut],
                 moments=self.moments[cut],
-                targets=tuple(target[cut] for target in self.targets),
+                targets=tuple(target.each(itemgetter(cut)) for target in self.targets),
                 stall_s=0.0 if cut.start else self.stall_s,
                 class_tokens=self.class_tokens[cut] if self.class_tokens is not None else None,
             )
@@ -73,8 +74,8 @@ class _Gathered:
 class Loader:
     """Iterates over the batches of steps [start, stop). Use as a context manager, which ends the thread.
 
-    Without `with_targets` no patch tokens are read. `on_wait` is called about once a second, with the seconds so far,
-    while a batch is waited for.
+    Without `with_targets` no patch tokens are read; `compiled`, codes are decoded by compiled code. `on_wait` is called
+    about once a second, with the seconds so far, while a batch is waited for.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Loader:
         device: torch.device,
         prefetch: int,
         with_targets: bool = True,
+        compiled: bool = False,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._data, self._device = data, device
@@ -98,10 +100,13 @@ class Loader:
         self._aligned = data.features if with_targets else ()
         self._readers = readers = {"moments": data.latents["moments"]}
         for group in self._aligned:  # two targets may share a group, which is then read once
-            for name in ("patches", "scale") if group.path in data.codecs else ("patches",):
+            for name in group.codec_arrays:
                 readers[f"{group.path}/{name}"] = group[name]
         for group in (*self._aligned, *data.features[:1]) if data.class_token else ():
             readers[f"{group.path}/cls"] = group["cls"]
+        self._decoders = {
+            group.path: (group.codec_arrays, twin_of(group.codec, compiled=compiled).decode) for group in self._aligned
+        }
         share = batch // world_size
         visits = Visits(
             data.valid_rows, n_views=data.store.n_views, seed=seed, batch=batch, rank=rank, world_size=world_size
@@ -167,16 +172,14 @@ class Loader:
             tensor.record_stream(current)
         return on_device, copied
 
-    def _targets(self, on_device: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _targets(self, on_device: dict[str, Tensor]) -> tuple[Tokens, ...]:
         """The patch tokens of each alignment target, behind its class token where the model has one."""
-        tokens: dict[str, Tensor] = {}
-        for path in {group.path: None for group in self._aligned}:
-            tokens[path] = on_device[f"{path}/patches"]
-            if path in self._data.codecs:
-                tokens[path] = dequantise(tokens[path], on_device[f"{path}/scale"], self._data.codecs[path])
+        tokens: dict[str, Tokens] = {}
+        for path, (names, decode) in self._decoders.items():
+            arrays = {name: on_device[f"{path}/{name}"] for name in names}
+            tokens[path] = decode(arrays, on_device["rows"], on_device["views"])
             if self._data.class_token:
-                class_token = on_device[f"{path}/cls"].unsqueeze(1).to(tokens[path].dtype)
-                tokens[path] = torch.cat([class_token, tokens[path]], dim=1)
+                tokens[path] = behind_class_token(tokens[path], on_device[f"{path}/cls"])
         return tuple(tokens[group.path] for group in self._aligned)
 
     def _will_read(self, visit: Visit) -> None:
@@ -188,12 +191,27 @@ class Loader:
             torch.cuda.set_device(self._device)  # a thread's own setting: pinning would open a context on GPU 0
         targets = [(reader, buffers[name].numpy()) for name, reader in self._readers.items()]
         gather_into(targets, visit.rows, visit.views)
-        return _Gathered(step=visit.number, index=self._index(visit.rows), buffers=buffers)
+        return _Gathered(step=visit.number, index=self._index(visit), buffers=buffers)
 
-    def _index(self, rows: np.ndarray) -> dict[str, Tensor]:
-        labels = self._data.labels[rows].astype(np.int64)
-        index = {"rows": torch.from_numpy(rows), "labels": torch.from_numpy(labels)}
+    def _index(self, visit: Visit) -> dict[str, Tensor]:
+        labels = self._data.labels[visit.rows].astype(np.int64)
+        views = np.broadcast_to(np.int64(visit.views), visit.rows.shape).copy()
+        numbers = {"rows": visit.rows, "labels": labels, "views": views}
+        index = {name: torch.from_numpy(of) for name, of in numbers.items()}
         return index if self._copies is None else {name: tensor.pin_memory() for name, tensor in index.items()}
+
+
+def behind_class_token(tokens: Tokens, class_token: Tensor) -> Tokens:
+    """Patch tokens with the class token (B, D), which is exact, before them."""
+    values = torch.cat([class_token.unsqueeze(1).to(tokens.values.dtype), tokens.values], dim=1)
+    if tokens.norms is None or tokens.variance is None:
+        return tokens._replace(values=values)
+    norm = torch.linalg.vector_norm(class_token.float(), dim=-1, keepdim=True)
+    return tokens._replace(
+        values=values,
+        norms=torch.cat([norm, tokens.norms], dim=1),
+        variance=torch.cat([torch.zeros_like(norm), tokens.variance], dim=1),
+    )
 
 
 def _buffer(reader: ArrayReader, n: int, *, pinned: bool) -> Tensor:

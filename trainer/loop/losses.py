@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from storage.identity import LatentsIdentity
-from trainer.alignment.cosine import alignment_loss
+from storage.torch.codecs import Tokens
+from trainer.alignment.cosine import alignment_loss, directed_loss
 from trainer.config.schema import TrainConfig
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
@@ -128,7 +129,7 @@ def draw(batch: Batch, scale: LatentScale, config: TrainConfig, geometry: Geomet
 def compare(
     output: Tensor,
     projections: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    targets: Sequence[Tokens],
     drawn: Draws,
     config: TrainConfig,
     geometry: Geometry,
@@ -152,7 +153,9 @@ def compare(
     cosines = []
     if n_cosines(geometry):
         with torch.no_grad():
-            cosines = [-alignment_loss(projection, target) for _, projection, target in compared]
+            # Of exact tokens whatever a kind makes of them; others may not be normalised.
+            of = [alignment_loss if target.norms is None else directed_loss for target in targets]
+            cosines = [-loss(projection, target) for loss, (_, projection, target) in zip(of, compared, strict=True)]
     if not projections:  # a model that aligns no longer, or never did
         aligned = [torch.zeros_like(denoising) for _ in geometry.kinds]
         cosines = aligned if n_cosines(geometry) else []

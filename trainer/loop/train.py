@@ -183,6 +183,7 @@ class _Run:
             device=self.world.device,
             prefetch=config.data.prefetch,
             with_targets=config.aligns_at(start),
+            compiled=config.compile,
             on_wait=self._show_wait,
         )
 

@@ -13,7 +13,8 @@ import torch
 import tests.stores
 from storage import open_store
 from storage.base.errors import UserError
-from storage.codec import INT8, decode
+from storage.codecs.int8 import INT8
+from storage.codecs.int8 import numbers as decode
 from storage.identity import Identity
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.evaluation.conftest import MICRO

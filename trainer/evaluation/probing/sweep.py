@@ -23,10 +23,10 @@ from torch import Tensor
 from storage import GroupReader, Store, open_store
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
-from storage.codec import codec_of
+from storage.codecs import TOKENS
 from storage.identity import unlike
 from storage.order import ValidRows
-from trainer.data.codes import dequantise
+from storage.torch.codecs import twin_of
 from trainer.data.groups import pick_group
 from trainer.evaluation.options import SweepConfig
 from trainer.evaluation.probing import cknna
@@ -161,7 +161,7 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
     if not name and run.data.features:
         name = run.data.features[0].path.partition("/")[2]
     features = store.group(_features_path(store, name))
-    if "patches" not in features.arrays:
+    if TOKENS not in features.arrays:
         raise UserError(
             f"{features.path} of {store.root} holds {', '.join(features.arrays)} and no patch tokens, whose mean is "
             "compared; choose other --features"
@@ -197,14 +197,13 @@ def pooled_features(
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """Stored patch tokens averaged over patches, float32 (len(rows), D) on `device`."""
-    codec = codec_of(features.identity)
+    twin = twin_of(features.codec)
     pooled = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        patches = read_rows(features, "patches", part).to(device)
-        if codec is not None:
-            patches = dequantise(patches, read_rows(features, "scale", part).to(device), codec)
-        pooled.append(patches.float().mean(dim=1))
+        arrays = {name: read_rows(features, name, part).to(device) for name in features.codec_arrays}
+        tokens = twin.decode(arrays, torch.from_numpy(part).to(device), 0)
+        pooled.append(tokens.values.float().mean(dim=1) if tokens.mean is None else tokens.mean)
         progress(len(part))
     return torch.cat(pooled)
 

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from storage.base.errors import StoreError, UserError
-from storage.codec import INT8, LARGEST, Int8Codec, codec_of, cosine_bound, decode, encode, unquantisable
+from storage.codecs import PLAIN, codec_of
+from storage.codecs.int8 import INT8, LARGEST, Int8, cosine_bound
+from storage.codecs.int8 import numbers as decode
+from storage.codecs.int8 import quantised as encode
 from storage.identity import FeaturesIdentity
 from tests.features import DISTRIBUTIONS, WIDTHS, cosines, gaussian, outlier_channels
 
@@ -20,9 +23,9 @@ N_TOKENS = 2000
 
 
 @st.composite
-def tokens(draw: st.DrawFn) -> tuple[np.ndarray, Int8Codec]:
+def tokens(draw: st.DrawFn) -> tuple[np.ndarray, Int8]:
     """Tokens (n, D) of every magnitude that can be quantised, subnormal numbers too, and groups of a few channels."""
-    codec = Int8Codec(group_channels=draw(st.integers(1, 5)))
+    codec = Int8(group_channels=draw(st.integers(1, 5)))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 11)))
     limit = draw(st.sampled_from([2.0**-130, 2.0**-20, 0.01, 1.0, 40.0, LARGEST]))
     limit = float(np.float32(limit))
@@ -30,14 +33,14 @@ def tokens(draw: st.DrawFn) -> tuple[np.ndarray, Int8Codec]:
     return draw(hnp.arrays(np.float32, shape, elements=elements)), codec
 
 
-def groups(x: np.ndarray, codec: Int8Codec) -> list[list[Fraction]]:
+def groups(x: np.ndarray, codec: Int8) -> list[list[Fraction]]:
     """The groups of all tokens, as exact numbers."""
     step = codec.group_channels
     return [[Fraction(float(v)) for v in token[i : i + step]] for token in x for i in range(0, x.shape[1], step)]
 
 
 @given(tokens())
-def test_factors_and_integers_are_what_exact_arithmetic_says(drawn: tuple[np.ndarray, Int8Codec]) -> None:
+def test_factors_and_integers_are_what_exact_arithmetic_says(drawn: tuple[np.ndarray, Int8]) -> None:
     x, codec = drawn
     q, scale = encode(x, codec)
     assert (q.dtype, q.shape) == (np.int8, x.shape)
@@ -68,7 +71,7 @@ def test_quotients_beside_a_half_are_rounded_to_their_own_side(k: int, bits: int
 
 
 @given(tokens())
-def test_decoding_is_exact_and_the_derived_bounds_hold(drawn: tuple[np.ndarray, Int8Codec]) -> None:
+def test_decoding_is_exact_and_the_derived_bounds_hold(drawn: tuple[np.ndarray, Int8]) -> None:
     x, codec = drawn
     q, scale = encode(x, codec)
     y = decode(q, scale, codec)
@@ -173,17 +176,17 @@ def test_a_token_that_cannot_be_quantised_is_named(bad: float) -> None:
 def test_the_largest_magnitude_is_kept() -> None:
     x = np.array([LARGEST, -LARGEST, 1.0], dtype=np.float32)
     q, scale = encode(x)
-    assert unquantisable(scale) is None
+    assert INT8.unencodable({"scale": scale}) is None
     np.testing.assert_array_equal(decode(q, scale), [LARGEST, -LARGEST, 0])
 
 
 def test_the_codec_of_an_identity() -> None:
-    assert codec_of(FeaturesIdentity(dtype="float16")) is None
+    assert codec_of(FeaturesIdentity(dtype="float16")) == PLAIN
     of_64 = FeaturesIdentity(dtype="int8", codec={"name": "int8", "group_channels": 64})
-    assert codec_of(of_64) == Int8Codec(group_channels=64)
+    assert codec_of(of_64) == Int8(group_channels=64)
     assert codec_of(FeaturesIdentity(codec=INT8.identity)) == INT8
     for unknown in ({"name": "fp8", "group_channels": 128}, {"name": "int8"}, {**INT8.identity, "offset": True}):
         with pytest.raises(StoreError, match="codec that this code does not know"):
             codec_of(FeaturesIdentity(codec=unknown))
     with pytest.raises(UserError, match="at least 1, got 0"):
-        Int8Codec(group_channels=0)
+        Int8(group_channels=0)

@@ -1,8 +1,8 @@
 """Stores for people with a torch training loop of their own: a map-style `Dataset` that gathers whole batches.
 
-The only file of this package that imports torch, and nothing else of it imports this file. `DataLoader` asks a data set
-that has `__getitems__` for a whole batch at once, so a batch is one gather an array, also in worker processes (fork or
-spawn; spawn for a store in an object store). Use it with `collate_fn=collate`, since the batch is one already:
+`DataLoader` asks a data set that has `__getitems__` for a whole batch at once, so a batch is one gather an array, also
+in worker processes (fork or spawn; spawn for a store in an object store). Use it with `collate_fn=collate`, since the
+batch is one already:
 
     data = RowDataset("/stores/in256", ["latents/sd-vae-ft-mse", "features/dinov2-vitb14"])
     loader = DataLoader(data, batch_size=256, shuffle=True, num_workers=2, collate_fn=collate, pin_memory=True)
@@ -31,7 +31,8 @@ class RowDataset(Dataset[Batch]):
     """Samples of some groups of a store, by position; those that failed in any of the groups are left out.
 
     A batch maps "row" and "label" to int64 (B,) and "<group>/<array>" to (B, *row_shape) of the stored dtype, or
-    float16 numbers for int8 features when `decode`. `view` is a stored view, or "random" for a fresh choice each visit.
+    float16 numbers for features in a codec when `decode`. `view` is a stored view, or "random" for a fresh choice each
+    visit.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ largest magnitude in a group, the stored numbers are
     y = q · s                                               what is read back
 
 Both definitions are of real numbers, so every implementation that is right gives the same bits: this one, the torch
-twins in `pipeline/quantise.py` and `trainer/data/codes.py`, on any device. In float32 they come out exactly:
+twin in `storage/torch/codecs/int8.py`, on any device. In float32 they come out exactly:
 
   s   a float16 near m/127, however that was rounded, moved up one step if 127 · s < m. A product of 7 and 11 bits is
       exact, so the comparison decides; a fused or a reciprocal multiplication could not change it.
@@ -36,36 +36,34 @@ Costs: (D + 2G) / 2D of float16's bytes, 0.508 where 128 divides D.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from storage.base.boundary import parse_json
-from storage.base.errors import StoreError, UserError
-from storage.identity import Identity
+from storage.base.errors import UserError
+from storage.codecs.codec import TOKENS, Codec, StoredArray, refuse_unencodable, require_float
+from storage.visits import Views
 
+SCALE = "scale"  # the array of factors
 Q_MAX = 127
 LARGEST = Q_MAX * float(np.finfo(np.float16).max)  # the largest magnitude that a float16 factor can carry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8Codec:
-    """How features are quantised; `identity` is what a group records of it."""
+class Int8(Codec):
+    """How features are quantised; other group sizes than 128 are read."""
 
     name: Literal["int8"] = "int8"
     group_channels: int = 128
 
+    names: ClassVar[tuple[str, ...]] = (TOKENS, SCALE)
+
     def __post_init__(self) -> None:
         if self.group_channels < 1:
             raise UserError(f"channels a group must be at least 1, got {self.group_channels}")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The codec as it stands in a group's identity."""
-        return asdict(self)
 
     def n_groups(self, channels: int) -> int:
         """G: factors of a token."""
@@ -78,27 +76,49 @@ class Int8Codec:
         whole, short = (slice(0, end), slice(0, n_whole)), (slice(end, channels), slice(n_whole, n_whole + 1))
         return [cut for cut in (whole, short) if cut[0].start < cut[0].stop]
 
+    def arrays(self, n_tokens: int, channels: int, /) -> dict[str, StoredArray]:
+        """Integers and factors."""
+        return {
+            TOKENS: StoredArray("int8", (n_tokens, channels)),
+            SCALE: StoredArray("float16", (n_tokens, self.n_groups(channels))),
+        }
 
-INT8 = Int8Codec()
+    def encode(self, tokens: np.ndarray, rows: np.ndarray, views: Views) -> dict[str, np.ndarray]:
+        """Raises UserError for a token that holds NaN, infinity or a magnitude above 127 · 65504."""
+        return dict(zip((TOKENS, SCALE), quantised(tokens, self), strict=True))
+
+    def decode(
+        self, arrays: Mapping[str, np.ndarray], rows: np.ndarray, views: Views, *, dtype: DTypeLike = np.float32
+    ) -> np.ndarray:
+        """float32 is exact."""
+        return numbers(arrays[TOKENS], arrays[SCALE], self, dtype=dtype)
+
+    def unencodable(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
+        """The first token with a factor that is not finite."""
+        bad = np.argwhere(~np.isfinite(arrays[SCALE]).all(-1))
+        return tuple(bad[0].tolist()) if len(bad) else None
+
+    def refusal(self, which: str) -> UserError:
+        """As of every codec."""
+        return UserError(
+            f"{which} holds NaN, infinity or a magnitude above {LARGEST:.0f}, which int8 features cannot carry; check "
+            "the encoder's weights, or store float16"
+        )
 
 
-def encode(x: np.ndarray, codec: Int8Codec = INT8) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise x float32 or float16 (..., D) to q int8 (..., D) and scale float16 (..., G).
+INT8 = Int8()
 
-    Raises UserError naming the first token that holds NaN, infinity or a magnitude above 127 · 65504.
-    """
-    if x.dtype not in (np.float32, np.float16):
-        raise UserError(f"features to quantise must be float32 or float16, got {x.dtype}; convert them first")
-    x = x.astype(np.float32, copy=False)
+
+def quantised(x: np.ndarray, codec: Int8 = INT8) -> tuple[np.ndarray, np.ndarray]:
+    """q int8 (..., D) and scale float16 (..., G) of x float32 or float16 (..., D). Raises as `Int8.encode`."""
+    x = require_float(x)
     starts = np.arange(0, x.shape[-1], codec.group_channels)
     largest = np.maximum.reduceat(np.abs(x), starts, axis=-1)
-    with np.errstate(over="ignore"):  # infinity is what `unquantisable` looks for
+    with np.errstate(over="ignore"):  # infinity is what `unencodable` looks for
         scale = (largest / np.float32(Q_MAX)).astype(np.float16)
     too_small = scale.astype(np.float32) * np.float32(Q_MAX) < largest
     scale = (scale.view(np.int16) + too_small).view(np.float16)  # positive float16 are in the order of their bits
-    bad = unquantisable(scale)
-    if bad is not None:
-        raise refusal(f"token {bad}")
+    refuse_unencodable(codec, {SCALE: scale})
     divisor = np.where(scale == 0, np.float32(1), scale.astype(np.float32))
     q = np.empty(x.shape, dtype=np.int8)
     for channels, groups in codec.cuts(x.shape[-1]):
@@ -107,11 +127,8 @@ def encode(x: np.ndarray, codec: Int8Codec = INT8) -> tuple[np.ndarray, np.ndarr
     return q, scale
 
 
-def decode(q: np.ndarray, scale: np.ndarray, codec: Int8Codec = INT8, *, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """Numbers (..., D) of `dtype` from q int8 (..., D) and scale float16 (..., G); float32 is exact.
-
-    float16 is the same rounded once, infinite from 65520 on.
-    """
+def numbers(q: np.ndarray, scale: np.ndarray, codec: Int8 = INT8, *, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """Numbers (..., D) of `dtype` from q int8 (..., D) and scale float16 (..., G); float32 is exact."""
     assert scale.shape == (*q.shape[:-1], codec.n_groups(q.shape[-1])), (q.shape, scale.shape)
     factors = scale.astype(np.float32)[..., None]
     y = np.empty(q.shape, dtype=np.float32)
@@ -121,43 +138,13 @@ def decode(q: np.ndarray, scale: np.ndarray, codec: Int8Codec = INT8, *, dtype: 
         return y.astype(dtype, copy=False)
 
 
-def cosine_bound(q: np.ndarray, scale: np.ndarray, codec: Int8Codec = INT8) -> np.ndarray:
+def cosine_bound(q: np.ndarray, scale: np.ndarray, codec: Int8 = INT8) -> np.ndarray:
     """What cos(x, y) of each token is at least, float64 (...), from what is stored; 1 for a token of zeros."""
     sizes = np.diff([*range(0, q.shape[-1], codec.group_channels), q.shape[-1]])
     error2 = (sizes * scale.astype(np.float64) ** 2).sum(-1) / 4
-    norm2 = (decode(q, scale, codec, dtype=np.float64) ** 2).sum(-1)
+    norm2 = (numbers(q, scale, codec, dtype=np.float64) ** 2).sum(-1)
     share = np.divide(error2, norm2, out=np.where(error2 > 0, 1.0, 0.0), where=norm2 > 0)
     return np.sqrt(np.maximum(0.0, 1 - share))
-
-
-def unquantisable(scale: np.ndarray) -> tuple[int, ...] | None:
-    """Index of the first token whose factors (..., G) say that it could not be quantised, or None."""
-    bad = np.argwhere(~np.isfinite(scale).all(-1))
-    return tuple(bad[0].tolist()) if len(bad) else None
-
-
-def refusal(which: str) -> UserError:
-    """The error for a token that cannot be quantised."""
-    return UserError(
-        f"{which} holds NaN, infinity or a magnitude above {LARGEST:.0f}, which int8 features cannot carry; check the "
-        "encoder's weights, or store float16"
-    )
-
-
-def codec_of(identity: Identity) -> Int8Codec | None:
-    """The codec that a group's identity names, None when its patches are plain. Raises StoreError for one unknown."""
-    named = identity.codec
-    if named is None:
-        return None
-    if set(named) != {"name", "group_channels"} or named["name"] != "int8":
-        raise StoreError(
-            f"the features are in a codec that this code does not know, {_short(named)}; use the code that wrote them"
-        )
-    return parse_json(Int8Codec, json.dumps(named), "the features' codec", "use another copy of the store")
-
-
-def _short(value: object) -> str:
-    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}…"
 
 
 def _grouped(x: np.ndarray, channels: slice, groups: slice) -> np.ndarray:

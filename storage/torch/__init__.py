@@ -1,0 +1,9 @@
+"""The part of `storage` that imports torch, which nothing else of it imports.
+
+dataset     stores as torch data sets, for a training loop of one's own
+codecs      encoding and decoding patch tokens on a device
+"""
+
+from storage.torch.dataset import RowDataset, collate
+
+__all__ = ["RowDataset", "collate"]
