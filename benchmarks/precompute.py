@@ -40,6 +40,7 @@ import numpy as np
 
 from benchmarks.precompute_cases import DECODE_CPUS, MORE_TO_DECODE, SHARD_ROWS, WORK, Case, make_cases
 from benchmarks.report import RESULTS, machine, table
+from pipeline.cluster.environment import prepare_ray
 from pipeline.decode import decode_unit, to_rgb
 from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
 from pipeline.plan import Plan, create, make_plan
@@ -117,10 +118,8 @@ def one_process(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
 def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     from pipeline.cluster.connection import ray_cluster
-    from pipeline.cluster.environment import prepare_ray
     from pipeline.job import run_on_cluster
 
-    prepare_ray("")
     with ray_cluster("", verbose=False):
         import ray
 
@@ -132,9 +131,7 @@ def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 
 def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     from pipeline.cluster.connection import ray_cluster
-    from pipeline.cluster.environment import prepare_ray
 
-    prepare_ray("")
     resolution = case.resolution
     parts = {unit: (plan.layout.unit_rows(unit).start, plan.index.slice(plan.layout.unit_rows(unit)), paths)
              for unit, paths in plan.missing.items()}  # fmt: skip
@@ -170,7 +167,6 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
 def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     """No contestant: CPU time by stage, without the first unit."""
     from pipeline.cluster.connection import ray_cluster
-    from pipeline.cluster.environment import prepare_ray
 
     encoder = make_encoder(case, plan, run_id)
     encoder.ready()
@@ -182,7 +178,6 @@ def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
         cpu_s[stage] = cpu_s.get(stage, 0.0) + time.process_time() - at_s
         at_s = time.process_time()
 
-    prepare_ray("")
     start_s = time.perf_counter()
     with ray_cluster("", verbose=False):
         import ray
@@ -243,6 +238,7 @@ def published(plan: Plan, peak: int = 0, store: int = 0, busy: float = 0.0) -> F
 
 def run_task(name: str, contestant: str, full_size: bool, n_per_class: int) -> None:
     """One run, in this process; prints what it found as JSON."""
+    prepare_ray("")  # before Ray is imported, which reads its settings then
     case = make_cases(full_size, n_per_class)[name]
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
         root = open_root(Path(folder).absolute() / "store")

@@ -1,7 +1,7 @@
 """Joining a Ray cluster, or starting one for this run on 127.0.0.1 and stopping it at the end.
 
 On a cluster that is joined, the code reaches the workers as `py_modules`: nothing of ours needs to be installed there.
-`ray_environment.prepare_ray` comes before this file is imported.
+`environment.prepare_ray` comes before this file is imported.
 """
 
 from __future__ import annotations
