@@ -70,7 +70,7 @@ def stored_arrays(identity: Identity) -> dict[str, StoredArray]:
 
 
 def decoded(
-    codec: Codec, arrays: Mapping[str, np.ndarray], rows: np.ndarray, views: Views, *, dtype: DTypeLike = None
+    codec: Codec, arrays: Mapping[str, np.ndarray], rows: np.ndarray, views: Views, *, dtype: DTypeLike | None = None
 ) -> dict[str, np.ndarray]:
     """Arrays of a group (B, *row_shape) with the codec's replaced by `patches` as numbers (B, T, D).
 
