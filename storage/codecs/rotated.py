@@ -8,8 +8,8 @@ A token y of D channels, of row i, view v and place n in its image, whose T toke
     f = ‖r‖² / ⟨ℓ(q), z⟩     so that r̂ = R⁻¹ (f · ℓ(q)) has ⟨r̂, r⟩ = ‖r‖²
     ŷ = μ + r̂
 
-Stored are the codes q, (f, ‖y‖/√D) of each token and μ of each image, the last two in float16. The second is the root
-mean square of the channels, so that it is in float16's range whenever they are.
+Stored are the codes q, (f, ‖y‖/√D) of each token and μ of each image, the last two in float16. f and the root mean
+square ‖y‖/√D have the size of a channel, and with it float16's range; ‖y‖ would leave it √D times earlier.
 
 Each ŷ is far from y at few bits, by √(1/ρ − 1) · ‖r‖, ρ = 0.637, 0.883, 0.990; its mean over keys is y, and errors of
 different tokens are independent (`docs/codes.md` derives both, and says what float16 leaves). Who uses them keeps to

@@ -174,7 +174,7 @@ def test_training_and_resuming_from_codes(tmp_path: Path) -> None:
     assert curves["rotated4"] != curves["float16"]
     assert curves["rotated4"] == pytest.approx(curves["float16"], abs=0.01)
     train(micro(tmp_path / "rotated4", tmp_path / "parts", steps=3))
-    train(micro(tmp_path / "rotated4", tmp_path / "parts", steps=6, resume=True))
+    train(micro(tmp_path / "rotated4", tmp_path / "parts", steps=6))
     assert_same_run(tmp_path / "parts", tmp_path / "run-rotated4")
 
 

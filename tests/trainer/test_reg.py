@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from storage.torch.codecs import Tokens
 from tests.trainer import plain
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from tests.trainer.test_step import SCALE, batch_of, config_of
@@ -49,7 +50,8 @@ def test_outputs_and_every_loss_term(reference: dict[str, Tensor]) -> None:
         output, (projection,) = model(x_t, reference["loss_t"], reference["y"])
     of_image, of_class = zip(split(output, GEOMETRY), split(velocity, GEOMETRY), strict=True)
     denoising, class_denoising = velocity_loss(*of_image), velocity_loss(*of_class)
-    aligned = GEOMETRY.kinds[0].loss(projection, reference["target/0"]).mean()
+    (kind,) = GEOMETRY.kinds
+    aligned = kind.loss(projection, kind.prepared(Tokens(reference["target/0"]))).mean()
     torch.testing.assert_close(denoising, reference["denoising_loss"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(class_denoising, reference["cls_denoising_loss"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(aligned, reference["projection_loss"], atol=1e-6, rtol=0)

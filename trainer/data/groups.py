@@ -79,6 +79,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     )
     for path in features:
         groups[path].require("token_grid", "width")
+        groups[path].codec  # noqa: B018 - is known, or says so
         if TOKENS not in groups[path].arrays:
             raise UserError(
                 f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
