@@ -15,9 +15,7 @@ ROWS = {  # what the table calls a method: its name, with the size left open
     "vanilla": "sit-{}-2-vanilla",
     "REPA after a stop": "sit-{}-2:stopped",
     "REPA, latents of 32×16×16, patch 1": "sit-{}-1",
-    "vanilla, latents of 32×16×16, patch 1": "sit-{}-1-vanilla",
     "LightningDiT, latents of 32×16×16": "lightningdit-{}-1",
-    "DiT with REPA": "dit-{}-2",
 }
 
 

@@ -75,16 +75,26 @@ SMALL = {"model.depth": 1, "model.width": 32, "model.heads": 2, "model.align_blo
         ("lightningdit-xl-1", ["store", "ceiling"]),
     ],
 )
-def test_every_method_takes_steps_from_a_store_and_online(
+def test_every_method_takes_steps_from_a_store(
     name: str, variants: list[str], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    take_steps(name, variants, variants[:1], store, monkeypatch)
+
+
+@pytest.mark.slow
+def test_reg_takes_steps_with_its_class_token_from_an_encoder(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = ["store", "ceiling", "online"]
+    take_steps("sit-xl-2-reg", variants, variants, store, monkeypatch)
+
+
+def take_steps(name: str, variants: list[str], taken: list[str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the methods' own settings in a small model; at full size a CPU would take minutes."""
     monkeypatch.setattr(step_worker, "method", lambda name: override(method(name), SMALL))
     monkeypatch.setattr(step_worker, "WARM_UP_STEPS", 1)
     args = parse(["--encoder", "dinov2-vits14", "--device", "cpu", "--compile", "no"])
     assert [row.variant for row in Case(preset=name, batch=2, args=args).rows()] == variants
     ours = Ours(Task(preset=name, batch=2, store=str(store), encoder="dinov2-vits14", device="cpu"), CPU)
-    for variant in variants:
+    for variant in taken:
         found = Timer(ours, 2, CPU).answer(Request(variant=variant, compiled=False, seconds=1e-9))
         assert found["images_per_s"] > 0
     ours.data.close()
