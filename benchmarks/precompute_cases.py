@@ -27,7 +27,9 @@ class AverageEncoder(UnitEncoder):
         """Nothing."""
         return "cpu"
 
-    def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+    def encode(
+        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int
+    ) -> dict[str, np.ndarray]:
         """Arrays (n, V, *row_shape) by name."""
         n = len(images)
         means = images[:, ::16, ::16].reshape(n, -1).astype(np.float16)
