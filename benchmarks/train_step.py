@@ -48,6 +48,7 @@ from benchmarks.report import RESULTS, machine, table
 from benchmarks.step_worker import RESULT, Request, Task
 from storage.base.console import EXIT_OK, run_command
 from storage.base.errors import UserError
+from storage.codecs import CODECS
 from trainer.config.schema import TrainConfig
 from trainer.ranks.arithmetic import peak_flops
 from trainer.ranks.world import world_of_ranks
@@ -265,7 +266,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timed run (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no model and batch is begun after so many")
     parser.add_argument("--rows", type=int, default=4096, help="of the store (default 4096: 1.8 GB in float16)")
-    parser.add_argument("--dtype", choices=("float16", "int8"), default="float16", help="of the stored features")
+    parser.add_argument("--dtype", choices=tuple(CODECS), default="float16", help="of the stored features")
     parser.add_argument("--directory", type=Path, default=Path(), help="where the store is made (default here)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the table and profiles are written")
     parser.add_argument("--profile", choices=(*OURS, "public"), help="write a profile of this variant, and no table")

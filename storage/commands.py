@@ -16,6 +16,7 @@ from storage.base.options import argument, option
 from storage.base.shown import shown
 from storage.codecs import codec_of
 from storage.diff import diff_groups, diff_stores
+from storage.identity import Identity
 from storage.layout import GROUP_KINDS, METADATA
 from storage.metadata import group_identity
 from storage.reader import Store, open_store
@@ -52,8 +53,6 @@ def list_groups(store: Store) -> None:
     for path in store.groups():
         try:
             layout, attributes = store.group_layout(path)
-            identity = group_identity(path, attributes["identity"], store.root.at(path))
-            codec = codec_of(identity).spelling if identity.codec else identity.dtype or "?"
         except StoreError as error:
             say(f"  {path}  {error}")
             continue
@@ -63,8 +62,20 @@ def list_groups(store: Store) -> None:
                 n_done += 1
                 n_bytes += sum(shard.nbytes for shard in receipt.shards)
         arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.shape))} {a.dtype.lstrip('<|')}" for a in layout.arrays)
+        identity = group_identity(path, attributes["identity"], store.root.at(path))
+        codec = _codec(identity)
         state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
         say(f"  {path}  {identity.encoder or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
+
+
+def _codec(identity: Identity) -> str:
+    """How a group's numbers are stored, in a word."""
+    if identity.codec is None:
+        return identity.dtype or "?"
+    try:
+        return codec_of(identity).spelling
+    except StoreError:  # a later version's
+        return f"{identity.codec.get('name', '?')} (unknown here)"
 
 
 def describe_store(store: Store) -> None:

@@ -29,7 +29,9 @@ class PixelEncoder(UnitEncoder):
     def load(self) -> str:
         return "cpu"
 
-    def encode(self, path: str, images: np.ndarray, present: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+    def encode(
+        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int
+    ) -> dict[str, np.ndarray]:
         pixels = images[:, ::8, ::8].reshape(len(images), -1).astype(np.float16)
         arrays = self._groups[path].layout.arrays
         return {

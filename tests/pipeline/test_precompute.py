@@ -126,6 +126,38 @@ def test_a_second_run_reuses_everything_without_starting_ray(whole: Path, tree: 
     assert time.monotonic() - start_s < 60
 
 
+@pytest.mark.slow  # in default: the same without Ray, in test_quantise.py and trainer/test_codes.py
+def test_rotated_codes_through_the_whole_of_both_stages(tmp_path: Path) -> None:
+    """The built-in photographs, both views: written, verified, shown, trained from, stopped and trained on."""
+    from pipeline.sources.photos import write_photos
+
+    write_photos(tmp_path / "photos", n_per_class=2)
+    store = tmp_path / "store"
+    done = run(command(tmp_path / "photos", store, "--features-dtype", "rotated2", "--flip", "--shard-rows", "16"))
+    assert done.returncode == 0, done.stderr
+    assert "patches 64×32 uint8, scale 64×2 float16" in done.stdout
+    storage = [sys.executable, "-m", "storage"]
+    for arguments, words in (
+        (["verify", str(store), "--deep"], ""),
+        (["ls", str(store)], "rotated2"),
+        (["info", str(store)], '"bits": 2'),
+        (["diff", str(store), str(store)], ""),
+        (["export", str(store), "--to", "npy", "--out", str(tmp_path / "out"), "--decode"], "features/tiny-vit"),
+    ):
+        asked = run([*storage, *arguments])
+        assert (asked.returncode, words in asked.stdout) == (0, True), (asked.stdout, asked.stderr)
+    again = run(command(tmp_path / "photos", store, "--features-dtype", "rotated4", "--flip", "--shard-rows", "16"))
+    assert again.returncode != 0
+    assert "codec.bits: found 2, asked for 4" in again.stderr
+    train = [
+        *(sys.executable, "-m", "trainer", "train", "--preset", "sit-tiny-2", "--store", str(store)),
+        *("--run", str(tmp_path / "run"), "--device", "cpu", "--batch", "8"),
+    ]
+    for steps in ("2", "4"):
+        trained = run([*train, "--steps", steps])
+        assert trained.returncode == 0, trained.stderr
+
+
 @pytest.mark.slow  # in default: kills of the driver and its parts, in test_job.py
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_and_run_again_redoes_only_what_is_missing(

@@ -41,7 +41,8 @@ CODES = pytest.mark.parametrize("codec", ROTATED, ids=lambda codec: codec.spelli
 @pytest.mark.parametrize("device", DEVICES)
 def test_signs_are_numpys_to_the_bit(device: str) -> None:
     rows, views = np.array([0, 5, 2**33, 2**40 - 1]), np.array([0, 1, 0, 1])
-    found = twins.sign_words(torch.from_numpy(rows).to(device), torch.from_numpy(views).to(device), 9, 5)
+    on_device = [torch.from_numpy(of).to(device) for of in (rows, views, twins.word_steps(5))]
+    found = twins.sign_words(*on_device[:2], 9, on_device[2])
     np.testing.assert_array_equal(found.cpu().numpy().view(np.uint64), sign_words(rows, views, 9, 5))
 
 

@@ -29,6 +29,7 @@ class Tables(NamedTuple):
     levels: Tensor  # float32 (2ᵇ, 1)
     levels_of_byte: Tensor  # float32 (256, codes a byte)
     signs_of_byte: Tensor  # int8 (256, 8)
+    steps: Tensor  # int64 (2W,): (w + 1) · γ
     outer: Tensor  # H = outer ⊗ inner, float32 (a, a)
     inner: Tensor  # float32 (b, b)
 
@@ -50,7 +51,7 @@ class RotatedTwin(Twin[Rotated]):
         # In float64, so that no order of summation changes what float16 is rounded to.
         mean = y.double().mean(dim=1).float().half()
         r = y - mean.float().unsqueeze(1)
-        first, second = signs(rows, views, n_tokens, channels, tables.signs_of_byte)
+        first, second = signs(rows, views, n_tokens, channels, tables)
         z = turned(turned(r * first, tables.outer, tables.inner) * second, tables.outer, tables.inner)
         length2 = r.square().sum(-1, keepdim=True)
         unit = (length2 / channels).sqrt()
@@ -74,7 +75,8 @@ class RotatedTwin(Twin[Rotated]):
     def tables(self, channels: int, device: torch.device) -> Tables:
         """Made on the device the first time, for which it waits."""
         if (channels, device) not in self._tables:
-            arrays = (self.codec.levels[:, None], self.codec.levels_of_byte, BYTE_SIGNS, *kronecker(channels))
+            steps = word_steps(2 * -(-channels // WORD_BITS))
+            arrays = (self.codec.levels[:, None], self.codec.levels_of_byte, BYTE_SIGNS, steps, *kronecker(channels))
             with torch.inference_mode(False):
                 self._tables[channels, device] = Tables(*(torch.from_numpy(array).to(device) for array in arrays))
         return self._tables[channels, device]
@@ -87,7 +89,7 @@ def decoded(
     f, root_mean_square = scale.float().unbind(-1)
     z = F.embedding(codes.int(), tables.levels_of_byte).flatten(-2) * f.unsqueeze(-1)
     n_tokens, channels = z.shape[1:]
-    first, second = signs(rows, views, n_tokens, channels, tables.signs_of_byte)
+    first, second = signs(rows, views, n_tokens, channels, tables)
     y = turned(turned(z, tables.outer.mT, tables.inner) * second, tables.outer.mT, tables.inner) * first
     return Tokens(
         values=y + mean.float().unsqueeze(1),
@@ -102,23 +104,29 @@ def turned(x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
     return (outer @ (x.reshape(-1, len(outer), len(inner)) @ inner)).reshape(x.shape)
 
 
-def signs(rows: Tensor, views: Tensor | int, n_tokens: int, channels: int, table: Tensor) -> tuple[Tensor, Tensor]:
+def signs(rows: Tensor, views: Tensor | int, n_tokens: int, channels: int, tables: Tables) -> tuple[Tensor, Tensor]:
     """s₁ and s₂, int8 (B, T, D)."""
-    n_words = -(-channels // WORD_BITS)
-    octets = sign_words(rows, views, n_tokens, 2 * n_words).view(torch.uint8)
-    both = F.embedding(octets.int(), table).flatten(-2)
-    return both[..., :channels], both[..., n_words * WORD_BITS :][..., :channels]
+    octets = sign_words(rows, views, n_tokens, tables.steps).view(torch.uint8)
+    both = F.embedding(octets.int(), tables.signs_of_byte).flatten(-2)
+    return both[..., :channels], both[..., len(tables.steps) // 2 * WORD_BITS :][..., :channels]
 
 
-def sign_words(rows: Tensor, views: Tensor | int, n_tokens: int, n_words: int) -> Tensor:
-    """`storage.codecs.rotation.sign_words`, int64 (B, T, n_words) of the same bits."""
+def word_steps(n_words: int) -> np.ndarray:
+    """(w + 1) · γ of each word, int64 of the same bits.
+
+    A table, since the compiler takes a multiple of a counter for an index and does not let it wrap.
+    """
+    return (np.arange(1, n_words + 1, dtype=np.uint64) * np.uint64(GAMMA)).view(np.int64)
+
+
+def sign_words(rows: Tensor, views: Tensor | int, n_tokens: int, steps: Tensor) -> Tensor:
+    """`storage.codecs.rotation.sign_words`, int64 (B, T, n_words) of the same bits, a word for each of `word_steps`."""
     gamma = _signed(GAMMA)
     of_row = _mix(rows + gamma)
     of_view = views << 32 if isinstance(views, int) else views.long() << 32
     token = torch.arange(n_tokens, device=rows.device)
     of_token = _mix((of_row + of_view).unsqueeze(-1) + token + gamma)
-    word = torch.arange(1, n_words + 1, device=rows.device) * gamma
-    return _mix(of_token.unsqueeze(-1) + word)
+    return _mix(of_token.unsqueeze(-1) + steps)
 
 
 def _mix(z: Tensor) -> Tensor:
