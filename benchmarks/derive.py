@@ -2,7 +2,7 @@
 
     python -m benchmarks.derive [--rows 1024] [--width 768] [--codec rotated2] [--workers 0] [--repeats 3]
 
-A store of random numbers (`random_store.py`), float16, one view, 256 tokens a row, in a temporary folder; units of 64
+A store of random numbers (`random_store.py`), float16, one view, 256 tokens a row, in a temporary folder; units of 128
 rows, so that all workers have several. Each measurement runs in as many processes as `derive` has, each with one
 thread of linear algebra, and every one takes turns with the others, the best of `--repeats`:
 
@@ -36,7 +36,7 @@ from storage.codecs import CODECS
 from storage.derive import ROWS_AHEAD, Job, derive_unit, derived, one_blas_thread
 from storage.layout import RECEIPTS_DIR
 
-SHARD_ROWS = 64
+SHARD_ROWS = 128
 CHILD = "features/child"
 
 
