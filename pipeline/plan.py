@@ -9,7 +9,6 @@ that is not followed.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,16 @@ from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
 from pipeline.redo import Done, changed_images, refuse_changed, resized_rows, units_to_redo
 from pipeline.sources import Source
-from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, UserError, create_group, create_store, open_store
+from storage import (
+    ArrayLayout,
+    GroupLayout,
+    Staging,
+    StoreLayout,
+    create_group,
+    create_store,
+    open_store,
+    space,
+)
 from storage.base.errors import StoreError
 from storage.codecs import stored_arrays
 from storage.identity import Identity
@@ -30,8 +38,6 @@ from storage.receipts import scan
 from storage.roots import Root
 from storage.samples import Group
 from storage.writer import check_group, check_store
-
-FREE_SPACE_MARGIN = 1.05  # metadata, receipts and the index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +151,7 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root
         digests=digests,
         missing={unit: tuple(path for path in digests if path in paths) for unit, paths in to_do.items()},
         failed_before=len({row for row in done.failed_rows() if row // layout.shard_rows not in to_do}),
-        free_bytes=_free_bytes(root),
+        free_bytes=space.free_bytes(root),
         redo={unit: tuple(paths) for unit, paths in redo.items()},
         others=others,
         failed_standing=len(done.failed_rows(redo)),
@@ -173,11 +179,7 @@ def _other_groups(root: Root, asked: Sequence[str]) -> tuple[tuple[Group, ...], 
 
 def require_space(plan: Plan) -> None:
     """Raise UserError when the disk has no room for what is missing."""
-    if plan.bytes_missing * FREE_SPACE_MARGIN > plan.free_bytes:
-        raise UserError(
-            f"{plan.root} has {plan.free_bytes / 1e9:.1f} GB free and {plan.bytes_missing / 1e9:.1f} GB are to be "
-            "written; free space or name another STORE"
-        )
+    space.require_space(plan.root, plan.bytes_missing, plan.free_bytes, "name another STORE")
 
 
 def create(plan: Plan, source: Source, staging: Staging) -> None:
@@ -210,21 +212,9 @@ def describe_plan(plan: Plan) -> str:
         arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.row_shape))} {a.dtype}" for a in group.layout.arrays)
         units = [unit for unit, paths in plan.missing.items() if group.layout.path in paths]
         n_bytes = sum(len(plan.layout.unit_rows(unit)) for unit in units) * group.layout.sample_bytes
-        state = f"{len(units)} units to encode, {_size(n_bytes)}" if units else "reused, every unit is there"
+        state = f"{len(units)} units to encode, {space.size(n_bytes)}" if units else "reused, every unit is there"
         lines.append(f"{group.layout.path}  {arrays}  {group.layout.sample_bytes} bytes an image  {state}")
-    free = "" if math.isinf(plan.free_bytes) else f", {_size(plan.free_bytes)} free"
-    lines.append(f"to write   {_size(plan.bytes_missing)}{free}")
+    free = "" if math.isinf(plan.free_bytes) else f", {space.size(plan.free_bytes)} free"
+    lines.append(f"to write   {space.size(plan.bytes_missing)}{free}")
     lines += [f"note       {note}" for note in plan.notes]
     return "\n".join(lines)
-
-
-def _free_bytes(root: Root) -> float:
-    """Free bytes of the file system that the root lies or will lie on."""
-    if root.path is None:
-        return math.inf
-    there = next(path for path in (root.path, *root.path.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

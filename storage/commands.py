@@ -120,7 +120,7 @@ def describe_group(store: Store, path: str) -> None:
     say(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone))
     say(f"samples failed {len(failures)}", *_shown([f"row {f.row} {f.key}: {f.reason}" for f in failures]))
     if failures:
-        say(f"  {REDO}")
+        say(f"  {REDO}" + (", then derive this group again" if getattr(identity, "derived_from", None) else ""))
 
 
 def verify_store(config: VerifyConfig) -> int:
@@ -256,6 +256,9 @@ COMMANDS = {
     ),
     "diff": Command(
         "identity fields and rows in which two stores or groups differ", f"{HERE}:DiffConfig", f"{HERE}:diff"
+    ),
+    "derive": Command(
+        "a group of coded features from one that is stored", "storage.derive:DeriveConfig", "storage.derive:derive"
     ),
     "export": Command(
         "write a store's rows, in order, in another format", "storage.exchange:ExportConfig", "storage.exchange:export"

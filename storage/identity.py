@@ -116,6 +116,7 @@ class FeaturesIdentity(Identity):
     tokens: Kept | None = None  # patch, cls or both
     token_grid: tuple[Size, Size] = ABSENT
     width: Size = ABSENT
+    derived_from: dict[str, Any] | None = None  # of numbers that were another group's, not an encoder's: `derive`
 
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
         """As of every identity; `patches` is (T, D), and how a codec lays it out is the codec's matter."""

@@ -68,12 +68,12 @@ def check_store(root: Root, layout: StoreLayout, index: Index) -> dict[str, Any]
     return found
 
 
-def check_group(root: Root, path: str, identity: Identity) -> None:
-    """Raise StoreError as `create_group` does when there is a group of another identity."""
+def check_group(root: Root, path: str, identity: Identity, fix: str = NEW_GROUP) -> None:
+    """Raise StoreError as `create_group` does when there is a group of another identity; `fix` ends the sentence."""
     found = read_attributes(root, f"{path}/{METADATA}")
     if found is not None:
         there = typed_attributes(GroupAttributes, found, root.at(f"{path}/{METADATA}")).identity
-        require_same(identity.plain(), there, root.at(path), NEW_GROUP)
+        require_same(identity.plain(), there, root.at(path), fix)
 
 
 def create_group(

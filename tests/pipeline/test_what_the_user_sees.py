@@ -95,8 +95,8 @@ def test_a_full_disk_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pictures(tmp_path / "data")
-    monkeypatch.setattr("pipeline.plan._free_bytes", lambda root: 1000.0)
-    with pytest.raises(UserError, match=r"has 0\.0 GB free and 0\.0 GB are to be written"):
+    monkeypatch.setattr("storage.space.free_bytes", lambda root: 1000.0)
+    with pytest.raises(UserError, match=r"has 0\.0 MB free and .* MB are to be written"):
         main(["precompute", "--data", str(tmp_path / "data"), "--store", str(tmp_path / "store"), *ENCODERS])
     assert "to write" in capsys.readouterr().out  # the plan comes first
     assert not (tmp_path / "store").exists()

@@ -1,0 +1,343 @@
+"""`python -m storage derive`: a group of coded features from one that is stored, without images or encoders.
+
+Child row i is `codec.encode` of parent row i, a function of its tokens, row and view and of nothing else; what is no
+patch token, `cls` say, is copied. Products of matrices are made by one thread, since with several they are rounded
+otherwise, and a code at a threshold would be another. So on one kind of processor every byte is the same, whatever the
+number of workers and however often the work was killed.
+
+The child's identity is its parent's with another codec, and `derived_from` the parent's digest.
+
+A row that failed in the parent fails in the child, with its reason; checksums of images are the parent's, and so are
+statistics of what is copied. Those of patch tokens are not made: decoding what was encoded would take as long again. A
+receipt's `made.parent_crc32c` is of the parent's chunks, so that a unit which the parent encoded again, after images
+were mended, is derived again.
+
+Cost: the parent read once. A process a core reads, encodes and publishes units of its own, each with one thread of
+linear algebra; a thread of each reads the rows after those that are encoded. Memory: a coded unit and a few rows of the
+parent a process. `python -m benchmarks.derive` compares the rate with reading alone and encoding alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from storage import space
+from storage.base.console import progress_bar, say, stop_on_signals
+from storage.base.errors import StoreError, UserError
+from storage.base.options import argument, one_of, option, required
+from storage.codecs import CODECS, PLAIN, TOKENS, Codec, codec_of
+from storage.identity import FeaturesIdentity
+from storage.layout import ArrayLayout, GroupLayout
+from storage.metadata import check_identity
+from storage.reader import GroupReader, Store, open_store
+from storage.receipts import Receipt, look_at, read_receipt, scan
+from storage.roots import Root
+from storage.staging import Staging
+from storage.writer import check_group, create_group, publish_unit
+
+FEATURES = "features/"
+CODED = [spelling for spelling, codec in CODECS.items() if codec is not PLAIN]
+ROWS_AHEAD = 16  # read at once, while as many are encoded
+LOOK_S = 0.2  # how often signals are looked for
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+PARENT_CRC32C = "parent_crc32c"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeriveConfig:
+    """`derive`: which group becomes what."""
+
+    store: str = argument("store root or URL")
+    group: str = argument("features group to derive from: features/NAME, or NAME")
+    codec: str = required(f"how patch tokens are stored: {', '.join(CODED)}")
+    name: str = option("", "of the new group (default: the parent's and the codec)")
+    workers: int = option(0, "processes that encode (default: the cores)")
+
+    def __post_init__(self) -> None:
+        one_of("--codec", self.codec, CODED)
+        if self.workers < 0:
+            raise UserError(f"--workers must be at least 1, or 0 for the cores, got {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a worker needs; it pickles."""
+
+    root: Root
+    run_id: str
+    parent: GroupReader[FeaturesIdentity]
+    layout: GroupLayout
+    identity: FeaturesIdentity
+    digest: str
+
+    @property
+    def codec(self) -> Codec:
+        """The child's."""
+        return codec_of(self.identity)
+
+
+def derive(config: DeriveConfig) -> None:
+    """Make the group, or finish it. Raises UserError or StoreError in one line; KeyboardInterrupt after a signal."""
+    derive_group(config.store, config.group, config.codec, name=config.name, n_workers=config.workers)
+
+
+def derive_group(
+    where: str | os.PathLike[str] | Root, group: str, codec: str, *, name: str = "", n_workers: int = 0
+) -> str:
+    """Derive a group and return its path; see the module.
+
+    Raises StoreError for a parent that is not complete, or a child of another identity, and UserError for what cannot
+    be encoded or does not fit on the disk. A signal ends the work after the units that are in hand: KeyboardInterrupt.
+    """
+    store = open_store(where)
+    path = features_path(store, group)
+    parent = store.group(path, n_threads=1 if store.root.path is not None else None)
+    try:
+        child = features_path(store, name or f"{path}-{codec}")
+        layout, identity = derived(parent, child, CODECS[codec])
+        check_group(store.root, child, identity, "choose another --name, or remove that group to derive it again")
+        todo = units_to_do(store, parent, layout, identity.digest)
+        rows_todo = sum(len(store.layout.unit_rows(unit)) for unit in todo)
+        free = space.free_bytes(store.root)
+        space.require_space(store.root, rows_todo * layout.sample_bytes, free, "derive with fewer bits")
+        with Staging(store.root) as staging:
+            provenance = {**parent.attributes.get("provenance", {}), "derived_from": path}
+            digest = create_group(store.root, layout, identity, provenance, staging.run_id)
+            staging.prepare(child)
+            job = Job(
+                root=store.root, run_id=staging.run_id, parent=parent, layout=layout, identity=identity, digest=digest
+            )
+            with progress_bar(
+                store.n_rows, unit="row", done=store.n_rows - rows_todo, description=f"derive {child}"
+            ) as bar:
+                for unit in _in_processes(job, todo, n_workers or len(os.sched_getaffinity(0))):
+                    bar.update(len(store.layout.unit_rows(unit)))
+    finally:
+        parent.close()
+    n_failed = len(parent.failures)
+    failed = f", {n_failed} failed as in {path}" if n_failed else ""
+    say(f"{store.root.at(child)}: {store.n_rows} rows, {len(todo)} of {store.layout.n_units} units new{failed}")
+    return child
+
+
+def features_path(store: Store, name: str) -> str:
+    """`features/NAME` of NAME or features/NAME. Raises UserError for latents, which have no codecs."""
+    if name.startswith("latents/"):
+        raise UserError(f"{name} are latents, and codecs are for features; name a group features/NAME")
+    path = name if name.startswith(FEATURES) else FEATURES + name
+    GroupLayout(path=path, arrays=())  # raises UserError for what is no name
+    return path
+
+
+def derived(parent: GroupReader[FeaturesIdentity], path: str, codec: Codec) -> tuple[GroupLayout, FeaturesIdentity]:
+    """Layout and identity of the group at `path` that the parent becomes.
+
+    Raises UserError where the parent has no patch tokens, or is in codes already, whose errors would add up.
+    """
+    if TOKENS not in parent.arrays:
+        raise UserError(f"{parent.path} holds {', '.join(parent.arrays)} and no patch tokens; name another group")
+    stored = parent.codec
+    if not stored.exact or stored.name == codec.name:
+        why = "which are right on average only: errors would add up" if not stored.exact else "as asked for"
+        raise UserError(
+            f"{parent.path} is in {stored.spelling} codes, {why}; derive from the group of float16 or int8, or run "
+            "`make precompute` with --features-dtype"
+        )
+    arrays = {array.name: array for array in parent.layout.arrays if array.name not in stored.names}
+    for name, (dtype, shape) in codec.arrays(*parent.shapes(decoded=True)[TOKENS].row_shape).items():
+        if name in arrays:
+            raise UserError(f"{parent.path} has an array {name} of its own, which {codec.spelling} needs; rename it")
+        arrays[name] = ArrayLayout(name=name, dtype=dtype, row_shape=shape, store=parent.layout.store)
+    origin: dict[str, Any] = {"identity_digest": parent.identity_digest, "dtype": parent.identity.dtype}
+    if parent.identity.codec is not None:
+        origin["codec"] = parent.identity.codec
+    identity = dataclasses.replace(parent.identity, dtype=codec.dtype, codec=codec.identity, derived_from=origin)
+    layout = GroupLayout(path=path, arrays=tuple(arrays[name] for name in sorted(arrays)))
+    check_identity(layout, identity, path)
+    return layout, identity
+
+
+def units_to_do(store: Store, parent: GroupReader[Any], layout: GroupLayout, digest: str) -> list[int]:
+    """Units that are not done, or were made of what the parent has encoded again since."""
+    todo = []
+    of_parent = scan(store.root, parent.layout, parent.identity_digest)
+    for (unit, made_of, _), (_, receipt, reason) in zip(of_parent, scan(store.root, layout, digest), strict=True):
+        if made_of is None:
+            raise StoreError(f"unit {unit} of {parent.path} vanished; finish that group, then derive again")
+        if receipt is None or reason is not None or receipt.made.get(PARENT_CRC32C) != parent_crc32c(made_of):
+            todo.append(unit)
+    return todo
+
+
+def parent_crc32c(receipt: Receipt) -> int:
+    """CRC-32C of the checksums of a unit's chunks, which stand for its bytes and for which rows have failed."""
+    crc = 0
+    for shard in sorted(receipt.shards, key=lambda shard: shard.path):
+        crc = crc32c(shard.chunk_crc32c.encode(), crc)
+    return crc
+
+
+def derive_unit(job: Job, unit: int) -> int:
+    """Encode and publish one unit; returns it. Raises UserError naming a row that the codec cannot carry."""
+    made_of = read_receipt(job.root, job.parent.layout, unit)
+    if made_of is None:
+        raise StoreError(f"unit {unit} of {job.parent.path} vanished; finish that group, then derive again")
+    rows = job.layout.store.unit_rows(unit)
+    failed = {failure.row for failure in made_of.failed}
+    present = [row for row in rows if row not in failed]
+    arrays = {array.name: np.zeros((len(rows), *array.shape[1:]), dtype=array.dtype) for array in job.layout.arrays}
+    read_s = encode_s = 0.0
+    start_s = time.perf_counter()
+    for block, stored in _read_ahead(job.parent, present):
+        read_s += (read_end_s := time.perf_counter()) - start_s
+        for i, row in enumerate(block):
+            for name, values in _encoded(job, row, {name: array[i] for name, array in stored.items()}).items():
+                arrays[name][row - rows.start] = values
+        encode_s += (start_s := time.perf_counter()) - read_end_s
+    before, done = look_at(job.root, job.layout, unit, job.digest)
+    statistics = {
+        name: sums
+        for name, sums in made_of.statistics.items()
+        if name.partition(".")[0] in arrays and name.partition(".")[0] not in job.codec.names
+    }
+    publish_unit(
+        job.root,
+        job.layout,
+        job.digest,
+        unit,
+        arrays,
+        made_of.failed,
+        job.run_id,
+        {"wait for reading": round(read_s, 4), "encode": round(encode_s, 4)},
+        statistics=statistics,
+        made={PARENT_CRC32C: parent_crc32c(made_of)},
+        sample_crc32c=made_of.sample_crcs(),
+        replaces=before if before is not None and (done or not before.shards) else None,
+    )
+    return unit
+
+
+def _encoded(job: Job, row: int, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The child's arrays (V, *row_shape) of a row, of the parent's."""
+    views = np.arange(job.layout.store.n_views)
+    rows = np.full_like(views, row)
+    tokens = job.parent.codec.decode(stored, rows, views, dtype=np.float32)
+    try:
+        coded = job.codec.encode(tokens, rows, views)
+    except UserError as error:
+        raise UserError(f"{job.parent.path}, row {row}, (view, token) in brackets: {error}") from None
+    return {**{name: stored[name] for name in stored if name not in job.parent.codec.names}, **coded}
+
+
+def _read_ahead(parent: GroupReader[Any], rows: Sequence[int]) -> Iterator[tuple[Sequence[int], dict[str, np.ndarray]]]:
+    """Blocks of rows and the parent's arrays of them (B, V, *row_shape); one is read while the caller has another."""
+    views = np.arange(parent.layout.store.n_views)
+
+    def read(block: Sequence[int]) -> dict[str, np.ndarray]:
+        flat = parent.gather(np.repeat(block, len(views)), np.tile(views, len(block)))
+        return {name: array.reshape(len(block), len(views), *array.shape[1:]) for name, array in flat.items()}
+
+    blocks = [rows[i : i + ROWS_AHEAD] for i in range(0, len(rows), ROWS_AHEAD)]
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        ahead = [pool.submit(read, block) for block in blocks[:1]]
+        for i, block in enumerate(blocks):
+            stored = ahead.pop().result()
+            ahead += [pool.submit(read, each) for each in blocks[i + 1 : i + 2]]
+            yield block, stored
+
+
+def _in_processes(job: Job, units: Sequence[int], n_workers: int) -> Iterator[int]:
+    """Derive the units, each handed out as it is done. A signal stops handing out, and what is in hand is finished."""
+    if not units:
+        return
+    left = iter(units)
+    n = min(n_workers, len(units))
+    with (
+        one_blas_thread(),
+        stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
+        ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(job,)) as pool,
+    ):
+        running: set[Future[int]] = set()
+        try:
+            while stop.signal is None or running:
+                while stop.signal is None and len(running) <= n and (unit := next(left, None)) is not None:
+                    running.add(_submit(pool, unit))  # one more than there are workers, so that none waits
+                if not running:
+                    break
+                done, running = wait(running, LOOK_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                if stop.signal is not None:
+                    running = {future for future in running if not future.cancel()}
+        except BrokenProcessPool:
+            time.sleep(LOOK_S)
+            if stop.signal is not None:  # it went to the workers, too
+                raise KeyboardInterrupt from None
+            raise UserError(
+                "a worker was killed, perhaps for want of memory; what was finished is kept: run the same command "
+                "again, with fewer --workers"
+            ) from None
+        finally:
+            for future in running:
+                future.cancel()
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Processes that start here use one thread each for products of matrices, which decides how these are rounded."""
+    before = {name: os.environ.get(name) for name in BLAS_THREADS}
+    os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _submit(pool: ProcessPoolExecutor, unit: int) -> Future[int]:
+    """A worker that starts here inherits the mask: a Ctrl-C in the terminal, which all are sent, is the driver's."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return pool.submit(_work, unit)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_job: Job  # of a worker
+
+
+def _start_worker(job: Job) -> None:
+    """A worker ends with the driver, however that ends: it would wait for ever on a pipe that it holds itself."""
+    global _job
+    _job = job
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+
+
+def _end_with_driver() -> None:
+    driver = parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
+
+
+def _work(unit: int) -> int:
+    return derive_unit(_job, unit)
