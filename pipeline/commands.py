@@ -6,22 +6,24 @@ import dataclasses
 import json
 import os
 import shlex
+from typing import TYPE_CHECKING
 
-from pipeline.config import (
-    DemoConfig,
-    FeaturesCommand,
-    IndexConfig,
-    LaunchConfig,
-    NoConfig,
-    PrecomputeConfig,
-    PreviewConfig,
-    StoreConfig,
-    TasksConfig,
-)
 from storage.base.commands import Command
 from storage.base.console import EXIT_FAILED, EXIT_OK, say
 from storage.base.errors import UserError
-from storage.roots import absolute
+
+if TYPE_CHECKING:
+    from pipeline.config import (
+        DemoConfig,
+        FeaturesCommand,
+        IndexConfig,
+        LaunchConfig,
+        NoConfig,
+        PrecomputeConfig,
+        PreviewConfig,
+        StoreConfig,
+        TasksConfig,
+    )
 
 PROG = "python -m pipeline"
 
@@ -93,6 +95,7 @@ def index(config: IndexConfig) -> None:
     """Print what the source lists."""
     from pipeline.index import report
     from pipeline.sources import open_source
+    from storage.roots import absolute
 
     source = open_source(absolute(config.data), config.source)
     say(*report(source, source.listing(config.labels)).splitlines())

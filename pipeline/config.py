@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pipeline.encoders.precision import ARITHMETIC
 from pipeline.label_options import LabelOptions
+from storage.base.choices import INCEPTION, Device, Token
 from storage.base.errors import UserError
-from storage.base.options import argument, option, required
+from storage.base.options import argument, check_ranges, option, required
 from storage.codecs import CODECS, PLAIN, codec_named
 
-Token = Literal["cls", "mean"]
-Device = Literal["auto", "cpu", "cuda"]
-INCEPTION = "inception"
 DATA_HELP = "images: a folder, file, pattern or URL; `index` shows what it holds"
 
 
@@ -82,23 +79,31 @@ class PrecomputeConfig(_ImagesConfig):
     features_dtype: str = option(
         PLAIN.spelling, f"how patch tokens are stored: {', '.join(CODECS)} (docs/codes.md has sizes and errors)"
     )
-    resolution: int = option(256, "side of the ADM centre crop, pixels")
+    resolution: int = option(256, "side of the ADM centre crop, pixels", at_least=1)
     flip: bool = option(False, "store the horizontally flipped view as well (V = 2)")
-    shard_rows: int = option(512, "samples a shard, which is also the unit of work")
-    batch: int = option(32, "images an encoder takes at once; float rounding depends on it")
+    shard_rows: int = option(512, "samples a shard, which is also the unit of work", at_least=1)
+    batch: int = option(32, "images an encoder takes at once; float rounding depends on it", at_least=1)
     max_failures: float = option(
-        0.001, "end the run when more than this share of the images (but at least 10) cannot be decoded"
+        0.001,
+        "end the run when more than this share of the images (but at least 10) cannot be decoded",
+        at_least=0,
+        at_most=1,
     )
     redo_failed: bool = option(
         False,
         "try every failed image again, not only those whose files have changed; what stays the same is left alone",
     )
     ray_address: str = option("", "Ray cluster to join (auto, host:port); empty or local: start one here and stop it")
-    encoders: int = option(0, "encoding actors; 0: one a GPU, or one a node when there is none")
-    encoder_cpus: int = option(0, "CPU cores of an encoding actor; 0: 1 with a GPU, else half of the smallest node")
-    decode_cpus: int = option(1, "CPU cores that a decode task reserves; it uses one")
+    encoders: int = option(0, "encoding actors; 0: one a GPU, or one a node when there is none", at_least=0)
+    encoder_cpus: int = option(
+        0, "CPU cores of an encoding actor; 0: 1 with a GPU, else half of the smallest node", at_least=0
+    )
+    decode_cpus: int = option(1, "CPU cores that a decode task reserves; it uses one", at_least=1)
     unit_timeout_s: float = option(
-        3600.0, "seconds after which a unit that is being decoded or encoded is stopped and tried again"
+        3600.0,
+        "seconds after which a unit that is being decoded or encoded is stopped and tried again",
+        above=0,
+        unbounded=True,
     )
     dry_run: bool = option(False, "print the plan and write nothing")
     verbose: bool = option(False, "let Ray's own log messages through")
@@ -110,12 +115,7 @@ class PrecomputeConfig(_ImagesConfig):
             raise UserError("DATA is empty; name a folder, file, pattern or URL of images")
         if not str(self.store).strip():
             raise UserError("STORE is empty; name a directory or an s3:// or gs:// URL")
-        for name in ("shard_rows", "batch", "decode_cpus"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("encoders", "encoder_cpus"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        check_ranges(self)
         if self.latents == "none" and self.features == "none":
             raise UserError("nothing to encode: --latents and --features are both none; name at least one")
         if self.features == "none" and codec_named(self.features_dtype) != PLAIN:
@@ -126,10 +126,6 @@ class PrecomputeConfig(_ImagesConfig):
         codec_named(self.features_dtype)
         if self.precision not in ARITHMETIC:
             raise UserError(f"--precision must be one of {', '.join(ARITHMETIC)}, got {self.precision!r}")
-        if not 0 <= self.max_failures <= 1:
-            raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
-        if not self.unit_timeout_s > 0:  # NaN is no limit either
-            raise UserError(f"--unit-timeout-s must be positive, got {self.unit_timeout_s}")
         self.labels  # noqa: B018 - checks itself
 
     @property
@@ -151,8 +147,11 @@ class PreviewConfig:
 
     store: str = argument("store root or URL")
     out: Path = required("folder for the pictures")
-    images: int = option(8, "how many images to show")
+    images: int = option(8, "how many images to show", at_least=1)
     vae: str = option("", "diffusers directory or hub id to decode latents with (default: what the store names)")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,18 +161,17 @@ class FeaturesConfig:
     encoder: str = option(INCEPTION, "inception, or a vision encoder")
     weights: Path | None = option(None, "the encoder's weight file (default: its library's cache)")
     token: Token = option("cls", "a vision encoder's vector; Inception has one")
-    resolution: int = option(0, "side to crop a folder's images to; 0: as they are")
-    batch: int = option(50, "images at once")
+    resolution: int = option(0, "side to crop a folder's images to; 0: as they are", at_least=0)
+    batch: int = option(50, "images at once", at_least=1)
     device: Device = option("auto", "auto: cuda when there is one")
-    max_failures: float = option(0.001, "end when more than this share of the images (but at least 10) cannot be read")
+    max_failures: float = option(
+        0.001, "end when more than this share of the images (but at least 10) cannot be read", at_least=0, at_most=1
+    )
     like: Path | None = option(None, "a feature file that the new ones are to be comparable with")
-    at_least: int = option(1, "fewer images are refused")
+    at_least: int = option(1, "fewer images are refused", at_least=0)
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise UserError(f"--batch must be at least 1, got {self.batch}")
-        if not 0 <= self.max_failures <= 1:
-            raise UserError(f"--max-failures is a share in [0, 1], got {self.max_failures}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +183,7 @@ class FeaturesCommand(FeaturesConfig):
         metavar="IMAGES",
     )
     out: tuple[Path, ...] = required("feature file to write, .npz", spaced=True)
-    n: tuple[int, ...] = option((0,), "at most so many, evenly spread; 0: all", spaced=True)
+    n: tuple[int, ...] = option((0,), "at most so many, evenly spread; 0: all", spaced=True, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,20 +199,26 @@ class DemoConfig:
     """`demo`: both stages on the built-in photographs."""
 
     out: Path = option(Path("runs/demo"), "folder for everything")
-    steps: int | None = option(None, "training steps (default 500)")
+    steps: int | None = option(None, "training steps (default 500)", at_least=1)
     only_precompute: bool = option(False, "stop after stage one")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """`launch`: the trainer's own command on workers that Ray Train places."""
 
-    workers: int = option(1, "ranks, a GPU each where there are any")
-    cpus: int = option(1, "CPU cores a rank reads and decodes with")
-    restarts: int = option(0, "new starts after a lost machine")
+    workers: int = option(1, "ranks, a GPU each where there are any", at_least=1)
+    cpus: int = option(1, "CPU cores a rank reads and decodes with", at_least=1)
+    restarts: int = option(0, "new starts after a lost machine", at_least=0)
     scratch: Path = option(Path("runs/.ray"), "shared folder for Ray Train's files")
     ray_address: str = option("", "cluster to join (default RAY_ADDRESS; empty: start one)")
     arguments: tuple[str, ...] = argument("the trainer's command line", metavar="-- train …", rest=True)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

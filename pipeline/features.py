@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import INCEPTION, FeaturesConfig, Token
+from pipeline.config import FeaturesConfig
 from pipeline.encoders import registry
 from pipeline.failures import allowed_failures
 from pipeline.images import KEY_BYTES, Images, open_images, spread
 from pipeline.sources.protocol import Unreadable
+from storage.base.choices import INCEPTION, Token
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.base.shown import shown
@@ -179,8 +180,8 @@ class _Description:
     def write(self, encode: Encode) -> str:
         """Describe what is not described yet, and write the file unless it says so already; returns what was done."""
         out, n = self.job.out, len(self.images.names)
-        there = _read(out, self.identity)
-        self._take_in(there)
+        existing = _read(out, self.identity)
+        self._take_in(existing)
         for part in sorted(self.parts.glob("*.npz")):
             self._take_in(_read(part, self.identity))
         missing = [i for i, key in enumerate(self.images.keys) if key not in self.described.place]
@@ -202,7 +203,7 @@ class _Description:
             "digest": hashlib.sha256(arrays[DIGESTS].tobytes()).hexdigest(),
         }
         left_out = f"; {len(self.failed)} could not be read and are left out: {_first(self.failed)}" * bool(self.failed)
-        if there is not None and there.images == record:
+        if existing is not None and existing.images == record:
             shutil.rmtree(self.parts, ignore_errors=True)
             return f"{out} describes these {len(keys)} images by {self.config.encoder} already; it was kept{left_out}"
         write_feature_file(out, arrays, self.identity, record)
@@ -270,10 +271,10 @@ class _Description:
 def _read(path: Path, identity: VectorsIdentity) -> FeatureFile | None:
     """A feature file of this identity; None where there is none, or another thing, which is overwritten."""
     try:
-        found = open_feature_file(path) if path.exists() else None
+        file = open_feature_file(path) if path.exists() else None
     except UserError:
         return None
-    return found if found is not None and found.identity == identity else None
+    return file if file is not None and file.identity == identity else None
 
 
 def resolve(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from pipeline.failures import FAILURES_FILE, refuse_too_many, write_failures
 from pipeline.plan import create, describe_plan, make_plan, require_space
 from pipeline.sources import open_source
 from storage import Staging
-from storage.base.console import say, stop_on_signals
+from storage.base.console import INTERRUPTS, say, stop_on_signals
 from storage.base.shown import shown
 from storage.roots import absolute, open_root
 from storage.samples import REDO
@@ -55,14 +54,14 @@ def precompute(config: PrecomputeConfig) -> Summary:
     config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
     source = open_source(config.data, config.source)
     say(f"listing {config.data} ({source.kind})", flush=True)  # minutes, for a million headers far away
-    found = source.listing(config.labels)
-    if found.left_out:
-        say(f"{len(found.left_out)} files hold no image of this kind, such as {found.left_out[0]}; left out")
-    for warning in found.warnings:
+    listing = source.listing(config.labels)
+    if listing.left_out:
+        say(f"{len(listing.left_out)} files hold no image of this kind, such as {listing.left_out[0]}; left out")
+    for warning in listing.warnings:
         say(f"warning: {warning}")
     root = open_root(config.store)
     refuse_foreign(root)
-    plan = make_plan(config, source, found.index, root)
+    plan = make_plan(config, source, listing.index, root)
     say(*describe_plan(plan).splitlines(), flush=True)
     summary = Summary(
         store=config.store,
@@ -100,9 +99,9 @@ def precompute(config: PrecomputeConfig) -> Summary:
     from pipeline.cluster.connection import ray_cluster  # imports Ray
     from pipeline.job import run_on_cluster
 
-    # The cluster first: nothing is made on disk before it is there. On Ctrl-C it is left or stopped.
+    # The cluster first: nothing is made on disk before it is there. On Ctrl-C or SIGTERM it is left or stopped.
     with (
-        stop_on_signals(signal.SIGINT) as stop,
+        stop_on_signals(*INTERRUPTS) as stop,
         ray_cluster(address, verbose=config.verbose),
         Staging(root) as staging,
     ):

@@ -15,7 +15,7 @@ import numpy as np
 
 from storage.base.errors import StoreError
 from storage.layout import CRC_BYTES, ArrayLayout, checked_rows
-from storage.open_array import OpenArray
+from storage.opened_array import OpenArray
 from storage.read import Read, ReadError
 from storage.shard import HEAL
 from storage.shard_files import LocalFiles

@@ -1,209 +1,13 @@
-"""The commands of `python -m storage`: their options, and what they print."""
+"""The commands of `python -m storage`, and the options of those that look. What a command does is imported by name."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from storage.base.commands import Command
-from storage.base.console import EXIT_FAILED, EXIT_OK, progress_bar, say
-from storage.base.errors import StoreError
 from storage.base.options import argument, option
-from storage.base.shown import shown
-from storage.codecs import codec_of
-from storage.diff import diff_groups, diff_stores
-from storage.identity import Identity
-from storage.layout import GROUP_KINDS, METADATA
-from storage.metadata import group_identity
-from storage.reader import Store, open_store
-from storage.receipts import Failure, scan
-from storage.roots import Root, absolute, open_root
-from storage.samples import REDO
-from storage.statistics import describe, group_sums
-from storage.verify import verify
 
 PROG = "python -m storage"
-SHOWN = 20  # undone units, failed samples
-LEVELS = 3  # folders below ROOT in which `ls` looks for stores
-
-
-def list_stores(config: ListConfig) -> None:
-    """Print every store at or below a place, a line a group. Raises StoreError where none is."""
-    where, n_found = config.root, 0
-    for name in _stores_below(open_root(where), "", LEVELS):
-        n_found += 1
-        try:
-            list_groups(open_store(f"{where.rstrip('/')}/{name}" if name else where))
-        except StoreError as error:
-            if not name:
-                raise
-            say(str(error))
-    if not n_found:
-        open_store(where)  # says what is wrong with it
-        raise StoreError(f"{where} holds no store")
-
-
-def list_groups(store: Store) -> None:
-    """Print one line a group."""
-    say(f"{store.root}: {store.n_rows} rows, views {', '.join(store.layout.views)}, {store.resolution} px")
-    for path in store.groups():
-        try:
-            layout, attributes = store.group_layout(path)
-        except StoreError as error:
-            say(f"  {path}  {error}")
-            continue
-        n_done = n_bytes = 0
-        for _, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
-            if receipt is not None and reason is None:
-                n_done += 1
-                n_bytes += sum(shard.nbytes for shard in receipt.shards)
-        arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.shape))} {a.dtype.lstrip('<|')}" for a in layout.arrays)
-        identity = group_identity(path, attributes["identity"], store.root.at(path))
-        codec = _codec(identity)
-        state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
-        say(f"  {path}  {identity.encoder or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
-
-
-def _codec(identity: Identity) -> str:
-    """How a group's numbers are stored, in a word."""
-    if identity.codec is None:
-        return identity.dtype or "?"
-    try:
-        return codec_of(identity).spelling
-    except StoreError:  # a later version's
-        return f"{identity.codec.get('name', '?')} (unknown here)"
-
-
-def describe_store(store: Store) -> None:
-    """Print what all groups share: samples, views, resolution, where the images came from."""
-    say(str(store.root), "store", *_json(store.attributes), f"groups {', '.join(store.groups()) or 'none yet'}")
-
-
-def describe_group(store: Store, path: str) -> None:
-    """Print identity, provenance, failed samples and where the time went."""
-    layout, attributes = store.group_layout(path)
-    say(store.root.at(path))
-    for heading in ("identity", "provenance"):
-        say(heading, *_json(attributes.get(heading, {})))
-    say(f"identity digest {attributes['identity_digest']}")
-    timings_s: dict[str, float] = {}
-    failures: list[Failure] = []
-    undone = []
-    n_of_unknown = n_redone = 0
-    for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
-        if receipt is None or reason is not None:
-            undone.append(f"unit {unit}: {reason}")
-            continue
-        n_of_unknown += not receipt.sample_crc32c
-        n_redone += "replaces" in receipt.made
-        failures += receipt.failed
-        for stage, seconds in receipt.timings_s.items():
-            timings_s[stage] = timings_s.get(stage, 0.0) + seconds
-    say("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
-    identity = group_identity(path, attributes["identity"], store.root.at(path))
-    sums, without = group_sums(store.root, layout, attributes["identity_digest"], identity)
-    if without:
-        say(f"statistics are of the other units: {without} were written without")
-    say(*describe(sums, identity))
-    n_units = layout.store.n_units
-    if n_of_unknown:
-        say(
-            f"{n_of_unknown} units have no checksums of their images (imported, or older than these): whether their "
-            "rows are of the same images as those of other groups is not known"
-        )
-    if n_redone:
-        say(f"{n_redone} units were done again after images that had failed were mended")
-    say(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone))
-    say(f"samples failed {len(failures)}", *_shown([f"row {f.row} {f.key}: {f.reason}" for f in failures]))
-    if failures:
-        say(f"  {REDO}" + (", then derive this group again" if getattr(identity, "derived_from", None) else ""))
-
-
-def verify_store(config: VerifyConfig) -> int:
-    """Print every fault; returns the exit status."""
-    where, deep = config.store, config.deep
-    root, path = split_path(where)
-    groups = [path] if path else None
-    total = 0
-    with contextlib.suppress(StoreError):  # a fault, named below
-        store = open_store(root)
-        for name in groups or store.groups():
-            with contextlib.suppress(StoreError):
-                total += store.group_layout(name)[0].sample_bytes * store.n_rows
-    n_faults = 0
-    with progress_bar(total, unit="B", description="verify", unit_scale=True, hidden=not deep) as bar:
-        for fault in verify(root, groups=groups, deep=deep, progress=bar.update):
-            n_faults += 1
-            bar.clear()
-            say(fault, flush=True)
-    what = "every byte read" if deep else "structure, receipts and shard indexes; --deep reads every byte"
-    say(f"{where}: {n_faults or 'no'} fault{'' if n_faults == 1 else 's'} ({what})")
-    return EXIT_FAILED if n_faults else EXIT_OK
-
-
-def diff(config: DiffConfig) -> int:
-    """Print every difference; returns the exit status, 1 when there is one."""
-    a, b = config.a, config.b
-    (store_a, path_a), (store_b, path_b) = split_group(a), split_group(b)
-    if bool(path_a) != bool(path_b):
-        raise StoreError(f"compare two stores or two groups, got {a} and {b}")
-    lines: Iterator[str] = diff_groups(store_a, path_a, store_b, path_b) if path_a else diff_stores(store_a, store_b)
-    equal = True
-    for line in lines:
-        equal = False
-        say(line)
-    if equal:
-        say("no difference in samples, identities or rows")
-    return EXIT_OK if equal else EXIT_FAILED
-
-
-def split_group(where: str) -> tuple[Store, str]:
-    """The store, and the group's path in it or ""."""
-    root, path = split_path(where)
-    return open_store(root), path
-
-
-def split_path(where: str) -> tuple[str, str]:
-    """Where the store lies, and the group's path in it or ""."""
-    parts = absolute(where).rsplit("/", 2)
-    return (parts[0], f"{parts[1]}/{parts[2]}") if len(parts) == 3 and parts[1] in GROUP_KINDS else (where, "")
-
-
-def _stores_below(root: Root, prefix: str, levels: int) -> Iterator[str]:
-    try:
-        names = root.children(prefix) if root.path is not None or levels < LEVELS or _lists(root) else [METADATA]
-    except PermissionError:  # lost+found, another user's folder
-        print(f"{shown(root.at(prefix))} cannot be read and is left out", file=sys.stderr)
-        return
-    if METADATA in names:
-        yield prefix
-        return
-    for name in names if levels else []:
-        if not name.startswith("."):
-            yield from _stores_below(root, f"{prefix}/{name}".lstrip("/"), levels - 1)
-
-
-def _lists(root: Root) -> bool:
-    try:
-        root.children("")
-    except StoreError:
-        return False
-    return True
-
-
-def _shown(lines: list[str]) -> list[str]:
-    """The first of them, indented."""
-    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return [f"  {line}" for line in [*lines[:SHOWN], *more]]
-
-
-def _json(value: Any) -> list[str]:
-    """JSON in ASCII, a line each."""
-    return json.dumps(value, indent=2, sort_keys=True).split("\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,26 +40,18 @@ class DiffConfig:
     b: str = argument("another one", metavar="STORE|GROUP")
 
 
-def info(config: InfoConfig) -> None:
-    """Describe a store and its groups, or one group."""
-    store, path = split_group(config.store)
-    if not path:
-        describe_store(store)
-    for name in [path] if path else store.groups():
-        describe_group(store, name)
-
-
 HERE = "storage.commands"
+INSPECTION = "storage.inspection"
 COMMANDS = {
-    "ls": Command("the stores at or below a place, a line a group", f"{HERE}:ListConfig", f"{HERE}:list_stores"),
-    "info": Command("identity, provenance, failures, timings", f"{HERE}:InfoConfig", f"{HERE}:info"),
+    "ls": Command("the stores at or below a place, a line a group", f"{HERE}:ListConfig", f"{INSPECTION}:list_stores"),
+    "info": Command("identity, provenance, failures, timings", f"{HERE}:InfoConfig", f"{INSPECTION}:info"),
     "verify": Command(
         "check a store or a group; exit status 1 when something is wrong",
         f"{HERE}:VerifyConfig",
-        f"{HERE}:verify_store",
+        f"{INSPECTION}:verify_store",
     ),
     "diff": Command(
-        "identity fields and rows in which two stores or groups differ", f"{HERE}:DiffConfig", f"{HERE}:diff"
+        "identity fields and rows in which two stores or groups differ", f"{HERE}:DiffConfig", f"{INSPECTION}:diff"
     ),
     "derive": Command(
         "a group of coded features from one that is stored", "storage.derive:DeriveConfig", "storage.derive:derive"

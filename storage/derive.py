@@ -36,9 +36,9 @@ import numpy as np
 from crc32c import crc32c
 
 from storage import space
-from storage.base.console import progress_bar, say, stop_on_signals
+from storage.base.console import INTERRUPTS, progress_bar, say, stop_on_signals
 from storage.base.errors import StoreError, UserError
-from storage.base.options import argument, one_of, option, required
+from storage.base.options import argument, check_ranges, one_of, option, required
 from storage.codecs import CODECS, PLAIN, TOKENS, Codec, codec_of
 from storage.identity import FeaturesIdentity
 from storage.layout import ArrayLayout, GroupLayout
@@ -65,12 +65,11 @@ class DeriveConfig:
     group: str = argument("features group to derive from: features/NAME, or NAME")
     codec: str = required(f"how patch tokens are stored: {', '.join(CODED)}")
     name: str = option("", "of the new group (default: the parent's and the codec)")
-    workers: int = option(0, "processes that encode (default: the cores)")
+    workers: int = option(0, "processes that encode; 0: the cores", at_least=0)
 
     def __post_init__(self) -> None:
         one_of("--codec", self.codec, CODED)
-        if self.workers < 0:
-            raise UserError(f"--workers must be at least 1, or 0 for the cores, got {self.workers}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +267,7 @@ def _in_processes(job: Job, units: Sequence[int], n_workers: int) -> Iterator[in
     n = min(n_workers, len(units))
     with (
         one_blas_thread(),
-        stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
+        stop_on_signals(*INTERRUPTS) as stop,
         ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(job,)) as pool,
     ):
         running: set[Future[int]] = set()

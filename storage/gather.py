@@ -20,7 +20,7 @@ import numpy as np
 
 from storage.array_read import ArrayRead, Piece, Places
 from storage.layout import StoreLayout
-from storage.open_array import OpenArray
+from storage.opened_array import OpenArray
 
 MIN_SHARE_BYTES = 1 << 19  # less than this is not worth waking another thread for
 CALL_BYTES = 1 << 14  # what one thread copies while it calls the kernel once

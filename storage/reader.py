@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from storage.base.errors import StoreError
-from storage.base.shown import shown
+from storage.base.shown import LONGEST, shown
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
 from storage.codecs import TOKENS, Codec, StoredArray, codec_of, decoded
@@ -45,13 +45,12 @@ from storage.metadata import (
     reads_as_ours,
     typed_attributes,
 )
-from storage.open_array import EmptyRows, OpenArray
+from storage.opened_array import EmptyRows, OpenArray
 from storage.receipts import Failure, check_metadata, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
 from storage.visits import Views
 
-LONGEST = 60  # characters of a value in a message
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
 RowReader = ArrayReader | ZarrArrayReader
 VIEWS = ("original", "hflip")

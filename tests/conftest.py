@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores; also read by the processes they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from storage.base import console
+from tests import examples
 from tests.stores import make_store
-
-QUICK_EXAMPLES = 10
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,14 +27,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`make test-all` selects the slow tests too, by another expression than that of pyproject.toml."""
+    quick, whole = config.getoption("--quick"), config.getoption("markexpr") != "not slow"
+    examples.choose("quick" if quick else "all" if whole else "default")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """In place of a list of slow files, which somebody would have to keep: the tests that want a process say so."""
     config = session.config
     starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if config.getoption("--quick") and not starts_workers:
         platform.processor()  # starts a process the first time, on behalf of libraries that ask
-        settings.register_profile("quick", settings.default, max_examples=QUICK_EXAMPLES)
-        settings.load_profile("quick")
         # Fixtures of a whole module start processes too, so nothing puts these back.
         subprocess.Popen.__init__ = _skip  # type: ignore[method-assign, assignment]
         multiprocessing.process.BaseProcess.start = _skip  # type: ignore[method-assign]
@@ -48,10 +50,11 @@ def _skip(*_: Any, **__: Any) -> NoReturn:
 
 @pytest.fixture(autouse=True)
 def _no_interrupt_from_before() -> Iterator[None]:
-    """A command that ran in this process notes Ctrl-C from then on; what a test sends is its own."""
-    handler = signal.getsignal(signal.SIGINT)
+    """A command that ran in this process notes Ctrl-C and SIGTERM from then on; what a test sends is its own."""
+    handlers = {number: signal.getsignal(number) for number in console.INTERRUPTS}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     console._interrupted.clear()
 
 

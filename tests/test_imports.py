@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import storage
+
 ENCODERS = {"ray", "diffusers", "timm", "torchvision", "PIL"}
+LIBRARIES = {"numpy", "pydantic", "pyarrow", "zarr", "h5py", "torch"}  # of which `--help` needs none
 FORBIDDEN = {  # modules that are imported by one process, and what must then not be loaded
-    "storage, storage.__main__, storage.batches": ENCODERS | {"torch", "pipeline", "trainer"},
+    "storage, storage.__main__, storage.base.options": ENCODERS | LIBRARIES,
+    "pipeline, pipeline.__main__": ENCODERS | LIBRARIES,
+    "trainer, trainer.__main__": ENCODERS | LIBRARIES,
+    "storage, storage.inspection, storage.batches": ENCODERS | {"torch", "pipeline", "trainer"},
     "pipeline, pipeline.job, pipeline.encode, pipeline.launching.tasks": {"trainer", "torch"},
     "pipeline.preview": {"trainer"},
     "trainer, trainer.loop.train, trainer.__main__, trainer.study.runs, trainer.evaluation.generate.generate, "
@@ -29,6 +35,17 @@ def test_a_package_loads_nothing_it_must_not(modules: str) -> None:
     loaded = set(json.loads(printed))
     assert modules.split(",")[0].split(".")[0] in loaded
     assert not loaded & FORBIDDEN[modules]
+
+
+def test_no_module_of_storage_hides_a_name_of_the_package() -> None:
+    """A name that is imported when it is asked for is no more asked for once a module of that name is loaded."""
+    root = Path(storage.__path__[0])
+    assert not set(storage.__all__) & {path.stem for path in root.iterdir()}
+    assert sorted(storage._MODULE_OF) == sorted(storage.__all__)
+    for name in storage.__all__:
+        assert getattr(storage, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        storage.nothing  # noqa: B018
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

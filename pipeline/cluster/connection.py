@@ -10,7 +10,9 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,13 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
             failed = "Ray cannot be started on this machine"
             fix = "set RAY_TMPDIR to a folder, and look there for its logs"
         stack.callback(ray.shutdown)  # what it has started before it failed, too
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
         except Exception as error:  # Ray raises it as such where a process of its own does not come up
             raise UserError(f"{failed}: {' '.join(str(error).split())[:400]}; {fix}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set its own, which ends the process wherever that is
         yield
 
 

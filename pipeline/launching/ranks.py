@@ -31,8 +31,6 @@ def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, r
     """
     from pipeline.cluster.environment import prepare_ray
 
-    if workers < 1 or cpus < 1:
-        raise UserError(f"--workers and --cpus must be at least 1, got {workers} and {cpus}")
     if not arguments:
         raise UserError("nothing to launch; end the command with -- train --store ROOT --run FOLDER")
     address = prepare_ray(address)
@@ -45,12 +43,12 @@ def launch(arguments: Sequence[str], *, address: str, workers: int, cpus: int, r
     from pipeline.cluster.connection import ray_cluster
 
     with ray_cluster(address, verbose=True, packages=(TRAINER,)):
-        there = ray.cluster_resources()
-        use_gpu = there.get("GPU", 0) > 0
+        available = ray.cluster_resources()
+        use_gpu = available.get("GPU", 0) > 0
         for kind, needed in (("CPU", workers * cpus), ("GPU", workers if use_gpu else 0)):
-            if there.get(kind, 0) < needed:
+            if available.get(kind, 0) < needed:
                 raise UserError(
-                    f"{workers} workers need {needed} {kind}s and the cluster has {there.get(kind, 0):g}; "
+                    f"{workers} workers need {needed} {kind}s and the cluster has {available.get(kind, 0):g}; "
                     "lower --workers"
                 )
         trainer = TorchTrainer(

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 
 from pipeline.cluster.connection import ray_cluster
 from storage.base.boundary import Count, open_regular, parse_json, read_regular
-from storage.base.console import EXIT_FAILED, EXIT_OK, progress_bar, stop_on_signals
+from storage.base.console import EXIT_FAILED, EXIT_OK, INTERRUPTS, progress_bar, stop_on_signals
 from storage.base.errors import UserError
 
 POLL_S = 0.5
@@ -87,7 +87,7 @@ def _run(tasks: list[Task], stop_file: Path) -> int:
     }
     total, failed = sum(task.steps for task in tasks), 0
     with (
-        stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
+        stop_on_signals(*INTERRUPTS) as stop,
         progress_bar(total, unit="step", done=sum(t.steps_done for t in tasks), description="tasks") as bar,
     ):
         while running:
@@ -96,9 +96,9 @@ def _run(tasks: list[Task], stop_file: Path) -> int:
             done, _ = ray.wait(list(running), timeout=POLL_S)
             for ref in done:
                 task = running.pop(ref)
-                said = _outcome(ref)
-                failed += said != "done"
-                bar.write(f"{task.name}: {said} after {time.monotonic() - started_s:.0f} s", file=sys.stderr)
+                outcome = _outcome(ref)
+                failed += outcome != "done"
+                bar.write(f"{task.name}: {outcome} after {time.monotonic() - started_s:.0f} s", file=sys.stderr)
             bar.update(sum(task.steps_done for task in tasks) - bar.n)
             bar.set_postfix_str(f"{len(running)} of {len(tasks)} to go", refresh=False)
     if stop.signal is not None:
@@ -122,10 +122,10 @@ def run_command_line(command: list[str], log: str, stop_file: str) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with open(log, "a", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        told = False
+        signalled = False
         while process.poll() is None:
-            if not told and os.path.exists(stop_file):
+            if not signalled and os.path.exists(stop_file):
                 process.send_signal(signal.SIGTERM)
-                told = True
+                signalled = True
             time.sleep(POLL_S)
     return process.returncode

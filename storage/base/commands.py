@@ -37,7 +37,8 @@ def run_one(prog: str, description: str | None, commands: Mapping[str, Command],
     named = next((word for word in argv if not word.startswith("-")), "")
     if named not in commands:
         if named:
-            parser.error(f"unknown command {named}{close_matches(named, commands)}")
+            names = ", ".join(commands)
+            parser.error(f"unknown command {named}; the commands are {names}{close_matches(named, commands)}")
         parser.parse_args(argv)  # ends with --help, or with what is missing
     command, chosen = commands[named], parsers.choices[named]
     options_class = imported(command.options)

@@ -22,13 +22,16 @@ from tqdm import tqdm
 
 from storage.base.errors import UserError
 from storage.base.extras import what_to_install
+from storage.base.options import values_joined
 from storage.base.shown import shown
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the work was done and something in it failed (a sample, a check)
 EXIT_USAGE = 2  # the input was wrong; nothing was done
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, after SIGTERM too
 EXIT_NOBODY_READS = 141  # 128 + SIGPIPE: the program behind a pipe, such as `head`, has seen enough
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what batch systems send
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +40,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does, except that a switch takes no positional argument for its value."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(values_joined(self, words), namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print `prog: error: message (see prog --help)` and exit with status 2."""
@@ -47,12 +55,13 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
     """Run `main(argv)` and exit with its status; `UserError`, `OSError` and a package that is not installed become one
     line and status 2.
 
-    Ctrl-C, whenever it comes, ends with status 130 and one line; what was published before it stays.
+    Ctrl-C and SIGTERM, whenever they come, end with status 130 and one line; what was published before them stays.
     """
     _make_output_safe()
     # Also where SIGINT was ignored at the start, as it is for what a script puts into the background.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _interrupt)
+        for number in INTERRUPTS:
+            signal.signal(number, _interrupt)
     _interrupted.clear()
     try:
         _require_directory()
@@ -154,7 +163,7 @@ def stop_on_signals(*numbers: int) -> Iterator[Stop]:
     """Note the first of these signals instead of raising wherever it happens to arrive; a second Ctrl-C raises at once.
 
     An exception raised inside a library's callback can be swallowed there, and the signal with it; a note cannot. A
-    Ctrl-C that was swallowed before is noted at once.
+    signal that was swallowed before is noted at once, as a Ctrl-C.
     """
     stop = Stop(signal=signal.SIGINT if _interrupted.is_set() and signal.SIGINT in numbers else None)
 

@@ -12,8 +12,8 @@
 A nested dataclass is a topic: its fields become `--topic.name`, under a heading that is the first line of its
 docstring. A field without a help text is no option. Types are str, int, float, bool, Path, `Path | str` (a path or a
 URL), a Literal of strings, any of these or None, and a tuple of one of them. A tuple is one text with commas, or, where
-it is positional or `spaced`, several arguments. A bool is `--flip`, `--no-flip`, or `--flip true`; in a class with
-positional arguments, for which the value could be meant, the last form does not exist.
+it is positional or `spaced`, several arguments. A bool is `--flip`, `--no-flip`, or `--flip true`; beside positional
+arguments a word after `--flip` that is neither true nor false is one of those.
 
 What the user gave is read as text and converted here, so that a wrong value is one line that names the option.
 """
@@ -23,23 +23,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from storage.base.errors import UserError
+from storage.base.shown import LONGEST
 
-LONGEST = 80  # characters of a value in a message
 URL = "://"
+TRUE, FALSE = "true", "false"
+BOUNDS = {"at_least": -math.inf, "above": -math.inf, "at_most": math.inf}
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:
     """A field that `--name` sets. `also` adds spellings, `flag` replaces the spelling, `metavar` names the value.
 
-    The type is Any, as that of `dataclasses.field` is.
+    `at_least`, `above` and `at_most` bound its numbers, and `check_ranges` refuses others, infinity too unless it is
+    `unbounded`. The type is Any, as that of `dataclasses.field` is.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
@@ -110,18 +114,16 @@ def add_options(
 
     `defaults`, an object of the class, has the defaults to show where these are not those of the class.
     """
-    options = list(options_of(config_class, topics=topics))
-    bare_switches = any(each.is_positional for each in options)
     groups: dict[str, Any] = {}
-    for each in options:
+    for each in options_of(config_class, topics=topics):
         topic = each.name.rpartition(".")[0]
         if topic and topic not in groups:
             heading = typing.get_type_hints(config_class)[topic].__doc__.splitlines()[0].rstrip(".")
             groups[topic] = parser.add_argument_group(heading)
-        _add(groups.get(topic, parser), each, _help(each, defaults), bare_switches)
+        _add(groups.get(topic, parser), each, _help(each, defaults))
 
 
-def _add(parser: Any, each: Option, help_text: str, bare_switches: bool) -> None:
+def _add(parser: Any, each: Option, help_text: str) -> None:
     several = {"nargs": "+"} if each.takes_several else {}
     if each.is_positional:
         if each.field.metadata.get("rest"):
@@ -130,19 +132,34 @@ def _add(parser: Any, each: Option, help_text: str, bare_switches: bool) -> None
         return
     flags = (each.flag, *each.field.metadata.get("also", ()))
     if each.kind is bool:
-        value: dict[str, Any] = (
-            {"action": "store_const", "const": "true"}
-            if bare_switches
-            else {"nargs": "?", "const": "true", "metavar": "true|false"}
-        )
+        value = {"nargs": "?", "const": TRUE, "metavar": "true|false"}
         parser.add_argument(*flags, dest=each.name, default=None, help=help_text, **value)
         negation = f"--no-{each.flag.removeprefix('--')}"
-        parser.add_argument(negation, dest=each.name, action="store_const", const="false", help=argparse.SUPPRESS)
+        parser.add_argument(negation, dest=each.name, action="store_const", const=FALSE, help=argparse.SUPPRESS)
         return
     metavar = each.field.metadata.get("metavar", _metavar(each.kind, several=bool(several)))
     parser.add_argument(
         *flags, dest=each.name, metavar=metavar, default=None, required=each.is_required, help=help_text, **several
     )
+
+
+def values_joined(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """The words of a command line, with `--flip` as `--flip=true` where a positional argument follows.
+
+    `argparse` would take that argument, whatever it is, for the value of `--flip`.
+    """
+    switches = {
+        flag for each in parser._actions if each.nargs == "?" and each.const == TRUE for flag in each.option_strings
+    }
+    if all(each.option_strings for each in parser._actions):  # no positional arguments: the word is a wrong value
+        return list(words)
+    n_options = list(words).index("--") if "--" in words else len(words)
+    joined = list(words)
+    for i, word in enumerate(words[: n_options - 1] if n_options else ()):
+        following = words[i + 1]
+        if word in switches and not following.startswith("-") and following.lower() not in (TRUE, FALSE):
+            joined[i] = f"{word}={TRUE}"
+    return joined
 
 
 def _help(each: Option, defaults: object) -> str:
@@ -179,14 +196,39 @@ def _value(each: Option, text: Any) -> Any:
     return parse_text(each.flag, text, each.kind)
 
 
+def check_ranges(config: object) -> None:
+    """Raise UserError for the first number that lies outside the range that its field declares, or is not finite.
+
+    For a dataclass's `__post_init__`; nested ones check themselves. None is no number.
+    """
+    for each in options_of(type(config), topics=False):
+        value = getattr(config, each.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_range(each, number)
+
+
+def _check_range(each: Option, number: float) -> None:
+    bounds = each.field.metadata
+    least, above, most = (bounds.get(name, default) for name, default in BOUNDS.items())
+    fits = least <= number <= most and number > above  # NaN does not
+    if not fits or (math.isinf(number) and not bounds.get("unbounded")):
+        if "at_least" in bounds and "at_most" in bounds:
+            rule = f"in [{least}, {most}]"
+        else:
+            rule = next((f"{name.replace('_', ' ')} {bounds[name]}" for name in BOUNDS if name in bounds), "a number")
+        rule += " and finite" if isinstance(number, float) and not math.isfinite(number) else ""
+        raise UserError(f"{each.flag} must be {rule}, got {number}")
+
+
 def parse_text(flag: str, text: str, kind: Any) -> Any:
     """An option's text as the type of its field. Raises UserError that names the option and the text."""
     if typing.get_origin(kind) is tuple:
         return tuple(parse_text(flag, part, typing.get_args(kind)[0]) for part in (text.split(",") if text else []))
     if kind is bool:
-        if text.lower() not in ("true", "false"):
+        if text.lower() not in (TRUE, FALSE):
             raise UserError(f"{flag} must be true or false, got {text[:LONGEST]!r}")
-        return text.lower() == "true"
+        return text.lower() == TRUE
     if kind in (int, float):
         try:
             return kind(text)

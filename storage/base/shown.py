@@ -12,6 +12,8 @@ import unicodedata
 
 OBEYED = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories: controls, formats (bidi), line breaks
 
+LONGEST = 80  # characters of a name or value in a message
+
 
 def shown(text: str) -> str:
     """Text as it may reach a terminal: control, bidirectional and line-breaking characters spelled as escapes."""

@@ -9,7 +9,6 @@ no more than the user does.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from storage.base.console import progress_bar, say
 from storage.base.errors import UserError
-from storage.base.options import option, required
+from storage.base.options import check_ranges, option, required
 from storage.identity import Identity, LatentsIdentity
 from storage.index import make_index
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
@@ -39,16 +38,16 @@ class ImportOptions:
     """What the user says about numbers that do not say it themselves."""
 
     name: str = required("what to call the encoder: the group is latents/NAME")
-    resolution: int = option(256, "pixels a side of the encoded images")
-    shard_rows: int = option(512, "samples a shard")
-    latent_scale_factor: float | None = option(None, "default 0.18215 for repa-npy and hdf5, 1 for lightningdit")
+    resolution: int = option(256, "pixels a side of the encoded images", at_least=1)
+    shard_rows: int = option(512, "samples a shard", at_least=1)
+    latent_scale_factor: float | None = option(
+        None, "default 0.18215 for repa-npy and hdf5, 1 for lightningdit", above=0
+    )
     dataset: str = option("", "hdf5: the dataset of moments (N, [V,] 2C, h, w) in a foreign file")
     labels: str = option("", "hdf5: the dataset of labels (N,) in a foreign file")
 
     def __post_init__(self) -> None:
-        factor = self.latent_scale_factor
-        if factor is not None and not (math.isfinite(factor) and factor > 0):
-            raise UserError(f"--latent-scale-factor must be a number above 0, got {factor}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

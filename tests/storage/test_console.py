@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with status 130 and one line, whenever it comes and whatever swallows it."""
+"""Ctrl-C and SIGTERM end a command with status 130 and one line, whenever they come and whatever swallows them."""
 
 from __future__ import annotations
 
@@ -61,15 +61,17 @@ def require_interrupted(process: subprocess.Popen[str]) -> None:
     assert err.splitlines()[-1].startswith("python -m test: interrupted; what was finished is kept")
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_ctrl_c_also_where_a_script_had_it_ignored(ignored: bool) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None
+@pytest.mark.parametrize(
+    ("number", "ignored"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_a_signal_also_where_a_script_had_it_ignored(number: signal.Signals, ignored: bool) -> None:
+    before = signal.signal(number, signal.SIG_IGN) if ignored else None
     try:
         process = command(SLEEPS)
     finally:
         if before is not None:
-            signal.signal(signal.SIGINT, before)
-    process.send_signal(signal.SIGINT)
+            signal.signal(number, before)
+    process.send_signal(number)
     require_interrupted(process)
 
 

@@ -156,7 +156,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         derive(LATENTS, "--codec", "rotated2")
     with pytest.raises(UserError, match=r"--codec.*rotated2"):
         derive("tiny-vit", "--codec", "float16")
-    with pytest.raises(UserError, match=r"--workers must be at least 1"):
+    with pytest.raises(UserError, match=r"--workers must be at least 0"):
         derive("tiny-vit", "--codec", "rotated2", "--workers", "-1")
     with pytest.raises(StoreError, match=r"no features/other; it has"):
         derive("other", "--codec", "rotated2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 from storage.base.commands import Command, run_one
 from storage.base.console import Parser
 from storage.base.errors import UserError
-from storage.base.options import add_options, argument, given_options, option, parse_text, required, spelled
+from storage.base.options import (
+    add_options,
+    argument,
+    check_ranges,
+    given_options,
+    option,
+    parse_text,
+    required,
+    spelled,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +93,13 @@ def test_an_empty_path_among_several_is_a_forgotten_variable() -> None:
 def test_a_switch_beside_positional_arguments_takes_none_of_them() -> None:
     assert parse(Positional, "--deep", "a", "b") == {"runs": (Path("a"), Path("b")), "deep": True}
     assert parse(Positional, "a", "--no-deep") == {"runs": (Path("a"),), "deep": False}
+    assert parse(Positional, "--deep", "True", "a") == {"runs": (Path("a"),), "deep": True}
+    assert parse(Positional, "a", "--deep=false") == {"runs": (Path("a"),), "deep": False}
+    assert parse(Positional, "a", "--deep") == {"runs": (Path("a"),), "deep": True}
+    assert parse(Positional, "--deep", "--", "a", "--deep", "b") == {
+        "runs": (Path("a"), Path("--deep"), Path("b")),
+        "deep": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -117,6 +134,47 @@ def test_a_value_spelled_is_read_as_itself(pair: tuple[Any, Any]) -> None:
     assert parse_text("--x", spelled(value), kind) == value
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bounded:
+    """Numbers with ranges."""
+
+    n: int = option(1, "how many", at_least=1)
+    share: float = option(0.5, "of them", at_least=0, at_most=1)
+    scale: float = option(1.0, "of each", above=0)
+    limit_s: float = option(1.0, "before the end", above=0, unbounded=True)
+    bias: float | None = option(None, "added")
+    times: tuple[float, ...] = option((0.5,), "when", at_least=0, at_most=1)
+    keep: bool = option(False, "them", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n": 0}, "--n must be at least 1, got 0"),
+        ({"share": -0.5}, "--share must be in [0, 1], got -0.5"),
+        ({"share": 1.5}, "--share must be in [0, 1], got 1.5"),
+        ({"share": math.nan}, "--share must be in [0, 1] and finite, got nan"),
+        ({"scale": 0.0}, "--scale must be above 0, got 0.0"),
+        ({"scale": math.inf}, "--scale must be above 0 and finite, got inf"),
+        ({"limit_s": math.nan}, "--limit-s must be above 0 and finite, got nan"),
+        ({"bias": -math.inf}, "--bias must be a number and finite, got -inf"),
+        ({"times": (0.5, 2.0)}, "--times must be in [0, 1], got 2.0"),
+    ],
+)
+def test_a_number_outside_its_range_is_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Bounded(**values)
+    assert str(error.value) == message
+
+
+@given(st.integers(min_value=1), st.floats(0, 1), st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_a_number_inside_its_range_is_taken(n: int, share: float, scale: float) -> None:
+    Bounded(n=n, share=share, scale=scale, limit_s=math.inf, bias=-scale, times=(0.0, share, 1.0))
+
+
 def test_help_has_every_option_once_with_its_default() -> None:
     parser = Parser(prog="x")
     add_options(parser, Options)
@@ -144,7 +202,7 @@ def test_a_command_gets_its_options_and_gives_its_status(capsys: pytest.CaptureF
     assert run_one("prog", "About.", commands, ["show", "--out", "o", "--n", "1"]) == 5
     assert "n=1" in capsys.readouterr().out
     for argv, message in (
-        (["shaw"], "prog: error: unknown command shaw; did you mean show?"),
+        (["shaw"], "prog: error: unknown command shaw; the commands are show; did you mean show?"),
         (["show", "--out", "o", "--m", "1"], "prog show: error: unknown option --m; did you mean --n"),
         (["show", "--out", "o", "more"], "prog show: error: unknown argument more"),
         ([], "are required: COMMAND"),

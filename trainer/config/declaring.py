@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Any
 
@@ -35,8 +36,8 @@ def flag(topic: str, name: str) -> str:
 
 
 def at_least(config: object, topic: str, name: str, least: int) -> None:
-    """Raise UserError when the field is below `least` (or not a number)."""
-    if not getattr(config, name) >= least:
+    """Raise UserError when the field is below `least` (or not a number, or infinite)."""
+    if not least <= getattr(config, name) < math.inf:
         raise UserError(f"{flag(topic, name)} must be at least {least}, got {getattr(config, name)}")
 
 

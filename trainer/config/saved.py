@@ -22,9 +22,9 @@ import yaml
 from storage.base.boundary import read_regular
 from storage.base.errors import UserError
 from storage.base.options import close_matches
-from storage.base.shown import shown
+from storage.base.shown import LONGEST, shown
 from trainer.config.schema import TrainConfig
-from trainer.config.tree import LONGEST, checked, field_type, flatten, leaves, override
+from trainer.config.tree import checked, field_type, flatten, leaves, override
 from trainer.config.yaml_file import parse_yaml
 
 VERSION = 1

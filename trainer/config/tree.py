@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeVar
 
 from storage.base.errors import UserError
 from storage.base.options import close_matches
+from storage.base.shown import LONGEST
 
 C = TypeVar("C")
-LONGEST = 80  # characters of a name or value in a message
 LARGEST = 2**63  # seeds go up to it
 
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from storage.base.choices import INCEPTION, Device, Token
 from storage.base.errors import UserError
-from storage.base.options import argument, option, required
+from storage.base.options import argument, check_ranges, option, required
 
-Device = Literal["auto", "cpu", "cuda"]
 LabelsDrawn = Literal["balanced", "random", "uniform"]
 Weights = Literal["ema", "raw"]
-INCEPTION = "inception"
 CHECKPOINT_HELP = "latest, or a step"
 
 
@@ -25,7 +24,7 @@ class GenerateConfig:
     """What is drawn. A sampler setting that is None is the run's."""
 
     run: Path = argument("folder of the run")
-    n: int = option(50_000, "how many images")
+    n: int = option(50_000, "how many images", at_least=1)
     out: Path | None = option(None, "folder of the images (default RUN/samples-…, named after settings)")
     checkpoint: str = option("latest", CHECKPOINT_HELP)
     labels: LabelsDrawn | None = option(
@@ -34,17 +33,17 @@ class GenerateConfig:
     format: Literal["png", "npz"] = option("png", "npz: one file in ADM's layout as well")
     seed: int = option(0, "of noise and labels")
     sampler: Literal["sde", "ode", "ddpm"] | None = option(None, "(default: the run's)")
-    steps: int | None = option(None, "steps of the sampler (default: the run's)")
-    guidance: float | None = option(None, "guidance scale (default: the run's)")
+    steps: int | None = option(None, "steps of the sampler (default: the run's)", at_least=1)
+    guidance: float | None = option(None, "guidance scale (default: the run's)", at_least=1)
     vae: str = option("", "VAE to decode with (default: as the store says)")
-    batch: int = option(64, "images a block, computed together")
+    batch: int = option(64, "images a block, computed together", at_least=1)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
         "auto", "arithmetic of the model; auto: tf32 on cuda, fp32 on cpu"
     )
     device: Device = option("auto", "auto: cuda when there is one")
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "n", "batch")
+        check_ranges(self)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be in [0, 2⁶³), got {self.seed}")
 
@@ -70,17 +69,22 @@ class EvaluateConfig:
     reference: Path | str = required("ADM reference .npz, folder of images, store (or its URL), or feature file")
     encoder: str = option(INCEPTION, "inception, or a vision encoder")
     weights: Path | None = option(None, "the encoder's weight file", also=("--inception-weights",))
-    token: Literal["cls", "mean"] = option("cls", "a vision encoder's vector: class token, or mean of patches")
-    resolution: int = option(0, "side to crop folders' images to; 0: do not")
-    n_reference: int = option(0, "at most so many reference images, evenly spread; 0: all")
+    token: Token = option("cls", "a vision encoder's vector: class token, or mean of patches")
+    resolution: int = option(0, "side to crop folders' images to; 0: do not", at_least=0)
+    n_reference: int = option(0, "at most so many reference images, evenly spread; 0: all", at_least=0)
     out: Path | None = option(None, "folder of the result (default IMAGES-evaluation)")
     cache: Path | None = option(
         None, "folder that keeps a reference's features (default reference-features, by the runs)"
     )
-    max_failures: float = option(0.001, "end when more than this share of the images (but at least 10) cannot be read")
+    max_failures: float = option(
+        0.001, "end when more than this share of the images (but at least 10) cannot be read", at_least=0, at_most=1
+    )
     run: Path | None = option(None, "record the result in this run, for analyse and the report")
-    step: int | None = option(None, "step that the images are of (default: what generate noted)")
+    step: int | None = option(None, "step that the images are of (default: what generate noted)", at_least=0)
     device: Device = option("auto", "auto: cuda when there is one")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +92,22 @@ class SweepConfig:
     """What is measured where, of hidden states. `store` and `features` are the run's unless named."""
 
     blocks: str = option("all", "all, or numbers from 1: 4,8")
-    times: tuple[float, ...] = option((0.5,), "0 the image, 1 noise", spaced=True)
+    times: tuple[float, ...] = option((0.5,), "0 the image, 1 noise", spaced=True, at_least=0, at_most=1)
     checkpoints: str = "latest"
     weights: Weights = option("ema", "averaged weights, or the last ones")
-    n: int = option(10_000, "at most so many samples, chosen by seed")
-    k: int = option(10, "CKNNA's neighbours")
-    c: float = option(1.0, "the probe's C, 1 / weight penalty")
+    n: int = option(10_000, "at most so many samples, chosen by seed", at_least=1)
+    k: int = option(10, "CKNNA's neighbours", at_least=2)
+    c: float = option(1.0, "the probe's C, 1 / weight penalty", above=0)
     store: str = option("", "another store of the same VAE (default: the run's)")
     features: str = option("", "features below the store (default: the run's, or the only ones)")
-    seed: int = option(0, "of the choice of samples and of the noise")
-    batch: int = option(64, "images at once")
+    seed: int = option(0, "of the choice of samples and of the noise", at_least=0)
+    batch: int = option(64, "images at once", at_least=1)
     device: Device = option("auto", "auto: cuda when there is one")
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "n", "batch")
-        if not self.times or not all(0 <= t <= 1 for t in self.times):
-            raise UserError(f"--times must lie in [0, 1], 0 the image and 1 noise, got {list(self.times)}")
+        check_ranges(self)
+        if not self.times:
+            raise UserError("--times is empty; name times in [0, 1], 0 the image and 1 noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ class AnalyseConfig(SweepConfig):
     """`analyse`: the paper's figures for several runs."""
 
     runs: tuple[Path, ...] = argument("folders of runs")
-    times: tuple[float, ...] = option((0.25, 0.5, 0.75), "0 the image, 1 noise", spaced=True)
+    times: tuple[float, ...] = option((0.25, 0.5, 0.75), "0 the image, 1 noise", spaced=True, at_least=0, at_most=1)
     out: Path = option(Path("analysis"), "folder to write")
 
 
@@ -136,9 +140,3 @@ class ReportConfig:
 @dataclass(frozen=True, kw_only=True)
 class NoConfig:
     """`alignments` has no options."""
-
-
-def _at_least_one(config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")

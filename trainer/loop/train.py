@@ -48,7 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.base.console import Stop, progress_bar, stop_on_signals
+from storage.base.console import INTERRUPTS, Stop, progress_bar, stop_on_signals
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from trainer.config.saved import to_save, to_yaml
@@ -142,7 +142,7 @@ class _Run:
         step = self.first_step
         with (
             closing(self.log) if self.log is not None else nullcontext(),
-            stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
+            stop_on_signals(*INTERRUPTS) as stop,
             self.bar,
         ):
             for end in self._phases():

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from storage.base.boundary import Count, Number, parse_json, read_regular
 from storage.base.errors import UserError
 from storage.base.files import follow_umask, fsync_directory, partial_name, publish, write_atomic
-from storage.base.shown import shown
+from storage.base.shown import LONGEST, shown
 from trainer.loop.ema import EMA
 from trainer.loop.optimiser import load_optimizer_tensors, optimizer_tensors
 from trainer.ranks.parallel import gather_state, load_state
 from trainer.run.folder import STEP, RunFolder
 
 VERSION = 2
-MAX_NAME_BYTES, LONGEST = 4096, 60
+MAX_NAME_BYTES = 4096
 OTHER_CHECKPOINT = "write the name of another one into RUN/latest"
 WEIGHTS, EMA_WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import Store, StoreError, UserError, open_store
-from storage.base.console import EXIT_FAILED, EXIT_OK, Stop, say, stop_on_signals
+from storage.base.console import EXIT_FAILED, EXIT_OK, INTERRUPTS, Stop, say, stop_on_signals
 from storage.base.files import write_atomic
 from storage.base.shown import shown
 from storage.roots import absolute
@@ -43,7 +43,7 @@ def ablate(config: AblateConfig) -> int:
     lacking = [name for name in ablation.features if not _has_features(opened, name)]
     say(*describe(ablation, folder, lacking).splitlines(), flush=True)
     address = "" if ray_address == HERE else ray_address
-    with stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop:
+    with stop_on_signals(*INTERRUPTS) as stop:
         if lacking:
             status = _attend(precompute_command(opened, ablation, lacking, address), stop)
             if status:
@@ -159,12 +159,12 @@ def _attend(command: Sequence[str], stop: Stop, stdout: Any = None) -> int:
     # The command names its cluster, or none; a Ctrl-C reaches it once, from here.
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, stdout=stdout, env=environment, start_new_session=True)
-    told = False
+    signalled = False
     try:
         while process.poll() is None:
-            if stop.signal is not None and not told:
+            if stop.signal is not None and not signalled:
                 process.send_signal(signal.SIGINT)
-                told = True
+                signalled = True
             time.sleep(POLL_S)
     finally:
         if process.poll() is None:  # Ctrl-C a second time

@@ -127,7 +127,7 @@ def test_what_other_stores_lack_is_said(micro_run: Path, tmp_path: Path, monkeyp
         (["--store", "nowhere"], "nowhere does not exist"),
         (["--blocks", "0,2"], "--blocks must be `all` or numbers from 1 to 3"),
         (["--blocks", "four"], "--blocks must be"),
-        (["--times", "1.5"], r"--times must lie in \[0, 1\]"),
+        (["--times", "1.5"], r"--times must be in \[0, 1\], got 1.5"),
         (["--n", "4"], "CKNNA needs k of at least 2 and more than k samples"),
         (["--checkpoints", "7"], "has no checkpoint of step '7'; it has 1, 2, 3"),
         (["--batch", "0"], "--batch must be at least 1"),

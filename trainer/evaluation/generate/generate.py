@@ -31,9 +31,9 @@ from storage.base.boundary import parse_json, read_regular
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
-from storage.base.shown import shown
+from storage.base.shown import LONGEST, shown
 from trainer.config.schema import TrainConfig
-from trainer.config.tree import LONGEST, flatten, leaves, override
+from trainer.config.tree import flatten, leaves, override
 from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
 from trainer.evaluation.generate.draw import draw_latents
 from trainer.evaluation.generate.image_files import (

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from storage.base.boundary import Count, Number, read_lines
+from storage.base.choices import INCEPTION
 from storage.base.errors import UserError
 from storage.base.files import append_line, write_atomic
 from storage.base.shown import shown
@@ -34,7 +35,6 @@ from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_fe
 from storage.identity import unlike
 from storage.roots import absolute
 from trainer.evaluation.generate.image_files import step_drawn_at
-from trainer.evaluation.options import INCEPTION
 from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
 from trainer.evaluation.quality.inception_score import SPLIT, inception_score
 from trainer.evaluation.quality.precision_recall import NEIGHBOURS, precision_recall
@@ -117,21 +117,23 @@ def evaluate(
     A reference that is no path is the URL of a store. `cache` is where its features are kept.
     """
     device = device_named(description.device)
-    there, against = contents(images), contents(reference)
-    drawn = Path(open_feature_file(images).images["path"]) if there.features else images
+    of_images, of_reference = contents(images), contents(reference)
+    drawn = Path(open_feature_file(images).images["path"]) if of_images.features else images
     step = _step(run, step, drawn)
-    if not there.features and not there.images:
+    if not of_images.features and not of_images.images:
         raise UserError(f"{images} holds statistics only; name the generated images, or their feature file")
     name = images.name if images.is_dir() else images.stem
     folder = out or images.absolute().with_name(f"{name}-evaluation")
-    generated = images if there.features else folder / f"generated-{_file_name(description.label)}.npz"
-    label = open_feature_file(images).label if there.features else description.label
-    statistics = _statistics(reference, against, images if there.features else None, label)
-    features = _reference_file(reference, against, cache or _cache(images, run, out, folder), description, n_reference)
+    generated = images if of_images.features else folder / f"generated-{_file_name(description.label)}.npz"
+    label = open_feature_file(images).label if of_images.features else description.label
+    statistics = _statistics(reference, of_reference, images if of_images.features else None, label)
+    features = _reference_file(
+        reference, of_reference, cache or _cache(images, run, out, folder), description, n_reference
+    )
     sets: list[tuple[Path | str, Path, int]] = []
-    if not there.features:
+    if not of_images.features:
         sets.append((images, generated, 0))
-    if features is not None and not against.features:
+    if features is not None and not of_reference.features:
         if label != description.label:
             identity = open_feature_file(images).identity
             raise UserError(
@@ -362,20 +364,22 @@ def _digest(*gaussians: Gaussian | None) -> str:
 
 def _warnings(generated: FeatureFile, against: Reference) -> list[str]:
     n, width = generated.images["n"], len(against.pooled.mean)
-    found = []
+    warnings = []
     if n != PUBLISHED_IMAGES:
-        found.append(f"{n:,} images; published figures are of {PUBLISHED_IMAGES:,}, and fewer give larger distances")
+        warnings.append(f"{n:,} images; published figures are of {PUBLISHED_IMAGES:,}, and fewer give larger distances")
     if n <= width:
-        found.append(f"{n:,} images do not determine the covariance of {width:,} features; compare equal counts only")
+        warnings.append(
+            f"{n:,} images do not determine the covariance of {width:,} features; compare equal counts only"
+        )
     if generated.label == INCEPTION and not generated.identity.published_weights:
-        found.append("Inception's weights are not the published ones; no number here compares with any other")
+        warnings.append("Inception's weights are not the published ones; no number here compares with any other")
     if against.features is None:
-        found.append("the reference has no images, so there is no precision and no recall")
+        warnings.append("the reference has no images, so there is no precision and no recall")
     for what, record in (("generated", generated.images), ("reference", against.record)):
         if record.get("n_failed"):
             name, reason = record["failed"][0]
-            found.append(
+            warnings.append(
                 f"{record['n_failed']:,} {what} images could not be read and are left out, the first {shown(name)} "
                 f"({shown(reason)})"
             )
-    return found
+    return warnings

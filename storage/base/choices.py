@@ -1,0 +1,9 @@
+"""What options of both stages offer: neither imports the other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+Token = Literal["cls", "mean"]  # a vision encoder's vector of an image
+INCEPTION = "inception"  # the describing network of the published FIDs
