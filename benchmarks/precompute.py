@@ -55,7 +55,7 @@ IMAGENET = 1_281_167
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Figures:
     """What one run of one contestant gave."""
 
     images_per_s: float
@@ -81,12 +81,12 @@ def rate(done: list[tuple[float, int]]) -> float:
     return sum(n for _, n in done[1:]) / (done[-1][0] - done[0][0])
 
 
-def decoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+def decoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
     done = [(time.perf_counter(), len(images)) for images, _ in blocks_of(plan, source, case.resolution)]
-    return Found(images_per_s=rate(done))
+    return Figures(images_per_s=rate(done))
 
 
-def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
     blocks = list(blocks_of(plan, source, case.resolution))
     encoder = make_encoder(case, plan, run_id)
     encoder.ready()
@@ -96,27 +96,27 @@ def encoders_alone(case: Case, plan: Plan, source: Source, run_id: str) -> Found
         for path in block.paths:
             encoder.encode(path, pixels, np.arange(len(images)), case.config(Path()).batch, 0)
         done.append((time.perf_counter(), len(images)))
-    return Found(images_per_s=rate(done))
+    return Figures(images_per_s=rate(done))
 
 
-def one_process(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+def one_process(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
     encoder = make_encoder(case, plan, run_id)
     encoder.ready()
     with ThreadPoolExecutor(1) as decoding, ThreadPoolExecutor(CALLS_IN_HAND) as calls:
         blocks = blocks_of(plan, source, case.resolution)
         ahead = decoding.submit(next, blocks, None)
         waiting: list[Any] = []
-        while (found := ahead.result()) is not None:
+        while (decoded := ahead.result()) is not None:
             ahead = decoding.submit(next, blocks, None)
             if len(waiting) >= CALLS_IN_HAND:
                 waiting.pop(0).result()
-            waiting.append(calls.submit(encoder.encode_and_publish, *found, time.time()))
+            waiting.append(calls.submit(encoder.encode_and_publish, *decoded, time.time()))
         for call in waiting:
             call.result()
     return published(plan)
 
 
-def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
     from pipeline.cluster.connection import ray_cluster
     from pipeline.job import run_on_cluster
 
@@ -129,7 +129,7 @@ def ours(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     return published(plan, peak=outcome.store_peak_bytes, store=store_bytes, busy=outcome.encoder_busy)
 
 
-def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
     from pipeline.cluster.connection import ray_cluster
 
     resolution = case.resolution
@@ -164,7 +164,7 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
     return published(plan)
 
 
-def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
+def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
     """No contestant: CPU time by stage, without the first unit."""
     from pipeline.cluster.connection import ray_cluster
 
@@ -208,10 +208,10 @@ def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Found:
                 took("publish")
         seconds = time.perf_counter() - start_s
     n = len(plan.index) - len(plan.layout.unit_rows(0))
-    return Found(images_per_s=n / seconds, cpu_s={stage: total_s / n for stage, total_s in cpu_s.items()})
+    return Figures(images_per_s=n / seconds, cpu_s={stage: total_s / n for stage, total_s in cpu_s.items()})
 
 
-CONTESTANTS: dict[str, Callable[[Case, Plan, Source, str], Found]] = {
+CONTESTANTS: dict[str, Callable[[Case, Plan, Source, str], Figures]] = {
     "decoders alone": decoders_alone, "encoders alone": encoders_alone, "one process": one_process, "ours": ours,
     "Ray Data": ray_data,
 }  # fmt: skip
@@ -223,14 +223,14 @@ def make_encoder(case: Case, plan: Plan, run_id: str) -> UnitEncoder:
     return case.encoder(plan.root, plan.groups, dict(plan.digests), config.batch, config.encoder_cpus, run_id)
 
 
-def published(plan: Plan, peak: int = 0, store: int = 0, busy: float = 0.0) -> Found:
+def published(plan: Plan, peak: int = 0, store: int = 0, busy: float = 0.0) -> Figures:
     """The rate, from the receipts."""
     done: dict[int, float] = {}
     for group in plan.groups:
         for unit, receipt, reason in scan(plan.root, group.layout, plan.digests[group.layout.path]):
             assert receipt is not None, reason
             done[unit] = max(done.get(unit, 0.0), receipt.made["finished_unix_s"])
-    return Found(
+    return Figures(
         images_per_s=rate([(at_s, len(plan.layout.unit_rows(unit))) for unit, at_s in done.items()]),
         peak_store_bytes=peak, store_bytes=store, encoder_busy=busy,
     )  # fmt: skip
@@ -246,22 +246,22 @@ def run_task(name: str, contestant: str, full_size: bool, n_per_class: int) -> N
         plan = make_plan(case.config(Path(str(root))), source, source.listing().index, root)
         with Staging(root) as staging:
             create(plan, source, staging)
-            found = {**CONTESTANTS, "stages": stages}[contestant](case, plan, source, staging.run_id)
-    print("FOUND", json.dumps(vars(found)))
+            figures = {**CONTESTANTS, "stages": stages}[contestant](case, plan, source, staging.run_id)
+    print("RESULT", json.dumps(vars(figures)))
 
 
-def report(case: Case, name: str, found: dict[str, list[Found]]) -> str:
+def report(case: Case, name: str, figures: dict[str, list[Figures]]) -> str:
     """The table of one case, and what follows from it."""
-    costs = [run.cpu_s for run in found.pop("stages")]
+    costs = [run.cpu_s for run in figures.pop("stages")]
     cpu_s = {stage: statistics.median(cost[stage] for cost in costs) for stage in costs[0]}
-    rates = {c: [f.images_per_s for f in runs] for c, runs in found.items()}
+    rates = {c: [f.images_per_s for f in runs] for c, runs in figures.items()}
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
 
     rows = [[c, f"{statistics.median(r):,.1f}", f"{ratio('ours', c):.3f}"] for c, r in rates.items()]
     bound = min(("decoders alone", "encoders alone"), key=lambda c: statistics.median(rates[c]))
-    last = found["ours"][-1]
+    last = figures["ours"][-1]
     rate_now = statistics.median(rates["ours"])
     decoding_s = sum(cpu_s[stage] for stage in ("read", "decode", "crop"))
     hours = IMAGENET / rate_now / 3600
@@ -295,16 +295,16 @@ def main() -> None:
     cases = make_cases(args.full_size, args.per_class)
     texts = []
     for name, case in cases.items():
-        found: dict[str, list[Found]] = {contestant: [] for contestant in [*CONTESTANTS, "stages"]}
+        figures: dict[str, list[Figures]] = {contestant: [] for contestant in [*CONTESTANTS, "stages"]}
         for number in range(args.rounds):
-            for contestant, runs in found.items():
+            for contestant, runs in figures.items():
                 line = [sys.executable, "-m", "benchmarks.precompute", "--per-class", str(args.per_class), "--task",
                         name, contestant, *(["--full-size"] if args.full_size else [])]  # fmt: skip
                 done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-                answer = next(li for li in done.stdout.splitlines() if li.startswith("FOUND "))
-                runs.append(Found(**json.loads(answer.removeprefix("FOUND "))))
+                answer = next(li for li in done.stdout.splitlines() if li.startswith("RESULT "))
+                runs.append(Figures(**json.loads(answer.removeprefix("RESULT "))))
                 print(f"{name}, round {number + 1}: {contestant} {runs[-1].images_per_s:.1f} images/s", file=sys.stderr)
-        texts.append(report(case, name, found))
+        texts.append(report(case, name, figures))
     packages = ("ray", "torch", "diffusers", "timm", "pillow")
     text = "\n".join([
         "## Stage one, images a second", "", machine(WORK, packages), "",

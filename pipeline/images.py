@@ -75,10 +75,10 @@ def open_images(where: Path | str, *, resolution: int = 0, limit: int = 0) -> Im
 
 
 def _of_folder(root: Path, resolution: int, limit: int) -> Images:
-    found, leftovers = _walk(root)
-    if not found:
+    images, leftovers = _walk(root)
+    if not images:
         raise UserError(f"{root} holds no image (by extension: {' '.join(sorted(EXTENSIONS))})")
-    names = [found[i] for i in spread(len(found), limit)]
+    names = [images[i] for i in spread(len(images), limit)]
 
     def read(places: Sequence[int]) -> Iterator[Image]:
         samples = LocalFiles(str(root)).read_many([Part(names[place]) for place in places])

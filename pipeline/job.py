@@ -142,16 +142,16 @@ class _Driver:
             self.resources.decode_cpus,
             "GPU" if self.resources.encoder_gpus else "encoder",
         )
-        up_s, said = start_s, False
+        up_s, warned = start_s, False
         with display.bar:
             while self.ledger.open:
                 if self.stop.signal is not None:
                     raise KeyboardInterrupt
                 now_s = time.perf_counter()
                 if self.pool.n_up:
-                    up_s, said = now_s, False
-                elif not said and now_s - up_s > PATIENCE_S:
-                    said = True
+                    up_s, warned = now_s, False
+                elif not warned and now_s - up_s > PATIENCE_S:
+                    warned = True
                     display.say(f"no encoder is up for {PATIENCE_S:.0f} s: {self._why_waiting()}")
                 self._hand_out_decodes()
                 self._offer()

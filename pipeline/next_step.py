@@ -31,9 +31,9 @@ def train_command(where: str, preferred: Collection[str] = ()) -> str:
     Of several groups the `preferred` ones are named, where they fit; those that are not complete never are.
     """
     store = open_store(where)
-    there = store.groups()
+    paths = store.groups()
     groups: dict[str, GroupReader[Any]] = {}
-    for path in sorted(there, key=lambda path: path not in preferred):
+    for path in sorted(paths, key=lambda path: path not in preferred):
         with suppress(StoreError), closing(store.group(path)) as group:
             groups[path] = group
     latents = [path for path in groups if path.startswith("latents/")]
@@ -53,7 +53,7 @@ def train_command(where: str, preferred: Collection[str] = ()) -> str:
     if 0 < n_without < store.n_rows:  # which can only be trained on without any
         options.append("--loss.label-dropout 1")
     for kind, chosen in (("latents", source), ("features", target)):
-        if chosen and sum(path.startswith(f"{kind}/") for path in there) > 1:
+        if chosen and sum(path.startswith(f"{kind}/") for path in paths) > 1:
             options.append(f"--data.{kind} {shlex.quote(chosen.partition('/')[2])}")
     line = f"make train STORE={shlex.quote(where)} PRESET={preset}"
     return f"{line} ARGS={shlex.quote(' '.join(options))}" if options else line

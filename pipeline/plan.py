@@ -137,7 +137,7 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root
                 done.add(path, receipt)
             elif path in digests:
                 missing.setdefault(unit, []).append(path)
-    redo, said = units_to_redo(source, index, done, tuple(digests), every=config.redo_failed)
+    redo, redo_notes = units_to_redo(source, index, done, tuple(digests), every=config.redo_failed)
     to_do = {unit: [*missing.get(unit, ()), *redo.get(unit, ())] for unit in sorted({*missing, *redo})}
     changed, what = changed_images(root, source, index, done)
     refuse_changed(changed, what, lambda row: row // layout.shard_rows, to_do)
@@ -155,7 +155,7 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root
         redo={unit: tuple(paths) for unit, paths in redo.items()},
         others=others,
         failed_standing=len(done.failed_rows(redo)),
-        notes=(*notes, *said),
+        notes=(*notes, *redo_notes),
     )
 
 

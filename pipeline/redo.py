@@ -152,11 +152,11 @@ def refuse_changed(rows: Sequence[int], what: str, unit_of: Callable[[int], int]
 
 def _crcs(source: Source, index: Index, rows: Sequence[int]) -> dict[int, int]:
     """Checksums of the bytes that lie there now, of those rows that can be read."""
-    found = {}
+    crcs = {}
     for start in range(0, len(rows), AT_ONCE):
         part = list(rows[start : start + AT_ONCE])
         locations = index.table["location"].take(part).to_pylist()
         for row, sample in zip(part, source.read_many(locations), strict=True):
             if not isinstance(sample, Unreadable):
-                found[row] = sample_crc32c(sample)
-    return found
+                crcs[row] = sample_crc32c(sample)
+    return crcs

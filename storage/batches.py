@@ -51,12 +51,11 @@ class Gatherer:
         ]
         self.n_views = opened.n_views
         self._decode = decode
-        there = {name for group in self._groups for name in group.arrays}
-        if set(arrays) - there:
-            raise UserError(
-                f"{', '.join(groups)} have arrays {', '.join(sorted(there))}, not {sorted(set(arrays) - there)[0]}"
-            )
-        self._arrays = set(arrays) or there
+        available = {name for group in self._groups for name in group.arrays}
+        if set(arrays) - available:
+            wrong = sorted(set(arrays) - available)[0]
+            raise UserError(f"{', '.join(groups)} have arrays {', '.join(sorted(available))}, not {wrong}")
+        self._arrays = set(arrays) or available
         if decode and TOKENS in self._arrays:
             self._arrays |= {name for group in self._groups for name in group.codec_arrays}
         self._wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]

@@ -29,8 +29,8 @@ def diff_stores(a: Store, b: Store, groups: list[str] | None = None) -> Iterator
     yield from _diff_samples(a, b)
     ours, theirs = (set(groups if groups is not None else store.groups()) for store in (a, b))
     for path in sorted(ours ^ theirs):
-        here, there = (a, b) if path in ours else (b, a)
-        yield f"{path}: in {here.root}, not in {there.root}"
+        with_group, without_group = (a, b) if path in ours else (b, a)
+        yield f"{path}: in {with_group.root}, not in {without_group.root}"
     for path in sorted(ours & theirs):
         yield from diff_groups(a, path, b, path)
     if not ours & theirs:

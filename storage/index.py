@@ -209,10 +209,10 @@ def _label_names(table: pa.Table) -> dict[int, str]:
 
 def _agreed(root: Root, n_rows: int | None) -> int:
     """The rows that the footer says; raises StoreError when the store has another number, before anything is read."""
-    found = count_rows(root)
-    if n_rows not in (None, found):
-        raise StoreError(f"{root.at(INDEX_FILE)} has {found} rows, the store {n_rows}; restore both")
-    return found
+    n_found = count_rows(root)
+    if n_rows not in (None, n_found):
+        raise StoreError(f"{root.at(INDEX_FILE)} has {n_found} rows, the store {n_rows}; restore both")
+    return n_found
 
 
 def _batches(root: Root, n_rows: int, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -228,7 +228,7 @@ def _batches(root: Root, n_rows: int, columns: list[str]) -> Iterator[tuple[int,
         raw.seek(0)
         with pq.ParquetFile(raw, read_dictionary=["key", "class_name", "location"]) as file:
             for batch in file.iter_batches(batch_size=ROW_GROUP, columns=columns):
-                found = {}
+                decoded = {}
                 for name in columns:
                     column = batch[name]
                     if column.null_count:
@@ -237,13 +237,16 @@ def _batches(root: Root, n_rows: int, columns: list[str]) -> Iterator[tuple[int,
                         n_decoded += _decoded_bytes(column)
                         if n_decoded > most_bytes:
                             raise StoreError(f"{where} would take more than {most_bytes:,} bytes to read; {RESTORE}")
-                    found[name] = column.cast(SCHEMA.field(name).type)
-                if "label" in found and len(batch) and pc.max(found["label"]).as_py() >= most_label:
+                    decoded[name] = column.cast(SCHEMA.field(name).type)
+                if "label" in decoded and len(batch) and pc.max(decoded["label"]).as_py() >= most_label:
                     raise StoreError(
-                        f"{where}: label {pc.max(found['label'])}, and {n_rows} rows may have labels below "
+                        f"{where}: label {pc.max(decoded['label'])}, and {n_rows} rows may have labels below "
                         f"{most_label:,}; number the classes from 0 and precompute into a new root"
                     )
-                yield start, pa.record_batch(list(found.values()), pa.schema([SCHEMA.field(name) for name in columns]))
+                yield (
+                    start,
+                    pa.record_batch(list(decoded.values()), pa.schema([SCHEMA.field(name) for name in columns])),
+                )
                 start += len(batch)
         if start != n_rows:
             raise StoreError(f"{where} has {start} rows, the store {n_rows}; {RESTORE}")
@@ -259,8 +262,8 @@ def _footer(root: Root) -> pq.FileMetaData:
             raise StoreError(f"{where} is not an index (no Parquet file of ours); {RESTORE}")
         if n_footer > len(tail):
             tail = root.tail(INDEX_FILE, n_footer)[1]
-        found = pq.read_metadata(pa.BufferReader(MAGIC + tail[-n_footer:]))
-        schema = found.schema.to_arrow_schema()
+        footer = pq.read_metadata(pa.BufferReader(MAGIC + tail[-n_footer:]))
+        schema = footer.schema.to_arrow_schema()
         absent = set(SCHEMA.names) - set(schema.names)
         if absent:
             raise StoreError(f"{where} is not an index (no column {', '.join(sorted(absent))}); {RESTORE}")
@@ -269,14 +272,14 @@ def _footer(root: Root) -> pq.FileMetaData:
                 raise StoreError(
                     f"{where}: {field.name} is {schema.field(field.name).type}, not {field.type}; {RESTORE}"
                 )
-        groups = [found.row_group(i) for i in range(found.num_row_groups)]
+        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         n_bytes = sum(group.total_byte_size for group in groups)
         most_rows = MIN_ROWS + ROWS_A_BYTE * size
-        if found.num_rows != sum(group.num_rows for group in groups) or not 0 < found.num_rows <= most_rows:
-            raise StoreError(f"{where} says that it has {found.num_rows} rows in {size:,} bytes; {RESTORE}")
+        if footer.num_rows != sum(group.num_rows for group in groups) or not 0 < footer.num_rows <= most_rows:
+            raise StoreError(f"{where} says that it has {footer.num_rows} rows in {size:,} bytes; {RESTORE}")
         if n_bytes > _most_bytes(size) or any(not 0 <= g.num_rows <= MAX_GROUP_ROWS for g in groups):
             raise StoreError(f"{where} says that {size:,} bytes become {n_bytes:,}; {RESTORE}")
-    return found
+    return footer
 
 
 def _may_be(kind: pa.DataType, wanted: pa.DataType) -> bool:

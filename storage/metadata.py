@@ -178,6 +178,6 @@ def _plain_with_crc32c(codecs: Any) -> bool:
 
 
 def _stored(memory: MemoryStore, name: str) -> bytes:
-    found = asyncio.run(memory.get(name, default_buffer_prototype()))
-    assert found is not None, name
-    return found.to_bytes()
+    buffer = asyncio.run(memory.get(name, default_buffer_prototype()))
+    assert buffer is not None, name
+    return buffer.to_bytes()

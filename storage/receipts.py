@@ -126,17 +126,17 @@ def unseal(kind: type[T], raw: bytes, where: str) -> T:
         raise StoreError(f"receipt {where} is damaged (it is not as it was written); {HEAL_RECEIPT}")
     what = f"receipt {where}"
     try:
-        found: Any = parse_json(kind, body, what, HEAL_RECEIPT)
+        receipt: Any = parse_json(kind, body, what, HEAL_RECEIPT)
     except StoreError:
         _require_version(parse_json(Version, body, what, HEAL_RECEIPT), where)
         raise
-    _require_version(found, where)
-    return cast(T, found)
+    _require_version(receipt, where)
+    return cast(T, receipt)
 
 
-def _require_version(found: Any, where: str) -> None:
-    if found.format_version != FORMAT_VERSION:
-        raise StoreError(f"receipt {where} has format version {found.format_version}, this code {FORMAT_VERSION}")
+def _require_version(receipt: Any, where: str) -> None:
+    if receipt.format_version != FORMAT_VERSION:
+        raise StoreError(f"receipt {where} has format version {receipt.format_version}, this code {FORMAT_VERSION}")
 
 
 def _signature(body: bytes) -> bytes:
@@ -196,10 +196,10 @@ def check_metadata(root: Root, key: str, *, only: str = "") -> tuple[list[str], 
         try:
             if name == INDEX_FILE:
                 with root.open(name) as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                    actual = hashlib.file_digest(file, "sha256").hexdigest()
             else:
-                found = sha256(root.read(name))
-            if found != digest:
+                actual = sha256(root.read(name))
+            if actual != digest:
                 faults.append(f"{root.at(name)} was edited since it was written: its SHA-256 is not its receipt's")
         except FileNotFoundError:
             faults.append(f"{root.at(name)} is missing")

@@ -76,10 +76,10 @@ class ObjectRoot:
     def read(self, key: str) -> bytes:
         """The whole object."""
         with self._errors(key):
-            found = obstore.get(self.store, key)
-            if found.meta["size"] > MAX_JSON_BYTES:
-                raise StoreError(f"{self.at(key)} has {found.meta['size']:,} bytes, too many for what it should be")
-            return bytes(found.bytes())
+            answer = obstore.get(self.store, key)
+            if answer.meta["size"] > MAX_JSON_BYTES:
+                raise StoreError(f"{self.at(key)} has {answer.meta['size']:,} bytes, too many for what it should be")
+            return bytes(answer.bytes())
 
     def open(self, key: str) -> BufferedIOBase:
         """The whole object, in memory."""
@@ -110,8 +110,10 @@ class ObjectRoot:
         if not self._listable:
             raise StoreError(f"{self.at(prefix)} cannot be listed over http; name the groups, such as latents/NAME")
         with self._errors(prefix):
-            found = obstore.list_with_delimiter(self.store, prefix or None)
-        names = [str(path) for path in found["common_prefixes"]] + [str(entry["path"]) for entry in found["objects"]]
+            listing = obstore.list_with_delimiter(self.store, prefix or None)
+        names = [str(path) for path in listing["common_prefixes"]] + [
+            str(entry["path"]) for entry in listing["objects"]
+        ]
         return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names})
 
     def ranges(self, key: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:

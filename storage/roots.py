@@ -138,10 +138,10 @@ class LocalRoot:
     def size(self, key: str) -> int:
         """Bytes of the file."""
         with _telling(self, key):
-            found = os.stat(self.at(key))
-        if not stat.S_ISREG(found.st_mode):
+            status = os.stat(self.at(key))
+        if not stat.S_ISREG(status.st_mode):
             raise not_regular(self.at(key))
-        return found.st_size
+        return status.st_size
 
     def tail(self, key: str, n_bytes: int) -> tuple[int, bytes]:
         """The file's size and end."""

@@ -125,10 +125,10 @@ def disagreements(root: Root, groups: Mapping[str, Group]) -> Iterator[str]:
     if len(groups) < 2:
         return
     paths = list(groups)
-    for found in zip(*(scan(root, *group) for group in groups.values()), strict=True):
+    for scans in zip(*(scan(root, *group) for group in groups.values()), strict=True):
         first = np.zeros(0, dtype=np.uint32)  # checksums by row of the unit
         owner = np.zeros(0, dtype=np.int64)  # which group they are of, −1: none yet
-        for position, (unit, receipt, reason) in enumerate(found):
+        for position, (unit, receipt, reason) in enumerate(scans):
             if receipt is None or reason is not None:
                 continue  # said by whoever scans
             crcs, stored = stored_samples(receipt)

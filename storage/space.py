@@ -15,8 +15,8 @@ def free_bytes(root: Root) -> float:
     """Free bytes of the file system that the root lies or will lie on; infinite on an object store."""
     if root.path is None:
         return math.inf
-    there = next(path for path in (root.path, *root.path.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    existing = next(path for path in (root.path, *root.path.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def require_space(root: Root, n_bytes: int, free: float, fix: str) -> None:

@@ -139,8 +139,8 @@ def refuse_foreign(root: Root) -> None:
     names = set(root.children(""))
     if "zarr.json" in names:
         return
-    there = root.path is not None and root.path.exists() and not root.path.is_dir()
-    if there or {name for name in names if not name.startswith(".")} - {INDEX_FILE, *GROUP_KINDS, RECEIPTS_DIR}:
+    is_file = root.path is not None and root.path.exists() and not root.path.is_dir()
+    if is_file or {name for name in names if not name.startswith(".")} - {INDEX_FILE, *GROUP_KINDS, RECEIPTS_DIR}:
         raise UserError(f"{root} exists and is not a store; name an empty or new directory as the store")
 
 

@@ -118,15 +118,17 @@ def receipt_sums(layout: GroupLayout, receipt: Receipt, identity: Identity | Non
     sums = {}
     for name, fields in receipt.statistics.items():
         try:
-            found = Sums.unpacked(fields)
-            if (len(found.total), len(found.squares)) != (channels[name],) * 2:
-                raise ValueError(f"{len(found.total)} and {len(found.squares)} numbers for {channels[name]} channels")
+            unpacked = Sums.unpacked(fields)
+            if (len(unpacked.total), len(unpacked.squares)) != (channels[name],) * 2:
+                raise ValueError(
+                    f"{len(unpacked.total)} and {len(unpacked.squares)} numbers for {channels[name]} channels"
+                )
         except (KeyError, ValueError) as error:
             raise StoreError(
                 f"{layout.path}: the statistics of {name} in the receipt of unit {receipt.unit} are damaged ({error}); "
                 f"{HEAL_RECEIPT}"
             ) from None
-        sums[name] = found
+        sums[name] = unpacked
     return sums
 
 

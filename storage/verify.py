@@ -175,13 +175,13 @@ def _index_contradictions(store: Store, deep: bool) -> Iterator[str]:
 
 def contradictions(store: Store, path: str, identity: Identity) -> Iterator[str]:
     """Where a group's identity says otherwise than the store that holds it."""
-    said = {
+    pairs = {
         "kind": (identity.kind, path.partition("/")[0]),
         "resolution": (identity.resolution, store.resolution),
         "views": (identity.views, store.layout.views),
         "index_digest": (identity.index_digest, store.attributes["index_digest"]),
     }
-    for name, (of_group, of_store) in said.items():
+    for name, (of_group, of_store) in pairs.items():
         if of_group is not None and of_group != of_store:
             yield f"{store.root.at(path)}: its identity says {name} {shown(str(of_group))}, the store has {of_store}"
 
@@ -198,11 +198,11 @@ def _other_groups(store: Store, wanted: list[str]) -> dict[str, Group]:
     return others
 
 
-def _vanished_groups(root: Root, there: list[str]) -> Iterator[str]:
+def _vanished_groups(root: Root, known_groups: list[str]) -> Iterator[str]:
     """Groups that have receipts and no metadata, so that nothing else would speak of them."""
     for kind in GROUP_KINDS:
         for name in root.children(f"{RECEIPTS_DIR}/{kind}"):
-            if f"{kind}/{name}" not in there:
+            if f"{kind}/{name}" not in known_groups:
                 receipts = root.at(f"{RECEIPTS_DIR}/{kind}/{name}")
                 yield f"{root.at(f'{kind}/{name}/{METADATA}')} is missing; restore it, or remove {receipts} too"
 
@@ -268,10 +268,10 @@ def _chunk_faults(
         stored = memoryview(read(start, start + array.stored_bytes))
         chunk, beside = stored[: array.chunk_bytes], stored[array.chunk_bytes :]
         row, n_view = rows.start + slot // array.store.n_views, slot % array.store.n_views
-        found = crc32c(chunk)
-        if found != crcs[slot]:
+        crc = crc32c(chunk)
+        if crc != crcs[slot]:
             damaged.append(f"shard {where}, row {row}, view {n_view}: wrong checksum, the bytes are damaged")
-        elif int.from_bytes(beside, "little") != found:
+        elif int.from_bytes(beside, "little") != crc:
             damaged.append(f"shard {where}, row {row}, view {n_view}: the checksum stored beside the bytes is damaged")
         elif not _finite(np.frombuffer(chunk, dtype=array.dtype)):
             not_finite.append(f"shard {where}, row {row}, view {n_view}: NaN or infinity among its numbers")

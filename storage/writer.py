@@ -51,29 +51,29 @@ def create_store(
     """
     root = open_root(where)
     attributes = _store_attributes(layout, index)
-    found = check_store(root, layout, index)
-    if found is not None:
+    stored = check_store(root, layout, index)
+    if stored is not None:
         if not _sealed(root, STORE_RECEIPT):
-            _publish_store(root, {**attributes, "source": found.get("source", {})}, index, run_id)
+            _publish_store(root, {**attributes, "source": stored.get("source", {})}, index, run_id)
         return
     _publish_store(root, {**attributes, "source": dict(source)}, index, run_id)
 
 
 def check_store(root: Root, layout: StoreLayout, index: Index) -> dict[str, Any] | None:
     """The attributes of the store there is, None when there is none; raises StoreError as `create_store` does."""
-    found = read_attributes(root, METADATA)
-    if found is not None:
-        without_source = {name: value for name, value in found.items() if name != "source"}
+    stored = read_attributes(root, METADATA)
+    if stored is not None:
+        without_source = {name: value for name, value in stored.items() if name != "source"}
         require_same(_store_attributes(layout, index), without_source, f"store {root}", NEW_ROOT)
-    return found
+    return stored
 
 
 def check_group(root: Root, path: str, identity: Identity, fix: str = NEW_GROUP) -> None:
     """Raise StoreError as `create_group` does when there is a group of another identity; `fix` ends the sentence."""
-    found = read_attributes(root, f"{path}/{METADATA}")
-    if found is not None:
-        there = typed_attributes(GroupAttributes, found, root.at(f"{path}/{METADATA}")).identity
-        require_same(identity.plain(), there, root.at(path), fix)
+    stored = read_attributes(root, f"{path}/{METADATA}")
+    if stored is not None:
+        stored_identity = typed_attributes(GroupAttributes, stored, root.at(f"{path}/{METADATA}")).identity
+        require_same(identity.plain(), stored_identity, root.at(path), fix)
 
 
 def create_group(

@@ -59,9 +59,9 @@ def why_not(folder: Path) -> str | None:
         return "it has blanks or quotes in its path"
     if n_bytes > SOCKET_BYTES:
         return f"its path leaves no room for a socket's, which would be of {n_bytes} bytes and may be of {SOCKET_BYTES}"
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=there) as trial, socket.socket(socket.AF_UNIX) as one:
+        with tempfile.TemporaryDirectory(prefix=".", dir=existing) as trial, socket.socket(socket.AF_UNIX) as one:
             one.bind(f"{trial}/socket")
             with open(f"{trial}/room", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, ROOM_BYTES)

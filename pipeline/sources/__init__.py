@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.sources.data_entries import list_entries
 from pipeline.sources.flat_folder import FlatFolder
-from pipeline.sources.found import look
 from pipeline.sources.hdf5 import HDF5
 from pipeline.sources.image_folder import ImageFolder
 from pipeline.sources.labels import LabelOptions
@@ -33,16 +33,16 @@ def open_source(data: str, kind: str = AUTO) -> Source:
     by_kind = {source.kind: source for source in SOURCES}
     if kind not in (AUTO, *by_kind):
         raise UserError(f"--source must be one of {', '.join([AUTO, *by_kind])}, got {kind!r}")
-    found = look(data)
+    entries = list_entries(data)
     if kind != AUTO:
-        source = by_kind[kind](found)
+        source = by_kind[kind](entries)
         source.named = True
         return source
-    recognised = [source for source in SOURCES if source.recognises(found)]
+    recognised = [source for source in SOURCES if source.recognises(entries)]
     if len(recognised) > 1:
         kinds = " or ".join(source.kind for source in recognised)
-        raise UserError(f"DATA {data} holds {found.summary()}: is it {kinds}? Say which with --source")
+        raise UserError(f"DATA {data} holds {entries.summary()}: is it {kinds}? Say which with --source")
     if not recognised:
         expected = "; ".join(f"{source.kind}: {source.expects}" for source in SOURCES)
-        raise UserError(f"DATA {data} holds {found.summary()}, expected one of these: {expected}")
-    return recognised[0](found)
+        raise UserError(f"DATA {data} holds {entries.summary()}, expected one of these: {expected}")
+    return recognised[0](entries)

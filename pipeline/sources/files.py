@@ -85,15 +85,15 @@ class Files(Protocol):
 
 def walk(files: Files, folder: str) -> tuple[list[File], list[str]]:
     """(the files at any depth below a folder, the leftovers that were not entered), sorted by path."""
-    found: list[File] = []
+    listed: list[File] = []
     leftovers: list[str] = []
     folders = [folder]
     while folders:
         entries = files.entries(folders.pop())
         folders += entries.folders
-        found += entries.files
+        listed += entries.files
         leftovers += entries.leftovers
-    return sorted(found, key=lambda file: file.path), sorted(leftovers)
+    return sorted(listed, key=lambda file: file.path), sorted(leftovers)
 
 
 def matches(files: Files, pattern: str, folder: str = "") -> tuple[list[File], list[str]]:
@@ -103,13 +103,13 @@ def matches(files: Files, pattern: str, folder: str = "") -> tuple[list[File], l
     leftovers = [path for path in others if fnmatchcase(posixpath.basename(path), first)]
     if not rest:
         return [file for file in here if fnmatchcase(posixpath.basename(file.path), first)], leftovers
-    found: list[File] = []
+    matching: list[File] = []
     for path in below:
         if fnmatchcase(posixpath.basename(path), first):
             deeper, deeper_leftovers = matches(files, rest, path)
-            found += deeper
+            matching += deeper
             leftovers += deeper_leftovers
-    return found, leftovers
+    return matching, leftovers
 
 
 class LocalFiles:
@@ -122,7 +122,7 @@ class LocalFiles:
     def entries(self, folder: str) -> Entries:
         """One directory scan, and one stat a file."""
         folders: list[str] = []
-        found: list[File] = []
+        files: list[File] = []
         leftovers: list[str] = []
         for entry in os.scandir(os.path.join(self.root, folder)):
             path = f"{folder}/{entry.name}" if folder else entry.name
@@ -136,10 +136,10 @@ class LocalFiles:
                 else:
                     folders.append(path)
             elif (file := _file(path, entry)) is not None:
-                found.append(file)
+                files.append(file)
             else:
                 leftovers.append(path)
-        return Entries(sorted(folders), sorted(found, key=lambda file: file.path), sorted(leftovers))
+        return Entries(sorted(folders), sorted(files, key=lambda file: file.path), sorted(leftovers))
 
     def _leads_back(self, folder: str, link: str) -> bool:
         """Whether a link in a folder leads to that folder, to one that the path to it passes through, or above these.
@@ -270,8 +270,8 @@ class RemoteFiles:
         leftovers = sorted(path for path, _ in named if leftover(posixpath.basename(path)))
         seen = [(path, entry) for path, entry in named if not leftover(posixpath.basename(path))]
         folders = sorted(path for path, entry in seen if entry["type"] == "directory")
-        found = [File(path, int(entry["size"])) for path, entry in seen if entry["type"] == "file"]
-        return Entries(folders, sorted(found, key=lambda file: file.path), leftovers)
+        files = [File(path, int(entry["size"])) for path, entry in seen if entry["type"] == "file"]
+        return Entries(folders, sorted(files, key=lambda file: file.path), leftovers)
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None for a folder. Raises FileNotFoundError when it is neither."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.sources.data_entries import CONTAINERS, DataEntries, list_entries
 from pipeline.sources.files import Part
-from pipeline.sources.found import CONTAINERS, Found, look
 from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.labels_file import CSV_FILE, JSON_FILE
 from pipeline.sources.listing import Listing, is_image, make_listing
@@ -23,24 +23,24 @@ class FlatFolder:
     kind = "flat-folder"
     expects = "a folder of images alone, with --unlabelled"
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By images, beside no folder, no container and no file of labels."""
-        others = found.folders or found.having(CSV_FILE, JSON_FILE, *CONTAINERS)
-        return found.is_folder and not others and any(is_image(file.path) for file in found.files)
+        others = entries.folders or entries.having(CSV_FILE, JSON_FILE, *CONTAINERS)
+        return entries.is_folder and not others and any(is_image(file.path) for file in entries.files)
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image. Raises UserError where there is none, and without --unlabelled."""
-        found = look(self.data)
-        images = [file for file in found.files if is_image(file.path)]
+        entries = list_entries(self.data)
+        images = [file for file in entries.files if is_image(file.path)]
         if not images:
-            raise UserError(f"DATA {self.data} has no image directly below it; it holds {found.summary()}")
+            raise UserError(f"DATA {self.data} has no image directly below it; it holds {entries.summary()}")
         if not wanted.unlabelled:
             raise UserError(
-                f"DATA {self.data} holds {found.summary()} and nothing that labels them; sort them into a folder a "
+                f"DATA {self.data} holds {entries.summary()} and nothing that labels them; sort them into a folder a "
                 f"class, put a {CSV_FILE} beside them (file,label), or pass --unlabelled to store no labels (−1)"
             )
         return make_listing(
@@ -50,7 +50,7 @@ class FlatFolder:
             locations=[file.path for file in images],
             nbytes=[file.nbytes for file in images],
             data_bytes=sum(max(0, file.nbytes) for file in images),
-            left_out=found.left_out(images),
+            left_out=entries.left_out(images),
             wanted=wanted,
         )
 

@@ -18,8 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pipeline.sources.data_entries import DataEntries, list_entries
 from pipeline.sources.files import UNKNOWN_BYTES, File
-from pipeline.sources.found import Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
 from pipeline.sources.listing import Listing, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
@@ -46,18 +46,18 @@ class HDF5:
     kind = "hdf5"
     expects = "HDF5 files (.h5, .hdf5) with the data sets images and labels"
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By suffix."""
-        return bool(found.having(*SUFFIXES))
+        return bool(entries.having(*SUFFIXES))
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every row. Raises UserError where a file is no such HDF5 file or there is no row."""
-        found = look(self.data)
-        files = found.one_split(*SUFFIXES)
+        entries = list_entries(self.data)
+        files = entries.one_split(*SUFFIXES)
         keys: list[str] = []
         locations: list[str] = []
         nbytes: list[int] = []
@@ -77,11 +77,11 @@ class HDF5:
         return make_listing(
             keys=keys,
             labels=labels,
-            class_names={**class_names, **found.class_names()},
+            class_names={**class_names, **entries.class_names()},
             locations=locations,
             nbytes=nbytes,
             data_bytes=sum(file.nbytes for file in files),
-            left_out=found.left_out(files),
+            left_out=entries.left_out(files),
             wanted=wanted,
             looked_in=self._looked_in(files[0], wanted),
         )
@@ -138,15 +138,15 @@ def find_labels(file: h5py.File, column: str) -> h5py.Dataset | None:
         if (dataset := find_dataset(file, column)) is None:
             raise UserError(f"there is no data set {column!r} (--label-column); the file holds {describe(file)}")
         return dataset
-    there = [name for name in LABEL_NAMES if find_member(file, name) is not None]
-    if len(there) > 1:
-        raise UserError(f"it has the data sets {' and '.join(there)}; name the one that holds labels by --label-column")
-    if there and isinstance(group := find_member(file, there[0]), h5py.Group):
+    names = [name for name in LABEL_NAMES if find_member(file, name) is not None]
+    if len(names) > 1:
+        raise UserError(f"it has the data sets {' and '.join(names)}; name the one that holds labels by --label-column")
+    if names and isinstance(group := find_member(file, names[0]), h5py.Group):
         raise UserError(
-            f"{there[0]} is a group, of {describe(group)}; name the one that holds labels by "
-            f"--label-column {there[0]}/NAME"
+            f"{names[0]} is a group, of {describe(group)}; name the one that holds labels by "
+            f"--label-column {names[0]}/NAME"
         )
-    return find_dataset(file, there[0]) if there else None
+    return find_dataset(file, names[0]) if names else None
 
 
 def find_images(file: h5py.File) -> h5py.Dataset:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pipeline.sources.class_folders import class_folders, listed, refuse_files_of_labels
+from pipeline.sources.data_entries import DataEntries, list_entries, refuse_splits
 from pipeline.sources.files import Part
-from pipeline.sources.found import Found, look, refuse_splits
 from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.labels_file import LabelsFile
 from pipeline.sources.listing import EXTENSIONS, Listing, is_image, make_listing
@@ -27,20 +27,20 @@ class ImageFolder:
     expects = "a folder with one sub-folder of images a class"
     named = False  # whether the user chose this kind
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By its sub-folders, unless a file holds the labels."""
-        return bool(found.folders) and not LabelsFile.recognises(found)
+        return bool(entries.folders) and not LabelsFile.recognises(entries)
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; files with another extension are left out by name. Raises UserError when there is none."""
-        found = look(self.data)
-        if not found.folders:
+        entries = list_entries(self.data)
+        if not entries.folders:
             raise UserError(f"DATA {self.data} has no sub-folder; it needs one a class, such as {self.data}/n01440764")
-        below, leftovers = found.walk()
+        below, leftovers = entries.walk()
         images = [(label, file) for label, files in enumerate(below) for file in files if is_image(file.path)]
         left_out = [file.path for files in below for file in files if not is_image(file.path)]
         if not images:
@@ -50,24 +50,24 @@ class ImageFolder:
                 f"(by extension: {' '.join(sorted(EXTENSIONS))}){seen}"
             )
         paths = [file.path for _, file in images]
-        refuse_splits(self.data, found.folders, paths)
+        refuse_splits(self.data, entries.folders, paths)
         if not self.named and not wanted.unlabelled:
-            refuse_files_of_labels([*(file.path for file in found.files), *left_out], self.data, self.kind)
-            self._refuse_one_folder(found, paths)
+            refuse_files_of_labels([*(file.path for file in entries.files), *left_out], self.data, self.kind)
+            self._refuse_one_folder(entries, paths)
         return make_listing(
             keys=paths,
             labels=[label for label, _ in images],
-            class_names=dict(enumerate(found.folders)),
+            class_names=dict(enumerate(entries.folders)),
             locations=paths,
             nbytes=[file.nbytes for _, file in images],
             data_bytes=sum(max(0, file.nbytes) for _, file in images),
-            left_out=[*(file.path for file in found.files), *left_out, *found.leftovers, *leftovers],
+            left_out=[*(file.path for file in entries.files), *left_out, *entries.leftovers, *leftovers],
             wanted=wanted,
         )
 
-    def _refuse_one_folder(self, found: Found, paths: Sequence[str]) -> None:
+    def _refuse_one_folder(self, entries: DataEntries, paths: Sequence[str]) -> None:
         """Raise UserError where DATA holds one folder whose own folders seem to be the classes."""
-        (folder, *others) = found.folders
+        (folder, *others) = entries.folders
         if others:
             return
         classes = {class_of for class_of in class_folders(paths, f"DATA {self.data}").values() if class_of}

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+from pipeline.sources.data_entries import DataEntries, list_entries
 from pipeline.sources.files import UNKNOWN_BYTES, File, Files, LocalFiles, Part
-from pipeline.sources.found import Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions, read_label
 from pipeline.sources.listing import CLASS_NAMES_FILE, Listing, decode_text, is_image, make_listing
 from pipeline.sources.protocol import Sample
@@ -44,24 +44,24 @@ class LabelsFile:
     kind = "labels-file"
     expects = f"a folder of images with {CSV_FILE} ({FILE},{LABEL}) or {JSON_FILE}"
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By the file's name."""
-        return found.is_folder and any(file.path in (CSV_FILE, JSON_FILE) for file in found.files)
+        return entries.is_folder and any(file.path in (CSV_FILE, JSON_FILE) for file in entries.files)
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List what the file names. Raises UserError where it cannot be understood or names nothing."""
-        found = look(self.data)
-        files = {file.path: file for file in found.files if file.path in (CSV_FILE, JSON_FILE)}
+        entries = list_entries(self.data)
+        files = {file.path: file for file in entries.files if file.path in (CSV_FILE, JSON_FILE)}
         if len(files) != 1:
             raise UserError(f"DATA {self.data} needs one of {CSV_FILE} and {JSON_FILE}, it has {len(files)}")
         (name,) = files
         table = _read_table(self.place, files[name], wanted)
-        below, leftovers = found.walk()
-        sizes = {file.path: file.nbytes for file in chain(found.files, *below)}
+        below, leftovers = entries.walk()
+        sizes = {file.path: file.nbytes for file in chain(entries.files, *below)}
         if not table.rows and name == JSON_FILE and wanted.unlabelled:  # {"labels": null}
             table.rows.update((path, Row(None)) for path in sizes if is_image(path))
         if not table.rows:
@@ -80,11 +80,11 @@ class LabelsFile:
         return make_listing(
             keys=paths,
             labels=[table.rows[path].label for path in paths],
-            class_names={**table.class_names, **found.class_names()},
+            class_names={**table.class_names, **entries.class_names()},
             locations=paths,
             nbytes=[sizes.get(path, UNKNOWN_BYTES) for path in paths],
             data_bytes=sum(max(0, sizes.get(path, 0)) for path in paths),
-            left_out=sorted(path for path in [*sizes, *found.leftovers, *leftovers] if path not in known),
+            left_out=sorted(path for path in [*sizes, *entries.leftovers, *leftovers] if path not in known),
             warnings=[f"{len(absent)} images of {name} are not there, such as {shown(absent[0])}"] if absent else [],
             wanted=wanted,
             looked_in=f"{table.where}, {table.column}, is empty throughout",

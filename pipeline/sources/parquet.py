@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.sources.data_entries import LISTING_THREADS, DataEntries, list_entries
 from pipeline.sources.files import UNKNOWN_BYTES, File
-from pipeline.sources.found import LISTING_THREADS, Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
 from pipeline.sources.listing import Listing, make_listing
 from pipeline.sources.protocol import Sample, Unreadable
@@ -52,19 +52,19 @@ class Parquet:
     kind = "parquet"
     expects = "Parquet files with the columns image and label, as on the Hugging Face hub"
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By suffix."""
-        return bool(found.having(".parquet"))
+        return bool(entries.having(".parquet"))
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every row. Raises UserError where a file is no such Parquet file or there is no row."""
         column = wanted.column or LABEL
-        found = look(self.data)
-        files = found.one_split(".parquet")
+        entries = list_entries(self.data)
+        files = entries.one_split(".parquet")
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             below = list(pool.map(lambda file: self._read_labels(file, wanted), files))
         rows = [
@@ -81,11 +81,11 @@ class Parquet:
                 for number in range(len(groups))
             ],
             labels=[label for _, file_labels, _, _ in below for label in file_labels],
-            class_names={**dict(enumerate(below[0][2])), **found.class_names()},
+            class_names={**dict(enumerate(below[0][2])), **entries.class_names()},
             locations=[f"{file.path}#{group}:{row}" for file, group, row in rows],
             nbytes=[UNKNOWN_BYTES] * len(rows),
             data_bytes=sum(file.nbytes for file in files),
-            left_out=found.left_out(files),
+            left_out=entries.left_out(files),
             wanted=wanted,
             looked_in=f"{self._name(files[0])}, column {column!r}; the file has the columns {_listed(below[0][3])}",
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pipeline.sources.class_folders import listed, refuse_files_of_labels
-from pipeline.sources.found import LISTING_THREADS, Found, look
+from pipeline.sources.data_entries import LISTING_THREADS, DataEntries, list_entries
 from pipeline.sources.labels import AS_FOUND, LabelOptions
 from pipeline.sources.leftovers import leftover
 from pipeline.sources.listing import Listing, is_image, make_listing
@@ -46,25 +46,25 @@ class ClassTars:
     expects = "a folder of .tar files of images, one a class"
     named = False  # whether the user chose this kind
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By several tars of which the first holds images and nothing else."""
-        tars = found.having(".tar")
-        return len(tars) > 1 and all(is_image(name) for name in first_names(found.place, tars[0].path))
+        tars = entries.having(".tar")
+        return len(tars) > 1 and all(is_image(name) for name in first_names(entries.place, tars[0].path))
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; members with another extension are left out by name. Raises UserError."""
-        found = look(self.data)
-        tars, left_out = self._class_tars(found)
+        entries = list_entries(self.data)
+        tars, left_out = self._class_tars(entries)
         tars = sorted(tars, key=lambda tar: tar.name)
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             below = list(pool.map(self._members, tars))
         images: list[tuple[int, str, Member]] = []
-        for label, (tar, found_members) in enumerate(zip(tars, below, strict=True)):
-            for member in sorted(found_members, key=lambda member: member.name):
+        for label, (tar, of_tar) in enumerate(zip(tars, below, strict=True)):
+            for member in sorted(of_tar, key=lambda member: member.name):
                 key = f"{tar.name}/{member.name}"
                 is_label = member.name.lower().endswith(LABEL_SUFFIX) and not leftover(member.name)
                 if is_label and not wanted.unlabelled:
@@ -89,7 +89,7 @@ class ClassTars:
             class_names={label: tar.name for label, tar in enumerate(tars)},
             locations=[location(tars[label].path, member) for label, _, member in images],
             nbytes=[member.nbytes for _, _, member in images],
-            data_bytes=sum(file.nbytes for file in found.having(".tar")),
+            data_bytes=sum(file.nbytes for file in entries.having(".tar")),
             left_out=left_out,
             wanted=wanted,
         )
@@ -102,11 +102,11 @@ class ClassTars:
         """Kind and absolute path, pattern or URL."""
         return {"kind": self.kind, "path": self.data}
 
-    def _class_tars(self, found: Found) -> tuple[list[_ClassTar], list[str]]:
+    def _class_tars(self, entries: DataEntries) -> tuple[list[_ClassTar], list[str]]:
         """The class tars, and what is none."""
-        tars = found.one_split(".tar")
+        tars = entries.one_split(".tar")
         return [_ClassTar(posixpath.basename(tar.path)[: -len(".tar")], tar.path) for tar in tars], list(
-            found.left_out(tars)
+            entries.left_out(tars)
         )
 
     def _refuse_names_that_come_twice(self, tars: Sequence[_ClassTar]) -> None:
@@ -158,16 +158,16 @@ class TarOfTars(ClassTars):
     expects = "a .tar of one .tar a class (ILSVRC2012_img_train.tar)"
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By one tar whose first member is a tar."""
-        tars = found.having(".tar")
-        return len(tars) == 1 and any(name.endswith(".tar") for name in first_names(found.place, tars[0].path)[:1])
+        tars = entries.having(".tar")
+        return len(tars) == 1 and any(name.endswith(".tar") for name in first_names(entries.place, tars[0].path)[:1])
 
-    def _class_tars(self, found: Found) -> tuple[list[_ClassTar], list[str]]:
-        outer = found.one_split(".tar")
+    def _class_tars(self, entries: DataEntries) -> tuple[list[_ClassTar], list[str]]:
+        outer = entries.one_split(".tar")
         if len(outer) != 1:
             raise UserError(f"DATA {self.data} has {len(outer)} tars; a tar of tars is one file, name it")
-        left_out = list(found.left_out(outer))
+        left_out = list(entries.left_out(outer))
         tars = []
         for member in members(self.place, outer[0].path):
             if member.regular and member.name.lower().endswith(".tar") and not leftover(member.name):

@@ -75,13 +75,13 @@ def members(files: Files, path: str, start: int = 0, end: int | None = None) -> 
             continue
         if targets is None:
             targets = _targets(files, path, start, end, where)
-        found = _follow(member, targets)
-        if found is None and member.hard and not leftover(member.name):
+        target = _follow(member, targets)
+        if target is None and member.hard and not leftover(member.name):
             raise UserError(
                 f"{where}: {shown(member.name)} is a second name of {shown(member.target)}, which the tar does not "
                 "hold; pack both into one tar, or copies of them (tar --hard-dereference)"
             )
-        yield Member(member.name, 0, 0, False) if found is None else found._replace(name=member.name)
+        yield Member(member.name, 0, 0, False) if target is None else target._replace(name=member.name)
 
 
 def _targets(files: Files, path: str, start: int, end: int | None, where: str) -> dict[str, Member | _Link]:
@@ -94,10 +94,10 @@ def _targets(files: Files, path: str, start: int, end: int | None, where: str) -
 def _follow(link: _Link, targets: dict[str, Member | _Link]) -> Member | None:
     """The member that a link leads to, over other links; None where it leads nowhere, out of the tar or in circles."""
     for _ in range(LINKS_FOLLOWED):
-        found = targets.get(link.target)
-        if not isinstance(found, _Link):
-            return found if found is not None and found.regular else None
-        link = found
+        target = targets.get(link.target)
+        if not isinstance(target, _Link):
+            return target if target is not None and target.regular else None
+        link = target
     return None
 
 

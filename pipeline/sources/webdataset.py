@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.sources.data_entries import LISTING_THREADS, DataEntries, list_entries
 from pipeline.sources.files import File, Files
-from pipeline.sources.found import LISTING_THREADS, Found, look
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions, read_label
 from pipeline.sources.leftovers import leftover
 from pipeline.sources.listing import EXTENSIONS, Listing, make_listing
@@ -53,24 +53,24 @@ class WebDataset:
     kind = "webdataset"
     expects = "WebDataset .tar shards (x.jpg beside x.cls, x.json or x.txt)"
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By a first tar in which an image stands beside a label."""
-        tars = found.having(".tar")
-        names = [_split(name) for name in first_names(found.place, tars[0].path)] if tars else []
+        tars = entries.having(".tar")
+        names = [_split(name) for name in first_names(entries.place, tars[0].path)] if tars else []
         images = {stem for stem, suffix in names if _is_image_suffix(suffix)}
         return any(stem in images and suffix in LABEL_SUFFIXES for stem, suffix in names)
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every sample that has an image; members that belong to none are left out by name. Raises UserError."""
-        found = look(self.data)
-        shards = found.one_split(".tar")
+        entries = list_entries(self.data)
+        shards = entries.one_split(".tar")
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             below = list(pool.map(lambda shard: read_shard(self.place, shard, wanted), shards))
-        left_out = [*found.left_out(shards), *(name for _, others in below for name in others)]
+        left_out = [*entries.left_out(shards), *(name for _, others in below for name in others)]
         rows = [(shard, sample) for shard, (samples, _) in zip(shards, below, strict=True) for sample in samples]
         if not rows:
             raise UserError(f"DATA {self.data} has {len(shards)} tars and no image in them")
@@ -78,7 +78,7 @@ class WebDataset:
         return make_listing(
             keys=[f"{shard.path[: -len('.tar')]}/{sample.name}" for shard, sample in rows],
             labels=[sample.label for _, sample in rows],
-            class_names={**_names([sample for _, sample in rows], self.data), **found.class_names()},
+            class_names={**_names([sample for _, sample in rows], self.data), **entries.class_names()},
             locations=[location(shard.path, image) for (shard, _), image in zip(rows, images, strict=True)],
             nbytes=[image.nbytes for image in images],
             data_bytes=sum(shard.nbytes for shard in shards),
@@ -165,8 +165,8 @@ def _describe(sample: _Sample, suffix: str, raw: bytes, wanted: LabelOptions) ->
         if not isinstance(content, dict):
             return
         keys = (wanted.column,) if wanted.column else LABEL_KEYS
-        found = [content[key] for key in keys if content.get(key) is not None]
-        sample.label = found[0] if found and not wanted.column.startswith(".") else None
+        labels = [content[key] for key in keys if content.get(key) is not None]
+        sample.label = labels[0] if labels and not wanted.column.startswith(".") else None
         sample.class_name = _text_of(content.get("class_name"))
         if not isinstance(sample.label, int | float | str | None):
             raise ValueError(f"label {shown(repr(sample.label))[:60]} is not one number or name")
@@ -195,9 +195,9 @@ def _names(samples: Sequence[_Sample], data: str) -> dict[Label, str]:
 
 def _looked_in(sample: _Sample, wanted: LabelOptions, data: str) -> str:
     """What there is where the labels should be, for a message."""
-    there = ", ".join(f".{suffix}" for suffix in sample.sidecars) or "nothing"
+    sidecars = ", ".join(f".{suffix}" for suffix in sample.sidecars) or "nothing"
     asked = f"--label-column {wanted.column}" if wanted.column else ".cls, .json (label or cls) or .txt"
-    return f"{data} was looked through for {asked}; beside the first image, {shown(sample.name)}, stands {there}"
+    return f"{data} was looked through for {asked}; beside the first image, {shown(sample.name)}, stands {sidecars}"
 
 
 def _text_of(value: Any) -> str:

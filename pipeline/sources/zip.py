@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.sources.class_folders import LABEL_FILES, class_folders
+from pipeline.sources.data_entries import DataEntries, list_entries, refuse_splits
 from pipeline.sources.files import File, Part
-from pipeline.sources.found import Found, look, refuse_splits
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
 from pipeline.sources.labels_file import JSON_FILE, MAX_TABLE_BYTES, clean_path, parse_json
 from pipeline.sources.leftovers import leftover
@@ -65,18 +65,18 @@ class Zip:
     kind = "zip"
     expects = "a .zip with a folder a class, or with dataset.json (EDM2)"
 
-    def __init__(self, found: Found) -> None:
-        self.data, self.place = found.data, found.place
+    def __init__(self, entries: DataEntries) -> None:
+        self.data, self.place = entries.data, entries.place
 
     @staticmethod
-    def recognises(found: Found) -> bool:
+    def recognises(entries: DataEntries) -> bool:
         """By suffix."""
-        return bool(found.having(".zip"))
+        return bool(entries.having(".zip"))
 
     def listing(self, wanted: LabelOptions = AS_FOUND) -> Listing:
         """List every image; members that are none are left out by name. Raises UserError."""
-        found = look(self.data)
-        zips = found.having(".zip")
+        entries = list_entries(self.data)
+        zips = entries.having(".zip")
         if len(zips) != 1:
             raise UserError(f"DATA {self.data} has {len(zips)} zip files; name the one to read")
         where = f"{shown(zips[0].path)} in DATA"
@@ -84,7 +84,7 @@ class Zip:
         of_labels = {table.name} if table is not None else set()
         images = sorted((name, record) for name, record in members if record is not None and is_image(name))
         taken = {name for name, _ in images} | of_labels
-        left_out = [*found.left_out(zips), *(name for name, _ in members if name not in taken)]
+        left_out = [*entries.left_out(zips), *(name for name, _ in members if name not in taken)]
         warnings = []
         if table is None:
             class_of = class_folders([name for name, _ in images], where)
@@ -105,7 +105,7 @@ class Zip:
         return make_listing(
             keys=[name for name, _ in images],
             labels=labels,
-            class_names={**class_names, **found.class_names()},
+            class_names={**class_names, **entries.class_names()},
             locations=[f"{zips[0].path}@{_spell(record)}" for _, record in images],
             nbytes=[record.packed_nbytes for _, record in images],
             data_bytes=zips[0].nbytes,
@@ -152,8 +152,8 @@ class Zip:
                 by_name = dict(samples)  # the last of a name, which unpacking leaves
                 members: list[_Member] = []
                 for name, info in infos:
-                    found = None if leftover(name) else _followed(archive, name, info, by_name)
-                    record = None if found is None else _record(found, ends[found.header_offset], where)
+                    target = None if leftover(name) else _followed(archive, name, info, by_name)
+                    record = None if target is None else _record(target, ends[target.header_offset], where)
                     members.append((name, record))
                 if wanted.unlabelled:
                     return members, _Table("", {})

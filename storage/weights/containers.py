@@ -77,8 +77,8 @@ def read_zip(stack: ExitStack, file: BinaryIO, nbytes: int) -> Any:
             last[name] = _record(archive, records, name, nbytes)
         return last[name]
 
-    def persistent(found: Any) -> Storage:
-        kind, key, n = _storage_id(found)
+    def persistent(persistent_id: Any) -> Storage:
+        kind, key, n = _storage_id(persistent_id)
         name = f"{prefix}data/{key}"
         if name not in records:
             raise DamagedError(f"it has no record {shown(name[:80])}")
@@ -115,12 +115,12 @@ def read_safetensors(stack: ExitStack, path: Path, head: bytes) -> dict[str, Sto
     if declared > MAX_DIRECTORY_BYTES:
         raise DamagedError(f"its header has {declared:,} bytes, at most {MAX_DIRECTORY_BYTES:,} are read")
     file = stack.enter_context(safe_open(path, framework="pt"))
-    found = {}
+    tensors = {}
     for name in file.keys():  # noqa: SIM118 - it is no dict
         part = file.get_slice(name)
         shape = tuple(part.get_shape())
-        found[name] = Stored(shape, product(shape), name, 0, partial(file.get_tensor, name))
-    return found
+        tensors[name] = Stored(shape, product(shape), name, 0, partial(file.get_tensor, name))
+    return tensors
 
 
 def is_safetensors(head: bytes, nbytes: int) -> bool:
@@ -142,13 +142,13 @@ def read_pickles(file: BinaryIO, nbytes: int) -> Any:
             last[key] = _run(file, places[key], n)
         return last[key]
 
-    def persistent(found: Any) -> Storage:
-        kind, key, n = _storage_id(found)
-        if len(found) > 5 and found[5] is not None:
+    def persistent(persistent_id: Any) -> Storage:
+        kind, key, n = _storage_id(persistent_id)
+        if len(persistent_id) > 5 and persistent_id[5] is not None:
             raise DamagedError("it has views of storages, as only torch before 0.4 wrote; save it again")
         return asked.setdefault(key, Storage(key, kind, n, lambda: read(key, n * size_of(kind))))
 
-    def no_storage(found: Any) -> Any:
+    def no_storage(persistent_id: Any) -> Any:
         raise DamagedError("it has a storage where none may stand")
 
     try:
@@ -184,14 +184,21 @@ def _run(file: BinaryIO, at: int, n: int) -> bytearray:
     return content
 
 
-def _storage_id(found: Any) -> tuple[torch.dtype | None, str, int]:
+def _storage_id(persistent_id: Any) -> tuple[torch.dtype | None, str, int]:
     """dtype, key and length of ("storage", type, key, device, length, …)."""
-    if not (isinstance(found, tuple) and len(found) >= 5 and found[0] == "storage" and isinstance(found[1], Named)):
+    if not (
+        isinstance(persistent_id, tuple)
+        and len(persistent_id) >= 5
+        and persistent_id[0] == "storage"
+        and isinstance(persistent_id[1], Named)
+    ):
         raise DamagedError("a storage of it is named in no way that torch does")
-    kind = STORAGE.fullmatch(found[1].name) or re.fullmatch(r"torch\.storage\.(Untyped)Storage", found[1].name)
+    kind = STORAGE.fullmatch(persistent_id[1].name) or re.fullmatch(
+        r"torch\.storage\.(Untyped)Storage", persistent_id[1].name
+    )
     if kind is None or kind[1] not in {*DTYPES, "Untyped"}:
-        raise DamagedError(f"it has a {shown(found[1].name[:80])}, which is not read")
-    key, n = found[2], found[4]
+        raise DamagedError(f"it has a {shown(persistent_id[1].name[:80])}, which is not read")
+    key, n = persistent_id[2], persistent_id[4]
     if not isinstance(key, str | int) or not is_count(n):
         raise DamagedError("a storage of it is named in no way that torch does")
     return DTYPES.get(kind[1]), str(key), n

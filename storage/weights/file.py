@@ -44,7 +44,7 @@ class WeightFile:
 
     def entries(self) -> dict[str, Any]:
         """Every leaf of the tree's dicts by its names joined with dots. Raises UserError."""
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         n_visited = 0
 
         def descend(tree: Mapping[Any, Any], prefix: str, depth: int) -> None:
@@ -58,11 +58,11 @@ class WeightFile:
                 if below is not None and depth < MAX_DEPTH:
                     descend(below, f"{name}.", depth + 1)
                 else:
-                    found[name] = value
+                    entries[name] = value
 
         with _one_line(self.path):
             descend(_below(self.tree) or {}, "", 1)
-        return found
+        return entries
 
     def tensors(self, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
         """The tensors, in memory. Raises UserError when they are damaged, or larger than the file."""
@@ -130,8 +130,14 @@ def _with_tensors(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
 def _of_folder(path: Path) -> str:
     if (path / ".metadata").is_file():
         return "a distributed checkpoint: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch` makes one"
-    there = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"))
-    return f"name one in it ({', '.join(map(shown, there[:NAMED_AT_MOST]))})" if there else "name the file itself"
+    weight_files = sorted(
+        p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+    )
+    return (
+        f"name one in it ({', '.join(map(shown, weight_files[:NAMED_AT_MOST]))})"
+        if weight_files
+        else "name the file itself"
+    )
 
 
 @contextmanager

@@ -30,16 +30,16 @@ def bare_name(name: str) -> str:
 
 def bare(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Entries under their bare names. Raises UserError where two have the same."""
-    found: dict[str, Any] = {}
+    bare_entries: dict[str, Any] = {}
     full: dict[str, str] = {}
     for name, value in entries.items():
         short = bare_name(name)
-        if short in found:
+        if short in bare_entries:
             raise UserError(
                 f"{shown(str(path))} has {shown(full[short][:80])} and {shown(name[:80])}, one weight twice; keep one"
             )
-        found[short], full[short] = value, name
-    return found
+        bare_entries[short], full[short] = value, name
+    return bare_entries
 
 
 def not_a_tensor(value: Any) -> str:

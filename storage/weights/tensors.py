@@ -85,8 +85,8 @@ def stored(made: Made) -> Stored | None:
 
 
 def _dtype_named(named: Any) -> torch.dtype | None:
-    found = getattr(torch, named.name.removeprefix("torch."), None) if isinstance(named, Named) else None
-    return found if isinstance(found, torch.dtype) else None
+    dtype = getattr(torch, named.name.removeprefix("torch."), None) if isinstance(named, Named) else None
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def size_of(dtype: torch.dtype | None) -> int:

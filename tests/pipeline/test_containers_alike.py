@@ -26,6 +26,7 @@ from pipeline.sources.files import LocalFiles
 from pipeline.sources.leftovers import leftover
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES
 from storage.base.errors import UserError
+from tests.examples import examples
 
 LEFTOVERS = [
     "Thumbs.db",
@@ -87,7 +88,7 @@ def rows_of(data: Path, kind: str) -> list[tuple[str, int, bytes]]:
 
 
 @pytest.mark.parametrize("links", ["hard", "symbolic"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tree=st.dictionaries(
         st.sampled_from(["cat", "dog", "fox"]), st.dictionaries(names, contents, min_size=1, max_size=6), min_size=2
@@ -313,7 +314,7 @@ def test_an_entry_has_its_size_through_a_link(tmp_path: Path) -> None:
     assert [file.nbytes for file in LocalFiles(str(tmp_path)).entries("d").files] == [7]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["zip", "class-tars", "tar-of-tars", "webdataset"]), st.data())
 def test_whatever_the_bytes_of_a_container_it_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject

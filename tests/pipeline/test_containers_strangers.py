@@ -21,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.sources import LabelOptions, Unreadable, open_source
+from pipeline.sources.data_entries import DataEntries
 from pipeline.sources.files import Entries, File, RemoteFiles
-from pipeline.sources.found import Found
 from pipeline.sources.leftovers import leftover
 from storage.base.errors import UserError
+from tests.examples import examples
 
 BASE = [("cat/0.png", b"c0"), ("cat/1.png", b"c1"), ("dog/0.png", b"d0")]
 
@@ -214,7 +215,7 @@ def test_object_stores_are_listed_on_several_threads(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(RemoteFiles, "entries", entries)
     folders = tuple(f"n{i:02d}" for i in range(32))
-    below, _ = Found("s3://b/d", RemoteFiles("s3://b/d"), folders, (), is_folder=True).walk()
+    below, _ = DataEntries("s3://b/d", RemoteFiles("s3://b/d"), folders, (), is_folder=True).walk()
     assert [files[0].path for files in below] == [f"{folder}/0.png" for folder in folders]
     assert len(threads) > 2
 
@@ -270,7 +271,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return made
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from([*(f"class-tars {v}" for v in ("gnu", "0.0", "0.1", "1.0")), "tar-of-tars", "zip"]),
        chance=st.randoms(use_true_random=False), unlabelled=st.booleans())  # fmt: skip
 def test_whatever_its_fields_say_a_container_is_read_or_refused(

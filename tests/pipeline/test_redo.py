@@ -27,6 +27,7 @@ from storage.__main__ import main as storage_main
 from storage.receipts import read_receipt
 from storage.samples import sample_crc32c
 from storage.verify import verify
+from tests.examples import examples
 from tests.pipeline.containers import Labelled, write_parquet, write_zip
 from tests.pipeline.in_process import OPTIONS, Precompute, precompute
 from tests.storage.test_store import array_files
@@ -292,7 +293,7 @@ LIMITS = st.sampled_from([0.0, 0.3, 0.8, 1.0])
 SUBSETS = st.sampled_from([(), ("--features", "none"), ("--latents", "none"), ("--redo-failed",), ("--dry-run",)])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(broken=st.sets(st.integers(0, N - 1)), runs=st.lists(st.tuples(LIMITS, SUBSETS), min_size=1, max_size=4))
 @example(broken=set(range(13)), runs=[(0.0, ("--redo-failed",))])
 def test_the_limit_holds_however_often_a_run_is_repeated(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.sources import open_source
 from storage.base.errors import UserError
+from tests.examples import examples
 from tests.pipeline.containers import (
     WRITERS,
     Labelled,
@@ -74,7 +75,7 @@ def test_imagenets_tars_have_the_index_of_the_unpacked_tree(containers: dict[str
     assert len(digests) == 1  # so a store made of one is gone on with from another
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(
         st.tuples(st.sampled_from(["a", "b-", "a0"]), st.from_regex(r"[a-zA-Z0-9é_-]{1,30}", fullmatch=True)),
@@ -98,7 +99,7 @@ def test_order_is_that_of_the_names_and_not_of_the_disk(
             check(write(root, shuffled), samples)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     contents=st.dictionaries(
         st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(0, 10**6)),

@@ -25,11 +25,12 @@ from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.exchange import from_hdf5
 from storage.exchange.incoming import ImportOptions
+from tests.examples import examples
 from tests.pipeline.containers import WRITERS, photographs, tar_bytes
 
 MEMORY = 256 << 20
 SAMPLES = photographs(2, 3)
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 
 texts = st.text(max_size=20) | st.sampled_from(
     ["", " 3", "3.0", "cat", "nan", "\x1b[2J", "../x", "/etc/passwd", "a.png", "-1"]
@@ -247,7 +248,7 @@ def test_hdf5_that_is_imported(tmp_path: Path, members: dict[str, Any], about: A
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset", "labels-file"])  # HDF5's own library may crash on noise
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=5))
 def test_any_bytes_of_a_container(tmp_path: Path, kind: str, flips: list[tuple[float, int]]) -> None:
     shutil.rmtree(tmp_path / "c", ignore_errors=True)

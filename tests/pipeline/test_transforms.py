@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.transforms import DecodeError, center_crop, decode_rgb
+from tests.examples import examples
 
 DATA = Path(__file__).parent.parent / "data"
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -38,7 +39,7 @@ def test_the_crop_equals_the_reference_bit_for_bit(case: int) -> None:
         np.testing.assert_array_equal(center_crop(image, int(reference[f"size/{case}"])), reference[f"out/{case}"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.sampled_from([8, 16, 64]))
 def test_a_crop_is_square_whatever_the_shape(width: int, height: int, size: int) -> None:
     crop = center_crop(Image.new("RGB", (width, height), (9, 80, 201)), size)
@@ -134,7 +135,7 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
         decode_rgb(bomb)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), file_format=st.sampled_from(["JPEG", "PNG", "GIF"]))
 def test_a_damaged_byte_gives_a_picture_or_a_decode_error(position: int, value: int, file_format: str) -> None:
     data = bytearray(encoded(gradient(), file_format))

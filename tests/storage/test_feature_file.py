@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from storage.base.errors import UserError
 from storage.feature_file import open_feature_file, write_feature_file
 from storage.identity import VectorsIdentity
+from tests.examples import examples
 
 IDENTITY = VectorsIdentity(name="vit", encoder="test", vector="cls")
 
@@ -52,7 +53,7 @@ def test_what_is_no_feature_file_is_refused(tmp_path: Path) -> None:
         open_feature_file(tmp_path / "nan.npz").read("features")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     header=st.binary(max_size=200)
     | st.sampled_from(

@@ -25,6 +25,7 @@ from storage.identity import FeaturesIdentity
 from storage.index import make_index
 from storage.offsets import IRREGULAR
 from storage.shard_files import LocalFiles
+from tests.examples import examples
 from tests.stores import FEATURES, LATENTS, make_store, publish_all
 
 DTYPES = ("float16", "float32", "int8", "uint8", "float64")
@@ -45,7 +46,7 @@ def gathers(draw: st.DrawFn) -> tuple[StoreLayout, str, tuple[int, ...], list[in
     return store, draw(st.sampled_from(DTYPES)), shape, failed, [] if pairs is None else draw(pairs)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=gathers(), share_bytes=st.sampled_from([1, 1 << 19]))
 def test_gathered_rows_equal_what_was_written_and_what_zarr_reads(
     case: tuple[StoreLayout, str, tuple[int, ...], list[int], list[tuple[int, int]]],

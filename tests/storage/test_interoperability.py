@@ -20,6 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from storage import ArrayReader, StoreError, open_array, open_store
 from storage.foreign import ZarrArrayReader
+from tests.examples import examples
 from tests.stores import FEATURES, LATENTS, make_store
 
 
@@ -100,7 +101,7 @@ def gather(reader: Any, rng: np.random.Generator, values: np.ndarray) -> None:
     np.testing.assert_array_equal(out, values[rows, views])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     writer=st.sampled_from([write_by_zarr, write_by_tensorstore]),
     shape=st.tuples(st.integers(1, 20), st.integers(1, 2), st.integers(1, 4), st.integers(1, 5)),

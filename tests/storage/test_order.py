@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.order import Order, ValidRows, rank_slice
+from tests.examples import examples
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 10_000)
@@ -52,7 +53,7 @@ def test_a_bijection_around_powers_of_the_domain(n: int) -> None:
     assert np.array_equal(np.sort(epoch_rows(n, 0, 0)), np.arange(n))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(n=st.integers(1, 2**62), seed=SEEDS, epoch=EPOCHS, data=st.data())
 def test_agrees_with_arithmetic_that_cannot_overflow(n: int, seed: int, epoch: int, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
@@ -115,7 +116,7 @@ def test_an_epoch_looks_shuffled(n: int) -> None:
     assert ((quarters - expected) ** 2 / expected).sum() < 15 + 5 * np.sqrt(30)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(n=st.integers(1, 60), seed=SEEDS, batch=st.integers(1, 100), steps=st.integers(1, 6))
 def test_batches_run_on_through_the_epochs(n: int, seed: int, batch: int, steps: int) -> None:
     rows = np.concatenate([Order(n, seed).global_batch(step, batch) for step in range(steps)])

@@ -12,6 +12,7 @@ from storage.codecs import CODECS, codec_of
 from storage.codecs.rotated import ROTATED, Rotated
 from storage.codecs.rotation import MAX_ODD, Rotation, kronecker, sign_words
 from storage.identity import FeaturesIdentity
+from tests.examples import examples
 from tests.features import DISTRIBUTIONS, cosines, outlier_channels
 
 COSINES = {1: 0.7979, 2: 0.9394, 4: 0.9952}
@@ -116,7 +117,7 @@ def test_signs_are_balanced_and_do_not_know_of_each_other(which: str) -> None:
 
 
 @given(st.sampled_from(ROTATED), st.integers(1, 3), st.integers(1, 4), st.integers(1, 12), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 def test_any_shape_and_codes_lie_where_the_format_says(
     codec: Rotated, n: int, n_tokens: int, eighths: int, data: st.DataObject
 ) -> None:

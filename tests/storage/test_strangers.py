@@ -33,6 +33,7 @@ from storage import UserError, open_array, open_store
 from storage.__main__ import main
 from storage.base.shown import OBEYED
 from storage.batches import iterate_batches
+from tests.examples import examples
 from tests.storage import edits
 from tests.storage.edits import STEERS, Edit
 from tests.stores import FEATURES, LATENTS
@@ -202,7 +203,7 @@ def test_some_fields(good: Path) -> None:
     some(good, edits.field_edits(good), 16)
 
 
-@settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_value_in_any_field(good: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(edits.json_files(good)))

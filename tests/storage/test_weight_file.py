@@ -32,6 +32,7 @@ from pipeline.encoders.weights import read_weights
 from storage.base.errors import UserError
 from storage.weights.file import open_weights
 from storage.weights.tensors import Stored
+from tests.examples import examples
 
 FLAT = torch.randn(40)
 STATE: dict[str, Tensor] = {
@@ -252,7 +253,7 @@ def test_what_is_crafted_is_one_line(tmp_path: Path, craft: str) -> None:
 BASES = [(STATE, True), (STATE, False)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(data=st.data())
 def test_any_edit_of_bytes_is_one_line_or_tensors(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

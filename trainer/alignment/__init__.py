@@ -32,8 +32,8 @@ def alignment_named(spelling: str) -> Alignment:
     for setting in settings:
         option, _, text = setting.partition("=")
         if option not in options:
-            there = f"its options are {', '.join(options)}" if options else "it has no options"
-            raise UserError(f"--loss.alignment {spelling}: {name} has no option {option!r}; {there}")
+            choices = f"its options are {', '.join(options)}" if options else "it has no options"
+            raise UserError(f"--loss.alignment {spelling}: {name} has no option {option!r}; {choices}")
         values[option] = parse_text(f"--loss.alignment {name}:{option}", text, options[option].kind)
     alignment: Alignment = kind(**values)
     return alignment

@@ -59,10 +59,10 @@ class World:
         """Whether the flag is set on any rank, once every rank has come here."""
         return self.max(float(flag)) > 0
 
-    def end_together(self, failure: Exception | None, told: str) -> None:
+    def end_together(self, failure: Exception | None, message: str) -> None:
         """Raise this rank's failure, or what the others are told of it: none goes on, or waits for one that is gone."""
         if self.any(failure is not None):
-            raise failure or UserError(told)
+            raise failure or UserError(message)
 
     def gather(self, values: Tensor) -> Tensor:
         """Tensors of equal shape, one after another in the order of ranks."""

@@ -50,24 +50,24 @@ def open_run(path: Path) -> OpenRun:
 
 def checkpoints_of(run: Path, which: str = "latest") -> list[Path]:
     """The run's checkpoints, oldest first: `latest`, `all`, or steps separated by commas. Raises UserError."""
-    there = {step: path for step, path in RunFolder(run).checkpoint_folders().items() if (path / STATE).is_file()}
+    checkpoints = {step: path for step, path in RunFolder(run).checkpoint_folders().items() if (path / STATE).is_file()}
     latest = latest_checkpoint(run)
-    if latest is None or not there:
+    if latest is None or not checkpoints:
         raise UserError(
             f"run {run} has no checkpoint yet; train it first (make train STORE=… RUN={shlex.quote(str(run))})"
         )
     if which == "latest":
         return [latest]
     if which == "all":
-        return list(there.values())
+        return list(checkpoints.values())
     chosen = []
     for text in which.split(","):
-        if not text.strip().isdecimal() or int(text) not in there:
+        if not text.strip().isdecimal() or int(text) not in checkpoints:
             raise UserError(
-                f"run {run} has no checkpoint of step {text.strip()!r}; it has {', '.join(map(str, there))} "
+                f"run {run} has no checkpoint of step {text.strip()!r}; it has {', '.join(map(str, checkpoints))} "
                 "(--checkpoint.keep says how many stay)"
             )
-        chosen.append(there[int(text)])
+        chosen.append(checkpoints[int(text)])
     return chosen
 
 
@@ -92,11 +92,11 @@ def _refuse_larger_model(geometry: Geometry, file: Path) -> None:
     Counted are the square matrices of blocks and projectors and the table of classes, at a byte a number.
     """
     with os.fdopen(open_regular(file), "rb") as opened:
-        there = os.fstat(opened.fileno()).st_size
+        n_bytes = os.fstat(opened.fileno()).st_size
     width, projector = geometry.width, geometry.projector_width * any(kind.has_hidden_layers for kind in geometry.kinds)
     least = geometry.depth * width**2 + geometry.n_classes * width + projector**2
-    if least > there:
-        raise RuntimeError(f"it has {there:,} bytes, the model that config.yaml describes {least:,} or more")
+    if least > n_bytes:
+        raise RuntimeError(f"it has {n_bytes:,} bytes, the model that config.yaml describes {least:,} or more")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -73,10 +73,10 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
     check_model(release, config)
     if latest_checkpoint(config.run) is not None:
         raise UserError(f"run {config.run} has a checkpoint already; name another --run")
-    found = read_release(file)
-    check_release(release, found.averaged, file)
+    stored = read_release(file)
+    check_release(release, stored.averaged, file)
     try:
-        weights, averaged = (converted(part, release) for part in (found.weights, found.averaged))
+        weights, averaged = (converted(part, release) for part in (stored.weights, stored.averaged))
     except (ValueError, IndexError, RuntimeError) as error:  # shapes that no release has
         raise UserError(
             f"{file} has not the shapes of --release {release} ({' '.join(str(error).split())[:120]})"
@@ -116,11 +116,11 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
                 )
         finally:
             data.close()
-    return [f"{config.run} holds {file} at step 0", *found.notes, *(note for note in notes if note)]
+    return [f"{config.run} holds {file} at step 0", *stored.notes, *(note for note in notes if note)]
 
 
 @dataclass(frozen=True)
-class Found:
+class ReleaseWeights:
     """What a file holds of a model, float32, and what to say of it."""
 
     weights: Weights
@@ -128,17 +128,17 @@ class Found:
     notes: tuple[str, ...]
 
 
-def read_release(file: Path) -> Found:
+def read_release(file: Path) -> ReleaseWeights:
     """The weights and averaged weights of a file, wherever they lie in it. Raises UserError.
 
     A set of weights is what stands beside an entry that ends with ANCHOR, under its bare names (`bare_name`): below
     `model` and `ema` as the scripts write them, below Lightning's `state_dict` and `model.`, or by itself.
     """
-    with open_weights(file) as found:
-        entries = bare(found.entries(), file)
+    with open_weights(file) as file_weights:
+        entries = bare(file_weights.entries(), file)
         of_trained, of_averaged, sets = _sets_of(entries, file)
         parts = {name: _entries_of(entries, name, sets, file) for name in dict.fromkeys((of_trained, of_averaged))}
-        read = {name: _float32(found.tensors(part), file) for name, part in parts.items()}
+        read = {name: _float32(file_weights.tensors(part), file) for name, part in parts.items()}
     used = {prefix + name for prefix, part in parts.items() for name in part}
     notes = []
     if of_trained == of_averaged:
@@ -149,13 +149,13 @@ def read_release(file: Path) -> Found:
     left = dict.fromkeys(n if n.startswith(own) else n.partition(".")[0] for n in entries if n not in used)
     if left:
         notes.append(f"left out: {listed(left)}")
-    return Found(weights=read[of_trained], averaged=read[of_averaged], notes=tuple(notes))
+    return ReleaseWeights(weights=read[of_trained], averaged=read[of_averaged], notes=tuple(notes))
 
 
 def shapes_of(file: Path, release: Release) -> Shapes:
     """Shapes of the averaged weights of a file, under this project's names; no tensor is read. Raises UserError."""
-    with open_weights(file) as found:
-        entries = bare(found.entries(), file)
+    with open_weights(file) as file_weights:
+        entries = bare(file_weights.entries(), file)
         _, averaged, sets = _sets_of(entries, file)
         stored = _entries_of(entries, averaged, sets, file)
     return {name: item.shape for name, item in _renamed(stored, release).items()}
@@ -165,8 +165,8 @@ def _sets_of(entries: Mapping[str, Any], file: Path) -> tuple[str, str, list[str
     """What stands before the names of the weights, before those of the averaged ones, and before those of every set."""
     sets = [name.removesuffix(ANCHOR) for name in entries if f".{name}".endswith(f".{ANCHOR}")]
     if not sets:
-        there = listed(dict.fromkeys(name.partition(".")[0] for name in entries)) or "nothing by name"
-        raise UserError(f"{file} has no {ANCHOR}, so it is none of {_methods()} checkpoints; it has {there}")
+        names = listed(dict.fromkeys(name.partition(".")[0] for name in entries)) or "nothing by name"
+        raise UserError(f"{file} has no {ANCHOR}, so it is none of {_methods()} checkpoints; it has {names}")
     averaged = [name for name in sets if AVERAGED.search(name)]
     trained = [name for name in sets if name not in averaged]
     for several in (averaged, trained):
@@ -186,7 +186,7 @@ def _methods() -> str:
 def _entries_of(entries: Mapping[str, Any], prefix: str, sets: list[str], file: Path) -> dict[str, Stored]:
     """The tensors of the set below `prefix`; counters that averaging keeps beside them are not weights."""
     others = tuple(name for name in sets if name != prefix and name.startswith(prefix))
-    found = {}
+    tensors = {}
     for name, value in entries.items():
         if not name.startswith(prefix) or (others and name.startswith(others)):
             continue
@@ -195,8 +195,8 @@ def _entries_of(entries: Mapping[str, Any], prefix: str, sets: list[str], file: 
         if first in OURS and (reason := not_a_tensor(value)):
             raise UserError(f"{file} cannot be imported: {shown(name[:80])} is {reason}")
         if isinstance(value, Stored) and value.shape and (prefix or not below or first in OURS):
-            found[short] = value  # below other names of a bare set lies an optimiser's state, say
-    return found
+            tensors[short] = value  # below other names of a bare set lies an optimiser's state, say
+    return tensors
 
 
 def _called(prefix: str) -> str:

@@ -143,10 +143,10 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _mapping(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = tree.get(name) or {}
-    if not isinstance(found, dict):
-        raise UserError(f"{name} must be a mapping, got {found!r}")
-    return found
+    mapping = tree.get(name) or {}
+    if not isinstance(mapping, dict):
+        raise UserError(f"{name} must be a mapping, got {mapping!r}")
+    return mapping
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,11 +223,11 @@ def _refuse_another_run(run: Run) -> None:
     if not folder.is_run:
         return
     saved = folder.read_config()
-    there, wanted = flatten(saved.config), flatten(saved.keep(run.config, run.options))
+    saved_settings, wanted = flatten(saved.config), flatten(saved.keep(run.config, run.options))
     differing = [
-        f"{name}: was {there[name]}, is {value}"
+        f"{name}: was {saved_settings[name]}, is {value}"
         for name, value in wanted.items()
-        if name not in free_fields(run.config) and value not in AUTOMATIC and there[name] != value
+        if name not in free_fields(run.config) and value not in AUTOMATIC and saved_settings[name] != value
     ]
     if differing:
         raise UserError(

@@ -83,8 +83,10 @@ def to_float(images: np.ndarray) -> torch.Tensor:
 
 def split_images(split: str, n_per_class: int, seed: int = SEED) -> tuple[np.ndarray, np.ndarray]:
     """Crops as the pipeline sees them: uint8 (N, H, W, 3) and labels (N,). SEED draws the demo's training crops."""
-    found = [(center_crop(crop, RESOLUTION), CLASSES.index(name)) for name, _, crop in crops(split, n_per_class, seed)]
-    images, labels = zip(*found, strict=True)
+    cropped = [
+        (center_crop(crop, RESOLUTION), CLASSES.index(name)) for name, _, crop in crops(split, n_per_class, seed)
+    ]
+    images, labels = zip(*cropped, strict=True)
     return np.stack(images), np.array(labels)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.base.errors import UserError
+from tests.examples import examples
 from trainer.evaluation.probing.cknna import cknna, nearest
 
 
@@ -39,7 +40,7 @@ def naive_cknna(x: np.ndarray, y: np.ndarray, k: int) -> float:
     return agreement(first, second) / (norm2**0.5 + 1e-6)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(st.integers(8, 24), st.integers(2, 6), st.integers(0, 2**32 - 1), st.floats(0, 2))
 def test_agrees_with_the_definition(n: int, k: int, seed: int, noise: float) -> None:
     rng = np.random.default_rng(seed)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.base.errors import UserError
+from tests.examples import examples
 from trainer.evaluation.quality.frechet import Gaussian, GaussianSum, frechet_distance, gaussian_of
 
 
@@ -81,7 +82,7 @@ def test_agrees_with_forty_digits_when_ill_conditioned_or_rank_deficient(rank: i
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.integers(1, 17))
 def test_batches_give_the_mean_and_covariance_of_the_whole(n: int, width: int, seed: int, batch: int) -> None:
     x = np.random.default_rng(seed).standard_normal((n, width)) * 3 + 1000
@@ -94,7 +95,7 @@ def test_batches_give_the_mean_and_covariance_of_the_whole(n: int, width: int, s
     np.testing.assert_allclose(found.covariance, np.cov(x, rowvar=False).reshape(width, width), rtol=1e-8, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(st.integers(1, 8), st.integers(2, 12), st.integers(0, 2**32 - 1))
 def test_is_symmetric_unmoved_by_rotation_and_scales_by_the_square(width: int, n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from storage.base.errors import UserError
+from tests.examples import examples
 from trainer.evaluation.quality import precision_recall as module
 from trainer.evaluation.quality.inception_score import inception_score
 from trainer.evaluation.quality.precision_recall import precision_recall
@@ -28,7 +29,7 @@ def naive_share(candidates: np.ndarray, members: np.ndarray, k: int) -> float:
     return inside / len(candidates)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     st.integers(5, 30),
     st.integers(5, 30),

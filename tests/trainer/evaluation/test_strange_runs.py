@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from storage.base.errors import UserError
 from tests.archives import write_npz
+from tests.examples import examples
 from tests.trainer.evaluation.test_report import Structure, make_run, parsed
 from trainer.config.saved import read_config
 from trainer.evaluation.generate.image_files import step_drawn_at
@@ -45,7 +46,7 @@ SCALARS = (
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
 )
-FUZZ = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

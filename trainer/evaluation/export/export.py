@@ -139,7 +139,7 @@ def renamed(weights: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tens
     position = sincos_position_embedding(geometry.width, geometry.grid)
     if (weights["pos_embed"] - position).abs().max() > POSITION_TOLERANCE:
         raise UserError("these weights have a position embedding of their own, which diffusers computes; no export")
-    found = {
+    state = {
         "pos_embed.proj.weight": weights["x_embedder.proj.weight"],
         "pos_embed.proj.bias": weights["x_embedder.proj.bias"],
     }
@@ -161,10 +161,10 @@ def renamed(weights: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tens
         names |= {f"{block}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in layers.items()}
         for kind in ("weight", "bias"):
             parts = weights[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
-            found |= {f"{block}.attn1.to_{name}.{kind}": part for name, part in zip("qkv", parts, strict=True)}
+            state |= {f"{block}.attn1.to_{name}.{kind}": part for name, part in zip("qkv", parts, strict=True)}
     for theirs, ours in names.items():
-        found |= {f"{theirs}.{k}": weights[f"{ours}.{k}"] for k in ("weight", "bias") if f"{ours}.{k}" in weights}
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+        state |= {f"{theirs}.{k}": weights[f"{ours}.{k}"] for k in ("weight", "bias") if f"{ours}.{k}" in weights}
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def model_card(run: OpenRun, step: int, decoder: str) -> str:

@@ -36,15 +36,15 @@ def load_decoder(vae: str, device: torch.device, *, fetch: bool = True) -> nn.Mo
         if Path(repository).is_dir():
             where = {"local_files_only": True}
         with plain_folder(Path(repository) / folder, WEIGHT_FILES) as plain:
-            model, said = kind.from_pretrained(
+            model, loading = kind.from_pretrained(
                 plain if Path(repository).is_dir() else repository,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
                 **where,
             )
-        if said["missing_keys"]:  # which the library would draw at random
-            raise OSError(f"{len(said['missing_keys'])} of its weights are missing")
+        if loading["missing_keys"]:  # which the library would draw at random
+            raise OSError(f"{len(loading['missing_keys'])} of its weights are missing")
     except UserError:
         raise
     except (OSError, AttributeError, RuntimeError, ValueError, TypeError, KeyError) as error:

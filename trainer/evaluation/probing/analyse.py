@@ -39,17 +39,17 @@ def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | 
 
 
 def _write_measure(
-    run: Path, found: dict[str, Any], measure: Measure, times: Sequence[float], out: Path | None = None
+    run: Path, measured: dict[str, Any], measure: Measure, times: Sequence[float], out: Path | None = None
 ) -> list[Path]:
-    found = {**found, "points": [point for point in found["points"] if measure in point]}
+    measured = {**measured, "points": [point for point in measured["points"] if measure in point]}
     series = []
-    steps = sorted({point["step"] for point in found["points"]})
+    steps = sorted({point["step"] for point in measured["points"]})
     for group, step in enumerate(steps):
         for i, t in enumerate(times):
             label = f"step {step:,}, t = {t:g}"
-            series.append(_line(found, measure, label, step, t, group=group, style=STYLES[i % len(STYLES)]))
-    panel = _over_depth(measure, found["name"], [line for line in series if line.x], [found])
-    return write_figure([panel], out or RunFolder(run).analysis(measure).with_suffix(""), found)
+            series.append(_line(measured, measure, label, step, t, group=group, style=STYLES[i % len(STYLES)]))
+    panel = _over_depth(measure, measured["name"], [line for line in series if line.x], [measured])
+    return write_figure([panel], out or RunFolder(run).analysis(measure).with_suffix(""), measured)
 
 
 def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list[Path]:
@@ -67,14 +67,14 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     names = names_of(runs)
     beside = {(run, measure): read_measured(run, measure) for run in runs for measure in MEASURES}
     records = [read_record(run) for run in runs]
-    found = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
-    paths = write_figure(motivation(found, config.times, middle), out / "motivation", {"runs": found})
-    paths += write_figure(key_idea(found, records, middle), out / "key-idea", {"runs": found})
-    for run, measured in zip(runs, found, strict=True):
+    measured = [{**_measure_run(run, config, middle), "name": name} for run, name in zip(runs, names, strict=True)]
+    paths = write_figure(motivation(measured, config.times, middle), out / "motivation", {"runs": measured})
+    paths += write_figure(key_idea(measured, records, middle), out / "key-idea", {"runs": measured})
+    for run, of_run in zip(runs, measured, strict=True):
         for measure in MEASURES:
-            there = beside[run, measure]
-            if there is None or there.by == ANALYSE:
-                paths += _write_measure(run, {**measured, "by": ANALYSE}, measure, config.times)
+            existing = beside[run, measure]
+            if existing is None or existing.by == ANALYSE:
+                paths += _write_measure(run, {**of_run, "by": ANALYSE}, measure, config.times)
     return paths
 
 
@@ -119,17 +119,17 @@ def _one_target(runs: Sequence[Path], config: SweepConfig) -> SweepConfig:
 
 def _measure_run(run: Path, config: SweepConfig, middle: float) -> dict[str, Any]:
     """Both measures at the newest checkpoint; of earlier ones the alignment at the middle time."""
-    found = sweep(run, dataclasses.replace(config, checkpoints="latest"), ["probe", "cknna"])
-    newest = found["points"][0]["step"]
+    measured = sweep(run, dataclasses.replace(config, checkpoints="latest"), ["probe", "cknna"])
+    newest = measured["points"][0]["step"]
     steps = [step_in_name(path) for path in checkpoints_of(run, "all")]
     earlier = ",".join(str(step) for step in steps if step != newest)
     if earlier:
         before = sweep(run, dataclasses.replace(config, checkpoints=earlier, times=(middle,)), ["cknna"])
-        found["points"] += before["points"]
-    return found
+        measured["points"] += before["points"]
+    return measured
 
 
-def motivation(found: list[dict[str, Any]], times: Sequence[float], middle: float) -> list[Panel]:
+def motivation(measured: list[dict[str, Any]], times: Sequence[float], middle: float) -> list[Panel]:
     """The panels of figure 2, of what was measured of each run."""
     panels = []
     for measure in MEASURES:
@@ -137,12 +137,12 @@ def motivation(found: list[dict[str, Any]], times: Sequence[float], middle: floa
             _line(
                 run, measure, f"{run['name']}, t = {t:g}", _newest(run), t, group=group, style=STYLES[i % len(STYLES)]
             )
-            for group, run in enumerate(found)
+            for group, run in enumerate(measured)
             for i, t in enumerate(times)
         ]
-        panels.append(_over_depth(measure, "Over depth and time", series, found))
+        panels.append(_over_depth(measure, "Over depth and time", series, measured))
     over_training = []
-    for group, run in enumerate(found):
+    for group, run in enumerate(measured):
         best = _best_alignment(run, middle)
         label = f"{run['name']} ({run['parameters'] / 1e6:.0f} M)"
         over_training.append(Series(label=label, x=list(best), y=list(best.values()), group=group))
@@ -157,7 +157,7 @@ def motivation(found: list[dict[str, Any]], times: Sequence[float], middle: floa
     ]
 
 
-def key_idea(found: list[dict[str, Any]], records: list[list[Evaluation]], middle: float) -> list[Panel]:
+def key_idea(measured: list[dict[str, Any]], records: list[list[Evaluation]], middle: float) -> list[Panel]:
     """The panels of figure 3, of what was measured of each run and what `evaluate` recorded of it.
 
     Of the distances, those that were measured as most runs' were (`alike.py`); how many others there are, is noted.
@@ -165,13 +165,14 @@ def key_idea(found: list[dict[str, Any]], records: list[list[Evaluation]], middl
     panels = []
     for measure in MEASURES:
         series = [
-            _line(run, measure, _described(run), _newest(run), middle, group=group) for group, run in enumerate(found)
+            _line(run, measure, _described(run), _newest(run), middle, group=group)
+            for group, run in enumerate(measured)
         ]
-        panels.append(_over_depth(measure, f"Over depth, t = {middle:g}", series, found))
+        panels.append(_over_depth(measure, f"Over depth, t = {middle:g}", series, measured))
     against = []
     distances, n_left_out = _alike([_distances(record) for record in records])
     encoders = sorted({encoder for distance in distances for encoder, _ in distance})
-    for group, (run, distance) in enumerate(zip(found, distances, strict=True)):
+    for group, (run, distance) in enumerate(zip(measured, distances, strict=True)):
         best = _best_alignment(run, middle)
         for encoder in encoders:
             steps = [step for name, step in distance if name == encoder and step in best]
@@ -192,9 +193,9 @@ def key_idea(found: list[dict[str, Any]], records: list[list[Evaluation]], middl
     ]
 
 
-def _over_depth(measure: Measure, title: str, series: list[Series], found: list[dict[str, Any]]) -> Panel:
+def _over_depth(measure: Measure, title: str, series: list[Series], measured: list[dict[str, Any]]) -> Panel:
     """A panel over blocks; probing has the features' own accuracy as a level."""
-    levels = {(run["features"]["probe"], run["features"]["path"]) for run in found if "probe" in run["features"]}
+    levels = {(run["features"]["probe"], run["features"]["path"]) for run in measured if "probe" in run["features"]}
     return Panel(
         title=title,
         x_label="block",
@@ -237,12 +238,12 @@ def _note(drawn: bool, n_left_out: int) -> str:
 
 def _distances(record: list[Evaluation]) -> dict[tuple[Evaluated, int], float]:
     """(how, step) → Fréchet distance, the last measured."""
-    found = {}
+    distances = {}
     for line in record:
         for metric in ("fid", "fd"):
             if metric in line.metrics and line.step is not None:
-                found[evaluated(line, metric), line.step] = line.metrics[metric].value
-    return found
+                distances[evaluated(line, metric), line.step] = line.metrics[metric].value
+    return distances
 
 
 def _alike(of_runs: list[dict[tuple[Evaluated, int], float]]) -> tuple[list[dict[tuple[str, int], float]], int]:
@@ -251,8 +252,8 @@ def _alike(of_runs: list[dict[tuple[Evaluated, int], float]]) -> tuple[list[dict
     What is not known to be alike is taken of one run only.
     """
     ways: dict[tuple[Evaluated, int], list[int]] = {}
-    for i, found in enumerate(of_runs):
-        for way in dict.fromkeys(way for way, _ in found):
+    for i, distances in enumerate(of_runs):
+        for way in dict.fromkeys(way for way, _ in distances):
             ways.setdefault((way, i if way.not_known else -1), []).append(i)
     chosen: dict[str, tuple[Evaluated, int]] = {}
     for key in sorted(ways, key=lambda key: (len(ways[key]), key[0].n_generated or 0), reverse=True):
@@ -260,10 +261,10 @@ def _alike(of_runs: list[dict[tuple[Evaluated, int], float]]) -> tuple[list[dict
     kept = [
         {
             (way.name, step): value
-            for (way, step), value in found.items()
+            for (way, step), value in distances.items()
             if chosen[way.name] == (way, i if way.not_known else -1)
         }
-        for i, found in enumerate(of_runs)
+        for i, distances in enumerate(of_runs)
     ]
     return kept, sum(map(len, of_runs)) - sum(map(len, kept))
 

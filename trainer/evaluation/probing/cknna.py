@@ -51,13 +51,13 @@ def nearest(x: Tensor, k: int = NEIGHBOURS, block_rows: int = BLOCK_ROWS) -> Nei
             f"CKNNA needs k of at least 2 and more than k samples (4 or more), got k = {k} and {len(x)} samples"
         )
     x = F.normalize(x.float(), dim=-1)
-    found = []
+    blocks = []
     for start in range(0, len(x), block_rows):
         similarities = x[start : start + block_rows] @ x.T
         own = torch.arange(len(similarities), device=x.device)
         similarities[own, start + own] = -torch.inf
-        found.append(similarities.topk(k))
-    similarity, index = (torch.cat(parts) for parts in zip(*found, strict=True))
+        blocks.append(similarities.topk(k))
+    similarity, index = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return Neighbours(index=index, similarity=similarity.double())
 
 

@@ -119,8 +119,8 @@ def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collec
                 for block, x in states.items():
                     point: dict[str, Any] = {"step": step_of(checkpoint), "t": t, "block": block}
                     if "probe" in measures:
-                        found = probe(x, labels, config.c)
-                        point |= {"probe": found.accuracy, "probe_train": found.train_accuracy}
+                        result = probe(x, labels, config.c)
+                        point |= {"probe": result.accuracy, "probe_train": result.train_accuracy}
                     if target_neighbours is not None:
                         point["cknna"] = cknna.alignment(cknna.nearest(x, config.k), target_neighbours)
                     points.append(point)
@@ -180,13 +180,13 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
 def _features_path(store: Store, name: str) -> str:
     if name:
         return f"features/{name}"
-    there = [path.partition("/")[2] for path in store.groups() if path.startswith("features/")]
-    if len(there) != 1:
+    names = [path.partition("/")[2] for path in store.groups() if path.startswith("features/")]
+    if len(names) != 1:
         which = (
-            f"has several features ({', '.join(there)}); choose with --features NAME" if there else "has no features"
+            f"has several features ({', '.join(names)}); choose with --features NAME" if names else "has no features"
         )
         raise UserError(f"store {store.root} {which}")
-    return f"features/{there[0]}"
+    return f"features/{names[0]}"
 
 
 def pooled_features(

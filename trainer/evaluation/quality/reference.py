@@ -42,12 +42,12 @@ def contents(where: Path | str) -> Contents:
             f"{path} {'is' if path.exists() else 'does not exist and is'} no folder and no .npz; {_choices()}"
         )
     names = npz_names(path)
-    found = Contents(
+    in_file = Contents(
         statistics={MEAN, COVARIANCE} <= names, features={FEATURES, "identity"} <= names, images=IMAGES in names
     )
-    if found == Contents():
+    if in_file == Contents():
         raise UserError(f"{path} holds {held(names)}; {_choices()}")
-    return found
+    return in_file
 
 
 def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None]:

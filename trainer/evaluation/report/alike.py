@@ -98,28 +98,28 @@ def _values(name: str, mine: object, its: object) -> str:
     return f" {mine or 'all'}, not {its or 'all'}"
 
 
-def protocols(found: Measured, measure: str) -> dict[Protocol, list[Point]]:
+def protocols(measured: Measured, measure: str) -> dict[Protocol, list[Point]]:
     """The newest points of a file by how they were measured, one entry a time t."""
-    newest = found.newest(measure)
+    newest = measured.newest(measure)
     named = {point.block for point in newest}
-    everywhere = found.depth is not None and named == set(range(1, found.depth + 1))
-    rows = found.rows
-    if rows is None and found.store and found.features.identity_digest:
-        rows = f"{found.store} {found.features.identity_digest}"
+    everywhere = measured.depth is not None and named == set(range(1, measured.depth + 1))
+    rows = measured.rows
+    if rows is None and measured.store and measured.features.identity_digest:
+        rows = f"{measured.store} {measured.features.identity_digest}"
     cknna = measure == "cknna"
     return {
         Protocol(
             measure=measure,
             t=t,
             blocks=() if everywhere else tuple(sorted(named)),
-            n=found.n,
-            seed=found.seed,
-            weights=found.weights,
+            n=measured.n,
+            seed=measured.seed,
+            weights=measured.weights,
             rows=rows,
-            k=found.k if cknna else None,
-            c=None if cknna else found.c,
-            features=(found.features.path.removeprefix("features/") or None) if cknna else None,
-            features_digest=found.features.identity_digest if cknna else None,
+            k=measured.k if cknna else None,
+            c=None if cknna else measured.c,
+            features=(measured.features.path.removeprefix("features/") or None) if cknna else None,
+            features_digest=measured.features.identity_digest if cknna else None,
         ): sorted((point for point in newest if point.t == t), key=lambda point: point.block)
         for t in sorted({point.t for point in newest})
     }
@@ -143,7 +143,7 @@ def measured_alike(records: Sequence[RunRecord], measure: str) -> list[Group[Pro
     Of several times that would do, a group is at the one with the largest values.
     """
     measured = {i: record.measured[measure] for i, record in enumerate(records)}
-    of_runs = {i: ways for i, found in measured.items() if found is not None and (ways := protocols(found, measure))}
+    of_runs = {i: ways for i, each in measured.items() if each is not None and (ways := protocols(each, measure))}
     groups = []
     while of_runs:
         candidates: dict[tuple[Protocol, int], dict[int, list[Point]]] = {}
@@ -155,7 +155,7 @@ def measured_alike(records: Sequence[RunRecord], measure: str) -> list[Group[Pro
             candidates.items(), key=lambda item: (len(item[1]), _best(item[1].values(), measure))
         )
         groups.append(Group(protocol=protocol, values=values))
-        of_runs = {i: found for i, found in of_runs.items() if i not in values}
+        of_runs = {i: ways for i, ways in of_runs.items() if i not in values}
     return groups
 
 
@@ -219,19 +219,19 @@ class Evaluated:
 
 def evaluated(line: Evaluation, metric: str) -> Evaluated:
     """How a line of a run's record was measured."""
-    found = line.metrics[metric]
+    figures = line.metrics[metric]
     compares = metric != "inception_score"
     return Evaluated(
         name=line.name,
         metric=metric,
         encoder=json.dumps(line.encoder, sort_keys=True) if line.encoder else None,
-        n_generated=found.n_generated,
+        n_generated=figures.n_generated,
         resolution=line.generated.resolution or 0,
         reference=(line.reference.digest or line.reference.path) if compares else None,  # what lay there, or where
-        n_reference=found.n_reference,
+        n_reference=figures.n_reference,
         # The digest is of the pixels as they were cropped, since such a record counts what could not be read.
         reference_resolution=None if line.reference.n_failed is not None else line.reference.resolution,
-        k=found.k,
+        k=figures.k,
     )
 
 

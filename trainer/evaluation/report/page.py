@@ -185,14 +185,14 @@ def _measure_columns(records: Sequence[RunRecord], measure: str, title: str) -> 
 
     groups = compared(records, measure)
     how = ["", *(f" [{group.protocol.apart(groups[0].protocol)}]" for group in groups[1:])]
-    return [column(group, title + told) for group, told in zip(groups, how, strict=False)]
+    return [column(group, title + suffix) for group, suffix in zip(groups, how, strict=False)]
 
 
 def _measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """(encoder, metric) of every evaluation, in METRICS' order."""
-    found = {(line.name, metric) for run in records for line in run.evaluations for metric in line.metrics}
+    measures = {(line.name, metric) for run in records for line in run.evaluations for metric in line.metrics}
     return sorted(
-        found, key=lambda pair: (pair[0], list(METRICS).index(pair[1]) if pair[1] in METRICS else 99, pair[1])
+        measures, key=lambda pair: (pair[0], list(METRICS).index(pair[1]) if pair[1] in METRICS else 99, pair[1])
     )
 
 
@@ -208,10 +208,10 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
             line = groups[number].values.get(places[id(run)])
             if line is None:
                 return Cell(text=NOTHING)
-            found = line.metrics[metric]
+            figures = line.metrics[metric]
             late = "" if line.step == run.checkpoint_step else f", step {line.step or 0:,}"
-            images = "number of images not known" if found.n_generated is None else f"{found.n_generated:,} images"
-            return number_cell(found.value, ".3f", note=f"{images}{late}")
+            images = "number of images not known" if figures.n_generated is None else f"{figures.n_generated:,} images"
+            return number_cell(figures.value, ".3f", note=f"{images}{late}")
 
         other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""
         return Column(title=f"{title}{other}", cell=cell)
@@ -221,7 +221,7 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
 
 def not_compared(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """What was measured otherwise than that of most runs: what and how, and the command that measures it alike."""
-    found = []
+    rows = []
     for measure, title in ANALYSES.items():
         groups = measured_alike(records, measure)
         for main, group in [(groups[0], group) for group in groups[1:]]:
@@ -230,7 +230,7 @@ def not_compared(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
                 value = f"{best:.1%}" if measure == "probe" else f"{best:.3f}"
                 differs = main.protocol.apart(group.protocol) if main.protocol.not_known else ""
                 why = differs or group.protocol.apart(main.protocol)
-                found.append((f"{records[i].name}: {title} {value} ({why})", command(records[i], main.protocol)))
+                rows.append((f"{records[i].name}: {title} {value} ({why})", command(records[i], main.protocol)))
     for name, metric in _measured(records):
         main_way, *others = evaluated_alike(records, name, metric)
         like = next(iter(main_way.values.values()))
@@ -241,8 +241,8 @@ def not_compared(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
                 value = f"{METRICS.get(metric, metric)} {line.metrics[metric].value:.3f} by {name}"
                 why = way.protocol.apart(main_way.protocol) or main_way.protocol.apart(way.protocol)
                 alike = evaluate_command(records[i], line, like, main_way.protocol)
-                found.append((f"{records[i].name}: {value} ({why})", alike))
-    return found
+                rows.append((f"{records[i].name}: {value} ({why})", alike))
+    return rows
 
 
 def apart(records: Sequence[RunRecord]) -> str:
@@ -282,7 +282,7 @@ def legend(records: Sequence[RunRecord]) -> str:
 
 def charts(records: Sequence[RunRecord]) -> list[Chart]:
     """Losses over steps, and where they were measured, probe and CKNNA over blocks."""
-    found = []
+    drawn = []
     for name, title in LOSSES.items():
         lines = []
         for i, run in enumerate(records):
@@ -290,7 +290,7 @@ def charts(records: Sequence[RunRecord]) -> list[Chart]:
             if logged and (run.config.aligns or name != "alignment_loss"):
                 x, y = zip(*logged, strict=True)
                 lines.append(Line(label=run.name, number=i, x=x, y=y))
-        found.append(Chart(title=title, x_label="step", lines=lines))
+        drawn.append(Chart(title=title, x_label="step", lines=lines))
     for measure, title in ANALYSES.items():
         for group in compared(records, measure):
             lines = [
@@ -302,8 +302,8 @@ def charts(records: Sequence[RunRecord]) -> list[Chart]:
                 )
                 for i, points in sorted(group.values.items())
             ]
-            found.append(Chart(title=title, note=str(group.protocol), x_label="block", lines=lines))
-    return [chart for chart in found if chart.lines]
+            drawn.append(Chart(title=title, note=str(group.protocol), x_label="block", lines=lines))
+    return [chart for chart in drawn if chart.lines]
 
 
 def samples(records: Sequence[RunRecord]) -> str:
@@ -340,8 +340,8 @@ def stores(records: Sequence[RunRecord]) -> str:
         return "<p>No run has saved a checkpoint yet.</p>"
     columns: dict[str, list[Cell]] = {name: [] for name in ("Group", *IDENTITY, "Identity", "Rows", "Store", "Runs")}
     for (root, path, digest), names in used.items():
-        identity, n_rows, said = _identity(root, path, digest)
-        columns["Group"].append(Cell(text=path, key=path, note=said))
+        identity, n_rows, note = _identity(root, path, digest)
+        columns["Group"].append(Cell(text=path, key=path, note=note))
         of = (identity.encoder, identity.weights_sha256, identity.resolution, identity.dtype)
         for title, known in zip(IDENTITY, of, strict=True):
             value = NOTHING if known is None else str(known)

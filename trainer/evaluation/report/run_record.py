@@ -69,13 +69,13 @@ class RunRecord:
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """The runs among the paths and up to two levels below them, each once. Raises UserError where there is none."""
-    found: list[Path] = []
+    listed: list[Path] = []
     for path in paths:
         runs = runs_in(path)
         if not runs:
             raise UserError(f"{path} is not a run and holds none (no config.yaml); name what `make train RUN=…` wrote")
-        found += [run for run in runs if run not in found]
-    return found
+        listed += [run for run in runs if run not in listed]
+    return listed
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:

@@ -28,7 +28,7 @@ SLOW_ENTRY_S = 100e-6  # a local disk takes a tenth of this for a file, a server
 
 
 @dataclass(frozen=True)
-class Found:
+class DataEntries:
     """`files` are those that DATA names or matches, or that lie directly below the folder it names."""
 
     data: str
@@ -109,7 +109,7 @@ def refuse_splits(data: str, folders: Sequence[str], paths: Iterable[str]) -> No
         )
 
 
-def look(data: str) -> Found:
+def list_entries(data: str) -> DataEntries:
     """What an absolute path, pattern or URL names. Raises UserError for nothing, OSError when it is out of reach."""
     data = data.removeprefix("file://")
     remote = is_url(data)
@@ -121,29 +121,29 @@ def look(data: str) -> Found:
         files, leftovers = matches(place, data[len(fixed) :].lstrip("/"))
         if not files:
             raise UserError(f"DATA {data}: no file matches the pattern")
-        return Found(data, place, (), tuple(files), is_folder=False, leftovers=tuple(leftovers))
-    return _look_remotely(data) if remote else _look_locally(data)
+        return DataEntries(data, place, (), tuple(files), is_folder=False, leftovers=tuple(leftovers))
+    return _list_remotely(data) if remote else _list_locally(data)
 
 
-def _look_locally(data: str) -> Found:
+def _list_locally(data: str) -> DataEntries:
     if not os.path.exists(data):
         raise UserError(f"DATA {data} does not exist; name a folder, a file, a pattern or a URL of images")
     if not os.path.isdir(data):
         place = LocalFiles(os.path.dirname(data))
-        return Found(data, place, (), (File(os.path.basename(data), os.path.getsize(data)),), is_folder=False)
+        return DataEntries(data, place, (), (File(os.path.basename(data), os.path.getsize(data)),), is_folder=False)
     place = LocalFiles(data)
     folders, files, leftovers = place.entries("")
-    return Found(data, place, tuple(folders), tuple(files), is_folder=True, leftovers=tuple(leftovers))
+    return DataEntries(data, place, tuple(folders), tuple(files), is_folder=True, leftovers=tuple(leftovers))
 
 
-def _look_remotely(data: str) -> Found:
+def _list_remotely(data: str) -> DataEntries:
     place = RemoteFiles(data)
     try:
         nbytes = place.size("")
         if nbytes is not None:
             parent, name = data.rsplit("/", 1)
-            return Found(data, RemoteFiles(parent), (), (File(name, nbytes),), is_folder=False)
+            return DataEntries(data, RemoteFiles(parent), (), (File(name, nbytes),), is_folder=False)
         folders, files, leftovers = place.entries("")
     except FileNotFoundError:
         raise UserError(f"DATA {data} does not exist") from None
-    return Found(data, place, tuple(folders), tuple(files), is_folder=True, leftovers=tuple(leftovers))
+    return DataEntries(data, place, tuple(folders), tuple(files), is_folder=True, leftovers=tuple(leftovers))
