@@ -46,6 +46,7 @@ from storage.shard import parse_shard_index
 from storage.statistics import receipt_sums
 
 AHEAD_PER_WORKER = 4
+BYTES_A_PROCESS = 1 << 29  # what one reads in about the time that another takes to start
 FAULTS_A_SHARD = 20  # of one kind, then a count
 
 Progress = Callable[[int], object]
@@ -59,8 +60,8 @@ def verify(
 ) -> Iterator[str]:  # fmt: skip
     """One line for every fault of the store's `groups` (default: all); none when all is well.
 
-    `n_workers` processes read when `deep` (default: the cores); `progress(n)` hears of every n bytes looked at. Raises
-    StoreError when there is no store at all or no such group.
+    `n_workers` processes read when `deep` (default: as many as there are cores and work for); `progress(n)` hears of
+    every n bytes looked at. Raises StoreError when there is no store at all or no such group.
     """
     try:
         store = open_store(where)
@@ -87,7 +88,8 @@ def verify(
         yield from contradictions(store, path, identity)
         yield from _stray_files(store.root, layout)
         units = scan(store.root, layout, attributes["identity_digest"])
-        n_processes = min(n_workers or os.cpu_count() or 1, layout.store.n_units) if deep else 1
+        n_useful = n_workers or min(os.cpu_count() or 1, layout.sample_bytes * layout.store.n_rows // BYTES_A_PROCESS)
+        n_processes = max(1, min(n_useful, layout.store.n_units)) if deep else 1
         yield from _each_unit(partial(unit_faults, store.root, layout, identity, deep), units, n_processes, progress)
     yield from disagreements(store.root, {**whole, **(_other_groups(store, wanted) if groups is not None else {})})
 

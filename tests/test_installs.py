@@ -28,24 +28,47 @@ for batch in iterate_batches(sys.argv[1], {groups!r}, batch=8, seed=0, stop=2):
 """.format(groups=[LATENTS, FEATURES])  # noqa: UP032 — the code has braces of its own
 
 
+IN_TURN = """
+import json, sys
+from {package}.__main__ import main
+
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0, arguments
+    print("----")
+    print("----", file=sys.stderr)
+"""
+
+
+def in_turn(package: str, commands: list[list[str]], env: dict[str, str], program: str) -> list[tuple[str, str]]:
+    """Run commands of a package in one process, whose start takes longer than they do; output and errors of each."""
+    done = python("-c", IN_TURN.format(package=package), json.dumps(commands), env=env, program=program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return list(zip(*(text.split("----\n")[:-1] for text in (done.stdout, done.stderr)), strict=True))
+
+
 def read_verify_diff(store: Path, env: dict[str, str], program: str = sys.executable) -> None:
     """What a plain install is for."""
-    for arguments in (["verify", store, "--deep"], ["diff", store, store], ["ls", store], ["info", store]):
-        done = python("-m", "storage", *map(str, arguments), env=env, program=program)
-        assert done.returncode == 0, done.stdout + done.stderr
-    done = python("-c", READ, str(store), env=env, program=program)
+    where = str(store)
+    in_turn(
+        "storage", [["verify", where, "--deep"], ["diff", where, where], ["ls", where], ["info", where]], env, program
+    )
+    done = python("-c", READ, where, env=env, program=program)
     assert done.stdout.count(f"{FEATURES}/patches") == 2, done.stderr
 
 
 def train_and_resume(store: Path, run: Path, env: dict[str, str], program: str = sys.executable) -> None:
     """What [train] is for: some steps with checkpoints, grids of samples and TensorBoard, and some more."""
-    for steps in (2, 4):
-        changes = {"steps": steps, "checkpoint.every": 2, "log.samples": 2, "log.samples_every": 2, "sample.steps": 2}
-        _, *arguments = command(store, run, **changes, **{"log.tensorboard": True})
-        done = python(*arguments, env=env, program=program)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"{steps - 2}/{steps} [00:00<?" in done.stderr  # where the bar begins
-        assert json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])["steps"] == steps
+    fixed = {
+        "checkpoint.every": 2,
+        "log.samples": 2,
+        "log.samples_every": 2,
+        "sample.steps": 2,
+        "log.tensorboard": True,
+    }
+    commands = [command(store, run, steps=steps, **fixed)[3:] for steps in (2, 4)]
+    for steps, (out, err) in zip((2, 4), in_turn("trainer", commands, env, program), strict=True):
+        assert f"{steps - 2}/{steps} [00:00<?" in err  # where the bar begins
+        assert json.loads(out[out.index("{") : out.rindex("}") + 1])["steps"] == steps
     assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-0000002.png", "step-0000004.png"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -74,11 +97,21 @@ def test_train_alone_trains_and_resumes(shared_tiny_store: Path, tmp_path: Path)
     ("extra", "command_line", "needed"),
     [
         ("", "storage export STORE --to hdf5 --out OUT", "h5py; pip install 'offline-repa[precompute]'"),
-        ("", "storage import HERE --from lightningdit --store OUT --name a", "safetensors; pip install"),
+        pytest.param(
+            "",
+            "storage import HERE --from lightningdit --store OUT --name a",
+            "safetensors; pip install",
+            marks=pytest.mark.slow,
+        ),
         ("", "trainer train --store STORE", "torch; pip install 'offline-repa[train]'"),
         ("", "pipeline index HERE", "; pip install 'offline-repa[precompute]'"),
         ("train", "pipeline precompute --data HERE --store OUT", "; pip install 'offline-repa[precompute]'"),
-        ("train", "pipeline preview STORE --out OUT", "; pip install 'offline-repa[precompute]'"),
+        pytest.param(
+            "train",
+            "pipeline preview STORE --out OUT",
+            "; pip install 'offline-repa[precompute]'",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(

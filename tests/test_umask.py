@@ -12,6 +12,7 @@ import pytest
 from pipeline.encoders.tiny import TINY_VAE
 from pipeline.features import FeaturesConfig, Job, write_features
 from storage.exchange import EXPORTS, export_store
+from tests.slow import slow_but
 from tests.stores import LATENTS, make_store
 from tests.trainer.evaluation.conftest import MICRO
 from trainer.config.command_line import train_config
@@ -24,7 +25,7 @@ from trainer.evaluation.report.page import write_report
 from trainer.loop.train import train
 
 
-@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+@pytest.fixture(params=slow_but([0o022, 0o002, 0o077], [0o002]), ids=oct)
 def mask(request: pytest.FixtureRequest) -> Iterator[int]:
     """The user's umask."""
     before = os.umask(request.param)

@@ -27,6 +27,7 @@ from storage import StoreLayout, open_store
 from storage.base.errors import UserError
 from tests.pipeline.encoding import encode_store, read_all
 from tests.pipeline.hub import empty_cache, put_in_cache
+from tests.slow import slow_but
 
 CPU = torch.device("cpu")
 SMALL = "vit_tiny_patch16_224.augreg_in21k"  # 22 MB, with a classifier to leave out and mean 0.5
@@ -86,7 +87,11 @@ def test_the_catalogue_agrees_with_timm(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dinov2-vitb14", "dinov2-vitg14", "clip-vitl14", "dino-vits16", "ijepa-vith14", "siglip2-so400m16"]
+    "name",
+    slow_but(
+        ["dinov2-vitb14", "dinov2-vitg14", "clip-vitl14", "dino-vits16", "ijepa-vith14", "siglip2-so400m16"],
+        ["dinov2-vitb14"],
+    ),
 )
 def test_counted_operations_agree_with_torchs_counter(name: str) -> None:
     known = VISION[name]

@@ -36,6 +36,7 @@ from tests.pipeline.original_vits import (
     siglip_shapes,
     vit_shapes,
 )
+from tests.slow import slow_but
 
 CPU = torch.device("cpu")
 WIDTH, DEPTH, HEADS = 48, 3, 3
@@ -344,7 +345,10 @@ def full_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return vit_shapes(width, depth, patch=16, grid=14)
 
 
-@pytest.mark.parametrize("name", [name for name in VISION if name != "tiny-vit"])
+ONE_A_FAMILY = ("dinov2-vits14", "dinov3-vith16plus", "dino-vits16", "mocov3-vits16", "clip-vitl14", "siglip2-vitb16")
+
+
+@pytest.mark.parametrize("name", slow_but([name for name in VISION if name != "tiny-vit"], ONE_A_FAMILY))
 def test_every_encoder_takes_the_released_names_and_shapes_at_full_size(name: str) -> None:
     """Without memory: timm's model and the released tensors meet on the meta device."""
     known = VISION[name]

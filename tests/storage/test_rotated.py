@@ -14,6 +14,7 @@ from storage.codecs.rotation import MAX_ODD, Rotation, kronecker, sign_words
 from storage.identity import FeaturesIdentity
 from tests.examples import examples
 from tests.features import DISTRIBUTIONS, cosines, outlier_channels
+from tests.slow import slow_but
 
 COSINES = {1: 0.7979, 2: 0.9394, 4: 0.9952}
 WIDTHS = (8, 24, 40, 384, 768, 1024, 1152, 1280, 1536)
@@ -44,7 +45,7 @@ def test_the_transform_is_orthogonal_and_its_factors_are_a_dct_and_a_hadamard_ma
 
 
 @pytest.mark.parametrize("codec", ROTATED, ids=lambda codec: codec.spelling)
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", slow_but(DISTRIBUTIONS, ["Gaussian", "massive activations"]))
 def test_the_mean_over_keys_is_the_token(name: str, codec: Rotated) -> None:
     """To one over the root of their number; the codes of one rotation alone never come nearer (the last lines)."""
     n, width = 1024, 96

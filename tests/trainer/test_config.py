@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from storage.base.console import Parser
 from storage.base.errors import UserError
+from tests.slow import slow_but
 from trainer.config.command_line import add_train_options, train_config
 from trainer.config.presets import PRESETS, SIZES, preset
 from trainer.config.saved import read_config, to_yaml
@@ -34,7 +35,9 @@ def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", slow_but(PRESETS, ("sit-tiny-2", "dit-xl-2-512", "sit-xl-2-reg", "lightningdit-xl-1", "sit-b-4-vanilla"))
+)
 def test_a_preset_survives_yaml(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(preset(name)), encoding="utf-8")

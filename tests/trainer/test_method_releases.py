@@ -21,6 +21,7 @@ from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
 from storage.base.options import spelled
 from tests.inception import write_random_inception
+from tests.slow import slow_but
 from tests.stores import make_groups
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_state
 from tests.trainer.test_transformer import imagenet_config
@@ -188,7 +189,10 @@ def test_its_images_are_evaluated(imported: dict[Release, Path], tmp_path: Path)
 # ---- which preset -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if "tiny" not in name])
+EACH_KIND = ("sit-b-2", "sit-xl-2-512-vanilla", "dit-xl-2", "sit-xl-2-reg", "lightningdit-xl-1", "sit-l-1", "dit-s-8")
+
+
+@pytest.mark.parametrize("name", slow_but([name for name in PRESETS if "tiny" not in name], EACH_KIND))
 def test_the_preset_of_published_sizes_is_read_off_the_shapes(name: str) -> None:
     config = preset(name)
     kind, reg = config.model.kind, config.model.class_token

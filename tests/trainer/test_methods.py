@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pipeline.encoders.tiny import TINY_VAE
 from storage import StoreLayout
 from storage.base.errors import UserError
+from tests.slow import slow_but
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
 from tests.trainer.runs import curve, micro, train_on_ranks, weights
 from trainer.evaluation.export.export import export
@@ -42,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-kinds-stopped": {"model.align_block": (1, 2), "loss.alignment": ("cosine", "irepa"), **STOPPED},
     "lightningdit": {"model.kind": "lightningdit", "loss.time_sampling": "lognormal", "loss.direction_weight": 1.0},
 }
+KEPT = ("irepa", "reg-stopped", "lightningdit")  # in the default run
 SAMPLED = {"log.samples_every": 5, "log.samples": 2, "sample.steps": 2}
 
 
@@ -51,7 +53,7 @@ def newest(run: Path) -> Path:
     return checkpoint
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, KEPT))
 def test_a_run_in_parts_is_the_unbroken_one(method: str, shared_tiny_store: Path, tmp_path: Path) -> None:
     changes = {**METHODS[method], **SAMPLED, "log.every": 3}
     train(micro(shared_tiny_store, tmp_path / "whole", steps=STEPS, **changes))
@@ -67,23 +69,30 @@ def test_a_run_in_parts_is_the_unbroken_one(method: str, shared_tiny_store: Path
 
 
 @pytest.fixture(scope="module")
-def on_ranks(shared_tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every method on two ranks, as replicas and as shards, and on one."""
+def on_ranks(shared_tiny_store: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Every method that is selected on two ranks, as replicas and as shards, and on one."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("ranks")
+    cases = [item.callspec.params for item in request.session.items if "on_ranks" in _fixtures(item)]
     plans = [
-        {"store": shared_tiny_store, "run": root / f"{method}-{parallel}", "parallel": parallel, "steps": 6, **changes}
-        for method, changes in METHODS.items()
-        for parallel in ("ddp", "fsdp")
+        {
+            **{"store": shared_tiny_store, "run": root / f"{case['method']}-{case['parallel']}", "steps": 6},
+            **{"parallel": case["parallel"], **METHODS[case["method"]]},
+        }
+        for case in cases
     ]
     assert train_on_ranks(2, plans) == [[""] * len(plans)] * 2
-    for method, changes in METHODS.items():
-        train(micro(shared_tiny_store, root / method, steps=6, **changes))
+    for method in dict.fromkeys(case["method"] for case in cases):
+        train(micro(shared_tiny_store, root / method, steps=6, **METHODS[method]))
     return root
 
 
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, KEPT))
 def test_two_ranks_are_one(method: str, parallel: str, on_ranks: Path) -> None:
     ours, theirs = (read_metrics(on_ranks / name) for name in (f"{method}-{parallel}", method))
     assert len(ours) == len(theirs) == 6
