@@ -66,9 +66,9 @@ class Identity:
     def plain(self) -> dict[str, Any]:
         """The mapping that is stored and hashed."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("others", "order")}
-        said = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items() if v is not None}
-        said |= {name: v for name, v in self.others.items() if name not in said}  # a null that was replaced is gone
-        return {name: said[name] for name in dict.fromkeys((*self.order, *said)) if name in said}
+        stored = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items() if v is not None}
+        stored |= {name: v for name, v in self.others.items() if name not in stored}  # a null that was replaced is gone
+        return {name: stored[name] for name in dict.fromkeys((*self.order, *stored)) if name in stored}
 
     @property
     def digest(self) -> str:
@@ -169,14 +169,14 @@ def unlike(a: Identity, b: Identity, names: Iterable[str] | None = None) -> str:
 
 def differing_fields(
     wanted: Mapping[str, Any],
-    found: Mapping[str, Any],
+    stored: Mapping[str, Any],
     verbs: tuple[str, str] = ("found", "asked for"),
     prefix: str = "",
 ) -> list[str]:
     """One "field: found X, asked for Y" a leaf that differs, in key order; nested mappings are dotted."""
     lines = []
-    for key in sorted({*wanted, *found}):
-        a, b = wanted.get(key), found.get(key)
+    for key in sorted({*wanted, *stored}):
+        a, b = wanted.get(key), stored.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing_fields(a, b, verbs, f"{prefix}{key}.")
         elif canonical_json(a) != canonical_json(b):
@@ -184,9 +184,9 @@ def differing_fields(
     return lines
 
 
-def require_same(wanted: Mapping[str, Any], found: Mapping[str, Any], what: str, fix: str) -> None:
-    """Raise StoreError naming every field in which `found` differs from `wanted`; `fix` ends the sentence."""
-    lines = differing_fields(wanted, found)
+def require_same(wanted: Mapping[str, Any], stored: Mapping[str, Any], what: str, fix: str) -> None:
+    """Raise StoreError naming every field in which `stored` differs from `wanted`; `fix` ends the sentence."""
+    lines = differing_fields(wanted, stored)
     if lines:
         raise StoreError(f"{what} was made differently ({'; '.join(lines)}); {fix}")
 

@@ -173,14 +173,14 @@ class VAE:
 
         name = _settings(directory).get("_class_name", "AutoencoderKL")
         with plain_folder(directory, WEIGHT_FILES) as folder:
-            model, said = getattr(diffusers, name).from_pretrained(
+            model, loading = getattr(diffusers, name).from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
                 local_files_only=True,
                 output_loading_info=True,
             )
-        if absent := said["missing_keys"]:  # which the library would draw at random
+        if absent := loading["missing_keys"]:  # which the library would draw at random
             raise UserError(
                 f"{_weight_file(directory)} lacks {len(absent)} weights of its {name}, such as {sorted(absent)[0]}; "
                 "pass the right file"

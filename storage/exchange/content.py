@@ -45,12 +45,12 @@ class Content:
     @property
     def columns(self) -> list[Column]:
         """The arrays, in the order in which `batches` gives them."""
-        found = []
+        columns = []
         for group in self.groups:
             for name, (dtype, row_shape) in group.shapes(decoded=self.decode).items():
                 shape = (self.store.n_views, *row_shape)
-                found.append(Column(name=f"{group.path}/{name}", dtype=np.dtype(dtype), shape=shape))
-        return found
+                columns.append(Column(name=f"{group.path}/{name}", dtype=np.dtype(dtype), shape=shape))
+        return columns
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -75,14 +75,14 @@ class Content:
     def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         n_views = self.store.n_views
         rows, views = np.repeat(rows, n_views), np.tile(np.arange(n_views), len(rows))
-        found: dict[str, np.ndarray] = {}
+        gathered: dict[str, np.ndarray] = {}
         for group in self.groups:
             arrays = group.gather(rows, views)
             if self.decode:
                 arrays = decoded(group.codec, arrays, rows, views)
             for name, values in arrays.items():
-                found[f"{group.path}/{name}"] = values.reshape(-1, n_views, *values.shape[1:])
-        return found
+                gathered[f"{group.path}/{name}"] = values.reshape(-1, n_views, *values.shape[1:])
+        return gathered
 
 
 def make_content(store: Store, groups: list[str], rows: str, decode: bool) -> Content:

@@ -113,8 +113,8 @@ def _named_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
 
 def _foreign(file: h5py.File, source: Path, options: ImportOptions) -> Incoming:
     named = [find_dataset(file, name) if name else None for name in (options.dataset, options.labels)]
-    for name, found in zip((options.dataset, options.labels), named, strict=True):
-        if found is None:
+    for name, member in zip((options.dataset, options.labels), named, strict=True):
+        if member is None:
             raise UserError(f"it has no dataset {name!r}; pass --dataset and --labels as they are in the file")
     data, label_column = named
     assert data is not None and label_column is not None  # noqa: PT018

@@ -52,9 +52,9 @@ def read(source: Path, options: ImportOptions) -> Incoming:
     labels = dict(pairs)
     if len(labels) < len(pairs):
         raise UserError(f"{where} names a file twice; mend it")
-    there = {name: (source / name).stat().st_size for name in walk_files(source) if name.endswith(".npy")}
+    sizes = {name: (source / name).stat().st_size for name in walk_files(source) if name.endswith(".npy")}
     names = sorted(labels)
-    for only, fix in ((set(names) - there.keys(), "is missing"), (there.keys() - labels.keys(), "has no label")):
+    for only, fix in ((set(names) - sizes.keys(), "is missing"), (sizes.keys() - labels.keys(), "has no label")):
         if only:
             more = f" and {len(only) - 1} more" if len(only) > 1 else ""
             raise UserError(f"{source / min(only)}{more} {fix}; make files and dataset.json agree")
@@ -69,7 +69,7 @@ def read(source: Path, options: ImportOptions) -> Incoming:
         identity=latents_identity(
             options,
             what="a vae-sd folder",
-            sha256=sha256_of_listing((name, there[name]) for name in names),
+            sha256=sha256_of_listing((name, sizes[name]) for name in names),
             channels=shape[0] // 2,
             size=(shape[1], shape[2]),
             scale=SD_VAE_SCALE,

@@ -97,8 +97,8 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
             done = store.n_units - len(missing)
             with progress_bar(store.n_units, unit="shard", done=done, description=f"import {group.path}") as bar:
                 for unit in missing:
-                    found = _checked(group.rows(store.unit_rows(unit)), layout, unit, incoming.keys)
-                    publish_unit(staging.root, layout, digest, unit, found, [], staging.run_id, {})
+                    arrays_of_unit = _checked(group.rows(store.unit_rows(unit)), layout, unit, incoming.keys)
+                    publish_unit(staging.root, layout, digest, unit, arrays_of_unit, [], staging.run_id, {})
                     bar.update(1)
             say(
                 f"{staging.root.at(group.path)}: {len(incoming.keys)} rows, {len(missing)} of {store.n_units} units new"
@@ -152,12 +152,12 @@ def require_folder(source: Path, what: str) -> None:
 
 
 def _checked(
-    found: Mapping[str, np.ndarray], layout: GroupLayout, unit: int, keys: Sequence[str]
+    given: Mapping[str, np.ndarray], layout: GroupLayout, unit: int, keys: Sequence[str]
 ) -> dict[str, np.ndarray]:
     rows = layout.store.unit_rows(unit)
     arrays = {}
     for array in layout.arrays:
-        values = np.asarray(found[array.name])
+        values = np.asarray(given[array.name])
         if values.dtype.kind not in "fiu":
             raise UserError(f"{array.name} of {layout.path} must be real numbers, got {values.dtype}; mend the source")
         expected = (len(rows), layout.store.n_views, *array.row_shape)

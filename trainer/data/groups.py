@@ -131,13 +131,13 @@ def pick_group(store: Store, kind: str, name: str) -> str:
     """The path of the named group, or of the only one there is. Raises UserError naming the choices."""
     if name:
         return f"{kind}/{name}"  # opening it says so when it is not there, and a store over http cannot list
-    there = [path for path in store.groups() if path.startswith(f"{kind}/")]
-    if len(there) == 1:
-        return there[0]
-    if not there:
+    paths = [path for path in store.groups() if path.startswith(f"{kind}/")]
+    if len(paths) == 1:
+        return paths[0]
+    if not paths:
         fix = "pass --loss.projection-weight 0 to train without, or " if kind == "features" else ""
         raise UserError(f"store {store.root} has no {kind}; {fix}run make precompute to add them")
-    names = ", ".join(path.partition("/")[2] for path in there)
+    names = ", ".join(path.partition("/")[2] for path in paths)
     raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")
 
 
