@@ -87,7 +87,10 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsIdentity(Identity):
-    """Of latents: z = (x − shift) · scale has `latent_channels` of `latent_size`, (h, w)."""
+    """Of latents: z = (x − shift) · scale has `latent_channels` of `latent_size`, (h, w).
+
+    With a `latent_normalisation`, z = (x − mean) / std · scale, channel by channel (`storage.normalisation`).
+    """
 
     stored: Kept | None = None
     posterior: bool | None = None  # false: the latent itself is stored, not the mean and deviation that it is drawn by
@@ -95,6 +98,7 @@ class LatentsIdentity(Identity):
     latent_size: tuple[Size, Size] = ABSENT
     latent_scale_factor: Annotated[FiniteFloat, Field(gt=0), Exact] = ABSENT
     latent_shift_factor: Annotated[FiniteFloat, Exact] = ABSENT
+    latent_normalisation: dict[str, Any] | None = None  # `storage.normalisation.normalisation_of`
 
     @property
     def has_posterior(self) -> bool:
