@@ -129,7 +129,7 @@ def _with_statistics(config: TrainConfig, release: Release, file: Path, channels
     What the user chose goes before. Raises UserError where the file is not of the store's channels.
     """
     name = PUBLISHED[release].statistics
-    beside = file.with_name(name)
+    beside = file.absolute().parent / name
     if not name or config.data.latent_normalisation != "auto" or not beside.is_file():
         return config, ""
     found = read_statistics(beside, channels)
