@@ -165,7 +165,7 @@ def unlike(a: Identity, b: Identity, names: Iterable[str] | None = None) -> str:
     one, other = a.plain(), b.plain()
     asked = sorted({*one, *other}) if names is None else names
     return "; ".join(
-        f"{shown(name)}: {shown(str(one.get(name)))} and {shown(str(other.get(name)))}"
+        f"{shown(name)}: {_cut(shown(str(one.get(name))))} and {_cut(shown(str(other.get(name))))}"
         for name in asked
         if one.get(name) != other.get(name)
     )
@@ -198,3 +198,7 @@ def require_same(wanted: Mapping[str, Any], found: Mapping[str, Any], what: str,
 def _short(value: Any) -> str:
     text = "nothing" if value is None else canonical_json(value)
     return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]}…{text[-58:]}"

@@ -18,6 +18,8 @@ from storage.weights.latent_statistics import read_statistics
 from tests.trainer.reference import load_reference
 from trainer.config.schema import DataConfig
 from trainer.data.latent_scale import LatentScale
+from trainer.data.loader import Batch
+from trainer.loop.losses import sample_latents
 
 IDENTITY = LatentsIdentity(
     latent_channels=32, latent_size=(4, 4), latent_scale_factor=1.0, latent_shift_factor=0.0, posterior=False
@@ -101,3 +103,19 @@ def test_settings_choose_the_map() -> None:
     torch.testing.assert_close(LatentScale.of(identity, given_).normalised(x), (x - 3) / 4)
     plain = replace(IDENTITY, latent_scale_factor=0.3611, latent_shift_factor=0.1159)
     torch.testing.assert_close(LatentScale.of(plain, DataConfig()).normalised(x), (x - 0.1159) * 0.3611, rtol=0, atol=0)
+
+
+def test_a_compiled_step_takes_the_map_as_it_is() -> None:
+    """Tensors of a frozen object, in one graph; nothing in it waits for a device."""
+    statistics = Normalisation(mean=(1.0, -2.0, 3.0), std=(2.0, 0.5, 4.0), source="s")
+    identity = LatentsIdentity(
+        latent_channels=3, latent_size=(4, 4), latent_scale_factor=1.0, latent_normalisation=statistics.plain()
+    )
+    scale = LatentScale.of(identity)
+    compiled = torch.compile(sample_latents, fullgraph=True, backend="eager")
+    for step in range(2):
+        batch = Batch(
+            step=step, rows=torch.arange(4), labels=torch.zeros(4, dtype=torch.int64),
+            moments=torch.randn(4, 6, 4, 4).half(), targets=(), stall_s=0.0,
+        )  # fmt: skip
+        assert torch.equal(compiled(batch, scale, 0), sample_latents(batch, scale, 0))
