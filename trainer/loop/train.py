@@ -11,7 +11,7 @@ same order. One step, on every rank:
     train_step(training, batch)                       step.py
      │  for each of --accumulate micro-batches:
      │   ├ losses(model, micro_batch)                 losses.py
-     │   │   ├ draw      z = (μ + σ ε' − shift) · scale                every number keyed by (seed, purpose, step,
+     │   │   ├ draw      z = normalised(μ + σ ε')                     every number keyed by (seed, purpose, step,
      │   │   │           t, ε, dropped labels        random_keys.py    row), none by rank or by time
      │   │   │           x_t from z, ε, t            objectives/
      │   │   ├ model     output, projections = model(x_t, t, labels)   models/, under autocast (ranks/arithmetic.py)
@@ -54,10 +54,11 @@ from storage.base.files import write_atomic
 from trainer.config.saved import to_save, to_yaml
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data
+from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.data.loader import Loader
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
-from trainer.loop.losses import LatentScale, Losses
+from trainer.loop.losses import Losses
 from trainer.loop.non_finite import NonFiniteSteps
 from trainer.loop.readback import Readback
 from trainer.loop.step import StepNumbers, TrainingState, build, train_step, without_alignment
@@ -89,9 +90,11 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
         try:
             geometry = geometry_of(config, data)
             config = resolve(config, data, world)
+            scale = LatentScale.of(data.latents.identity, config.data)
+            require_deviation(data.latents, scale, config.data)
             set_arithmetic(config)
             with only_writer(config.run, world):
-                new = build(config, geometry, LatentScale.of(data.latents.identity), world)
+                new = build(config, geometry, scale, world)
                 run = _Run(*resume(new, data.identities, accept_changes), data)
                 del new  # which the run may replace, and a replica that is kept would take part in its gradients
                 return run.run()
@@ -309,6 +312,7 @@ class _Run:
             f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
             f"{geometry.grid**2} tokens",
             f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
+            f"latents    {self.training.scale}, {require_deviation(data.latents, self.training.scale, config.data)}",
             *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
             f"device     {world.device}, {ranks}",
             f"start      step {self.first_step} of {config.steps}",
