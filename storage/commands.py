@@ -258,7 +258,9 @@ COMMANDS = {
         "identity fields and rows in which two stores or groups differ", f"{HERE}:DiffConfig", f"{HERE}:diff"
     ),
     "derive": Command(
-        "a group of coded features from one that is stored", "storage.derive:DeriveConfig", "storage.derive:derive"
+        "a group of codes, or of principal components, from one that is stored",
+        "storage.derive:DeriveConfig",
+        "storage.derive:derive",
     ),
     "export": Command(
         "write a store's rows, in order, in another format", "storage.exchange:ExportConfig", "storage.exchange:export"
