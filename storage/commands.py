@@ -59,7 +59,9 @@ COMMANDS = {
         "storage.recount:statistics",
     ),
     "derive": Command(
-        "a group of coded features from one that is stored", "storage.derive:DeriveConfig", "storage.derive:derive"
+        "a group of codes, or of principal components, from one that is stored",
+        "storage.derive:DeriveConfig",
+        "storage.derive:derive",
     ),
     "export": Command(
         "write a store's rows, in order, in another format", "storage.exchange:ExportConfig", "storage.exchange:export"

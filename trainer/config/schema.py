@@ -141,6 +141,12 @@ class DataConfig:
     )
     prefetch: int = option(3, "batches read ahead, each in its own (pinned) buffer", free=True)
     threads: int = option(0, "threads that gather rows of one array; 0: as the kind of store needs", free=True)
+    resident: Literal["stream", "ram", "gpu"] = option(
+        "stream",
+        "stream: rows are read when they are visited; ram: all of them once, into one copy a machine, which its ranks "
+        "share; gpu: into the memory of each rank's device. The batches are the same",
+        free=True,
+    )
     cache: Path = option(Path(), "folder on a local disk that keeps a part of a remote store", free=True)
     cache_gb: float = option(0.0, "most gigabytes that the cache takes, over all arrays", free=True)
 

@@ -56,6 +56,8 @@ from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data
 from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.data.loader import Loader
+from trainer.data.resident import open_rows
+from trainer.data.rows import Rows, Streamed
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
 from trainer.loop.losses import Losses
@@ -138,20 +140,21 @@ class _Run:
             RunFolder(config.run).write_config(config, self.saved_before)
             print(self._opening(), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
-        self.bar = progress_bar(
-            config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
-        )
         self.training.model.train()
         step = self.first_step
         with (
             closing(self.log) if self.log is not None else nullcontext(),
+            closing(self._rows()) as rows,
             stop_on_signals(*INTERRUPTS) as stop,
-            self.bar,
+            progress_bar(
+                config.steps, unit="step", done=step, description="train", hidden=not self.world.is_main
+            ) as self.bar,
         ):
             for end in self._phases():
                 if config.aligns and not config.aligns_at(step) and not self.alignment_stopped:
                     self.training, self.alignment_stopped = without_alignment(self.training), True
-                with self._loader(step, end) as loader:
+                rows.keep(self.data.readers(with_targets=config.aligns_at(step)))
+                with self._loader(rows, step, end) as loader:
                     step, stopping = self._steps(loader, step, stop)
                 if stopping:
                     break
@@ -173,7 +176,14 @@ class _Run:
         ends = {config.loss.stop_alignment_at, config.steps} if config.aligns else {config.steps}
         return sorted(end for end in ends if self.first_step < end <= config.steps)
 
-    def _loader(self, start: int, stop: int) -> Loader:
+    def _rows(self) -> Rows:
+        """Where rows come from; a run that is over reads none. A signal that comes meanwhile ends the process."""
+        if not self._phases():
+            return Streamed({})
+        config = self.config
+        return open_rows(self.data, config.data, self.world, with_targets=config.aligns_at(self.first_step))
+
+    def _loader(self, rows: Rows, start: int, stop: int) -> Loader:
         config = self.config
         return Loader(
             self.data,
@@ -185,6 +195,7 @@ class _Run:
             world_size=self.world.size,
             device=self.world.device,
             prefetch=config.data.prefetch,
+            rows=rows,
             with_targets=config.aligns_at(start),
             compiled=config.compile,
             on_wait=self._show_wait,
