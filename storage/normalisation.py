@@ -57,16 +57,17 @@ def normalisation_of(identity: LatentsIdentity) -> Normalisation | None:
     if identity.latent_normalisation is None:
         return None
     what = f"the latent_normalisation of {identity.name or 'latents'}"
-    found = parse_json(Normalisation, json.dumps(identity.latent_normalisation), what, FIX)
-    n, sides = (identity.latent_channels or 0) * found.patch**2, identity.latent_size or (0, 0)
-    if (len(found.mean), len(found.std)) != (n, n) or any(side % found.patch for side in sides):
+    statistics = parse_json(Normalisation, json.dumps(identity.latent_normalisation), what, FIX)
+    n, sides = (identity.latent_channels or 0) * statistics.patch**2, identity.latent_size or (0, 0)
+    if (len(statistics.mean), len(statistics.std)) != (n, n) or any(side % statistics.patch for side in sides):
         raise StoreError(
-            f"{what} has {len(found.mean)} means and {len(found.std)} deviations of patches of {found.patch}; "
+            f"{what} has {len(statistics.mean)} means and {len(statistics.std)} deviations of patches of "
+            f"{statistics.patch}; "
             f"{identity.latent_channels} channels of {sides[0]}×{sides[1]} need {n}; {FIX}"
         )
     if identity.latent_shift_factor:
         raise StoreError(f"{what} stands beside a latent_shift_factor of {identity.latent_shift_factor}; {FIX}")
-    return found
+    return statistics
 
 
 def made(mean: Iterable[float], std: Iterable[float], *, channels: int, source: str, where: str) -> Normalisation:

@@ -214,8 +214,8 @@ def basis_from(how: tuple[np.ndarray, Request], sums: Sums) -> Basis:
     covariance = sums.products / sums.n - np.outer(mean, mean)
     deviation = np.ones_like(mean)
     if wanted.standardised:
-        found = np.sqrt(np.maximum(np.diag(covariance), 0))
-        deviation = np.where(found > 0, found, 1.0)
+        measured = np.sqrt(np.maximum(np.diag(covariance), 0))
+        deviation = np.where(measured > 0, measured, 1.0)
     covariance /= np.outer(deviation, deviation)
     values, vectors = np.linalg.eigh(covariance)
     unbiased = np.maximum(values[::-1], 0) * (sums.n / max(1, sums.n - 1))

@@ -139,8 +139,8 @@ def statistics_of(settings: Mapping[str, Any], geometry: Geometry, directory: Pa
     *names, epsilon = geometry.in_weights
     file = _weight_file(directory)
     with open_weights(file) as weights:
-        there = bare(weights.entries(), file)
-        stored = {name: there[name] for name in names if isinstance(there.get(name), Stored)}
+        entries = bare(weights.entries(), file)
+        stored = {name: entries[name] for name in names if isinstance(entries.get(name), Stored)}
         if len(stored) < len(names):
             raise UserError(
                 f"{file} has no {names[0]} and {names[1]}, by which its latents are normalised; copy it again"
@@ -295,10 +295,10 @@ def latents_of(encoded: Any) -> tuple[Tensor, ...]:
     """
     if hasattr(encoded, "latent_dist"):
         posterior = encoded.latent_dist
-        found: tuple[Tensor, ...] = (posterior.mean.float(), (0.5 * posterior.logvar.float()).exp())
+        arrays: tuple[Tensor, ...] = (posterior.mean.float(), (0.5 * posterior.logvar.float()).exp())
     else:
-        found = ((encoded.latent if hasattr(encoded, "latent") else encoded.latents).float(),)
-    return tuple(each.squeeze(2) if each.ndim == 5 else each for each in found)
+        arrays = ((encoded.latent if hasattr(encoded, "latent") else encoded.latents).float(),)
+    return tuple(each.squeeze(2) if each.ndim == 5 else each for each in arrays)
 
 
 def _weight_file(directory: Path) -> Path:

@@ -45,8 +45,8 @@ class _Labels:
 def read(source: Path, options: ImportOptions) -> Incoming:
     """Describe the file; it stays open until the import ends."""
     if source.is_dir():
-        there = sorted(path for path in source.glob("*.h5") if (source / f"{path.stem}_h5.json").is_file())
-        latents = [path for path in there if path.stem != "images"]
+        with_labels = sorted(path for path in source.glob("*.h5") if (source / f"{path.stem}_h5.json").is_file())
+        latents = [path for path in with_labels if path.stem != "images"]
         names = ", ".join(shown(path.name) for path in latents[:4]) or "none"
         raise UserError(f"{source} is a folder; name the file of latents in it (there is {names})")
     try:
@@ -76,15 +76,15 @@ def _described(file: h5py.File, source: Path, options: ImportOptions) -> Incomin
 
     def rows(wanted: range) -> dict[str, np.ndarray]:
         with hdf5_errors(shown(str(source))):
-            found = np.empty((len(wanted), 1, *shape), np.float32)
+            latents = np.empty((len(wanted), 1, *shape), np.float32)
             for i, row in enumerate(wanted):
                 data = _one(file, names[row])
                 if data.shape != shape:
                     raise UserError(
                         f"{shown(names[row])!r} has shape {data.shape}, the first {shape}; all must be alike"
                     )
-                found[i, 0] = data[()]
-            return {"moments": found}
+                latents[i, 0] = data[()]
+            return {"moments": latents}
 
     group = IncomingGroup(
         path=f"latents/{options.name}",
@@ -113,20 +113,20 @@ def _described(file: h5py.File, source: Path, options: ImportOptions) -> Incomin
 
 
 def _labels(file: h5py.File, source: Path) -> list[tuple[str, int | float | str | None]]:
-    found = find_dataset(file, LABELS)
-    if found is None:
+    labels = find_dataset(file, LABELS)
+    if labels is None:
         raise UserError(f"it has no data set {LABELS!r}, so its labels are unknown; it is not one of REPA-E's files")
-    if found.dtype.kind not in "SO" or found.size != 1 or found.dtype.itemsize > MAX_LABELS_BYTES:
-        raise UserError(f"its data set {LABELS!r} is {found.dtype} {found.shape}, not one text; fetch the file again")
-    raw = found[()] if found.shape == () else found[(0,) * len(found.shape)]
+    if labels.dtype.kind not in "SO" or labels.size != 1 or labels.dtype.itemsize > MAX_LABELS_BYTES:
+        raise UserError(f"its data set {LABELS!r} is {labels.dtype} {labels.shape}, not one text; fetch the file again")
+    raw = labels[()] if labels.shape == () else labels[(0,) * len(labels.shape)]
     raw = raw.encode() if isinstance(raw, str) else bytes(raw)
     return parse_json(_Labels, raw, f"{source}, {LABELS}", 'it must be {"labels": [[name, label], …]}').labels
 
 
 def _one(file: h5py.File, name: str) -> h5py.Dataset:
-    found = find_dataset(file, name)
-    if found is None:
+    dataset = find_dataset(file, name)
+    if dataset is None:
         raise UserError(f"it has no data set {shown(name)[:80]!r}, which its {LABELS} names; fetch the file again")
-    if found.dtype.kind != "f":
-        raise UserError(f"{shown(name)[:80]!r} holds {found.dtype}, not floating-point numbers; fetch the file again")
-    return found
+    if dataset.dtype.kind != "f":
+        raise UserError(f"{shown(name)[:80]!r} holds {dataset.dtype}, not floating-point numbers; fetch the file again")
+    return dataset

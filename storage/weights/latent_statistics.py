@@ -26,18 +26,20 @@ def read_statistics(path: Path, channels: int, *, epsilon: float = 0.0) -> Norma
     """The statistics in a file of `channels` channels; `epsilon` is added to the variance. Raises UserError."""
     where = shown(str(path))
     with open_weights(path) as file:
-        there = {name: value for name, value in file.entries().items() if isinstance(value, Stored)}
-        names = next((pair for pair in PAIRS if there.keys() >= set(pair)), None)
+        tensors = {name: value for name, value in file.entries().items() if isinstance(value, Stored)}
+        names = next((pair for pair in PAIRS if tensors.keys() >= set(pair)), None)
         if names is None:
-            held = ", ".join(shown(name[:80]) for name in list(there)[:4]) or "no tensor"
+            held = ", ".join(shown(name[:80]) for name in list(tensors)[:4]) or "no tensor"
             raise UserError(
                 f"{where} holds {held}; statistics of latents are mean and std (LightningDiT), or latents_bias and "
                 "latents_scale (REPA-E)"
             )
         for name in names:
-            if there[name].nbytes > 8 * MAX_NUMBERS:
-                raise UserError(f"{where}: {name} is {list(there[name].shape)[:8]}; statistics are a number a channel")
-        read = file.tensors({name: there[name] for name in names})
+            if tensors[name].nbytes > 8 * MAX_NUMBERS:
+                raise UserError(
+                    f"{where}: {name} is {list(tensors[name].shape)[:8]}; statistics are a number a channel"
+                )
+        read = file.tensors({name: tensors[name] for name in names})
     if not all(value.is_floating_point() for value in read.values()):
         raise UserError(
             f"{where}: {names[0]} and {names[1]} must be floating-point numbers; use the file as it was saved"

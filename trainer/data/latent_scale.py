@@ -55,9 +55,9 @@ class LatentScale:
         if data is not None and kind == "channel":
             statistics = _chosen(data, identity.latent_channels)
             return cls._by(statistics, 1.0, identity.has_posterior)
-        said = normalisation_of(identity) if kind == "auto" else None
-        if said is not None:
-            return cls._by(said, identity.latent_scale_factor, identity.has_posterior)
+        statistics = normalisation_of(identity) if kind == "auto" else None
+        if statistics is not None:
+            return cls._by(statistics, identity.latent_scale_factor, identity.has_posterior)
         return cls(
             scale=identity.latent_scale_factor,
             shift=identity.latent_shift_factor,
@@ -118,13 +118,13 @@ def require_deviation(latents: GroupReader[LatentsIdentity], scale: LatentScale,
         return f"deviation not known: python -m storage statistics {latents.path} counts what its receipts lack"
     mean, std = normalised_moments(latents, scale)
     over_all = float(np.sqrt(np.square(std).mean()))
-    said = f"deviation {over_all:.3g} ({std.min():.3g} to {std.max():.3g} a channel)"
+    in_words = f"deviation {over_all:.3g} ({std.min():.3g} to {std.max():.3g} a channel)"
     by_channel = isinstance(scale.scale, Tensor)
     distance = np.abs(np.log(np.maximum(std, 1e-30)))
     far = (std < LEAST) | (std > MOST) | (np.abs(mean) > MOST_MEAN)
     wrong = bool(far.any()) if by_channel else not LEAST_OVER_ALL <= over_all <= MOST
     if not wrong or data.latent_deviation == "accept":
-        return said
+        return in_words
     worst = np.argsort(-np.maximum(distance, np.abs(mean) if by_channel else 0), kind="stable")[:NAMED]
     figures = ", ".join(f"channel {c} has mean {mean[c]:.3g} and deviation {std[c]:.3g}" for c in worst)
     rule = (

@@ -132,8 +132,12 @@ def _with_statistics(config: TrainConfig, release: Release, file: Path, channels
     beside = file.absolute().parent / name
     if not name or config.data.latent_normalisation != "auto" or not beside.is_file():
         return config, ""
-    found = read_statistics(beside, channels)
-    changes = {"data.latent_normalisation": "channel", "data.latent_mean": found.mean, "data.latent_std": found.std}
+    statistics = read_statistics(beside, channels)
+    changes = {
+        "data.latent_normalisation": "channel",
+        "data.latent_mean": statistics.mean,
+        "data.latent_std": statistics.std,
+    }
     return override(config, changes), f"its latents are normalised channel by channel with {beside}"
 
 
