@@ -30,6 +30,7 @@ from storage import StoreLayout
 from storage.codecs import CODECS, Codec
 from storage.codecs.int8 import INT8
 from storage.torch.codecs import twin_of
+from tests.slow import slow_but
 from tests.trainer.test_transformer import imagenet_config
 from trainer.alignment.cosine import Cosine
 from trainer.alignment.irepa import IREPA
@@ -212,7 +213,13 @@ def test_a_tensor_of_the_host_and_a_wait_are_noticed(fakes: None, monkeypatch: p
 
 @pytest.mark.parametrize(  # ddpm asks its schedule for all times before the first step
     ("name", "sampler"),
-    [("sit-b-2", "ode"), ("sit-b-2", "sde"), ("sit-b-1", "sde"), ("sit-b-2-reg", "sde"), ("lightningdit-b-1", "ode")],
+    [
+        ("sit-b-2", "ode"),
+        pytest.param("sit-b-2", "sde", marks=pytest.mark.slow),
+        pytest.param("sit-b-1", "sde", marks=pytest.mark.slow),
+        ("sit-b-2-reg", "sde"),
+        pytest.param("lightningdit-b-1", "ode", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
     fakes: None, monkeypatch: pytest.MonkeyPatch, name: str, sampler: str
@@ -235,7 +242,7 @@ def test_a_sampler_stays_on_its_device_and_waits_for_nothing(
     assert (drawn.device, drawn.dtype, drawn.shape) == (GPU, torch.float64, shape)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "rotated1", "rotated4"])
+@pytest.mark.parametrize("dtype", slow_but(["float16", "int8", "rotated1", "rotated4"], ["float16", "rotated1"]))
 def test_units_are_encoded_where_their_images_are(
     fakes: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str
 ) -> None:

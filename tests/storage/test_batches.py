@@ -22,7 +22,9 @@ from tests.stores import FEATURES, LATENTS, make_store
 GROUPS = [LATENTS, FEATURES]
 
 
-@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "method"), [(0, None), (2, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)]
+)
 def test_a_dataloader_gives_every_sample_once_and_right(tmp_path: Path, workers: int, method: str | None) -> None:
     data = make_store(tmp_path / "s", n_views=2, failed_rows=[3, 17])
     dataset = RowDataset(tmp_path / "s", GROUPS, view=1)

@@ -397,6 +397,13 @@ class TrainConfig:
             )
 
     @property
+    def named_store(self) -> str:
+        """The store. Raises UserError where none was named."""
+        if not self.store:
+            raise UserError("no store was named; pass --store ROOT (make train STORE=ROOT)")
+        return self.store
+
+    @property
     def aligns(self) -> bool:
         """Whether the alignment loss is part of the objective; without it no features are read."""
         return any(self.loss.projection_weight)

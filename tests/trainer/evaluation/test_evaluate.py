@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.__main__ import main as describe
+from storage.base.console import run_command
 from storage.base.errors import UserError
 from storage.base.files import append_line
 from storage.feature_file import open_feature_file, write_feature_file
@@ -176,8 +178,23 @@ def test_what_cannot_be_compared_is_refused(
         evaluate(generated, tmp_path / "images.npz", Description(encoder="inception"), out=tmp_path)
 
 
-def test_one_command_from_pictures_to_numbers_without_a_network(tmp_path: Path) -> None:
-    """A folder of PNGs against an archive of the same pictures, by the built-in encoder in a process of its own."""
+def describe_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that describes images runs in this process: a new one takes seconds to import what it needs."""
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+        assert command[1:4] == ["-m", "pipeline", "features"]
+        with pytest.raises(SystemExit) as end:
+            run_command(describe, "python -m pipeline", command[3:])
+        assert isinstance(end.value.code, int)
+        return subprocess.CompletedProcess(command, end.value.code)
+
+    monkeypatch.setattr("trainer.evaluation.quality.evaluate.subprocess.run", run)
+
+
+def test_one_command_from_pictures_to_numbers_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of PNGs against the same pictures, an archive's by the built-in encoder in a process of its own."""
     pictures = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
     (tmp_path / "png" / "class0").mkdir(parents=True)
     for i, picture in enumerate(pictures):
@@ -192,6 +209,7 @@ def test_one_command_from_pictures_to_numbers_without_a_network(tmp_path: Path) 
         assert result["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-6)
         assert (result["metrics"]["precision"]["value"], result["metrics"]["recall"]["value"]) == (1, 1)
         assert result["generated"]["n"] == result["reference"]["n"] == 8
+        describe_here(monkeypatch)
     assert result["reference"]["path"] == str(tmp_path / "store")
 
 
@@ -252,8 +270,9 @@ def test_a_reference_is_described_once_for_all_runs(tmp_path: Path, asked: list[
     assert Path(asked[-1][asked[-1].index("--out") + 2]) != places[0]
 
 
-def test_broken_images_and_links_in_a_reference(tmp_path: Path) -> None:
+def test_broken_images_and_links_in_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with links and a broken JPEG gives the distance of the same folder without; the broken one is named."""
+    describe_here(monkeypatch)
     rng = np.random.default_rng(0)
     for name in ("generated", "plain"):
         (tmp_path / name / "class0").mkdir(parents=True)
@@ -294,6 +313,7 @@ def test_missing_weights_are_one_line_that_says_what_to_fetch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    describe_here(monkeypatch)
     np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.npz")])
