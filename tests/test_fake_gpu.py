@@ -118,31 +118,33 @@ def a_batch(step: int, geometry: Geometry, codec: Codec = INT8) -> Batch:
 
 
 FEATURES_WIDTH = 768
-TWICE = ("sit-xl-2", "dit-xl-2", "stopped")  # the second step finds the optimiser's state there
+TWICE = ("sit", "dit", "stopped")  # the second step finds the optimiser's state there
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sit-xl-2": ("sit-xl-2", {}),
-    "dit-xl-2": ("dit-xl-2", {}),
-    "sit-xl-1": ("sit-xl-1", {}),
-    "sit-xl-2-reg": ("sit-xl-2-reg", {}),
-    "lightningdit-xl-1": ("lightningdit-xl-1", {}),
-    "irepa, kernel 1": ("sit-xl-2", {"loss.alignment": ("irepa:kernel=1",)}),
-    "irepa, kernel 3": ("sit-xl-2", {"loss.alignment": ("irepa",)}),
-    "stopped": ("sit-xl-2", {"loss.stop_alignment_at": 1}),
+    "sit": ("sit-{}-2", {}),
+    "dit": ("dit-{}-2", {}),
+    "patch 1": ("sit-{}-1", {}),
+    "reg": ("sit-{}-2-reg", {}),
+    "lightningdit": ("lightningdit-{}-1", {}),
+    "irepa, kernel 1": ("sit-{}-2", {"loss.alignment": ("irepa:kernel=1",)}),
+    "irepa, kernel 3": ("sit-{}-2", {"loss.alignment": ("irepa",)}),
+    "stopped": ("sit-{}-2", {"loss.stop_alignment_at": 1}),
 }
 
 
 @pytest.mark.parametrize(
-    ("method", "accumulate"),
+    ("size", "method", "accumulate"),
     [
-        *((name, 2) for name in ("sit-xl-2", "dit-xl-2")),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("sit-xl-2", "dit-xl-2")),
-        *((name, 1) for name in STEPS if name not in ("sit-xl-2", "dit-xl-2")),
+        *(("b", name, 2) for name in ("sit", "dit")),
+        *(("b", name, 1) for name in STEPS if name not in ("sit", "dit")),
+        *(pytest.param("xl", name, n, marks=pytest.mark.slow) for name in ("sit", "dit") for n in (1, 2)),
+        *(pytest.param("xl", name, 1, marks=pytest.mark.slow) for name in STEPS if name not in ("sit", "dit")),
     ],
 )
 def test_a_step_stays_on_its_device_and_waits_for_nothing(
-    fakes: None, monkeypatch: pytest.MonkeyPatch, method: str, accumulate: int
+    fakes: None, monkeypatch: pytest.MonkeyPatch, size: str, method: str, accumulate: int
 ) -> None:
-    name, changes = STEPS[method]
+    spelling, changes = STEPS[method]
+    name = spelling.format(size)
     config = override(preset(name), {"precision": "fp32", "accumulate": accumulate, "optim.clip": 1.0, **changes})
     geometry = imagenet_config(name, **changes)
     parts = update.build(config, geometry, LatentScale(scale=0.18, shift=0.0), World(rank=0, size=1, device=GPU))
@@ -161,7 +163,7 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
             batch = dataclasses.replace(batch, targets=())
         with Copies() as copies:
             numbers, losses = update.train_step(parts, batch)
-        assert copies.n == 0 or (name == "dit-xl-2" and step == 0)  # DiT's schedule goes there once
+        assert copies.n == 0 or (method == "dit" and step == 0)  # DiT's schedule goes there once
         assert {numbers.packed().device, losses.denoising.device, losses.alignments.device} == {GPU}
     assert losses.denoising.shape == (B,)
     assert losses.class_denoising.shape == ((B,) if geometry.class_width else (0,))

@@ -47,9 +47,9 @@ def test_the_smallest_setting_gives_a_whole_table(tmp_path: Path, capsys: pytest
     ("name", "encoder", "online", "with_vae"),
     [
         ("sit-b-2", "dinov2-vitb14", 1.3, 3.1),
-        ("sit-xl-2", "dinov2-vitb14", 1.06, 1.4),
-        ("sit-b-2", "dinov2-vitg14", 5.0, 6.9),
-        ("sit-xl-2", "dinov2-vitg14", 1.8, 2.2),
+        pytest.param("sit-xl-2", "dinov2-vitb14", 1.06, 1.4, marks=pytest.mark.slow),
+        pytest.param("sit-b-2", "dinov2-vitg14", 5.0, 6.9, marks=pytest.mark.slow),
+        pytest.param("sit-xl-2", "dinov2-vitg14", 1.8, 2.2, marks=pytest.mark.slow),
     ],
 )
 def test_ratios_of_flops_are_the_design_s(name: str, encoder: str, online: float, with_vae: float) -> None:

@@ -8,21 +8,25 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from storage.__main__ import main
+from storage.__main__ import PROG, main
 from storage.base.console import EXIT_NOBODY_READS
 from storage.codecs.int8 import INT8
+from tests.commands import run_here
 from tests.stores import FEATURES, LATENTS, make_store
 
+Storage = Callable[..., tuple[int, str, str]]
 
-def storage(*argv: str | Path) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-m", "storage", *map(str, argv)], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
+
+@pytest.fixture
+def storage(capsys: pytest.CaptureFixture[str]) -> Storage:
+    """Exit status, output and errors of `python -m storage` with these words."""
+    return lambda *argv: run_here(main, PROG, argv, capsys)
 
 
 def test_ls_finds_stores_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +88,7 @@ def test_info_tells_identity_and_failures(tmp_path: Path, capsys: pytest.Capture
     assert f"groups {LATENTS}, {FEATURES}" in out
 
 
-def test_verify_exits_1_and_names_the_fault(tmp_path: Path) -> None:
+def test_verify_exits_1_and_names_the_fault(tmp_path: Path, storage: Storage) -> None:
     root = tmp_path / "s"
     make_store(root)
     assert storage("verify", root)[0] == 0
@@ -101,7 +105,7 @@ def test_verify_exits_1_and_names_the_fault(tmp_path: Path) -> None:
     assert (status, "no fault" in out) == (0, True)
 
 
-def test_verify_counts_a_damaged_root_as_a_fault(tmp_path: Path) -> None:
+def test_verify_counts_a_damaged_root_as_a_fault(tmp_path: Path, storage: Storage) -> None:
     make_store(tmp_path / "s")
     (tmp_path / "s" / "zarr.json").write_text("{")
     status, out, _ = storage("verify", tmp_path / "s")
@@ -128,7 +132,7 @@ def test_diff_names_fields_samples_and_rows(tmp_path: Path, capsys: pytest.Captu
     assert main(["diff", *group]) == 1
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tmp_path: Path, storage: Storage) -> None:
     make_store(tmp_path / "s")
     (tmp_path / "empty").mkdir()
     for argv, says in (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from storage.order import Order, ValidRows, rank_slice
 from tests.examples import examples
+from tests.slow import slow_but
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 10_000)
@@ -84,7 +85,7 @@ def test_epochs_and_seeds_share_nothing() -> None:
                 assert abs(np.corrcoef(orders[a], orders[b])[0, 1]) < 5 / np.sqrt(n), (a, b)
 
 
-@pytest.mark.parametrize("n", [11, 16])
+@pytest.mark.parametrize("n", slow_but([11, 16], [11]))
 def test_rows_are_uniform_at_every_position(n: int) -> None:
     epochs = 4000
     counts = np.zeros((n, n))

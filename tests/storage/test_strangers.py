@@ -34,6 +34,7 @@ from storage.__main__ import main
 from storage.base.shown import OBEYED
 from storage.batches import iterate_batches
 from tests.examples import examples
+from tests.slow import slow_but
 from tests.storage import edits
 from tests.storage.edits import STEERS, Edit
 from tests.stores import FEATURES, LATENTS
@@ -305,7 +306,7 @@ def test_a_receipt_opens_no_file_outside_its_group(good: Path) -> None:
     assert "secret/zarr.json" in said["verify"]
 
 
-@pytest.mark.parametrize("edit", ["a pipe", "rows"])
+@pytest.mark.parametrize("edit", slow_but(["a pipe", "rows"], ["rows"]))
 def test_the_command_itself(good: Path, edit: str) -> None:
     """One line and status 2, or faults and status 1, in a process that may have a gigabyte more than it starts with."""
     root = good.with_name("edited")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,24 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(run)):
-            return
-        assert process.poll() is None, process.communicate()
+def is_at(run: Path, step: int) -> bool:
+    """Whether a run has logged a step, or one after it."""
+    return (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(run))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline_s
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    def reached() -> bool:
+        assert process.poll() is None or is_at(run, step), process.communicate()
+        return is_at(run, step)
+
+    wait_until(reached)
 
 
 if __name__ == "__main__":

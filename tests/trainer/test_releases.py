@@ -20,7 +20,6 @@ from torch import Tensor
 from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
 from tests.stores import make_store
-from tests.trainer.test_config import run_cli
 from tests.trainer.test_transformer import SMALL, inputs, randomised
 from trainer.__main__ import main
 from trainer.config.presets import preset
@@ -326,14 +325,13 @@ def test_a_run_that_is_there_is_kept(shared_tiny_store: Path, tmp_path: Path) ->
         import_checkpoint(file, "repa", config)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path / "store")
     file = save(tmp_path / "c", "scripts", *[randomised(geometry_of("sit")).state_dict()] * 2)
     options = ["--model.depth=2", "--model.width=32", "--model.heads=2", "--model.align-block=1"]
     options += ["--model.projector-width=32", f"--store={tmp_path / 'store'}", f"--run={tmp_path / 'run'}"]
-    done = run_cli("import", str(file), "--release=repa", "--preset=sit-tiny-2", *options)
-    assert done.returncode == 0, done.stderr
-    assert f"trainer generate {tmp_path / 'run'}" in done.stdout
+    assert main(["import", "--release=repa", "--preset=sit-tiny-2", *options, "--log.tensorboard", str(file)]) == 0
+    assert f"trainer generate {tmp_path / 'run'}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"none\.pt does not exist"):
         main(
             ["import", str(tmp_path / "none.pt"), "--release=repa", "--preset=sit-tiny-2", *options[:-1], "--run=/none"]

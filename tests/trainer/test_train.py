@@ -6,7 +6,12 @@ A micro model on random numbers; what is checked is equality of runs, not that a
 from __future__ import annotations
 
 import math
+import os
+import resource
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +22,10 @@ import torch
 from storage import ArrayLayout, GroupLayout, Staging, open_store
 from storage.base.errors import UserError
 from storage.base.options import option
+from tests.commands import run_here
 from tests.stores import FEATURES, make_identities, make_store, publish_all, random_arrays
-from tests.trainer.runs import assert_same_run, command, curve, micro, start, wait_for_step, weights
-from trainer.__main__ import main
+from tests.trainer.runs import assert_same_run, command, curve, is_at, micro, start, wait_for_step, wait_until, weights
+from trainer.__main__ import PROG, main
 from trainer.alignment import ALIGNMENTS
 from trainer.alignment.cosine import alignment_loss
 from trainer.alignment.kind import Alignment
@@ -100,8 +106,22 @@ def test_steps_may_be_raised(shared_tiny_store: Path, tmp_path: Path) -> None:
         train(micro(shared_tiny_store, tmp_path / "longer", steps=3))
 
 
+@contextmanager
+def signalled(run: Path, step: int, number: signal.Signals) -> Iterator[None]:
+    """This process gets a signal once the run, which is trained here meanwhile, is at a step."""
+
+    def send() -> None:
+        wait_until(lambda: is_at(run, step))
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    thread.join()
+
+
 def test_sigterm_saves_and_sigkill_loses_only_what_followed_the_checkpoint(
-    shared_tiny_store: Path, tmp_path: Path
+    shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same command, ended by SIGTERM, by SIGKILL, then left alone: as if nothing had happened."""
     options = {"steps": 120, "checkpoint.every": 15}
@@ -109,11 +129,9 @@ def test_sigterm_saves_and_sigkill_loses_only_what_followed_the_checkpoint(
     run = tmp_path / "hit"
     argv = command(shared_tiny_store, run, **options)
 
-    process = start(argv)
-    wait_for_step(process, run, 5)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    with signalled(run, 5, signal.SIGTERM):
+        status, out, err = run_here(main, PROG, argv[3:], capsys)
+    assert status == 0, err
     reached = curve(run)[-1][0]
     assert f"stopped by SIGTERM; step {reached} is saved in {run}" in out
     assert (run / "latest").read_text() == f"step-{reached:07d}"
@@ -124,20 +142,18 @@ def test_sigterm_saves_and_sigkill_loses_only_what_followed_the_checkpoint(
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
-    process = start(argv)
-    _, err = process.communicate(timeout=90)
-    assert process.returncode == 0, err
+    status, _, err = run_here(main, PROG, argv[3:], capsys)
+    assert status == 0, err
     assert_same_run(tmp_path / "whole", run)
 
 
-def test_ctrl_c_saves_and_ends_with_130(shared_tiny_store: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_ends_with_130(
+    shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    process = start(command(shared_tiny_store, run, steps=100_000))
-    wait_for_step(process, run, 3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
+    with signalled(run, 3, signal.SIGINT):
+        status, _, err = run_here(main, PROG, command(shared_tiny_store, run, steps=100_000)[3:], capsys)
+    assert status == 130, err
     assert (run / "latest").read_text() == f"step-{curve(run)[-1][0]:07d}"
 
 
@@ -236,19 +252,22 @@ def test_a_users_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert out == ""
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(shared_tiny_store: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(
+    shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The system refuses to write beyond a size, as it does when there is no room."""
     run = tmp_path / "run"
     train(micro(shared_tiny_store, run, steps=2))
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-    argv = command(shared_tiny_store, run, steps=4)
-    process = start([argv[0], "-c", f"{limit}runpy.run_module('trainer', run_name='__main__')", *argv[3:]])
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        status, _, err = run_here(main, PROG, command(shared_tiny_store, run, steps=4)[3:], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2, err
     last = err.splitlines()[-1]
     assert "error: step 4 could not be saved" in last
     assert "goes on from the checkpoint before" in last
-    assert "Traceback" not in err
     assert not list((run / "checkpoints").glob(".*"))
     assert train(micro(shared_tiny_store, run, steps=4))["steps_now"] == 2
 

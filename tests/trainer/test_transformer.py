@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.methods import on_imagenet
 from storage.base.errors import UserError
+from tests.slow import slow_but
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from trainer.config.presets import PRESETS
 from trainer.config.schema import Kind
@@ -231,8 +232,8 @@ def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768,
     "config",
     [
         imagenet_config("sit-s-4"),
-        imagenet_config("sit-b-8"),
-        imagenet_config("dit-s-4"),
+        pytest.param(imagenet_config("sit-b-8"), marks=pytest.mark.slow),
+        pytest.param(imagenet_config("dit-s-4"), marks=pytest.mark.slow),
         dataclasses.replace(SMALL, qk_norm=True),
         dataclasses.replace(SMALL, kind="dit"),
         GEOMETRIES["reg"],
@@ -259,7 +260,9 @@ def test_sizes_are_the_published_ones(size: str, millions: int) -> None:
         assert model.pos_embed.shape[1] == (1024 if "512" in name else 256)
 
 
-@pytest.mark.parametrize(("name", "gflop"), [("sit-b-2", 149), ("sit-l-2", 496), ("sit-xl-2", 724)])
+@pytest.mark.parametrize(
+    ("name", "gflop"), slow_but([("sit-b-2", 149), ("sit-l-2", 496), ("sit-xl-2", 724)], ["sit-b-2"])
+)
 def test_flops_of_a_training_step_at_published_sizes(name: str, gflop: int) -> None:
     config = imagenet_config(name)
     assert round(3 * forward_flops_per_image(config) / 1e9) == gflop

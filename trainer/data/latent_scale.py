@@ -55,9 +55,9 @@ class LatentScale:
         if data is not None and kind == "channel":
             statistics = _chosen(data, identity.latent_channels)
             return cls._by(statistics, 1.0, identity.has_posterior)
-        statistics = normalisation_of(identity) if kind == "auto" else None
-        if statistics is not None:
-            return cls._by(statistics, identity.latent_scale_factor, identity.has_posterior)
+        of_identity = normalisation_of(identity) if kind == "auto" else None
+        if of_identity is not None:
+            return cls._by(of_identity, identity.latent_scale_factor, identity.has_posterior)
         return cls(
             scale=identity.latent_scale_factor,
             shift=identity.latent_shift_factor,
