@@ -81,7 +81,7 @@ def train(command: TrainCommand) -> int:
     from trainer.config.command_line import train_config
 
     config = train_config(command.settings)  # before torch is loaded, which takes longer than an error
-    config.named_store  # noqa: B018 — or says that there is none
+    config.require_store()
     from trainer.loop.non_finite import NonFiniteError
     from trainer.loop.train import train
 

@@ -396,8 +396,7 @@ class TrainConfig:
                 "--sample.guidance-channels is for models without class token; leave it at 0 with --model.class-token"
             )
 
-    @property
-    def named_store(self) -> str:
+    def require_store(self) -> str:
         """The store. Raises UserError where none was named."""
         if not self.store:
             raise UserError("no store was named; pass --store ROOT (make train STORE=ROOT)")

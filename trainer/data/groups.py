@@ -73,7 +73,7 @@ def open_data(config: TrainConfig) -> TrainingData:
 
     Raises StoreError or UserError, in one line, when the store, a group or a label is missing or does not fit.
     """
-    store = open_store(config.named_store)
+    store = open_store(config.require_store())
     if config.data.resolution not in (0, store.resolution):
         raise UserError(
             f"store {store.root} was made at {store.resolution} px, --data.resolution asks for "
