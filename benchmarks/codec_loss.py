@@ -42,8 +42,9 @@ from storage.torch.codecs.int8 import dequantise, quantise
 from trainer.alignment.cosine import alignment_loss
 from trainer.config.presets import preset
 from trainer.config.tree import override
+from trainer.data.latent_scale import LatentScale
 from trainer.data.loader import Batch
-from trainer.loop.losses import LatentScale, losses
+from trainer.loop.losses import losses
 from trainer.loop.step import build, train_step
 from trainer.models.transformer import Geometry
 from trainer.ranks.world import World

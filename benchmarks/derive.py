@@ -33,8 +33,9 @@ from benchmarks import random_store
 from benchmarks.report import RESULTS, machine, table
 from storage import Staging, create_group, open_store
 from storage.codecs import CODECS
-from storage.derive import ROWS_AHEAD, Job, derive_unit, derived, one_blas_thread
+from storage.derive import ROWS_AHEAD, Job, derive_unit, derived
 from storage.layout import RECEIPTS_DIR
+from storage.processes import one_blas_thread
 
 SHARD_ROWS = 128
 CHILD = "features/child"

@@ -34,8 +34,8 @@ from storage.base.errors import UserError
 from storage.torch.codecs import Tokens
 from trainer.config.tree import override
 from trainer.data.groups import geometry_of, open_data
+from trainer.data.latent_scale import LatentScale
 from trainer.data.loader import Batch, Loader
-from trainer.loop.losses import LatentScale
 from trainer.loop.readback import Readback
 from trainer.loop.step import build, compile_blocks, train_step, without_alignment
 from trainer.ranks.arithmetic import set_arithmetic
@@ -85,7 +85,7 @@ class Ours:
             config = resolve(config, self.data, world)
             set_arithmetic(config)
             geometry = geometry_of(config, self.data)
-            self.parts = build(config, geometry, LatentScale.of(self.data.latents.identity), world)
+            self.parts = build(config, geometry, LatentScale.of(self.data.latents.identity, config.data), world)
         self.start = measured_step(config)
         if config.aligns and not config.aligns_at(self.start):
             self.parts = without_alignment(self.parts)

@@ -53,8 +53,15 @@ COMMANDS = {
     "diff": Command(
         "identity fields and rows in which two stores or groups differ", f"{HERE}:DiffConfig", f"{INSPECTION}:diff"
     ),
+    "statistics": Command(
+        "mean and deviation of a group's numbers, counted where its receipts lack them",
+        "storage.recount:StatisticsConfig",
+        "storage.recount:statistics",
+    ),
     "derive": Command(
-        "a group of coded features from one that is stored", "storage.derive:DeriveConfig", "storage.derive:derive"
+        "a group of codes, or of principal components, from one that is stored",
+        "storage.derive:DeriveConfig",
+        "storage.derive:derive",
     ),
     "export": Command(
         "write a store's rows, in order, in another format", "storage.exchange:ExportConfig", "storage.exchange:export"

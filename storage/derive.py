@@ -1,16 +1,20 @@
-"""`python -m storage derive`: a group of coded features from one that is stored, without images or encoders.
+"""`python -m storage derive`: features made of a group that is stored, without images or encoders.
 
-Child row i is `codec.encode` of parent row i, a function of its tokens, row and view and of nothing else; what is no
-patch token, `cls` say, is copied. Products of matrices are made by one thread, since with several they are rounded
-otherwise, and a code at a threshold would be another. So on one kind of processor every byte is the same, whatever the
-number of workers and however often the work was killed.
+    --codec rotated2    its patch tokens in a codec; what is no patch token, `cls` say, is copied
+    --pca 8             their leading principal components (`principal.py`), as float16 or in a codec; nothing is copied
 
-The child's identity is its parent's with another codec, and `derived_from` the parent's digest.
+Child row i is a function of parent row i's tokens, its number and view and, for components, of a basis that is fitted
+once and kept in the group's attributes. Products of matrices are made by one thread, since with several they are
+rounded otherwise, and a code at a threshold would be another. So on one kind of processor every byte is the same,
+whatever the number of workers and however often the work was killed.
+
+The child's identity is its parent's with another codec or width, and `derived_from` the parent's digest and, for
+components, how the basis was fitted and its digest.
 
 A row that failed in the parent fails in the child, with its reason; checksums of images are the parent's, and so are
-statistics of what is copied. Those of patch tokens are not made: decoding what was encoded would take as long again. A
-receipt's `made.parent_crc32c` is of the parent's chunks, so that a unit which the parent encoded again, after images
-were mended, is derived again.
+statistics of what is copied. Those of components are made; those of coded tokens are not: decoding what was encoded
+would take as long again. A receipt's `made.parent_crc32c` is of the parent's chunks, so that a unit which the parent
+encoded again, after images were mended, is derived again.
 
 Cost: the parent read once. A process a core reads, encodes and publishes units of its own, each with one thread of
 linear algebra; a thread of each reads the rows after those that are encoded. Memory: a coded unit and a few rows of the
@@ -19,41 +23,38 @@ parent a process. `python -m benchmarks.derive` compares the rate with reading a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
 from storage import space
-from storage.base.console import INTERRUPTS, progress_bar, say, stop_on_signals
+from storage.base.console import progress_bar, say
 from storage.base.errors import StoreError, UserError
-from storage.base.options import argument, check_ranges, one_of, option, required
+from storage.base.options import argument, check_ranges, one_of, option
 from storage.codecs import CODECS, PLAIN, TOKENS, Codec, codec_of
 from storage.identity import FeaturesIdentity
-from storage.layout import ArrayLayout, GroupLayout
-from storage.metadata import check_identity
+from storage.layout import METADATA, ArrayLayout, GroupLayout
+from storage.metadata import check_identity, read_attributes
+from storage.principal import BASIS, Basis, Request, fitted, stored_basis
+from storage.processes import in_processes
 from storage.reader import GroupReader, Store, open_store
 from storage.receipts import Receipt, look_at, read_receipt, scan
 from storage.roots import Root
 from storage.staging import Staging
+from storage.statistics import unit_sums
 from storage.writer import check_group, create_group, publish_unit
 
 FEATURES = "features/"
 CODED = [spelling for spelling, codec in CODECS.items() if codec is not PLAIN]
 ROWS_AHEAD = 16  # read at once, while as many are encoded
-LOOK_S = 0.2  # how often signals are looked for
-BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+PCA_SAMPLE = 4096  # a million tokens of 16 × 16 grids
 PARENT_CRC32C = "parent_crc32c"
 
 
@@ -63,13 +64,31 @@ class DeriveConfig:
 
     store: str = argument("store root or URL")
     group: str = argument("features group to derive from: features/NAME, or NAME")
-    codec: str = required(f"how patch tokens are stored: {', '.join(CODED)}")
-    name: str = option("", "of the new group (default: the parent's and the codec)")
+    codec: str = option("", f"how patch tokens, or their components, are stored: {', '.join(CODED)}")
+    pca: int = option(0, "keep so many leading principal components of the patch tokens; 0: the tokens", at_least=0)
+    pca_sample: int = option(PCA_SAMPLE, "rows that the components are fitted to", at_least=1)
+    pca_seed: int = option(0, "which rows these are", at_least=0, at_most=2**63 - 1)
+    pca_standardise: bool = option(False, "divide each channel by its deviation first, as ReDi does")
+    name: str = option("", "of the new group (default: the parent's, pcaK and the codec)")
     workers: int = option(0, "processes that encode; 0: the cores", at_least=0)
 
     def __post_init__(self) -> None:
-        one_of("--codec", self.codec, CODED)
+        if self.codec:
+            one_of("--codec", self.codec, CODED)
         check_ranges(self)
+        if not self.codec and not self.pca:
+            raise UserError(f"nothing is to be derived; pass --codec ({', '.join(CODED)}), --pca K, or both")
+        if not self.pca and (self.pca_sample, self.pca_seed, self.pca_standardise) != (PCA_SAMPLE, 0, False):
+            raise UserError("--pca-sample, --pca-seed and --pca-standardise are of components; pass --pca K too")
+
+    @property
+    def components(self) -> Request | None:
+        """Which are asked for, if any."""
+        if not self.pca:
+            return None
+        return Request(
+            components=self.pca, sample_rows=self.pca_sample, seed=self.pca_seed, standardised=self.pca_standardise
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +101,7 @@ class Job:
     layout: GroupLayout
     identity: FeaturesIdentity
     digest: str
+    basis: Basis | None = None
 
     @property
     def codec(self) -> Codec:
@@ -91,13 +111,26 @@ class Job:
 
 def derive(config: DeriveConfig) -> None:
     """Make the group, or finish it. Raises UserError or StoreError in one line; KeyboardInterrupt after a signal."""
-    derive_group(config.store, config.group, config.codec, name=config.name, n_workers=config.workers)
+    derive_group(
+        config.store,
+        config.group,
+        config.codec,
+        components=config.components,
+        name=config.name,
+        n_workers=config.workers,
+    )
 
 
 def derive_group(
-    where: str | os.PathLike[str] | Root, group: str, codec: str, *, name: str = "", n_workers: int = 0
+    where: str | os.PathLike[str] | Root,
+    group: str,
+    codec: str = "",
+    *,
+    components: Request | None = None,
+    name: str = "",
+    n_workers: int = 0,
 ) -> str:
-    """Derive a group and return its path; see the module.
+    """Derive a group and return its path; see the module. Without a `codec` components are float16.
 
     Raises StoreError for a parent that is not complete, or a child of another identity, and UserError for what cannot
     be encoded or does not fit on the disk. A signal ends the work after the units that are in hand: KeyboardInterrupt.
@@ -106,8 +139,12 @@ def derive_group(
     path = features_path(store, group)
     parent = store.group(path, n_threads=1 if store.root.path is not None else None)
     try:
-        child = features_path(store, name or f"{path}-{codec}")
-        layout, identity = derived(parent, child, CODECS[codec])
+        parts = [f"pca{components.components}" if components else "", codec]
+        child = features_path(store, name or "-".join([path, *filter(None, parts)]))
+        stored_as = CODECS[codec] if codec else PLAIN
+        basis = _basis(store, parent, child, components, stored_as, n_workers) if components else None
+        projection = (components, basis) if components and basis else None
+        layout, identity = derived(parent, child, stored_as, projection)
         check_group(store.root, child, identity, "choose another --name, or remove that group to derive it again")
         todo = units_to_do(store, parent, layout, identity.digest)
         rows_todo = sum(len(store.layout.unit_rows(unit)) for unit in todo)
@@ -115,15 +152,17 @@ def derive_group(
         space.require_space(store.root, rows_todo * layout.sample_bytes, free, "derive with fewer bits")
         with Staging(store.root) as staging:
             provenance = {**parent.attributes.get("provenance", {}), "derived_from": path}
-            digest = create_group(store.root, layout, identity, provenance, staging.run_id)
+            more = {BASIS: basis.packed()} if basis else {}
+            digest = create_group(store.root, layout, identity, provenance, staging.run_id, more=more)
             staging.prepare(child)
             job = Job(
-                root=store.root, run_id=staging.run_id, parent=parent, layout=layout, identity=identity, digest=digest
-            )
+                root=store.root, run_id=staging.run_id, parent=parent, layout=layout, identity=identity, digest=digest,
+                basis=basis,
+            )  # fmt: skip
             with progress_bar(
                 store.n_rows, unit="row", done=store.n_rows - rows_todo, description=f"derive {child}"
             ) as bar:
-                for unit in _in_processes(job, todo, n_workers or len(os.sched_getaffinity(0))):
+                for unit in in_processes(derive_unit, job, todo, n_workers):
                     bar.update(len(store.layout.unit_rows(unit)))
     finally:
         parent.close()
@@ -142,29 +181,66 @@ def features_path(store: Store, name: str) -> str:
     return path
 
 
-def derived(parent: GroupReader[FeaturesIdentity], path: str, codec: Codec) -> tuple[GroupLayout, FeaturesIdentity]:
-    """Layout and identity of the group at `path` that the parent becomes.
+def _basis(
+    store: Store,
+    parent: GroupReader[FeaturesIdentity],
+    child: str,
+    wanted: Request,
+    codec: Codec,
+    n_workers: int,
+) -> Basis:
+    """The basis of the group that was begun, or a new one; whether it is the one that is wanted, its identity says.
 
-    Raises UserError where the parent has no patch tokens, or is in codes already, whose errors would add up.
+    Raises UserError, before anything is fitted, for components that the codec cannot take.
     """
+    check_parent(parent)
+    shape = (*parent.shapes(decoded=True)[TOKENS].row_shape[:-1], wanted.components)
+    codec.arrays(*shape)
+    begun = read_attributes(store.root, f"{child}/{METADATA}")
+    if begun is None:
+        return fitted(parent, wanted, n_workers)
+    basis = stored_basis(begun, store.root.at(child))
+    if basis is None:
+        raise StoreError(f"{store.root.at(child)} is there and holds no components; choose another --name")
+    return basis
+
+
+def check_parent(parent: GroupReader[FeaturesIdentity], codec: Codec | None = None) -> None:
+    """Raise UserError where a group has no patch tokens, or is in codes, whose errors would add up, or in `codec`."""
     if TOKENS not in parent.arrays:
         raise UserError(f"{parent.path} holds {', '.join(parent.arrays)} and no patch tokens; name another group")
     stored = parent.codec
-    if not stored.exact or stored.name == codec.name:
+    if not stored.exact or (codec is not None and stored.name == codec.name):
         why = "which are right on average only: errors would add up" if not stored.exact else "as asked for"
         raise UserError(
             f"{parent.path} is in {stored.spelling} codes, {why}; derive from the group of float16 or int8, or run "
             "`make precompute` with --features-dtype"
         )
-    arrays = {array.name: array for array in parent.layout.arrays if array.name not in stored.names}
-    for name, (dtype, shape) in codec.arrays(*parent.shapes(decoded=True)[TOKENS].row_shape).items():
+
+
+def derived(
+    parent: GroupReader[FeaturesIdentity], path: str, codec: Codec, components: tuple[Request, Basis] | None = None
+) -> tuple[GroupLayout, FeaturesIdentity]:
+    """Layout and identity of the group at `path` that the parent becomes. Raises UserError as `check_parent` does."""
+    check_parent(parent, None if components else codec)
+    kept = [] if components else [array for array in parent.layout.arrays if array.name not in parent.codec.names]
+    arrays = {array.name: array for array in kept}
+    row_shape = parent.shapes(decoded=True)[TOKENS].row_shape
+    if components:
+        row_shape = (*row_shape[:-1], components[0].components)
+    for name, (dtype, shape) in codec.arrays(*row_shape).items():
         if name in arrays:
             raise UserError(f"{parent.path} has an array {name} of its own, which {codec.spelling} needs; rename it")
         arrays[name] = ArrayLayout(name=name, dtype=dtype, row_shape=shape, store=parent.layout.store)
     origin: dict[str, Any] = {"identity_digest": parent.identity_digest, "dtype": parent.identity.dtype}
     if parent.identity.codec is not None:
         origin["codec"] = parent.identity.codec
-    identity = dataclasses.replace(parent.identity, dtype=codec.dtype, codec=codec.identity, derived_from=origin)
+    changed: dict[str, Any] = {"dtype": codec.dtype, "codec": codec.identity, "derived_from": origin}
+    if components:
+        wanted, basis = components
+        origin["pca"] = {**asdict(wanted), "basis_sha256": basis.digest}
+        changed |= {"width": row_shape[-1], "tokens": parent.identity.tokens and "patch"}
+    identity = dataclasses.replace(parent.identity, **changed)
     layout = GroupLayout(path=path, arrays=tuple(arrays[name] for name in sorted(arrays)))
     check_identity(layout, identity, path)
     return layout, identity
@@ -191,7 +267,7 @@ def parent_crc32c(receipt: Receipt) -> int:
 
 
 def derive_unit(job: Job, unit: int) -> int:
-    """Encode and publish one unit; returns it. Raises UserError naming a row that the codec cannot carry."""
+    """Make and publish one unit; returns it. Raises UserError naming a row that the codec cannot carry."""
     made_of = read_receipt(job.root, job.parent.layout, unit)
     if made_of is None:
         raise StoreError(f"unit {unit} of {job.parent.path} vanished; finish that group, then derive again")
@@ -213,6 +289,9 @@ def derive_unit(job: Job, unit: int) -> int:
         for name, sums in made_of.statistics.items()
         if name.partition(".")[0] in arrays and name.partition(".")[0] not in job.codec.names
     }
+    if job.basis is not None:
+        sums = unit_sums(job.layout, arrays, np.array(present, dtype=np.int64) - rows.start, job.codec, rows.start)
+        statistics = {name: of.packed() for name, of in sums.items()}
     publish_unit(
         job.root,
         job.layout,
@@ -236,6 +315,8 @@ def _encoded(job: Job, row: int, stored: dict[str, np.ndarray]) -> dict[str, np.
     rows = np.full_like(views, row)
     tokens = job.parent.codec.decode(stored, rows, views, dtype=np.float32)
     try:
+        if job.basis is not None:
+            return job.codec.encode(job.basis.project(tokens), rows, views)
         coded = job.codec.encode(tokens, rows, views)
     except UserError as error:
         raise UserError(f"{job.parent.path}, row {row}, (view, token) in brackets: {error}") from None
@@ -257,86 +338,3 @@ def _read_ahead(parent: GroupReader[Any], rows: Sequence[int]) -> Iterator[tuple
             stored = ahead.pop().result()
             ahead += [pool.submit(read, each) for each in blocks[i + 1 : i + 2]]
             yield block, stored
-
-
-def _in_processes(job: Job, units: Sequence[int], n_workers: int) -> Iterator[int]:
-    """Derive the units, each handed out as it is done. A signal stops handing out, and what is in hand is finished."""
-    if not units:
-        return
-    left = iter(units)
-    n = min(n_workers, len(units))
-    with (
-        one_blas_thread(),
-        stop_on_signals(*INTERRUPTS) as stop,
-        ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(job,)) as pool,
-    ):
-        running: set[Future[int]] = set()
-        try:
-            while stop.signal is None or running:
-                while stop.signal is None and len(running) <= n and (unit := next(left, None)) is not None:
-                    running.add(_submit(pool, unit))  # one more than there are workers, so that none waits
-                if not running:
-                    break
-                done, running = wait(running, LOOK_S, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-                if stop.signal is not None:
-                    running = {future for future in running if not future.cancel()}
-        except BrokenProcessPool:
-            time.sleep(LOOK_S)
-            if stop.signal is not None:  # it went to the workers, too
-                raise KeyboardInterrupt from None
-            raise UserError(
-                "a worker was killed, perhaps for want of memory; what was finished is kept: run the same command "
-                "again, with fewer --workers"
-            ) from None
-        finally:
-            for future in running:
-                future.cancel()
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Processes that start here use one thread each for products of matrices, which decides how these are rounded."""
-    before = {name: os.environ.get(name) for name in BLAS_THREADS}
-    os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _submit(pool: ProcessPoolExecutor, unit: int) -> Future[int]:
-    """A worker that starts here inherits the mask: a Ctrl-C in the terminal, which all are sent, is the driver's."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        return pool.submit(_work, unit)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_job: Job  # of a worker
-
-
-def _start_worker(job: Job) -> None:
-    """A worker ends with the driver, however that ends: it would wait for ever on a pipe that it holds itself."""
-    global _job
-    _job = job
-    threading.Thread(target=_end_with_driver, daemon=True).start()
-
-
-def _end_with_driver() -> None:
-    driver = parent_process()
-    assert driver is not None
-    driver.join()
-    os._exit(1)
-
-
-def _work(unit: int) -> int:
-    return derive_unit(_job, unit)

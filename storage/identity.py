@@ -87,7 +87,10 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsIdentity(Identity):
-    """Of latents: z = (x − shift) · scale has `latent_channels` of `latent_size`, (h, w)."""
+    """Of latents: z = (x − shift) · scale has `latent_channels` of `latent_size`, (h, w).
+
+    With a `latent_normalisation`, z = (x − mean) / std · scale, channel by channel (`storage.normalisation`).
+    """
 
     stored: Kept | None = None
     posterior: bool | None = None  # false: the latent itself is stored, not the mean and deviation that it is drawn by
@@ -95,6 +98,7 @@ class LatentsIdentity(Identity):
     latent_size: tuple[Size, Size] = ABSENT
     latent_scale_factor: Annotated[FiniteFloat, Field(gt=0), Exact] = ABSENT
     latent_shift_factor: Annotated[FiniteFloat, Exact] = ABSENT
+    latent_normalisation: dict[str, Any] | None = None  # `storage.normalisation.normalisation_of`
 
     @property
     def has_posterior(self) -> bool:
@@ -161,7 +165,7 @@ def unlike(a: Identity, b: Identity, names: Iterable[str] | None = None) -> str:
     one, other = a.plain(), b.plain()
     asked = sorted({*one, *other}) if names is None else names
     return "; ".join(
-        f"{shown(name)}: {shown(str(one.get(name)))} and {shown(str(other.get(name)))}"
+        f"{shown(name)}: {_cut(shown(str(one.get(name))))} and {_cut(shown(str(other.get(name))))}"
         for name in asked
         if one.get(name) != other.get(name)
     )
@@ -194,3 +198,7 @@ def require_same(wanted: Mapping[str, Any], stored: Mapping[str, Any], what: str
 def _short(value: Any) -> str:
     text = "nothing" if value is None else canonical_json(value)
     return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]}…{text[-58:]}"

@@ -60,6 +60,7 @@ class ValidRows:
         failed = np.unique(failed)
         assert len(failed) == 0 or (failed[0] >= 0 and failed[-1] < n), (n, failed)
         self._n = n - len(failed)
+        self._failed = failed
         self._skips = failed - np.arange(len(failed))  # the positions from which one more row is skipped
 
     def __len__(self) -> int:
@@ -68,6 +69,10 @@ class ValidRows:
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Rows int64 at positions int64 in [0, len(self))."""
         return positions + np.searchsorted(self._skips, positions, side="right")
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """The other way round: positions int64 of rows int64 that did not fail."""
+        return rows - np.searchsorted(self._failed, rows)
 
 
 def rank_slice(batch: int, rank: int, world: int) -> slice:

@@ -8,6 +8,7 @@ any Zarr array of samples, whoever wrote it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,10 @@ from storage.metadata import (
     typed_attributes,
 )
 from storage.opened_array import EmptyRows, OpenArray
-from storage.receipts import Failure, check_metadata, scan
+from storage.receipts import Failure, Receipt, check_metadata, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
+from storage.statistics import Sums, add_up
 from storage.visits import Views
 
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
@@ -69,6 +71,7 @@ class GroupReader(Generic[AnyIdentity]):
         identity: AnyIdentity,
         failures: list[Failure],
         arrays: Mapping[str, ArrayReader],
+        receipts: Sequence[Receipt] = (),
     ) -> None:
         self.path = layout.path
         self.layout = layout
@@ -78,6 +81,7 @@ class GroupReader(Generic[AnyIdentity]):
         self.failures = failures
         self.failed_rows = np.array(sorted(failure.row for failure in failures), dtype=np.int64)
         self.arrays = dict(arrays)
+        self._receipts = receipts
 
     def __getitem__(self, name: str) -> ArrayReader:
         return self.arrays[name]
@@ -86,6 +90,11 @@ class GroupReader(Generic[AnyIdentity]):
     def codec(self) -> Codec:
         """How patch tokens are stored. Raises StoreError when this code does not know."""
         return codec_of(self.identity)
+
+    @cached_property
+    def sums(self) -> tuple[dict[str, Sums], int]:
+        """Of latents, (sums over all units, how many units have none). Raises StoreError where they are damaged."""
+        return add_up(self.layout, self._receipts, self.identity)
 
     @property
     def codec_arrays(self) -> list[str]:
@@ -245,6 +254,7 @@ class Store:
         if expect is not None:
             require_same(expect.plain(), attributes["identity"], self.root.at(path), "open the group you mean")
         failures: list[Failure] = []
+        receipts: list[Receipt] = []
         n_undone, first_undone = 0, ""
         for unit, receipt, reason in scan(self.root, layout, attributes["identity_digest"]):
             if receipt is None or reason is not None:
@@ -252,6 +262,8 @@ class Store:
                 n_undone += 1
             else:
                 failures += receipt.failed
+                if path.startswith("latents/"):
+                    receipts.append(dataclasses.replace(receipt, shards=(), sample_crc32c=""))  # their sums, in short
         if n_undone:
             raise StoreError(
                 f"{self.root.at(path)} is not complete: {n_undone} of {self.layout.n_units} units are not done "
@@ -278,7 +290,7 @@ class Store:
             for array in layout.arrays
         }
         identity = group_identity(path, attributes["identity"], self.root.at(path))
-        return GroupReader(layout, attributes, identity, failures, arrays)
+        return GroupReader(layout, attributes, identity, failures, arrays, receipts)
 
 
 def open_store(where: str | os.PathLike[str] | Root) -> Store:

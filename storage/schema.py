@@ -62,6 +62,16 @@ class PackedSums(TypedDict):
     sum_squares: Base64
 
 
+class PackedBasis(TypedDict):
+    """`storage.principal.Basis` as a group's attributes hold it, float64 row by row."""
+
+    mean: Base64
+    deviation: Base64
+    components: Base64
+    eigenvalues: Base64
+    total_variance: Base64
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreAttributes:
     """Attributes of a store's root."""

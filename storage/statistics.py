@@ -2,8 +2,9 @@
 
 A unit records count, sum and sum of squares of every channel of its arrays, and of the norms of its tokens, in float64.
 Sums merge by adding, so it does not matter which run wrote which unit, a unit that is encoded again replaces its own
-share, and nothing has to be written when the last unit is done: whoever asks adds up the receipts. They are not in the
-group's attributes, which are sealed before the first unit and never change.
+share, and nothing has to be written when the last unit is done: whoever asks adds up the receipts. Units are added
+exactly and rounded once, in whatever order. They are not in the group's attributes, which are sealed before the
+first unit and never change.
 
 Numbers are those that are stored, decoded where they are in a codec. Cost: `python -m benchmarks.precompute` has it.
 """
@@ -11,7 +12,8 @@ Numbers are those that are stored, decoded where they are in a codec. Cost: `pyt
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,16 +97,38 @@ def unit_sums(
 def group_sums(
     root: Root, layout: GroupLayout, digest: str, identity: Identity | None = None
 ) -> tuple[dict[str, Sums], int]:
-    """(sums over the group's done units, how many done units have none: a store that was imported, say)."""
-    sums: dict[str, Sums] = {}
+    """(sums over the group's done units, how many done units have none: a store that was imported long ago, say)."""
+    done = (receipt for _, receipt, reason in scan(root, layout, digest) if receipt is not None and reason is None)
+    return add_up(layout, done, identity)
+
+
+def add_up(
+    layout: GroupLayout, receipts: Iterable[Receipt], identity: Identity | None = None
+) -> tuple[dict[str, Sums], int]:
+    """(sums over the units of these receipts, how many of those that have rows have none)."""
+    parts: dict[str, list[Sums]] = {}
     without = 0
-    for _, receipt, reason in scan(root, layout, digest):
-        if receipt is None or reason is not None:
-            continue
-        without += not receipt.statistics
+    for receipt in receipts:
+        without += not receipt.statistics and receipt.n_done > 0
         for name, new in receipt_sums(layout, receipt, identity).items():
-            _add(sums, name, new)
-    return sums, without
+            parts.setdefault(name, []).append(new)
+    return {name: merged(of) for name, of in parts.items()}, without
+
+
+def merged(parts: Sequence[Sums]) -> Sums:
+    """The sum of sums, exact but for one rounding a channel; NaN and infinity go through."""
+
+    def total(columns: np.ndarray) -> np.ndarray:
+        if not np.isfinite(columns).all():
+            with np.errstate(invalid="ignore"):
+                return np.asarray(columns.sum(0))
+        return np.array([math.fsum(column) for column in columns.T.tolist()])
+
+    return Sums(
+        sum(part.count for part in parts),
+        total(np.stack([part.total for part in parts])),
+        total(np.stack([part.squares for part in parts])),
+    )
 
 
 def receipt_sums(layout: GroupLayout, receipt: Receipt, identity: Identity | None = None) -> dict[str, Sums]:

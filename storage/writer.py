@@ -82,11 +82,13 @@ def create_group(
     identity: Identity,
     provenance: Mapping[str, Any],
     run_id: str,
+    *,
+    more: Mapping[str, Any] | None = None,
 ) -> str:
     """Make the group, or check that the one there has this identity; returns the identity digest.
 
-    Raises StoreError naming the fields that differ, so that a run under another identity never mixes in. Metadata that
-    a killed run left unfinished is completed.
+    `more` are attributes beside those that every group has. Raises StoreError naming the fields that differ, so that a
+    run under another identity never mixes in. Metadata that a killed run left unfinished is completed.
     """
     root = open_root(where)
     digest = identity.digest
@@ -95,6 +97,7 @@ def create_group(
         "identity": identity.plain(),
         "identity_digest": digest,
         "provenance": dict(provenance),
+        **(more or {}),
     }
     group, *arrays = node_metadata(layout.path, attributes, layout).items()
     if read_attributes(root, group[0]) is None:

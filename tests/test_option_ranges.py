@@ -16,7 +16,7 @@ from storage.base.errors import UserError
 from storage.base.options import Option, options_of
 from trainer import commands as of_trainer
 
-FITTING = {"codec": "int8", "to": "hdf5", "format": "hdf5"}  # of options that must name one of several things
+FITTING = {"codec": "int8", "to": "hdf5", "format": "hdf5"}  # of options that name one of several things
 
 
 def number_options() -> dict[str, tuple[type, Option]]:
@@ -41,11 +41,11 @@ OPTIONS = number_options()
 
 
 def made(config_class: type, each: Option, number: float) -> Any:
-    """An object with this number, and with something in every field that has no default."""
+    """An object with this number, and with something in every field that has no default, or has to name something."""
     values = {
         other.name: FITTING.get(other.name, (Path("x"),) if typing.get_origin(other.kind) is tuple else "x")
         for other in options_of(config_class)
-        if other.is_required
+        if other.is_required or other.name in FITTING
     }
     return config_class(**values, **{each.name: (number,) if typing.get_origin(each.kind) is tuple else number})
 

@@ -4,35 +4,46 @@ Input is x / 127.5 − 1, in [−1, 1]. What is stored is concat(mean, std) on t
 z = (mean + std · ε − shift) · scale afresh at each visit. The standard deviation, not the log-variance, as REPA stores
 it. A deterministic autoencoder (DC-AE) stores its latent, C channels, and its identity says `posterior: false`.
 
-Any class of diffusers whose `encode` takes images and gives `latent_dist`, `latent` or `latents` will do. Channels and
-factor are found by running the architecture on the meta device; an AutoencoderKL's follow from its configuration, which
-spares the driver four seconds of importing diffusers. Latents that are normalised in another way than by one scale and
-one shift are refused, since the trainer knows no other.
+Any class of diffusers whose `encode` takes images, or clips of which an image is one frame (Wan), and gives
+`latent_dist`, `latent` or `latents` will do. Channels and factor are found by running the architecture on the meta
+device; an AutoencoderKL's follow from its configuration, which spares the driver four seconds of importing diffusers.
+
+Where an autoencoder brings statistics by which its latents are normalised channel by channel, the identity has them,
+and z = (x − mean) / std · scaling_factor, as diffusers' pipelines do it:
+
+    latents_mean, latents_std       of the configuration (VA-VAE's, REPA-E's, Wan, Qwen-Image), or of the weights
+    bn.running_mean, .running_var   of the weights, over patches of 2 × 2 pixels; std = √(var + ε) (Flux.2)
+
+One that names neither statistics nor a scaling_factor is refused: nothing says what its latents would have to be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.weights import file_sha256, hub_file
-from storage.base.boundary import parse_json, read_regular
+from storage.base.boundary import checked, parse_json, read_regular
 from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.identity import LatentsIdentity
-from storage.weights.names import plain_folder
+from storage.normalisation import Normalisation, made
+from storage.weights.file import open_weights
+from storage.weights.names import bare, plain_folder
+from storage.weights.tensors import Stored
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PROBE_PIXELS = 256
+IN_WEIGHTS = (("bn.running_mean", "bn.running_var"), ("latents_mean", "latents_std"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +54,10 @@ class Geometry:
     channels: int
     factor: int
     posterior: bool
-    scale: float
+    scale: float | None  # None: the configuration names none
     shift: float
+    in_weights: tuple[str, str, float] | None = None  # names of mean and deviation or variance, and its ε
+    normalisation: Normalisation | None = None
 
 
 def find_directory(model: str, weights: Path | None) -> Path:
@@ -88,8 +101,9 @@ def describe(spec: EncoderSpec, *, resolution: int) -> LatentsIdentity:
         posterior=None if geometry.posterior else False,
         latent_channels=geometry.channels,
         latent_size=(side, side),
-        latent_scale_factor=geometry.scale,
+        latent_scale_factor=1.0 if geometry.scale is None else geometry.scale,
         latent_shift_factor=geometry.shift,
+        latent_normalisation=geometry.normalisation.plain() if geometry.normalisation else None,
     )
 
 
@@ -98,12 +112,52 @@ def read_geometry(directory: Path) -> Geometry:
     settings = _settings(directory)
     name = settings.get("_class_name", "AutoencoderKL")
     geometry = geometry_of_kl(settings) if name == "AutoencoderKL" else probe(settings, name, directory)
-    if geometry is None or settings.get("latents_mean") is not None:
+    normalisation = statistics_of(settings, geometry, directory)
+    if normalisation is not None and geometry.shift:
         raise UserError(
-            f"{directory} holds a {name} whose latents are not normalised by one scaling_factor and shift_factor, all "
-            "that the trainer knows; name another VAE"
+            f"{directory} names latents_mean and a shift_factor of {geometry.shift}, of which only one can be meant; "
+            f"remove one from its {CONFIG_FILE}"
         )
-    return geometry
+    if normalisation is None and geometry.scale is None:
+        raise UserError(
+            f"{directory} holds a {name} that names neither a scaling_factor nor latents_mean and latents_std, so how "
+            "its latents are normalised is not known; name another VAE"
+        )
+    return replace(geometry, normalisation=normalisation)
+
+
+def statistics_of(settings: Mapping[str, Any], geometry: Geometry, directory: Path) -> Normalisation | None:
+    """The statistics that an autoencoder brings, None where it brings none. Raises UserError where they do not fit."""
+    mean, std = settings.get("latents_mean"), settings.get("latents_std")
+    if mean is not None or std is not None:
+        where, fix = f"{directory / CONFIG_FILE}: latents_mean and latents_std", "copy the folder again"
+        mean, std = (checked(list[float], _flat(values), where, fix) for values in (mean, std))
+        source = f"latents_mean and latents_std of the {geometry.class_name}"
+        return made(mean, std, channels=geometry.channels, source=source, where=where)
+    if geometry.in_weights is None:
+        return None
+    *names, epsilon = geometry.in_weights
+    file = _weight_file(directory)
+    with open_weights(file) as weights:
+        entries = bare(weights.entries(), file)
+        stored = {name: entries[name] for name in names if isinstance(entries.get(name), Stored)}
+        if len(stored) < len(names):
+            raise UserError(
+                f"{file} has no {names[0]} and {names[1]}, by which its latents are normalised; copy it again"
+            )
+        first, second = (weights.tensors(stored)[name].double().flatten() for name in names)
+    std = (second + epsilon).sqrt() if names[1].endswith("var") else second
+    source = f"{names[0]} and {names[1]} of the {geometry.class_name}"
+    return made(first.tolist(), std.tolist(), channels=geometry.channels, source=source, where=str(file))
+
+
+def _flat(values: Any) -> Any:
+    """Numbers that lie in lists, (1, C, 1, 1) say, in one."""
+    while isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
+        values = values[0]
+    if isinstance(values, list) and values and all(isinstance(value, list) for value in values):
+        return [inner for value in values for inner in (_flat([value]) if isinstance(value, list) else [value])]
+    return values
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -128,8 +182,8 @@ def geometry_of_kl(settings: Mapping[str, Any]) -> Geometry:
     )
 
 
-def probe(settings: dict[str, Any], name: str, directory: Path) -> Geometry | None:
-    """Any autoencoder's geometry, by running it without memory; None when its configuration names no scaling factor."""
+def probe(settings: dict[str, Any], name: str, directory: Path) -> Geometry:
+    """Any autoencoder's geometry, by running it without memory."""
     import diffusers
 
     kind: Any = getattr(diffusers, name, None)
@@ -138,23 +192,43 @@ def probe(settings: dict[str, Any], name: str, directory: Path) -> Geometry | No
         raise UserError(f"{directory} holds a {name}, which diffusers {diffusers.__version__} does not know as a model")
     try:
         with torch.device("meta"), torch.inference_mode():
-            model = kind.from_config(settings)
-            latent = latents_of(model.eval().encode(torch.empty(1, 3, PROBE_PIXELS, PROBE_PIXELS)))
+            model = kind.from_config(settings).eval()
+            images = torch.empty(1, 3, PROBE_PIXELS, PROBE_PIXELS)
+            latent = latents_of(model.encode(as_clips(images) if takes_clips(model) else images))
         channels, height, width = latent[0].shape[1:]
-    except Exception as error:  # classes for videos, sound and proteins each fail in a way of their own
+    except Exception as error:  # classes for sound and proteins each fail in a way of their own
         first = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise UserError(f"{directory} holds a {name}, which does not encode images to latents ({first})") from error
     assert height == width
-    if model.config.get("scaling_factor") is None:
-        return None
+    buffers = dict(model.named_buffers())
+    in_weights = next(
+        (
+            (a, b, float(getattr(getattr(model, "bn", None), "eps", 0.0)))
+            for a, b in IN_WEIGHTS
+            if {a, b} <= buffers.keys()
+        ),
+        None,
+    )
+    scale = model.config.get("scaling_factor")
     return Geometry(
         class_name=name,
         channels=channels,
         factor=PROBE_PIXELS // height,
         posterior=len(latent) == 2,
-        scale=float(model.config["scaling_factor"]),
+        scale=None if scale is None else float(scale),
         shift=float(model.config.get("shift_factor") or 0.0),
+        in_weights=in_weights,
     )
+
+
+def takes_clips(model: nn.Module) -> bool:
+    """Whether an autoencoder's convolutions are of clips (B, C, T, H, W), of which an image is one of one frame."""
+    return any(isinstance(layer, nn.Conv3d) for layer in model.modules())
+
+
+def as_clips(images: Tensor) -> Tensor:
+    """Clips of one frame (B, C, 1, H, W) of images (B, C, H, W)."""
+    return images.unsqueeze(2)
 
 
 def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VAE:
@@ -185,7 +259,9 @@ class VAE:
                 f"{_weight_file(directory)} lacks {len(absent)} weights of its {name}, such as {sorted(absent)[0]}; "
                 "pass the right file"
             )
-        self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.of_clips = takes_clips(model)
+        of_images = device.type == "cuda" and not self.of_clips
+        self.memory_format = torch.channels_last if of_images else torch.contiguous_format
         self.model = model.to(device, memory_format=self.memory_format).eval().requires_grad_(False)
         self.device, self.precision = device, precision
         if compiled:
@@ -195,6 +271,7 @@ class VAE:
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """`moments` float16 (B, 2C, h, w), or (B, C, h, w) without a posterior, of images uint8 (B, H, W, 3)."""
         x = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = as_clips(x) if self.of_clips else x
         with arithmetic(self.precision, self.device):
             encoded = self.model.encode(x.contiguous(memory_format=self.memory_format))
         moments = torch.cat(latents_of(encoded), dim=1)
@@ -205,19 +282,23 @@ class VAE:
         """Images uint8 (B, H, W, 3) of unscaled latents (B, C, h, w)."""
         z = torch.from_numpy(np.ascontiguousarray(latents)).to(self.device, torch.float32)
         with arithmetic("fp32", self.device):
-            pixels = (self.model.decode(z).sample.float().clamp(-1, 1) + 1) * 127.5
+            decoded = self.model.decode(as_clips(z)).sample.squeeze(2) if self.of_clips else self.model.decode(z).sample
+            pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def latents_of(encoded: Any) -> tuple[Tensor, ...]:
     """Posterior mean and standard deviation, or the latent alone, float32 (B, C, h, w), of what `encode` returned.
 
-    The standard deviation is exp(log-variance / 2), taken in float32 whatever the arithmetic.
+    The standard deviation is exp(log-variance / 2), taken in float32 whatever the arithmetic. A clip's one frame is its
+    image's.
     """
     if hasattr(encoded, "latent_dist"):
         posterior = encoded.latent_dist
-        return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
-    return ((encoded.latent if hasattr(encoded, "latent") else encoded.latents).float(),)
+        arrays: tuple[Tensor, ...] = (posterior.mean.float(), (0.5 * posterior.logvar.float()).exp())
+    else:
+        arrays = ((encoded.latent if hasattr(encoded, "latent") else encoded.latents).float(),)
+    return tuple(each.squeeze(2) if each.ndim == 5 else each for each in arrays)
 
 
 def _weight_file(directory: Path) -> Path:

@@ -22,7 +22,9 @@ from storage.reader import open_store
 
 SHOWN = 20  # rows left out
 EXPORTS = {"hdf5": "to_hdf5", "webdataset": "to_webdataset", "mds": "to_mds", "npy": "to_npy", "parquet": "to_parquet"}
-IMPORTS = {"hdf5": "from_hdf5", "repa-npy": "from_repa_npy", "lightningdit": "from_lightningdit"}
+IMPORTS = {
+    "hdf5": "from_hdf5", "repa-npy": "from_repa_npy", "lightningdit": "from_lightningdit", "repa-e": "from_repa_e"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class ExportConfig:
 class ImportConfig(ImportOptions):
     """`import`: what becomes a group of which store."""
 
-    source: Path = argument("HDF5 file, vae-sd folder of the REPA code, or LightningDiT folder")
+    source: Path = argument("HDF5 file, vae-sd folder of the REPA code, LightningDiT folder, or REPA-E's NAME.h5")
     format: str = required(f"what SOURCE is: {', '.join(IMPORTS)}", flag="--from")
     store: str = required("store to make or to continue")
 

@@ -1,8 +1,10 @@
 """LightningDiT's folders of safetensors: `latents`, `latents_flip` (n, C, h, w) and `labels` (n,) in every file.
 
 Their latents are single draws or means, without a standard deviation, so they become moments whose std is 0, and both
-views are stored. Their trainer subtracts a mean and divides by a std a channel, from latents_stats.pt, before training;
-a store keeps the numbers as they are and knows one factor for all channels (--latent-scale-factor).
+views are stored; their trainer takes either by a coin. It subtracts a mean and divides by a std a channel, from the
+file latents_stats.pt in the same folder, and multiplies by a factor (`latent_multiplier`, here --latent-scale-factor, 1
+unless said). A store keeps the numbers as they are, and its identity the statistics. Where the file is missing their
+trainer would make one of 10,000 latents; a run measures all of them instead (`--data.latent-normalisation channel`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from storage.exchange.incoming import (
 )
 
 VIEWS = {"original": "latents", "hflip": "latents_flip"}
+STATISTICS = "latents_stats.pt"
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
@@ -85,6 +88,7 @@ def read(source: Path, options: ImportOptions) -> Incoming:
             channels=shape[0],
             size=(shape[1], shape[2]),
             scale=1.0,
+            beside=source / STATISTICS,
         ),
         arrays={"moments": ("float16", (2 * shape[0], *shape[1:]))},
         rows=rows,

@@ -19,11 +19,13 @@ import numpy as np
 from storage.base.console import progress_bar, say
 from storage.base.errors import UserError
 from storage.base.options import check_ranges, option, required
+from storage.codecs import codec_of
 from storage.identity import Identity, LatentsIdentity
 from storage.index import make_index
 from storage.layout import ArrayLayout, GroupLayout, StoreLayout
 from storage.receipts import scan
 from storage.staging import Staging
+from storage.statistics import unit_sums
 from storage.writer import create_group, create_store, publish_unit
 
 IMPORTED = (  # the first fields of an identity, in the order in which imports have always stored them
@@ -41,7 +43,12 @@ class ImportOptions:
     resolution: int = option(256, "pixels a side of the encoded images", at_least=1)
     shard_rows: int = option(512, "samples a shard", at_least=1)
     latent_scale_factor: float | None = option(
-        None, "default 0.18215 for repa-npy and hdf5, 1 for lightningdit", above=0
+        None, "default 0.18215 for repa-npy and hdf5, 1 for others and with statistics", above=0
+    )
+    latent_statistics: str = option(
+        "",
+        "file of a mean and a deviation a channel, as LightningDiT or REPA-E saves them, or none (default: the file of "
+        "that project that lies beside the latents)",
     )
     dataset: str = option("", "hdf5: the dataset of moments (N, [V,] 2C, h, w) in a foreign file")
     labels: str = option("", "hdf5: the dataset of labels (N,) in a foreign file")
@@ -91,14 +98,20 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
             )
             layout = GroupLayout(path=group.path, arrays=arrays)
             identity = group.identity.of_samples(incoming.views, index.digest())
+            codec = codec_of(identity)
             digest = create_group(staging.root, layout, identity, {"source": dict(incoming.source)}, staging.run_id)
             staging.prepare(layout.path)
             missing = [unit for unit, _, reason in scan(staging.root, layout, digest) if reason is not None]
             done = store.n_units - len(missing)
             with progress_bar(store.n_units, unit="shard", done=done, description=f"import {group.path}") as bar:
                 for unit in missing:
-                    arrays_of_unit = _checked(group.rows(store.unit_rows(unit)), layout, unit, incoming.keys)
-                    publish_unit(staging.root, layout, digest, unit, arrays_of_unit, [], staging.run_id, {})
+                    rows = store.unit_rows(unit)
+                    arrays_of_unit = _checked(group.rows(rows), layout, unit, incoming.keys)
+                    sums = unit_sums(layout, arrays_of_unit, np.arange(len(rows)), codec, rows.start)
+                    publish_unit(
+                        staging.root, layout, digest, unit, arrays_of_unit, [], staging.run_id, {},
+                        statistics={name: of.packed() for name, of in sums.items()},
+                    )  # fmt: skip
                     bar.update(1)
             say(
                 f"{staging.root.at(group.path)}: {len(incoming.keys)} rows, {len(missing)} of {store.n_units} units new"
@@ -106,9 +119,27 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
 
 
 def latents_identity(
-    options: ImportOptions, *, what: str, sha256: str, channels: int, size: tuple[int, int], scale: float
+    options: ImportOptions,
+    *,
+    what: str,
+    sha256: str,
+    channels: int,
+    size: tuple[int, int],
+    scale: float,
+    beside: Path | None = None,
+    epsilon: float = 0.0,
 ) -> LatentsIdentity:
-    """The identity of imported latents, with every field that the trainer reads."""
+    """The identity of imported latents, with every field that the trainer reads.
+
+    `beside` is where the project keeps its statistics, if it does, and `epsilon` what it adds to their variance.
+    """
+    file = statistics_file(options.latent_statistics, beside)
+    normalisation = None
+    if file is not None:
+        from storage.weights.latent_statistics import read_statistics  # torch, which storage else does without
+
+        normalisation = read_statistics(file, channels, epsilon=epsilon).plain()
+        scale = 1.0
     return LatentsIdentity(
         kind="latents",
         name=options.name,
@@ -119,10 +150,23 @@ def latents_identity(
         dtype="float16",
         latent_scale_factor=scale if options.latent_scale_factor is None else options.latent_scale_factor,
         latent_shift_factor=0.0,
+        latent_normalisation=normalisation,
         latent_channels=channels,
         latent_size=size,
         order=IMPORTED,
     )
+
+
+def statistics_file(named: str, beside: Path | None) -> Path | None:
+    """The file of statistics that is taken, and said; None where there is none, or none is wanted."""
+    if named == "none" or (not named and (beside is None or not beside.is_file())):
+        if beside is not None:
+            why = "--latent-statistics none" if named else f"there is no {beside}"
+            say(f"{why}: latents are normalised by one factor, unless a run says --data.latent-normalisation channel")
+        return None
+    file = Path(named) if named else beside
+    say(f"latents are normalised channel by channel with the statistics of {file}")
+    return file
 
 
 def whole_labels(values: Any, where: Path) -> list[int]:

@@ -163,6 +163,7 @@ def test_valid_rows_are_those_that_did_not_fail_in_their_order(n: int, data: st.
     expected = [row for row in range(n) if row not in failed]
     assert len(valid) == len(expected)
     assert valid.rows(np.arange(len(expected))).tolist() == expected
+    assert valid.positions(np.array(expected, dtype=np.int64)).tolist() == list(range(len(expected)))
 
 
 def test_valid_rows_of_a_billion_need_the_memory_of_the_failed_ones() -> None:

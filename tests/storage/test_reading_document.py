@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from storage.derive import derive_group
+from storage.principal import Request
 from tests.stores import make_store
 
 PAGE = Path(__file__).parents[2] / "docs" / "reading.md"
@@ -17,6 +19,7 @@ EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text
 # What each example names, looked at afterwards.
 AFTERWARDS = {
     "RowDataset": "assert (moments.shape, labels.shape, patches.shape[0]) == ((64, 8, 16, 16), (64,), 64)",
+    "basis_of": "assert nearest.shape == (2, 64, 24)",
     "iterate_batches": "assert (moments.shape, patches.shape[0]) == ((64, 8, 16, 16), 64)",
 }
 
@@ -30,6 +33,9 @@ def test_every_way_to_read_has_an_example() -> None:
 def test_an_example_runs_as_printed(tmp_path: Path, example: str) -> None:
     assert PLACE in example
     make_store(tmp_path / "store", n_rows=128)
+    if "pca8" in example:
+        wanted = Request(components=8, sample_rows=128, seed=0, standardised=False)
+        derive_group(tmp_path / "store", "tiny-vit", components=wanted, n_workers=1)
     script = tmp_path / "example.py"
     checks = [check for name, check in AFTERWARDS.items() if name in example]
     script.write_text("\n".join([example.replace(PLACE, str(tmp_path / "store")), *checks, ""]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from storage.codecs import CODECS
 from storage.codecs.int8 import INT8
 from storage.codecs.int8 import numbers as decode
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.runs import assert_same_run, command
 from tests.trainer.test_update import GEOMETRY, SCALE, batch, config, tensors
 from trainer.config.presets import preset
+from trainer.config.schema import DataConfig
 from trainer.config.tree import override
 from trainer.data.groups import open_data
 from trainer.data.loader import Batch, Loader
+from trainer.data.resident import open_rows
 from trainer.loop.ema import EMA
 from trainer.loop.optimiser import make_optimizer
 from trainer.loop.readback import Readback
@@ -83,6 +87,27 @@ def test_the_ring_gives_the_store_s_numbers_while_the_gpu_is_behind(tmp_path: Pa
         np.testing.assert_array_equal(labels.cpu().numpy(), at % 5)
         np.testing.assert_array_equal(moments.cpu().numpy(), arrays[LATENTS]["moments"][at, 0])
         np.testing.assert_array_equal(target.cpu().numpy(), want[at, 0])
+
+
+@pytest.mark.parametrize("kind", ["ram", "gpu"])
+def test_resident_batches_are_the_streamed_ones(tmp_path: Path, kind: str) -> None:
+    make_store(tmp_path / "s", n_views=2, failed_rows=[3], codec=CODECS["rotated2"])
+    data = open_data(override(preset("sit-tiny-2"), {"store": tmp_path / "s"}))
+    seen: list[list[torch.Tensor]] = []
+    with closing(
+        open_rows(data, DataConfig(resident=kind), World(rank=0, size=1, device=GPU), with_targets=True)
+    ) as resident:
+        for rows in (resident, None):
+            with Loader(
+                data, seed=3, batch=8, start=0, stop=12, rank=0, world_size=1, device=GPU, prefetch=1, rows=rows
+            ) as batches:
+                seen.append([])
+                for got in batches:
+                    torch.cuda._sleep(BUSY_CYCLES)
+                    seen[-1] += [got.rows.clone(), got.moments.clone(), got.targets[0].values.clone()]
+    data.close()
+    assert len(seen[0]) == len(seen[1]) == 36
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 0.02), ("bf16", 0.05), ("fp16", 0.05)])

@@ -166,7 +166,7 @@ def test_a_wait_is_measured_and_told(shared_tiny_store: Path, monkeypatch: pytes
             time.sleep(0.5)
         gather_into(*arguments)
 
-    monkeypatch.setattr("trainer.data.loader.gather_into", slow)
+    monkeypatch.setattr("trainer.data.rows.gather_into", slow)
     monkeypatch.setattr("storage.prefetch.WAIT_S", 0.1)
     data = opened(shared_tiny_store)
     stalls = []

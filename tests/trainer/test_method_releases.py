@@ -250,6 +250,33 @@ def test_without_a_preset_the_one_that_fits_is_taken(
     assert "the run's are (x − 0) · 0.5" in said
 
 
+def test_statistics_in_a_file_beside_the_weights_are_the_run_s(
+    stores: dict[Release, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trains on with them, unless it is said otherwise."""
+    file = save(tmp_path / "lightningdit.pt", public_state("lightningdit"))
+    mean, std = torch.linspace(-0.5, 0.5, 8).view(1, 8, 1, 1), torch.linspace(1, 2, 8).view(1, 8, 1, 1)
+    torch.save({"mean": mean, "std": std}, tmp_path / "latents_stats.pt")
+    store = stores["lightningdit"]
+    assert main(argv(file, "lightningdit", store, tmp_path / "run")) == 0
+    said = f"its latents are normalised channel by channel with {tmp_path / 'latents_stats.pt'}"
+    assert said in capsys.readouterr().out
+    opened = open_run(tmp_path / "run")
+    opened.data.close()
+    x = torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(opened.scale.normalised(x), (x - mean) / std)
+    options = [f"--{n.replace('_', '-')}={spelled(value)}" for n, value in {**SIZE, **QUICK}.items()]
+    options += ["--preset=lightningdit-xl-1", f"--store={store}", f"--run={tmp_path / 'run'}", "--data.resolution=0"]
+    options += ["--model.align-block=2", "--model.projector-width=64", "--model.classes=10"]
+    assert main(["train", *options]) == 0
+    after = open_run(tmp_path / "run")
+    after.data.close()
+    torch.testing.assert_close(after.scale.scale, opened.scale.scale, rtol=0, atol=0)
+    by_factor = argv(file, "lightningdit", store, tmp_path / "other", **{"data.latent-normalisation": "scale"})
+    assert main(by_factor) == 0
+    assert "the run's are (x − 0) · 0.5" in capsys.readouterr().out
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage import CacheConfig, GroupReader, Store, UserError, open_store
+from storage import ArrayReader, CacheConfig, GroupReader, Store, UserError, open_store
 from storage.codecs import TOKENS
 from storage.identity import FeaturesIdentity, LatentsIdentity
 from storage.index import far_apart
@@ -48,6 +48,19 @@ class TrainingData:
     def identities(self) -> dict[str, str]:
         """Group path → identity digest of what is read."""
         return {group.path: group.identity_digest for group in self.groups}
+
+    def readers(self, *, with_targets: bool) -> dict[str, ArrayReader]:
+        """What a step reads, "moments" and "<group>/<array>"; two targets may share a group, which is then read once.
+
+        Without targets no patch tokens are read, and no class tokens but those that are denoised.
+        """
+        aligned = self.features if with_targets else ()
+        readers = {"moments": self.latents["moments"]}
+        for group in aligned:
+            readers |= {f"{group.path}/{name}": group[name] for name in group.codec_arrays}
+        for group in (*aligned, *self.features[:1]) if self.class_token else ():
+            readers[f"{group.path}/cls"] = group["cls"]
+        return readers
 
     def close(self) -> None:
         """Close every file."""

@@ -1,8 +1,9 @@
 """Batches in the order of training, gathered by a background thread while the model computes.
 
-A ring of preallocated buffers (pinned for CUDA) is filled ahead of the step (`storage/prefetch.py`); moments and
-features of a sample are always of the same row and view. The state of the loader is the step, which is epoch and
-position in one: global batch b holds fixed rows whatever the number of ranks, and a rank gathers its part only.
+A ring of preallocated buffers (pinned for CUDA) is filled ahead of the step (`storage/prefetch.py`) with rows of the
+store (`rows.py`) or of memory (`resident.py`); moments and features of a sample are always of the same row and view.
+The state of the loader is the step, which is epoch and position in one: global batch b holds fixed rows whatever the
+number of ranks, and a rank gathers its part only.
 
 On CUDA nothing here makes the host wait for the step that is under way: rows, labels and arrays are copied from pinned
 memory on a stream of their own, and the computing stream waits for the copy. A buffer returns to the ring when its copy
@@ -24,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage import ArrayReader, gather_into
 from storage.prefetch import Prefetcher
 from storage.torch.codecs import Tokens, twin_of
 from storage.visits import Visit, Visits
 from trainer.data.groups import TrainingData
+from trainer.data.rows import Rows, Streamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,9 @@ class _Gathered:
 class Loader:
     """Iterates over the batches of steps [start, stop). Use as a context manager, which ends the thread.
 
-    Without `with_targets` no patch tokens are read; `compiled`, codes are decoded by compiled code. `on_wait` is called
-    about once a second, with the seconds so far, while a batch is waited for.
+    `rows` are where the arrays come from, the store unless said; whoever opened them closes them. Without
+    `with_targets` there are no patch tokens, which `rows` then lack; `compiled`, codes are decoded by compiled code.
+    `on_wait` is called about once a second, with the seconds so far, while a batch is waited for.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Loader:
         world_size: int,
         device: torch.device,
         prefetch: int,
+        rows: Rows | None = None,
         with_targets: bool = True,
         compiled: bool = False,
         on_wait: Callable[[float], None] = lambda seconds: None,
@@ -98,12 +101,7 @@ class Loader:
         self._on_wait = on_wait
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._aligned = data.features if with_targets else ()
-        self._readers = readers = {"moments": data.latents["moments"]}
-        for group in self._aligned:  # two targets may share a group, which is then read once
-            for name in group.codec_arrays:
-                readers[f"{group.path}/{name}"] = group[name]
-        for group in (*self._aligned, *data.features[:1]) if data.class_token else ():
-            readers[f"{group.path}/cls"] = group["cls"]
+        self._rows = rows or Streamed(data.readers(with_targets=with_targets))
         self._decoders = {
             group.path: (group.codec_arrays, twin_of(group.codec, compiled=compiled).decode) for group in self._aligned
         }
@@ -113,11 +111,10 @@ class Loader:
         )
         self._ahead = Prefetcher(
             map(visits.of, range(start, stop)),
-            self._will_read,
+            self._rows.will_read,
             self._gather,
-            ring=[
-                {name: _buffer(reader, share, pinned=self._copies is not None) for name, reader in readers.items()}
-                for _ in range(prefetch + 1)  # one more is in the consumer's hands
+            ring=[  # one more is in the consumer's hands
+                self._rows.buffers(share, pinned=self._copies is not None) for _ in range(prefetch + 1)
             ],
             name="loader",
         )
@@ -133,7 +130,8 @@ class Loader:
             item, stall_s = self._next()
             if item is None:
                 return
-            on_device, copied = self._to_device({**item.index, **item.buffers})
+            arrived, copied = self._to_device({**item.index, **item.buffers})
+            on_device = self._rows.on_device(arrived)
             yield Batch(
                 step=item.step,
                 rows=on_device["rows"],
@@ -182,15 +180,10 @@ class Loader:
                 tokens[path] = behind_class_token(tokens[path], on_device[f"{path}/cls"])
         return tuple(tokens[group.path] for group in self._aligned)
 
-    def _will_read(self, visit: Visit) -> None:
-        for reader in self._readers.values():
-            reader.will_read(visit.rows, visit.views)
-
     def _gather(self, visit: Visit, buffers: dict[str, Tensor]) -> _Gathered:
         if self._copies is not None:
             torch.cuda.set_device(self._device)  # a thread's own setting: pinning would open a context on GPU 0
-        targets = [(reader, buffers[name].numpy()) for name, reader in self._readers.items()]
-        gather_into(targets, visit.rows, visit.views)
+        self._rows.gather(visit, buffers)
         return _Gathered(step=visit.number, index=self._index(visit), buffers=buffers)
 
     def _index(self, visit: Visit) -> dict[str, Tensor]:
@@ -212,8 +205,3 @@ def behind_class_token(tokens: Tokens, class_token: Tensor) -> Tokens:
         norms=torch.cat([norm, tokens.norms], dim=1),
         variance=torch.cat([torch.zeros_like(norm), tokens.variance], dim=1),
     )
-
-
-def _buffer(reader: ArrayReader, n: int, *, pinned: bool) -> Tensor:
-    dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
-    return torch.empty((n, *reader.row_shape), dtype=dtype, pin_memory=pinned)

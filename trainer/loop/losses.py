@@ -1,6 +1,6 @@
 """What a batch costs: draw latents, times, noise and dropped labels; run the model; denoising and alignment losses.
 
-    z = (mean + std · ε') · scale     afresh at each visit (after shifting, where a VAE has a shift)
+    z = normalised(mean + std · ε')   afresh at each visit (`data/latent_scale.py`)
     L = mean over the global batch of L_denoising + Σ_k λ_k · L_alignment,k  (REPA, arXiv 2410.06940, equation 9)
 
 The public loss has one λ and the mean over K encoders: that is λ_k = λ / K.
@@ -18,10 +18,10 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from storage.identity import LatentsIdentity
 from storage.torch.codecs import Tokens
 from trainer.alignment.cosine import alignment_loss, directed_loss
 from trainer.config.schema import TrainConfig
+from trainer.data.latent_scale import LatentScale
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
 from trainer.models.reg import join, split
@@ -31,24 +31,6 @@ from trainer.ranks.arithmetic import autocast_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentScale:
-    """z = (x − shift) · scale, as the VAE's own configuration defines it."""
-
-    scale: float
-    shift: float
-    has_posterior: bool = True  # a deterministic autoencoder stores the latent itself, without a deviation
-
-    @classmethod
-    def of(cls, identity: LatentsIdentity) -> LatentScale:
-        """From the identity of a latents group."""
-        return cls(
-            scale=identity.latent_scale_factor,
-            shift=identity.latent_shift_factor,
-            has_posterior=identity.has_posterior,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +73,10 @@ class Losses:
 def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
     """Latents float32 (B, C, h, w), drawn from the stored posteriors where there are any."""
     if not scale.has_posterior:
-        return (batch.moments.float() - scale.shift) * scale.scale
+        return scale.normalised(batch.moments.float())
     mean, std = batch.moments.float().chunk(2, dim=1)
     noise = random_keys.normal(seed, "posterior", batch.step, batch.rows, mean.shape[1:])
-    return (mean + std * noise - scale.shift) * scale.scale
+    return scale.normalised(mean + std * noise)
 
 
 class Draws(NamedTuple):

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import TrainConfig
+from trainer.data.latent_scale import LatentScale
 from trainer.data.loader import Batch
 from trainer.loop.ema import EMA
-from trainer.loop.losses import LatentScale, Losses, losses, n_cosines
+from trainer.loop.losses import Losses, losses, n_cosines
 from trainer.loop.optimiser import (
     clip_gradients,
     load_optimizer_tensors,
@@ -109,7 +110,7 @@ def build(config: TrainConfig, geometry: Geometry, scale: LatentScale, world: Wo
         config=config,
         geometry=geometry,
         world=world,
-        scale=scale,
+        scale=scale.on(world.device),
         model=model,
         wrapped=replicate(model, world) if world.size > 1 and not sharded else model,
         ema=ema,

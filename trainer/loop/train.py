@@ -11,7 +11,7 @@ same order. One step, on every rank:
     train_step(training, batch)                       step.py
      │  for each of --accumulate micro-batches:
      │   ├ losses(model, micro_batch)                 losses.py
-     │   │   ├ draw      z = (μ + σ ε' − shift) · scale                every number keyed by (seed, purpose, step,
+     │   │   ├ draw      z = normalised(μ + σ ε')                     every number keyed by (seed, purpose, step,
      │   │   │           t, ε, dropped labels        random_keys.py    row), none by rank or by time
      │   │   │           x_t from z, ε, t            objectives/
      │   │   ├ model     output, projections = model(x_t, t, labels)   models/, under autocast (ranks/arithmetic.py)
@@ -54,10 +54,13 @@ from storage.base.files import write_atomic
 from trainer.config.saved import to_save, to_yaml
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data
+from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.data.loader import Loader
+from trainer.data.resident import open_rows
+from trainer.data.rows import Rows, Streamed
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
-from trainer.loop.losses import LatentScale, Losses
+from trainer.loop.losses import Losses
 from trainer.loop.non_finite import NonFiniteSteps
 from trainer.loop.readback import Readback
 from trainer.loop.step import StepNumbers, TrainingState, build, train_step, without_alignment
@@ -89,9 +92,11 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
         try:
             geometry = geometry_of(config, data)
             config = resolve(config, data, world)
+            scale = LatentScale.of(data.latents.identity, config.data)
+            require_deviation(data.latents, scale, config.data)
             set_arithmetic(config)
             with only_writer(config.run, world):
-                new = build(config, geometry, LatentScale.of(data.latents.identity), world)
+                new = build(config, geometry, scale, world)
                 run = _Run(*resume(new, data.identities, accept_changes), data)
                 del new  # which the run may replace, and a replica that is kept would take part in its gradients
                 return run.run()
@@ -135,20 +140,21 @@ class _Run:
             RunFolder(config.run).write_config(config, self.saved_before)
             print(self._opening(), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
-        self.bar = progress_bar(
-            config.steps, unit="step", done=self.first_step, description="train", hidden=not self.world.is_main
-        )
         self.training.model.train()
         step = self.first_step
         with (
             closing(self.log) if self.log is not None else nullcontext(),
+            closing(self._rows()) as rows,
             stop_on_signals(*INTERRUPTS) as stop,
-            self.bar,
+            progress_bar(
+                config.steps, unit="step", done=step, description="train", hidden=not self.world.is_main
+            ) as self.bar,
         ):
             for end in self._phases():
                 if config.aligns and not config.aligns_at(step) and not self.alignment_stopped:
                     self.training, self.alignment_stopped = without_alignment(self.training), True
-                with self._loader(step, end) as loader:
+                rows.keep(self.data.readers(with_targets=config.aligns_at(step)))
+                with self._loader(rows, step, end) as loader:
                     step, stopping = self._steps(loader, step, stop)
                 if stopping:
                     break
@@ -170,7 +176,14 @@ class _Run:
         ends = {config.loss.stop_alignment_at, config.steps} if config.aligns else {config.steps}
         return sorted(end for end in ends if self.first_step < end <= config.steps)
 
-    def _loader(self, start: int, stop: int) -> Loader:
+    def _rows(self) -> Rows:
+        """Where rows come from; a run that is over reads none. A signal that comes meanwhile ends the process."""
+        if not self._phases():
+            return Streamed({})
+        config = self.config
+        return open_rows(self.data, config.data, self.world, with_targets=config.aligns_at(self.first_step))
+
+    def _loader(self, rows: Rows, start: int, stop: int) -> Loader:
         config = self.config
         return Loader(
             self.data,
@@ -182,6 +195,7 @@ class _Run:
             world_size=self.world.size,
             device=self.world.device,
             prefetch=config.data.prefetch,
+            rows=rows,
             with_targets=config.aligns_at(start),
             compiled=config.compile,
             on_wait=self._show_wait,
@@ -309,6 +323,7 @@ class _Run:
             f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
             f"{geometry.grid**2} tokens",
             f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
+            f"latents    {self.training.scale}, {require_deviation(data.latents, self.training.scale, config.data)}",
             *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
             f"device     {world.device}, {ranks}",
             f"start      step {self.first_step} of {config.steps}",

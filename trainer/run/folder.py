@@ -128,7 +128,7 @@ def runs_in(path: Path) -> list[Path]:
     """The run at `path`, else those up to two levels below it."""
     if RunFolder(path).is_run:
         return [path]
-    return sorted(found.parent for pattern in BELOW for found in path.glob(pattern))
+    return sorted(file.parent for pattern in BELOW for file in path.glob(pattern))
 
 
 def step_in_name(checkpoint: Path) -> int:

@@ -17,7 +17,7 @@ from storage.base.boundary import open_regular
 from storage.base.errors import StoreError, UserError
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data
-from trainer.loop.losses import LatentScale
+from trainer.data.latent_scale import LatentScale
 from trainer.models.make import make_model
 from trainer.models.transformer import Geometry
 from trainer.run.checkpoint import EMA_WEIGHTS, STATE, WEIGHTS, latest_checkpoint, read_state
@@ -35,8 +35,8 @@ class OpenRun:
 
     @property
     def scale(self) -> LatentScale:
-        """How its latents are scaled."""
-        return LatentScale.of(self.data.latents.identity)
+        """How its latents are normalised, as while it was trained."""
+        return LatentScale.of(self.data.latents.identity, self.config.data)
 
 
 def open_run(path: Path) -> OpenRun:

@@ -12,7 +12,7 @@ exactly.
 
 LightningDiT's files hold the tables of its rotary positions, and those of REPA on an end-to-end tuned autoencoder
 (REPA-E, arXiv 2504.10483) the statistics by which latents are standardised. Both are compared with the run's, and left
-out.
+out. Statistics that lie in a file beside the weights, under the name that the method gives it, are the run's.
 
 Names that DistributedDataParallel, torch.compile or FSDP made longer are cut, and sets below other names are found. A
 file is read as data (`storage/weights/`): nothing in it is run. A run made from it is at step 0, with a fresh
@@ -33,14 +33,15 @@ from torch import Tensor
 from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.weights.file import open_weights
+from storage.weights.latent_statistics import read_statistics
 from storage.weights.names import bare, not_a_tensor
 from storage.weights.tensors import Stored
 from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
 from trainer.data.groups import geometry_of, open_data
+from trainer.data.latent_scale import LatentScale
 from trainer.loop.log_window import LogWindow
-from trainer.loop.losses import LatentScale
 from trainer.loop.step import build
 from trainer.models.blocks import LONGEST_PERIOD, TIME_FREQUENCIES
 from trainer.models.lightningdit import LightningDiT
@@ -87,13 +88,16 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         data = open_data(config)
         try:
             geometry = geometry_of(config, data)
+            config, of_latents = _with_statistics(config, release, file, data.latents.identity.latent_channels)
             # The machine that trains the run decides on its arithmetic, not the one that makes it.
             config = override(resolve(config, data, world), {"precision": config.precision})
-            scale = LatentScale.of(data.latents.identity)
+            scale = LatentScale.of(data.latents.identity, config.data)
             training = build(config, geometry, scale, world)
             notes = [_load(training.model, weights, geometry, scale, file)]
             _load(training.ema.model, averaged, geometry, scale, file)
-            if standardised := PUBLISHED[release].statistics:
+            if of_latents:
+                notes.append(of_latents)
+            elif standardised := PUBLISHED[release].statistics:
                 ours = f"(x − {_numbers(scale.shift)}) · {_numbers(scale.scale)}"
                 notes.append(
                     f"it was trained on latents standardised channel by channel with {standardised}, which lies beside "
@@ -117,6 +121,24 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         finally:
             data.close()
     return [f"{config.run} holds {file} at step 0", *stored.notes, *(note for note in notes if note)]
+
+
+def _with_statistics(config: TrainConfig, release: Release, file: Path, channels: int) -> tuple[TrainConfig, str]:
+    """The configuration with the statistics that lie beside a release's weights, and what to say of it, "" without.
+
+    What the user chose goes before. Raises UserError where the file is not of the store's channels.
+    """
+    name = PUBLISHED[release].statistics
+    beside = file.absolute().parent / name
+    if not name or config.data.latent_normalisation != "auto" or not beside.is_file():
+        return config, ""
+    statistics = read_statistics(beside, channels)
+    changes = {
+        "data.latent_normalisation": "channel",
+        "data.latent_mean": statistics.mean,
+        "data.latent_std": statistics.std,
+    }
+    return override(config, changes), f"its latents are normalised channel by channel with {beside}"
 
 
 @dataclass(frozen=True)
@@ -309,12 +331,12 @@ def _without_statistics(weights: Weights, scale: LatentScale, file: Path) -> Wei
         return left
     theirs = (variance.double() + STATISTICS_EPSILON).rsqrt()
     ours, shift = (torch.as_tensor(of).double().flatten() for of in (scale.scale, scale.shift))
-    apart = torch.cat([ours / theirs - 1, (shift - mean) * theirs]).abs().max().item()
-    if apart > STATISTICS_APART:
+    of_same = len(ours) in (1, len(theirs)) and len(mean) == len(theirs)
+    if not of_same or torch.cat([ours / theirs - 1, (shift - mean) * theirs]).abs().max() > STATISTICS_APART:
         raise UserError(
             f"{file} standardises latents with the statistics in its {STATISTICS}*, (x − {_numbers(mean)}) · "
             f"{_numbers(theirs)}, and the store's are (x − {_numbers(shift)}) · {_numbers(ours)}; name a --store whose "
-            "latents are of its own autoencoder, and standardised by these"
+            "latents are of its own autoencoder, and standardised by these, or pass --data.latent-normalisation channel"
         )
     return left
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storage.base.errors import UserError
 from trainer.config.saved import parse_config
-from trainer.config.tree import flatten, free_fields
+from trainer.config.tree import LONGEST, flatten, free_fields
 from trainer.loop.step import TrainingState, without_alignment
 from trainer.run.checkpoint import OTHER_CHECKPOINT, RunState, latest_checkpoint, read_state, restore
 
@@ -26,7 +26,7 @@ def resume(
     saved = parse_config(state.config, f"checkpoint {checkpoint}").config
     then = {**flatten(saved), **{f"store {path}": digest for path, digest in state.identities.items()}}
     changed = [
-        f"{name}: was {then.get(name)}, is {now.get(name)}"
+        f"{name}: was {_short(then.get(name))}, is {_short(now.get(name))}"
         for name in sorted({*now, *then})
         if name not in free and then.get(name) not in (now.get(name), "auto")  # auto: a run imported, at step 0
     ]
@@ -46,3 +46,8 @@ def resume(
         except (KeyError, RuntimeError, TypeError) as error:
             raise UserError(f"the loss scale in {checkpoint} is damaged ({error!r}); {OTHER_CHECKPOINT}") from None
     return training, state
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"

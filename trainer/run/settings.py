@@ -9,23 +9,30 @@ from trainer.config.saved import parse_config
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, leaves, override
 from trainer.data.groups import TrainingData
+from trainer.data.latent_scale import measured
 from trainer.ranks.world import World
 from trainer.run.checkpoint import latest_checkpoint, read_state
 
 GROUPS = ("data.latents", "data.features")
+NORMALISATION = ("data.latent_normalisation", "data.latent_mean", "data.latent_std")
 
 
 def remember(config: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
     """What the run saved stays where `config` does not say otherwise; `given` are settings that were given explicitly.
 
-    A run that chose the only group there was keeps to it when a store has gained others. A setting that is younger than
-    the run is as before it existed, whatever today's preset says.
+    A run that chose the only group there was keeps to it when a store has gained others, and one that measured its
+    latents keeps the statistics that its weights were trained with. A setting that is younger than the run is as before
+    it existed, whatever today's preset says.
     """
     checkpoint = latest_checkpoint(config.run)
     if checkpoint is None:
         return config
     saved = parse_config(read_state(checkpoint).config, f"checkpoint {checkpoint}")
     chosen = {name: value for name, value, _ in leaves(saved.config) if name in GROUPS and not flatten(config)[name]}
+    if not config.data.latent_mean and not saved.absent & set(NORMALISATION):
+        now, then = config.data.latent_normalisation, saved.config.data.latent_normalisation
+        if now == then or (now == "auto" and NORMALISATION[0] not in given):
+            chosen |= {name: value for name, value, _ in leaves(saved.config) if name in NORMALISATION}
     return override(saved.keep(config, given), chosen)
 
 
@@ -34,6 +41,9 @@ def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfi
     resolved: dict[str, Any] = {"data.latents": data.latents.path.removeprefix("latents/")}
     if not config.data.features:  # all targets share the only features there are
         resolved["data.features"] = tuple({group.path.removeprefix("features/") for group in data.features})
+    if config.data.latent_normalisation == "channel" and not config.data.latent_mean:
+        statistics = measured(data.latents)
+        resolved |= {"data.latent_mean": statistics.mean, "data.latent_std": statistics.std}
     if not data.class_names and not config.model.classes:
         resolved["sample.guidance"] = 1.0  # towards what, without labels?
     if config.precision == "auto":

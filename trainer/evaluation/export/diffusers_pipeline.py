@@ -34,8 +34,8 @@ class ExportedPipeline(DiffusionPipeline):
         scheduler: Any,
         vae: Any = None,
         decoder: str = "",
-        latent_scale: float = 1.0,
-        latent_shift: float = 0.0,
+        latent_scale: float | list = 1.0,
+        latent_shift: float | list = 0.0,
         steps: int = 250,
         guidance: float = 1.0,
         guidance_low: float = 0.0,
@@ -123,9 +123,20 @@ class ExportedPipeline(DiffusionPipeline):
     def _spread(t: float | Tensor, x: Tensor) -> Tensor:
         return torch.as_tensor(t, device=x.device).reshape(1).expand(len(x))
 
+    @staticmethod
+    def _over(latents: Tensor, numbers: float | list) -> Tensor:
+        """One number, or (C, p, p) of channels and the pixels of a patch, laid over latents (B, C, h, w)."""
+        of = torch.as_tensor(numbers, dtype=latents.dtype, device=latents.device)
+        return of if of.ndim == 0 else of.repeat(1, latents.shape[2] // of.shape[1], latents.shape[3] // of.shape[2])
+
     def _decode(self, latents: Tensor, output_type: str) -> object:
-        unscaled = latents / self.config.latent_scale + self.config.latent_shift
-        pixels = (self.vae.decode(unscaled.to(self.vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
+        unscaled = latents / self._over(latents, self.config.latent_scale)
+        unscaled = (unscaled + self._over(latents, self.config.latent_shift)).to(self.vae.dtype)
+        if any(isinstance(layer, torch.nn.Conv3d) for layer in self.vae.modules()):  # of clips: an image is one frame
+            decoded = self.vae.decode(unscaled.unsqueeze(2)).sample.squeeze(2)
+        else:
+            decoded = self.vae.decode(unscaled).sample
+        pixels = (decoded / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return pixels
         images = pixels.cpu().permute(0, 2, 3, 1).float().numpy()

@@ -52,6 +52,10 @@ def export(run: Path, to: str, out: Path | None, checkpoint: str) -> list[Path]:
     try:
         if to == "safetensors":
             described = {name: spelled(value) for name, value in flatten(opened.config).items()}
+            described |= {
+                "latent_scale": json.dumps(_plain(opened.scale.scale)),
+                "latent_shift": json.dumps(_plain(opened.scale.shift)),
+            }
             save_file(weights, aside / "ema.safetensors", metadata={"step": str(step_of(chosen)), **described})
         else:
             write_diffusers(opened, weights, step_of(chosen), aside)
@@ -101,8 +105,8 @@ def write_diffusers(run: OpenRun, weights: Mapping[str, Tensor], step: int, out:
         "scheduler": ["diffusers", type(scheduler).__name__],
         "vae": vae,
         "decoder": decoder,
-        "latent_scale": run.scale.scale,
-        "latent_shift": run.scale.shift,
+        "latent_scale": _plain(run.scale.scale),
+        "latent_shift": _plain(run.scale.shift),
         "steps": sample.steps,
         "guidance": sample.guidance,
         "guidance_low": sample.guidance_low,
@@ -112,6 +116,11 @@ def write_diffusers(run: OpenRun, weights: Mapping[str, Tensor], step: int, out:
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.copyfile(PIPELINE_SOURCE, out / "pipeline.py")
     (out / "README.md").write_text(model_card(run, step, decoder), encoding="utf-8")
+
+
+def _plain(of: float | Tensor) -> Any:
+    """A number, or lists of numbers (C, p, p), as JSON has them: z = (x − latent_shift) · latent_scale."""
+    return of[0].tolist() if isinstance(of, Tensor) else of
 
 
 def transformer_settings(geometry: Geometry) -> dict[str, Any]:

@@ -66,13 +66,17 @@ def location(vae: str) -> tuple[str, str]:
 def decode_latents(latents: Tensor, decoder: nn.Module) -> np.ndarray:
     """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), DECODE_BATCH at a time."""
     device = next(decoder.parameters()).device
-    pixels = torch.cat(
-        [
-            decoder.decode(part.float().to(device)).sample.cpu()  # type: ignore[operator]
-            for part in latents.split(DECODE_BATCH)
-        ]
-    )
+    pixels = torch.cat([_decoded(part.float().to(device), decoder).cpu() for part in latents.split(DECODE_BATCH)])
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _decoded(latents: Tensor, decoder: Any) -> Tensor:
+    """Pixels (B, 3, H, W); an autoencoder of clips (Wan) is given clips of one frame."""
+    if any(isinstance(layer, nn.Conv3d) for layer in decoder.modules()):
+        frames: Tensor = decoder.decode(latents.unsqueeze(2)).sample
+        return frames.squeeze(2)
+    pixels: Tensor = decoder.decode(latents).sample
+    return pixels
 
 
 def _columns(n: int) -> int:

@@ -122,7 +122,7 @@ class _Source:
                 f"the model of {self.run.path} gives NaN or infinity for images {images[0]} to {images[-1]}; generate "
                 "from an earlier --checkpoint, or with another --precision"
             )
-        return decode_latents(latents / self.run.scale.scale + self.run.scale.shift, self.decoder)
+        return decode_latents(self.run.scale.stored(latents), self.decoder)
 
 
 def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:

@@ -38,7 +38,7 @@ def write_preview(training: TrainingState, data: TrainingData, step: int) -> tup
     labels = images % n_classes if n_classes else torch.full_like(images, geometry.n_classes)  # the null label
     latents = draw_latents(training.ema.model, images, labels, geometry, config, config.seed)
     reshard(training.ema.model)
-    latents = world.gather(latents)[: config.log.samples] / training.scale.scale + training.scale.shift
+    latents = training.scale.stored(world.gather(latents)[: config.log.samples])
     if not world.is_main:
         return None
     path = RunFolder(config.run).preview(step)

@@ -44,6 +44,7 @@ LATENT_FIELDS = (
     "latent_size",
     "latent_scale_factor",
     "latent_shift_factor",
+    "latent_normalisation",
 )
 
 
