@@ -136,7 +136,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     ("size", "method", "accumulate"),
     [
         *(("b", name, 2) for name in ("sit", "dit")),
-        *(("b", name, 1) for name in STEPS if name not in ("sit", "dit")),
+        *(("b", name, 1) for name in ("reg", "lightningdit", "stopped")),
+        *(pytest.param("b", name, 1, marks=pytest.mark.slow) for name in STEPS if name.startswith(("irepa", "patch"))),
         *(pytest.param("xl", name, n, marks=pytest.mark.slow) for name in ("sit", "dit") for n in (1, 2)),
         *(pytest.param("xl", name, 1, marks=pytest.mark.slow) for name in STEPS if name not in ("sit", "dit")),
     ],
