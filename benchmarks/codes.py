@@ -138,9 +138,11 @@ def errors(name: str, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[li
 
 def of_group(group: GroupReader, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows int64 (B,) and their tokens float32 (B, T, D), of the first `n` rows."""
-    for start in range(0, n, AT_ONCE):
-        rows = np.arange(start, min(n, start + AT_ONCE), dtype=np.int64)
-        yield rows, group.tokens(rows)
+    with progress_bar(n, unit="row", description=group.path) as bar:
+        for start in range(0, n, AT_ONCE):
+            rows = np.arange(start, min(n, start + AT_ONCE), dtype=np.int64)
+            yield rows, group.tokens(rows)
+            bar.update(len(rows))
 
 
 def batch_of(data: TrainingData, step: int, size: int, order: Order) -> Batch:
