@@ -66,15 +66,15 @@ class ImageFolder:
         )
 
     def _refuse_one_folder(self, entries: DataEntries, paths: Sequence[str]) -> None:
-        """Raise UserError where DATA holds one folder whose own folders seem to be the classes."""
-        (folder, *others) = entries.folders
+        """Raise UserError where all images lie below one folder, whose own folders seem to be the classes."""
+        folder, *others = sorted({path.partition("/")[0] for path in paths})
         if others:
             return
         classes = {class_of for class_of in class_folders(paths, f"DATA {self.data}").values() if class_of}
         if classes - {folder}:
             raise UserError(
-                f"DATA {self.data} holds one folder, {shown(folder)}, whose folders seem to be the classes "
-                f"({listed(classes)}); name {shown(self.data)}/{shown(folder)}, or pass --source {self.kind} to make "
+                f"DATA {self.data} has all images below one folder, {shown(folder)}, whose folders seem to be the "
+                f"classes ({listed(classes)}); name {shown(self.data)}/{shown(folder)}, or pass --source {self.kind} to make "
                 "it one class"
             )
 

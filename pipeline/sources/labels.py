@@ -26,6 +26,7 @@ from storage.base.shown import shown
 from storage.index import MAX_LABEL, far_apart
 
 NO_LABEL = -1
+MAX_NAME = 1000  # characters of a class name
 SHOWN_CHARACTERS = 60
 INVISIBLE = "\ufeff\u200b\u2060"  # byte order mark, zero-width space, word joiner: str.strip leaves them
 NUMERAL = re.compile(r"([+-]?\d{1,40})(\.0*)?|[+-]?\d{0,40}\.?\d{0,40}([eE][+-]?\d{1,4})?")
@@ -136,12 +137,15 @@ def odd_names(class_names: Mapping[int, str]) -> list[str]:
 
 
 def _numbers_in_text_order(named: Sequence[tuple[int, str]]) -> list[str]:
-    """A note where names differ in a number only and 10 comes before 2, as the order of texts has it."""
+    """A note where names differ in a number only, or begin with one, and 10 comes before 2 as in the order of texts."""
     for (label, name), (next_label, next_name) in itertools.pairwise(named):
         words, next_words = re.split(r"(\d{1,40})", name), re.split(r"(\d{1,40})", next_name)
+        numbers, next_numbers = [int(n) for n in words[1::2]], [int(n) for n in next_words[1::2]]
         if words[::2] != next_words[::2]:
-            continue
-        if [int(n) for n in words[1::2]] > [int(n) for n in next_words[1::2]]:
+            if words[0] or next_words[0] or not (numbers and next_numbers):
+                continue
+            numbers, next_numbers = numbers[:1], next_numbers[:1]
+        if numbers > next_numbers:
             return [
                 f"class names are in the order of texts, not of the numbers in them: label {label} is {shown(name)}, "
                 f"label {next_label} is {shown(next_name)}; where the numbers are meant, write them with leading zeros"
@@ -174,6 +178,10 @@ def _read_text(text: str) -> int | float | str | None:
     text = text.strip().strip(INVISIBLE).strip()
     if not text:
         return None
+    if len(text) > MAX_NAME:
+        raise ValueError(
+            f"has {len(text):,} characters, a class name may have {MAX_NAME:,}; name another column of labels"
+        )
     numeral = text.replace("\u2212", "-")
     match = NUMERAL.fullmatch(numeral)
     if match is None or not any(character.isdecimal() for character in numeral):

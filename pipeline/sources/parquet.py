@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from pipeline.sources.data_entries import LISTING_THREADS, DataEntries, list_entries
 from pipeline.sources.files import UNKNOWN_BYTES, File
-from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
+from pipeline.sources.labels import AS_FOUND, MAX_NAME, Label, LabelOptions
 from pipeline.sources.listing import Listing, make_listing
-from pipeline.sources.protocol import Sample, Unreadable
+from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Sample, Unreadable, too_large
 from storage.base.boundary import parse_json
 from storage.base.errors import StoreError, UserError
 from storage.base.shown import shown
@@ -43,6 +43,8 @@ LABEL_TYPES = (
 )
 LABEL_BATCH_ROWS = 65536
 SHOWN_COLUMNS, SHOWN_CHARACTERS = 20, 60  # in a message
+MAX_NAME_BYTES = 4 * MAX_NAME
+MOST_INFLATION = 100  # of what exceeds one image: encoded images hardly shrink, bitmaps tenfold
 HUGGING_FACE = b"huggingface"  # key of the schema's metadata
 
 
@@ -122,13 +124,17 @@ class Parquet:
                 raise UserError(
                     f"{where} says that it has {sum(sizes):,} rows in {file.nbytes:,} bytes; fetch it again"
                 )
+            _require_size(table, IMAGE, where)
             _require_bytes(table, where)
             rows = [(group, row) for group, n in enumerate(sizes) for row in range(n)]
             if wanted.unlabelled or not _check_labels(schema, column, wanted, where):
                 return rows, [None] * len(rows), [], schema.names
+            _require_size(table, column, where)
             labels: list[Label] = []
-            for batch in table.iter_batches(LABEL_BATCH_ROWS, columns=[column]):
-                labels += _column(batch, column).to_pylist()
+            # Names as a dictionary: as many rows of one long name would not fit into memory.
+            named = pq.ParquetFile(handle, metadata=table.metadata, buffer_size=PAGE_BYTES, read_dictionary=[column])
+            for batch in named.iter_batches(LABEL_BATCH_ROWS, columns=[column]):
+                labels += _labels(_column(batch, column), f"{where}, column {column!r}")
             if len(labels) != len(rows):
                 raise UserError(f"{where} has {len(rows)} rows and {len(labels)} labels; fetch it again")
             return rows, labels, _class_names(schema, column), schema.names
@@ -161,7 +167,10 @@ def _rows(file: pq.ParquetFile, group: int, rows: Sequence[int]) -> Iterator[Sam
             first, stop = stop, stop + len(column)
         assert column is not None
         data = column[row - first].as_py()
-        yield Unreadable("the image column is null") if data is None else data
+        if data is None:
+            yield Unreadable("the image column is null")
+        else:
+            yield data if len(data) <= MAX_SAMPLE_BYTES else too_large(len(data))
 
 
 def _parse(location: str) -> tuple[str, int, int]:
@@ -178,6 +187,20 @@ def _encoded(batch: pa.RecordBatch) -> Any:
 def _column(batch: pa.RecordBatch, name: str) -> Any:
     """By name: a column `image.x` is read along with `image`, and may stand before it."""
     return batch.column(batch.schema.get_field_index(name))
+
+
+def _labels(column: pa.Array, where: str) -> list[Label]:
+    """A batch's labels. Raises UserError where one is longer than a class name may be, before each row has a copy."""
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    values = column.dictionary.to_pylist()
+    longest = max((len(value) for value in values if isinstance(value, str | bytes)), default=0)
+    if longest > MAX_NAME_BYTES:
+        raise UserError(
+            f"{where} holds a name of {longest:,} characters, a class name may have {MAX_NAME:,}; name another "
+            "column by --label-column"
+        )
+    return [None if place is None else values[place] for place in column.indices.to_pylist()]
 
 
 def _check_images(schema: pa.Schema, where: str) -> None:
@@ -207,6 +230,24 @@ def _check_labels(schema: pa.Schema, column: str, wanted: LabelOptions, where: s
             f"{_listed(schema.names)} by --label-column, or pass --unlabelled"
         )
     return True
+
+
+def _require_size(table: pq.ParquetFile, column: str, where: str) -> None:
+    """Raise UserError where a row group of a column would inflate to more than encoded images or names take."""
+    most_a_row = MAX_SAMPLE_BYTES if column == IMAGE else MAX_NAME_BYTES
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        chunks = [about.column(i) for i in range(about.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes")]
+        inflated = sum(chunk.total_uncompressed_size for chunk in chunks)
+        packed = sum(chunk.total_compressed_size for chunk in chunks)
+        bound = max(PAGE_BYTES, about.num_rows * most_a_row)
+        if inflated > min(bound, max(MAX_SAMPLE_BYTES, MOST_INFLATION * packed)):
+            raise UserError(
+                f"{where}: the column {column!r} declares {inflated:,} bytes in {packed:,} for {about.num_rows:,} rows "
+                f"of row group {group}, more than {'images' if column == IMAGE else 'labels'} take; look at the "
+                "file, and leave it out or write it again"
+            )
 
 
 def _require_bytes(table: pq.ParquetFile, where: str) -> None:

@@ -173,7 +173,16 @@ def test_numbers_in_other_dress_are_not_ordered_as_text_unsaid(names: list[str])
     assert any("not in the order of their values" in warning for warning in listing_of(names).warnings)
 
 
-@pytest.mark.parametrize("names", [["class1", "class2", "class10"], ["a 9 b", "a 10 b"], ["v1.10", "v1.9"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["class1", "class2", "class10"],
+        ["a 9 b", "a 10 b"],
+        ["v1.10", "v1.9"],
+        ["0_cat", "10_bee", "2_fox"],
+        ["1st", "2nd", "10th"],
+    ],
+)
 def test_numbers_within_names_are_not_ordered_as_text_unsaid(names: list[str]) -> None:
     (warning,) = listing_of(names).warnings
     assert "are in the order of texts, not of the numbers in them" in warning

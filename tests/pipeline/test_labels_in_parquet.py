@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.sources import LabelOptions, open_source
+from pipeline.sources.protocol import Unreadable
 from storage.base.errors import UserError
 from tests.pipeline.labelled import NAMES, NUMBERS, PICTURES, STRUCT, N, refused
 
@@ -120,3 +121,30 @@ def test_names_beside_a_list_of_other_class_names(tmp_path: Path) -> None:
         open_source(str(path)).listing()
     write_table(path, {"image": pa.array(PICTURES), "label": pa.array(NAMES)}, ["fox", "dog", "cat"])
     assert open_source(str(path)).listing().index.labels.tolist() == [2, 1, 0] * 2
+
+
+BLANK = bytes(100 << 20)  # what no image shrinks to
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"image": pa.array([BLANK] * 3), "label": NUMBERS[:3]}, r"'image' declares 3\d\d,\d{3},\d{3} bytes in"),
+        ({"image": PICTURES, "label": ["n" * (2 << 20)] * N}, r"'label' declares 2,\d{3},\d{3} bytes in"),
+        ({"image": PICTURES, "label": ["n" * 5000] * N}, r"holds a name of 5,000 characters, .* may have 1,000"),
+        ({"image": PICTURES, "label": ["n" * 1001] * N}, r"has 1,001 characters, a class name may have 1,000"),
+    ],
+    ids=["images", "names", "a long name", "a name"],
+)
+def test_what_a_file_inflates_to_is_bounded(tmp_path: Path, columns: dict[str, pa.Array], says: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", compression="zstd", use_dictionary=["label"])
+    with pytest.raises(UserError, match=says):
+        open_source(str(tmp_path / "a.parquet")).listing()
+
+
+def test_an_image_beyond_the_bound_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(write_table(tmp_path / "a.parquet", {"image": PICTURES, "label": NUMBERS})))
+    longest = max(PICTURES, key=len)
+    monkeypatch.setattr("pipeline.sources.parquet.MAX_SAMPLE_BYTES", len(longest) - 1)
+    for sample, picture in zip(source.read_many(source.listing().index.locations), PICTURES, strict=True):
+        assert isinstance(sample, Unreadable) == (len(picture) == len(longest))
