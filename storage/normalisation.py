@@ -70,13 +70,15 @@ def normalisation_of(identity: LatentsIdentity) -> Normalisation | None:
     return statistics
 
 
-def made(mean: Iterable[float], std: Iterable[float], *, channels: int, source: str, where: str) -> Normalisation:
+def made(
+    mean: Iterable[float], std: Iterable[float], *, channels: int, source: str, where: str, of_patches: bool = False
+) -> Normalisation:
     """Statistics that a file says, checked. Raises UserError where they are not `channels` numbers, or not usable.
 
-    p² numbers a channel are of patches of p × p.
+    `of_patches`: p² numbers a channel are of patches of p × p, as Flux.2's are.
     """
     means, stds = tuple(map(float, mean)), tuple(map(float, std))
-    patch = math.isqrt(len(means) // channels) if channels else 0
+    patch = math.isqrt(len(means) // channels) if of_patches and channels else 1
     if not means or len(means) != len(stds) or len(means) != channels * patch**2:
         raise UserError(
             f"{where} has {len(means)} means and {len(stds)} deviations, and the latents {channels} channels; use the "

@@ -148,7 +148,14 @@ def statistics_of(settings: Mapping[str, Any], geometry: Geometry, directory: Pa
         first, second = (weights.tensors(stored)[name].double().flatten() for name in names)
     std = (second + epsilon).sqrt() if names[1].endswith("var") else second
     source = f"{names[0]} and {names[1]} of the {geometry.class_name}"
-    return made(first.tolist(), std.tolist(), channels=geometry.channels, source=source, where=str(file))
+    return made(
+        first.tolist(),
+        std.tolist(),
+        channels=geometry.channels,
+        source=source,
+        where=str(file),
+        of_patches=names[1].endswith("var"),
+    )
 
 
 def _flat(values: Any) -> Any:

@@ -74,8 +74,8 @@ class ImageFolder:
         if classes - {folder}:
             raise UserError(
                 f"DATA {self.data} has all images below one folder, {shown(folder)}, whose folders seem to be the "
-                f"classes ({listed(classes)}); name {shown(self.data)}/{shown(folder)}, or pass --source {self.kind} to make "
-                "it one class"
+                f"classes ({listed(classes)}); name {shown(self.data)}/{shown(folder)}, or pass --source {self.kind} "
+                "to make it one class"
             )
 
     def read_many(self, locations: Sequence[str]) -> Iterator[Sample]:

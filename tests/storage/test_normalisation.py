@@ -276,8 +276,10 @@ def test_statistics_that_cannot_be_used_are_refused_in_a_line(tmp_path: Path) ->
     assert not Path("/tmp/ran-from-a-pickle").exists()
 
 
-def test_statistics_of_patches_are_told_by_their_number() -> None:
-    found = made(range(8), [1.0] * 8, channels=2, source="s", where="w")
+def test_statistics_of_patches_are_told_by_their_number_where_there_may_be_some() -> None:
+    with pytest.raises(UserError, match="w has 8 means and 8 deviations, and the latents 2 channels"):
+        made(range(8), [1.0] * 8, channels=2, source="s", where="w")
+    found = made(range(8), [1.0] * 8, channels=2, source="s", where="w", of_patches=True)
     assert found.patch == 2
     mean, _ = found.arrays()
     assert mean[1].tolist() == [[4.0, 5.0], [6.0, 7.0]]

@@ -237,6 +237,11 @@ def test_statistics_of_other_latents_are_refused_with_the_figures(source: Path, 
     ):
         train(store, tmp_path / "run")
     train(store, tmp_path / "run", CHANNEL, steps=1)
+    given = [CHANNEL, "--data.latent-mean=" + ",".join("0" * C), "--data.latent-std=" + ",".join("9" * C)]
+    with pytest.raises(
+        UserError, match=r"pass no --data\.latent-mean and --data\.latent-std, so that they are measured, or"
+    ):
+        train(store, tmp_path / "another", *given)
 
 
 def test_channels_cannot_be_measured_by_receipts_without_sums(tmp_path: Path) -> None:

@@ -385,7 +385,9 @@ class TrainConfig:
 
     def _check_class_token(self) -> None:
         if self.model.kind != "sit":
-            raise UserError("--model.class-token true goes with --model.kind sit; it has no published form in dit")
+            raise UserError(
+                f"--model.class-token true goes with --model.kind sit; it has no published form in {self.model.kind}"
+            )
         if not self.aligns:
             raise UserError(
                 "--model.class-token true needs features, whose class token it is, and an alignment with them; give "

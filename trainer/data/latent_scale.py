@@ -115,7 +115,7 @@ def require_deviation(latents: GroupReader[LatentsIdentity], scale: LatentScale,
     One factor for all channels is held to the deviation over all of them, statistics a channel to each channel's.
     """
     if not _has_sums(latents):
-        return f"deviation not known: python -m storage statistics {latents.path} counts what its receipts lack"
+        return f"deviation not known: python -m storage statistics STORE {latents.path} counts what its receipts lack"
     mean, std = normalised_moments(latents, scale)
     over_all = float(np.sqrt(np.square(std).mean()))
     in_words = f"deviation {over_all:.3g} ({std.min():.3g} to {std.max():.3g} a channel)"
@@ -133,8 +133,8 @@ def require_deviation(latents: GroupReader[LatentsIdentity], scale: LatentScale,
         else f"the deviation over all channels, {over_all:.3g}, must be {LEAST_OVER_ALL:g} to {MOST:g}"
     )
     fix = (
-        ""
-        if data.latent_normalisation == "channel" and not data.latent_mean
+        "no --data.latent-mean and --data.latent-std, so that they are measured, or "
+        if data.latent_normalisation == "channel"
         else "--data.latent-normalisation channel, or "
     )
     raise UserError(
