@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.effect import arms
 from benchmarks.report import RESULTS, machine, table
 from storage import open_store
 from storage.base.files import write_atomic
@@ -43,18 +44,9 @@ EXACT, CODES = "float16", ("rotated4", "rotated2", "rotated1")
 METHODS = {"REPA": "cosine", "iREPA": "irepa"}
 SEEDS = (0, 1, 2)
 COMMON: dict[str, str] = {
-    "preset": "sit-tiny-2",
-    "model.depth": "6",
-    "model.width": "192",
-    "model.heads": "3",
-    "model.align-block": "2",
-    "model.projector-width": "512",
-    "batch": "32",
-    "optim.lr": "1e-3",
+    **arms.COMMON,  # the study's model
     "ema-decay": "0.99",
     "precision": "fp32",
-    "log.samples-every": "0",
-    "log.tensorboard": "false",
     "device": "cpu",
 }
 TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))

@@ -68,9 +68,12 @@ def count_unit(root: Root, group: GroupReader[Any], unit: int, receipt: Receipt,
     views = np.arange(group.layout.store.n_views)
     flat = group.gather(np.repeat(present + rows.start, len(views)), np.tile(views, len(present)))
     arrays = {name: array.reshape(len(present), len(views), *array.shape[1:]) for name, array in flat.items()}
-    whole = {name: np.zeros((len(rows), *array.shape[1:]), array.dtype) for name, array in arrays.items()}
-    for name, array in arrays.items():
-        whole[name][present] = array
-    sums = {name: of.packed() for name, of in unit_sums(group.layout, whole, present, group.codec, rows.start).items()}
+    if failed:  # `unit_sums` takes rows by their places in the unit
+        whole = {name: np.zeros((len(rows), *array.shape[1:]), array.dtype) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            whole[name][present] = array
+        arrays = whole
+    counted = unit_sums(group.layout, arrays, present, group.codec, rows.start)
+    sums = {name: of.packed() for name, of in counted.items()}
     if read_receipt(root, group.layout, unit) == receipt:
         write_receipt(root, group.layout, dataclasses.replace(receipt, statistics=sums), run_id)

@@ -23,8 +23,7 @@ from storage.exchange.incoming import (
     ImportOptions,
     Incoming,
     IncomingGroup,
-    latents_identity,
-    sha256_of_listing,
+    latents_alone,
     whole_labels,
 )
 from storage.hdf5 import find_dataset, find_member, hdf5_errors, read_column
@@ -122,27 +121,18 @@ def _foreign(file: h5py.File, source: Path, options: ImportOptions) -> Incoming:
     if data.ndim not in (4, 5) or shape[1] not in (1, 2) or shape[2] % 2:
         raise UserError(f"moments are (N, 2C, h, w) or (N, V, 2C, h, w) with V 1 or 2, got {data.shape}")
     labels = whole_labels(read_column(label_column, shape[0]), source)
-    group = IncomingGroup(
-        path=f"latents/{options.name}",
-        identity=latents_identity(
-            options,
-            what="an HDF5 file",
-            sha256=sha256_of_listing([(source.name, source.stat().st_size)]),
-            channels=shape[2] // 2,
-            size=(shape[3], shape[4]),
-            scale=SD_VAE_SCALE,
-        ),
-        arrays={"moments": ("float16", tuple(shape[2:]))},
-        rows=lambda rows: {"moments": data[rows.start : rows.stop].reshape(len(rows), *shape[1:])},
-    )
-    return Incoming(
+    return latents_alone(
+        source,
+        options,
+        kind="hdf5",
+        what="an HDF5 file",
+        files=[(source.name, source.stat().st_size)],
         keys=[f"{row:08d}" for row in range(shape[0])],
         labels=labels,
-        class_names=[str(label) for label in labels],
         views=("original", "hflip")[: shape[1]],
-        resolution=options.resolution,
-        source={"kind": "hdf5", "path": str(source.absolute())},
-        groups=[group],
+        shape=tuple(shape[2:]),
+        rows=lambda rows: {"moments": data[rows.start : rows.stop].reshape(len(rows), *shape[1:])},
+        scale=SD_VAE_SCALE,
     )
 
 

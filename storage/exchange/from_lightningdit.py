@@ -22,10 +22,8 @@ from storage.base.errors import UserError
 from storage.exchange.incoming import (
     ImportOptions,
     Incoming,
-    IncomingGroup,
-    latents_identity,
+    latents_alone,
     require_folder,
-    sha256_of_listing,
     whole_labels,
 )
 
@@ -79,26 +77,17 @@ def read(source: Path, options: ImportOptions) -> Incoming:
             row = stop
         return {"moments": moments}
 
-    group = IncomingGroup(
-        path=f"latents/{options.name}",
-        identity=latents_identity(
-            options,
-            what="LightningDiT's safetensors",
-            sha256=sha256_of_listing((path.name, path.stat().st_size) for path in files),
-            channels=shape[0],
-            size=(shape[1], shape[2]),
-            scale=1.0,
-            beside=source / STATISTICS,
-        ),
-        arrays={"moments": ("float16", (2 * shape[0], *shape[1:]))},
-        rows=rows,
-    )
-    return Incoming(
+    return latents_alone(
+        source,
+        options,
+        kind="lightningdit",
+        what="LightningDiT's safetensors",
+        files=((path.name, path.stat().st_size) for path in files),
         keys=[f"{path.stem}/{i:06d}" for path, count in zip(files, counts, strict=True) for i in range(count)],
         labels=labels,
-        class_names=[str(label) for label in labels],
         views=tuple(VIEWS),
-        resolution=options.resolution,
-        source={"kind": "lightningdit", "path": str(source.absolute())},
-        groups=[group],
+        shape=(2 * shape[0], *shape[1:]),
+        rows=rows,
+        scale=1.0,
+        beside=source / STATISTICS,
     )

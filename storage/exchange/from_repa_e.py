@@ -23,9 +23,7 @@ from storage.base.shown import shown
 from storage.exchange.incoming import (
     ImportOptions,
     Incoming,
-    IncomingGroup,
-    latents_identity,
-    sha256_of_listing,
+    latents_alone,
     whole_labels,
 )
 from storage.hdf5 import find_dataset, hdf5_errors
@@ -86,29 +84,19 @@ def _described(file: h5py.File, source: Path, options: ImportOptions) -> Incomin
                 latents[i, 0] = data[()]
             return {"moments": latents}
 
-    group = IncomingGroup(
-        path=f"latents/{options.name}",
-        identity=latents_identity(
-            options,
-            what="REPA-E's HDF5 file",
-            sha256=sha256_of_listing([(source.name, source.stat().st_size)]),
-            channels=shape[0] // 2,
-            size=(shape[1], shape[2]),
-            scale=1.0,
-            beside=source.with_name(f"{source.stem}-latents-stats.pt"),
-            epsilon=EPSILON,
-        ),
-        arrays={"moments": ("float16", shape)},
-        rows=rows,
-    )
-    return Incoming(
+    return latents_alone(
+        source,
+        options,
+        kind="repa-e",
+        what="REPA-E's HDF5 file",
+        files=[(source.name, source.stat().st_size)],
         keys=names,
         labels=numbers,
-        class_names=[str(label) for label in numbers],
-        views=("original",),
-        resolution=options.resolution,
-        source={"kind": "repa-e", "path": str(source.absolute())},
-        groups=[group],
+        shape=shape,
+        rows=rows,
+        scale=1.0,
+        beside=source.with_name(f"{source.stem}-latents-stats.pt"),
+        epsilon=EPSILON,
     )
 
 

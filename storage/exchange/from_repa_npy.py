@@ -21,10 +21,8 @@ from storage.exchange.incoming import (
     SD_VAE_SCALE,
     ImportOptions,
     Incoming,
-    IncomingGroup,
-    latents_identity,
+    latents_alone,
     require_folder,
-    sha256_of_listing,
     whole_labels,
 )
 
@@ -64,27 +62,17 @@ def read(source: Path, options: ImportOptions) -> Incoming:
     if len(shape) != 3 or shape[0] % 2:
         raise UserError(f"{source / names[0]} has shape {shape}; moments are (2C, h, w), mean and standard deviation")
     numbers = whole_labels([labels[name] for name in names], where)
-    group = IncomingGroup(
-        path=f"latents/{options.name}",
-        identity=latents_identity(
-            options,
-            what="a vae-sd folder",
-            sha256=sha256_of_listing((name, sizes[name]) for name in names),
-            channels=shape[0] // 2,
-            size=(shape[1], shape[2]),
-            scale=SD_VAE_SCALE,
-        ),
-        arrays={"moments": ("float16", shape)},
-        rows=lambda rows: {"moments": np.stack([_one(source / names[row], shape) for row in rows])[:, None]},
-    )
-    return Incoming(
+    return latents_alone(
+        source,
+        options,
+        kind="repa-npy",
+        what="a vae-sd folder",
+        files=((name, sizes[name]) for name in names),
         keys=names,
         labels=numbers,
-        class_names=[str(label) for label in numbers],
-        views=("original",),
-        resolution=options.resolution,
-        source={"kind": "repa-npy", "path": str(source.absolute())},
-        groups=[group],
+        shape=shape,
+        rows=lambda rows: {"moments": np.stack([_one(source / names[row], shape) for row in rows])[:, None]},
+        scale=SD_VAE_SCALE,
     )
 
 

@@ -157,6 +157,52 @@ def latents_identity(
     )
 
 
+def latents_alone(
+    source: Path,
+    options: ImportOptions,
+    *,
+    kind: str,
+    files: Iterable[tuple[str, int]],
+    keys: Sequence[str],
+    labels: Sequence[int],
+    shape: tuple[int, ...],
+    rows: Callable[[range], Mapping[str, np.ndarray]],
+    views: tuple[str, ...] = ("original",),
+    what: str,
+    scale: float,
+    beside: Path | None = None,
+    epsilon: float = 0.0,
+) -> Incoming:
+    """A source of one latents group, whose moments have the shape (2C, h, w). `files` are names and sizes.
+
+    What is not said here is as `latents_identity` has it.
+    """
+    group = IncomingGroup(
+        path=f"latents/{options.name}",
+        identity=latents_identity(
+            options,
+            what=what,
+            sha256=sha256_of_listing(files),
+            channels=shape[0] // 2,
+            size=(shape[1], shape[2]),
+            scale=scale,
+            beside=beside,
+            epsilon=epsilon,
+        ),
+        arrays={"moments": ("float16", shape)},
+        rows=rows,
+    )
+    return Incoming(
+        keys=keys,
+        labels=labels,
+        class_names=[str(label) for label in labels],
+        views=views,
+        resolution=options.resolution,
+        source={"kind": kind, "path": str(source.absolute())},
+        groups=[group],
+    )
+
+
 def statistics_file(named: str, beside: Path | None) -> Path | None:
     """The file of statistics that is taken, and said; None where there is none, or none is wanted."""
     if named == "none" or (not named and (beside is None or not beside.is_file())):

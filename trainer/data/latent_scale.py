@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 LEAST, MOST, MOST_MEAN = 0.5, 2.0, 1.0  # of a channel's deviation, and of the magnitude of its mean, after the map
 LEAST_OVER_ALL = 0.25  # of all channels together: one published factor serves data sets that vary less
 NAMED = 3  # channels in a message
+MEASURED = "all latents of the group"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,9 +105,6 @@ def measured(latents: GroupReader[LatentsIdentity]) -> Normalisation:
             "divide by; train with --data.latent-normalisation scale"
         )
     return Normalisation(mean=tuple(mean.tolist()), std=tuple(std.tolist()), source=MEASURED)
-
-
-MEASURED = "all latents of the group"
 
 
 def require_deviation(latents: GroupReader[LatentsIdentity], scale: LatentScale, data: DataConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ class OpenRun:
     data: TrainingData
     geometry: Geometry
 
-    @property
+    @cached_property
     def scale(self) -> LatentScale:
         """How its latents are normalised, as while it was trained."""
         return LatentScale.of(self.data.latents.identity, self.config.data)
