@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,14 @@ def run_on_cluster(
     source: Source,
     run_id: str,
     *,
+    make_store: Callable[[], None] | None = None,
     stop: Stop | None = None,
     encoder: type[UnitEncoder] = UnitEncoder,
 ) -> Outcome:
     """Encode and publish every missing unit of the plan on the cluster that Ray is connected to.
+
+    `make_store` is called once, when the first encoder is up and before it is handed anything: weights that no encoder
+    can load leave no store, and no group that claims its name for them. None: the store and its groups are there.
 
     Raises UserError when too many samples fail, the disk is full or the encoders cannot be loaded, KeyboardInterrupt
     when `stop` says so; units that fail three times are in the outcome. What was published stays, however it ends.
@@ -81,7 +85,7 @@ def run_on_cluster(
     )
     print(f"resources  {resources}", flush=True)
     with _encoders(config, plan, resources, run_id, encoder) as pool:
-        return _Driver(config, plan, source, resources, pool, stop or Stop()).run()
+        return _Driver(config, plan, source, resources, pool, stop or Stop()).run(make_store)
 
 
 @contextlib.contextmanager
@@ -134,7 +138,7 @@ class _Driver:
         self.store_peak_bytes = 0
         self.looked_s = 0.0
 
-    def run(self) -> Outcome:
+    def run(self, make_store: Callable[[], None] | None) -> Outcome:
         start_s = time.perf_counter()
         display = Display(
             self.plan.n_images_missing,
@@ -150,6 +154,9 @@ class _Driver:
                 now_s = time.perf_counter()
                 if self.pool.n_up:
                     up_s, warned = now_s, False
+                    if make_store is not None:
+                        make_store()
+                        make_store = None
                 elif not warned and now_s - up_s > PATIENCE_S:
                     warned = True
                     display.say(f"no encoder is up for {PATIENCE_S:.0f} s: {self._why_waiting()}")

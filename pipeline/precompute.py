@@ -15,6 +15,7 @@ from pipeline.sources import open_source
 from storage import Staging
 from storage.base.console import INTERRUPTS, say, stop_on_signals
 from storage.base.shown import shown
+from storage.layout import METADATA
 from storage.roots import absolute, open_root
 from storage.samples import REDO
 from storage.staging import refuse_foreign
@@ -99,17 +100,20 @@ def precompute(config: PrecomputeConfig) -> Summary:
     from pipeline.cluster.connection import ray_cluster  # imports Ray
     from pipeline.job import run_on_cluster
 
-    # The cluster first: nothing is made on disk before it is there. On Ctrl-C or SIGTERM it is left or stopped.
+    # Nothing is made on disk before the cluster is there and an encoder has its weights. On Ctrl-C or SIGTERM the
+    # cluster is left or stopped.
     with (
         stop_on_signals(*INTERRUPTS) as stop,
         ray_cluster(address, verbose=config.verbose),
         Staging(root) as staging,
     ):
-        create(plan, source, staging)
         try:
-            outcome = run_on_cluster(config, plan, source, staging.run_id, stop=stop)
+            outcome = run_on_cluster(
+                config, plan, source, staging.run_id, make_store=partial(create, plan, source, staging), stop=stop
+            )
         finally:
-            n_failed, n_standing = write_failures(root, groups, plan.index, staging.run_id)
+            if METADATA in root.children(""):  # there is no store when no encoder came up
+                n_failed, n_standing = write_failures(root, groups, plan.index, staging.run_id)
     for unit, history in outcome.given_up.items():
         print(shown(f"unit {unit} was given up after {len(history)} attempts: {'; '.join(history)}"), file=sys.stderr)
     budget(n_standing)

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,9 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.cluster.connection import ray_cluster
     from pipeline.job import run_on_cluster
 
-    with Staging(plan.root) as staging:
-        create(plan, source, staging)
-        with ray_cluster(address, verbose=config.verbose):
-            outcome = run_on_cluster(config, plan, source, staging.run_id, encoder=NumpyEncoder)
+    with Staging(plan.root) as staging, ray_cluster(address, verbose=config.verbose):
+        make_store = partial(create, plan, source, staging)
+        outcome = run_on_cluster(config, plan, source, staging.run_id, make_store=make_store, encoder=NumpyEncoder)
     print("OUTCOME", json.dumps(dataclasses.asdict(outcome)))
     return 1 if outcome.given_up else 0
 

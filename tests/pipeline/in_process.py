@@ -40,11 +40,14 @@ class PixelEncoder(UnitEncoder):
         }
 
 
-def run_on_cluster(config: PrecomputeConfig, plan: Plan, source: Source, run_id: str, *, stop: Stop) -> Any:
+def run_on_cluster(
+    config: PrecomputeConfig, plan: Plan, source: Source, run_id: str, *, make_store: Callable[[], None], stop: Stop
+) -> Any:
     """`pipeline.job.run_on_cluster`, a unit after the other."""
     from pipeline.job import Outcome  # imports Ray, whose environment other tests settle before
 
     encoder = PixelEncoder(plan.root, plan.groups, plan.digests, config.batch, 1, run_id)
+    make_store()
     n_failed = plan.failed_before
     for unit, paths in plan.missing.items():
         rows = plan.layout.unit_rows(unit)

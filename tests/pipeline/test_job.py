@@ -153,6 +153,9 @@ def test_an_encoder_that_cannot_be_loaded_ends_the_run(tmp_path: Path) -> None:
         "no other is left"
     )
     assert "Traceback" not in done.stderr
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()], (
+        "right weights find no store in the way"
+    )
 
 
 def test_too_many_broken_images_end_the_run(joined: str, tmp_path: Path) -> None:
