@@ -22,7 +22,9 @@ from storage.base.shown import shown
 
 MAX_CHUNK_BYTES = 512 << 20  # a chunk is unpacked whole, however little of it is asked for
 MAX_SOFT_LINKS = 16
-MAX_TEXT_BYTES = 64 << 20  # of names that are read at once
+MAX_TEXT_BYTES = 64 << 20  # of names of a fixed length that are read at once
+MAX_NAME_BYTES = 4000  # of one name
+FEWEST_ROWS, MOST_ROWS = 8, 128  # of any length that are read at once
 SHOWN_MEMBERS = 12
 OWN_FILE = "copy the data into the file itself"
 
@@ -140,14 +142,33 @@ def read_column(dataset: h5py.Dataset, n_rows: int) -> list[Any]:
     return _read_texts(dataset, n_rows, name)
 
 
+def rows_of_any_length(file_nbytes: int) -> int:
+    """How many rows of variable length are read at once from a file of so many bytes.
+
+    All of them may name the same bytes, and one may name as many as the file has. So they take `MAX_CHUNK_BYTES` at
+    most, or of larger files, in which a call of its own for each row would cost time, `FEWEST_ROWS` times the file.
+    """
+    fitting = MAX_CHUNK_BYTES // max(1, file_nbytes)
+    return min(MOST_ROWS, max(FEWEST_ROWS, fitting))
+
+
 def _read_texts(dataset: h5py.Dataset, n_rows: int, name: str) -> list[str]:
-    item_bytes = dataset.dtype.itemsize if dataset.dtype.kind == "S" else MAX_TEXT_BYTES // 4096
-    step = max(1, MAX_TEXT_BYTES // max(1, item_bytes))
+    is_fixed = dataset.dtype.kind == "S"
+    step = (
+        max(1, MAX_TEXT_BYTES // max(1, dataset.dtype.itemsize))
+        if is_fixed
+        else rows_of_any_length(dataset.file.id.get_filesize())
+    )
     texts: list[str] = []
     seen: dict[bytes, str] = {}  # the same class many times is one object
     for start in range(0, n_rows, step):
         for raw in dataset[start : start + step].reshape(-1).tolist():
             raw = raw.encode() if isinstance(raw, str) else raw
+            if len(raw) > MAX_NAME_BYTES:
+                raise UserError(
+                    f"{name}, row {len(texts)} has {len(raw):,} bytes, a name may have {MAX_NAME_BYTES:,}; shorten "
+                    "it, or name another data set"
+                )
             if raw not in seen:
                 try:
                     seen[raw] = raw.decode()

@@ -22,7 +22,7 @@ from pipeline.sources.data_entries import DataEntries, list_entries
 from pipeline.sources.files import UNKNOWN_BYTES, File
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
 from pipeline.sources.listing import Listing, make_listing
-from pipeline.sources.protocol import Sample, Unreadable
+from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Sample, Unreadable, too_large
 from storage.base.errors import UserError
 from storage.hdf5 import (
     MAX_CHUNK_BYTES,
@@ -33,6 +33,7 @@ from storage.hdf5 import (
     is_virtual,
     read_column,
     require_own,
+    rows_of_any_length,
 )
 
 SUFFIXES = (".h5", ".hdf5")
@@ -156,7 +157,7 @@ def find_images(file: h5py.File) -> h5py.Dataset:
     if len(candidates) != 1:
         raise UserError(
             f"it has {len(candidates)} data sets of images, expected one named images: variable-length uint8 (N,) or "
-            f"uint8 (N, H, W, 3); it has {describe(file)}"
+            f"uint8 (N, H, W, 3); it has {describe(file)}{_transposed(file)}"
         )
     (images,) = candidates
     require_own(images)
@@ -186,16 +187,32 @@ def _may_hold_images(dataset: Any) -> bool:
     return virtual or (dataset.ndim == 1 if encoded else dataset.ndim == 4 and dataset.shape[-1] == 3)
 
 
+def _transposed(file: h5py.File) -> str:
+    """What to do about images (N, 3, H, W), for a message."""
+    for name in IMAGE_NAMES:
+        member = _member_of_its_own(file, name)
+        if isinstance(member, h5py.Dataset) and member.ndim == 4 and member.shape[1] == 3:
+            return f"; store {name} with the channels last, as uint8"
+    return ""
+
+
 def _sample(row: np.ndarray) -> Sample:
     if row.ndim == 3:
         return row
+    if row.nbytes > MAX_SAMPLE_BYTES:
+        return too_large(row.nbytes)
     return row.tobytes() if len(row) else Unreadable("empty row (0 bytes)")
 
 
 def _rows_a_call(images: h5py.Dataset) -> int:
-    """Whole chunks, since a chunk is read and unpacked whole however little of it is asked for, within bounds."""
+    """Whole chunks, since a chunk is read and unpacked whole however little of it is asked for, within bounds.
+
+    Encoded images: as many as `storage.hdf5.rows_of_any_length` says.
+    """
+    if images.ndim == 1:
+        return rows_of_any_length(images.file.id.get_filesize())
     chunk_rows = images.chunks[0] if images.chunks else 1
-    row_bytes = int(np.prod(images.shape[1:])) if images.ndim == 4 else 1 << 18
+    row_bytes = int(np.prod(images.shape[1:]))
     if chunk_rows * row_bytes > MAX_CHUNK_BYTES:
         return max(1, CALL_BYTES // row_bytes)
     return int(chunk_rows * max(1, CALL_BYTES // (row_bytes * chunk_rows)))

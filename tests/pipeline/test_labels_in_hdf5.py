@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.sources import LabelOptions, open_source
+from pipeline.sources.protocol import too_large
 from storage.base.errors import UserError
+from storage.hdf5 import FEWEST_ROWS, MAX_CHUNK_BYTES, MOST_ROWS, rows_of_any_length
 from tests.pipeline.labelled import NAMES, NUMBERS, SECRET, N, refused
 
 PIXELS = np.arange(N * 4 * 5 * 3, dtype=np.uint8).reshape(N, 4, 5, 3)
@@ -154,3 +156,36 @@ def test_what_hdf5_declares_and_never_wrote_is_no_picture(tmp_path: Path) -> Non
             "images", data=np.zeros((2_000_000, 1, 1, 3), "u1"), chunks=(2_000_000, 1, 1, 3), compression=9
         )
     refused(path, r"has 2,000,000 rows in a file of [\d,]+ bytes", unlabelled=True)
+
+
+def test_rows_of_any_length_take_no_memory_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, large = tmp_path / "a.h5", bytes(9000)
+    with h5py.File(path, "w") as file:
+        images = file.create_dataset("images", (N,), h5py.vlen_dtype(np.uint8))
+        for row in range(N):
+            images[row] = np.frombuffer(large if row == 1 else b"ab", np.uint8)
+        file.create_dataset("label", data=["cat"] * (N - 1) + ["x" * 5000], dtype=h5py.string_dtype())
+        file.create_dataset("labels", data=NUMBERS)
+        file.create_dataset("classes", data=["dog"] * 3 + ["y" * 5000], dtype=h5py.string_dtype())
+    refused(
+        path, r"'/label', row 5 has 5,000 bytes, a name may have 4,000; shorten it, or name another", column="label"
+    )
+    refused(path, r"'/classes', row 3 has 5,000 bytes", column="labels")
+    monkeypatch.setattr("pipeline.sources.hdf5.MAX_SAMPLE_BYTES", 8000)
+    source = open_source(str(path))
+    rows = list(source.read_many([f"a.h5#{row}" for row in range(N)]))
+    assert rows[0] == b"ab"
+    assert rows[1] == too_large(9000)
+    for file_nbytes, n_rows in [
+        (0, MOST_ROWS),
+        (1 << 20, MOST_ROWS),
+        (MAX_CHUNK_BYTES // 20, 20),
+        (1 << 40, FEWEST_ROWS),
+    ]:
+        assert rows_of_any_length(file_nbytes) == n_rows
+
+
+def test_channels_first_are_refused_with_the_fix(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"], file["labels"] = PIXELS.transpose(0, 3, 1, 2), NUMBERS
+    refused(tmp_path / "a.h5", "store images with the channels last, as uint8")
