@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.sources.data_entries import list_entries
+from pipeline.sources.data_entries import SHOWN, DataEntries, list_entries
 from pipeline.sources.flat_folder import FlatFolder
 from pipeline.sources.hdf5 import HDF5
 from pipeline.sources.image_folder import ImageFolder
@@ -14,9 +14,11 @@ from pipeline.sources.listing import Listing
 from pipeline.sources.parquet import Parquet
 from pipeline.sources.protocol import Sample, Source, Unreadable
 from pipeline.sources.tar import ClassTars, TarOfTars
+from pipeline.sources.tar_members import first_names
 from pipeline.sources.webdataset import WebDataset
 from pipeline.sources.zip import Zip
 from storage.base.errors import UserError
+from storage.base.shown import shown
 
 __all__ = ["KINDS", "LabelOptions", "Listing", "Sample", "Source", "Unreadable", "open_source"]
 
@@ -44,5 +46,12 @@ def open_source(data: str, kind: str = AUTO) -> Source:
         raise UserError(f"DATA {data} holds {entries.summary()}: is it {kinds}? Say which with --source")
     if not recognised:
         expected = "; ".join(f"{source.kind}: {source.expects}" for source in SOURCES)
-        raise UserError(f"DATA {data} holds {entries.summary()}, expected one of these: {expected}")
+        raise UserError(f"DATA {data} holds {entries.summary()}{_inside(entries)}, expected one of these: {expected}")
     return recognised[0](entries)
+
+
+def _inside(entries: DataEntries) -> str:
+    """What the first tar begins with, for a message."""
+    tars = entries.having(".tar")
+    names = first_names(entries.place, tars[0].path)[:SHOWN] if tars else []
+    return f" ({shown(tars[0].path)} begins with {shown(', '.join(names))})" if names else ""

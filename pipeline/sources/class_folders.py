@@ -7,7 +7,7 @@ Classes are the first folders that differ: in `pets/cat/0.png` and `pets/dog/0.p
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.sources.leftovers import leftover
 from storage.base.errors import UserError
@@ -37,6 +37,35 @@ def class_folders(names: Sequence[str], where: str) -> dict[str, str]:
             )
         depth += 1
     return {name: "".join(parts[depth : depth + 1]) for name, parts in folders.items()}
+
+
+def ancestors(names: Iterable[str]) -> set[str]:
+    """Every folder above the names."""
+    above: set[str] = set()
+    for name in names:
+        folder = posixpath.dirname(name)
+        while folder and folder not in above:
+            above.add(folder)
+            folder = posixpath.dirname(folder)
+    return above
+
+
+def without_images(folders: Iterable[str], class_of: Mapping[str, str]) -> list[str]:
+    """A warning of a container's folders that stand beside its classes and hold no image; `class_of` is of images."""
+    one_of_each = {of_one: name for name, of_one in class_of.items() if of_one}
+    (of_one, name), *others = one_of_each.items()
+    parts = name.split("/")
+    depth = parts.index(of_one)
+    if others:
+        depth = next(i for i, (a, b) in enumerate(zip(parts, others[0][1].split("/"), strict=False)) if a != b)
+    above = "/".join(parts[:depth])
+    beside = sorted({folder for folder in folders if posixpath.dirname(folder) == above} - ancestors(class_of))
+    if not beside:
+        return []
+    return [
+        f"{len(beside)} folders beside the classes hold no image and are none ({listed(beside)}); unpacked, they would "
+        "be numbered too, and labels differ from these"
+    ]
 
 
 def refuse_files_of_labels(names: Iterable[str], data: str, kind: str) -> None:

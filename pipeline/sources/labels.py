@@ -37,11 +37,15 @@ Label = int | float | Decimal | str | bytes | None
 
 @dataclass(frozen=True, kw_only=True)
 class Numbered:
-    """A number a row (NO_LABEL for none), names by number, and what the user should know of how they came about."""
+    """A number a row (NO_LABEL for none), names by number, and what the user should know of how they came about.
+
+    `in_text_order`: the numbers were given here, to names, and not by the data.
+    """
 
     labels: list[int]
     class_names: dict[int, str]
     notes: tuple[str, ...] = ()
+    in_text_order: bool = False
 
 
 def number_labels(
@@ -66,7 +70,8 @@ def number_labels(
         numbered = _numbers_of_words(words, names, where(0))
         labels = [NO_LABEL if value is None else numbered[str(value)] for value in parsed]
         listed = {label: name for label, name in names.items() if isinstance(label, int)}
-        return Numbered(labels=labels, class_names={n: names.get(word, word) for word, n in numbered.items()} | listed)
+        named = {n: names.get(word, word) for word, n in numbered.items()} | listed
+        return Numbered(labels=labels, class_names=named, in_text_order=not listed)
     wrong = {n for n in numbers if not isinstance(n, int) or n < 0 or n > MAX_LABEL}
     if wrong:
         row = next(row for row, value in enumerate(parsed) if value in wrong)
@@ -109,8 +114,11 @@ def refuse_lost(
     return [f"{len(missing)} of {len(labels)} images have no label (−1), first {where(missing[0])}"]
 
 
-def odd_names(class_names: Mapping[int, str]) -> list[str]:
-    """What is odd about class names: numerals that are not in the order of their values, names that look alike."""
+def odd_names(class_names: Mapping[int, str], *, in_text_order: bool) -> list[str]:
+    """What is odd about class names: numerals that are not in the order of their values, names that look alike.
+
+    `in_text_order`: the names were sorted here to be numbered, by code points.
+    """
     notes = []
     named = sorted((label, name) for label, name in class_names.items() if label >= 0 and name)
     values = [_value_of(name) for _, name in named]
@@ -122,7 +130,7 @@ def odd_names(class_names: Mapping[int, str]) -> list[str]:
             f"class names are numerals and not in the order of their values: label {label} is {shown(name)}, label "
             f"{next_label} is {shown(next_name)}; {RENUMBER}, by value"
         )
-    else:
+    elif in_text_order:
         notes += _numbers_in_text_order(named)
     folded: dict[str, set[str]] = {}
     for _, name in named:
@@ -268,6 +276,7 @@ def _renumbered(
         labels=[NO_LABEL if value is None else new[value] for value in parsed],
         class_names={number: spelled[label] for label, number in new.items()},
         notes=tuple(notes),
+        in_text_order=bool(words),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import posixpath
 import stat
@@ -213,6 +214,8 @@ def parse_json(content: bytes, where: str, wanted: LabelOptions = AS_FOUND) -> d
     key = wanted.column or LABELS
     fix = f'it must be {{"{shown(key)}": [["a.png", 3], …]}}'
     listed = boundary.parse_json(dict[str, Any], content, where, fix)
+    if content.count(json.dumps(key).encode()) > 1 and _times(content, key) > 1:
+        raise UserError(f"{shown(where)} has the key {key!r} twice, and the labels of one would be lost; mend it")
     if key not in listed:
         raise UserError(f"{shown(where)} has no key {key!r}, it has {shown(', '.join(listed))[:200]}; {fix}")
     kind: Any = list[tuple[str, bool | int | float | str | None]] | None
@@ -223,3 +226,15 @@ def parse_json(content: bytes, where: str, wanted: LabelOptions = AS_FOUND) -> d
             raise UserError(f"{shown(where)}: {shown(path)} comes a second time")
         labelled[path] = label
     return labelled
+
+
+def _times(content: bytes, key: str) -> int:
+    """How many times a key stands in one object of JSON, of which a dict keeps the last."""
+    most = 0
+
+    def count(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal most
+        most = max(most, sum(name == key for name, _ in pairs))
+
+    json.loads(content, object_pairs_hook=count)
+    return most

@@ -58,6 +58,7 @@ def make_listing(
     left_out: Sequence[str] = (),
     warnings: Sequence[str] = (),
     wanted: LabelOptions = AS_FOUND,
+    linked_folders: Sequence[str] = (),
     looked_in: str = "",
     where: Callable[[int], str] | None = None,
 ) -> Listing:
@@ -65,6 +66,7 @@ def make_listing(
 
     `labels` are as the data spells them, and so are the keys of `class_names`, which names them. `looked_in` says in
     words where the kind has its labels, unless these are its folders; `where(row)` where a row's label stands.
+    `linked_folders` are links of a container that lead to its folders.
 
     Raises UserError for labels that are lost, far apart or could only be guessed (`labels.py`), and for names that are
     not UTF-8.
@@ -77,7 +79,14 @@ def make_listing(
     counts = Counter(labels)
     refuse_far_apart(counts, class_names)
     lost = refuse_lost(labels, find, wanted, looked_in or "this kind of data has none", bool(looked_in))
-    warnings = [*warnings, *lost, *numbered.notes, *odd_names({n: s for n, s in class_names.items() if counts[n]})]
+    occur = {label: name for label, name in class_names.items() if counts[label]}
+    odd = odd_names(occur, in_text_order=numbered.in_text_order or not looked_in)  # folders were sorted by their source
+    warnings = [*warnings, *lost, *numbered.notes, *odd]
+    if linked_folders:
+        warnings.append(
+            f"{len(linked_folders)} links to folders are not followed in a container ({_examples(linked_folders)}); "
+            "unpack it to have the images there a second time"
+        )
     if leftovers := described(left_out):
         warnings.append(leftovers)
     empty = [name for label, name in sorted(class_names.items()) if not counts[label]]

@@ -63,6 +63,7 @@ class ClassTars:
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             below = list(pool.map(self._members, tars))
         images: list[tuple[int, str, Member]] = []
+        linked: list[str] = []
         for label, (tar, of_tar) in enumerate(zip(tars, below, strict=True)):
             for member in sorted(of_tar, key=lambda member: member.name):
                 key = f"{tar.name}/{member.name}"
@@ -76,6 +77,7 @@ class ClassTars:
                     images.append((label, key, member))
                 else:
                     left_out.append(key)
+                    linked += [key] if member.to_folder else []
         if not images:
             raise UserError(f"DATA {self.data} has {len(tars)} class tars and no image in them")
         if not wanted.unlabelled:
@@ -91,6 +93,7 @@ class ClassTars:
             nbytes=[member.nbytes for _, _, member in images],
             data_bytes=sum(file.nbytes for file in entries.having(".tar")),
             left_out=left_out,
+            linked_folders=linked,
             wanted=wanted,
         )
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import IO, Any, NamedTuple
 
+from pipeline.sources.class_folders import ancestors
 from pipeline.sources.files import Files, Part
 from pipeline.sources.leftovers import leftover
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Sample, Unreadable, too_large
@@ -39,7 +40,8 @@ Extents = tuple[tuple[int, int], ...]  # (offset in the sample, bytes), of what 
 class Member(NamedTuple):
     """A member's name, where its data begins in the file, and its size; `regular` is false for what has no bytes.
 
-    `extents` are a sparse member's. Its stored bytes are the extents, one after the other.
+    `to_folder` is true of a symbolic link to a folder of the tar. `extents` are a sparse member's: its stored bytes are
+    these, one after the other.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Member(NamedTuple):
     nbytes: int
     regular: bool
     extents: Extents = ()
+    to_folder: bool = False
 
     @property
     def stored_nbytes(self) -> int:
@@ -69,26 +72,38 @@ def members(files: Files, path: str, start: int = 0, end: int | None = None) -> 
     """
     where = shown(f"{files.root}/{path}") + (f" (the tar at byte {start})" if start else "")
     targets: dict[str, Member | _Link] | None = None
+    folders: set[str] = set()
     for member in _scan(files, path, start, end, where):
         if isinstance(member, Member):
             yield member
             continue
         if targets is None:
-            targets = _targets(files, path, start, end, where)
+            targets, folders = _targets(files, path, start, end, where)
         target = _follow(member, targets)
         if target is None and member.hard and not leftover(member.name):
             raise UserError(
                 f"{where}: {shown(member.name)} is a second name of {shown(member.target)}, which the tar does not "
                 "hold; pack both into one tar, or copies of them (tar --hard-dereference)"
             )
-        yield Member(member.name, 0, 0, False) if target is None else target._replace(name=member.name)
+        if target is None:
+            yield Member(member.name, 0, 0, False, to_folder=member.target in folders)
+        else:
+            yield target._replace(name=member.name)
 
 
-def _targets(files: Files, path: str, start: int, end: int | None, where: str) -> dict[str, Member | _Link]:
-    """What the links of a tar name, by name; of several members of one name the last, which `tar -x` leaves."""
+def _targets(
+    files: Files, path: str, start: int, end: int | None, where: str
+) -> tuple[dict[str, Member | _Link], set[str]]:
+    """What the links of a tar name: members, of several of one name the last, which `tar -x` leaves; and folders."""
     links = {m.name: m for m in _scan(files, path, start, end, where) if isinstance(m, _Link)}
     wanted = {link.target for link in links.values()}
-    return {member.name: member for member in _scan(files, path, start, end, where) if member.name in wanted}
+    named: dict[str, Member | _Link] = {}
+    folders: set[str] = set()
+    for member in _scan(files, path, start, end, where):
+        if member.name in wanted:
+            named[member.name] = member
+        folders.add(posixpath.dirname(member.name))
+    return named, wanted & ancestors(f"{folder}/" for folder in folders)
 
 
 def _follow(link: _Link, targets: dict[str, Member | _Link]) -> Member | None:

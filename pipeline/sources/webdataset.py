@@ -171,7 +171,10 @@ def _describe(sample: _Sample, suffix: str, raw: bytes, wanted: LabelOptions) ->
         if not isinstance(sample.label, int | float | str | None):
             raise ValueError(f"label {shown(repr(sample.label))[:60]} is not one number or name")
         return
-    text = raw.decode()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8; save labels as UTF-8") from None
     if suffix == "txt" and wanted.column != ".txt" and not _INTEGER.fullmatch(text):
         return
     before, label = read_label(sample.label), read_label(text)

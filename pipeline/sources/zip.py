@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.sources.class_folders import LABEL_FILES, class_folders
+from pipeline.sources.class_folders import LABEL_FILES, ancestors, class_folders, without_images
 from pipeline.sources.data_entries import DataEntries, list_entries, refuse_splits
 from pipeline.sources.files import File, Part
 from pipeline.sources.labels import AS_FOUND, Label, LabelOptions
@@ -80,7 +80,7 @@ class Zip:
         if len(zips) != 1:
             raise UserError(f"DATA {self.data} has {len(zips)} zip files; name the one to read")
         where = f"{shown(zips[0].path)} in DATA"
-        members, table = self._read_directory(zips[0], wanted)
+        members, folders, linked, table = self._read_directory(zips[0], wanted)
         of_labels = {table.name} if table is not None else set()
         images = sorted((name, record) for name, record in members if record is not None and is_image(name))
         taken = {name for name, _ in images} | of_labels
@@ -93,11 +93,17 @@ class Zip:
             class_names = dict(enumerate(sorted({class_of[name] for name, _ in images})))
             if images:
                 refuse_splits(self.data, [*class_names.values()], [name for name, _ in images])
+                warnings = without_images(folders, class_of)
             numbers = {name: label for label, name in class_names.items()}
             labels: list[Label] = [numbers[class_of[name]] for name, _ in images]
         else:
             labels, class_names = [table.labels.get(name) for name, _ in images], {}
             absent = sorted(table.labels.keys() - taken)
+            if absent and len(absent) == len(table.labels):
+                raise UserError(
+                    f"none of the {len(absent)} images that {shown(table.name)} in {where} names is there, such as "
+                    f"{shown(absent[0])}; paths are relative to the folder that holds it"
+                )
             if absent:
                 warnings = [f"{len(absent)} images of {table.name} are not there, such as {shown(absent[0])}"]
         if not images:
@@ -112,6 +118,7 @@ class Zip:
             left_out=left_out,
             warnings=warnings,
             wanted=wanted,
+            linked_folders=linked,
             looked_in="" if table is None else f"{shown(table.name or JSON_FILE)} in {where} has none",
         )
 
@@ -133,12 +140,13 @@ class Zip:
         """Kind and absolute path or URL."""
         return {"kind": self.kind, "path": self.data}
 
-    def _read_directory(self, file: File, wanted: LabelOptions) -> tuple[list[_Member], _Table | None]:
-        """Every member that is no folder, and the labels where a file of the zip holds them."""
+    def _read_directory(self, file: File, wanted: LabelOptions) -> _Directory:
+        """Members, and the labels where a file of the zip holds them."""
         where = shown(f"{self.place.root}/{file.path}")
         try:
             with self.place.open(file.path) as handle, zipfile.ZipFile(handle) as archive:
-                infos = [(_name(info, where), info) for info in archive.infolist() if not _spelled(info).endswith("/")]
+                named = [(_name(info, where), info) for info in archive.infolist()]
+                infos = [(name, info) for name, info in named if not _spelled(info).endswith("/")]
                 if not infos:
                     raise UserError(f"{where} holds no file")
                 samples = [(name, info) for name, info in infos if not leftover(name)]
@@ -150,18 +158,34 @@ class Zip:
                 starts = sorted({info.header_offset for info in archive.infolist()})
                 ends = dict(zip(starts, [*starts[1:], archive.start_dir], strict=True))
                 by_name = dict(samples)  # the last of a name, which unpacking leaves
+                empty = [name for name, info in named if _spelled(info).endswith("/")]
+                folders = {folder for folder in ancestors(name for name, _ in infos) | {*empty} if not leftover(folder)}
                 members: list[_Member] = []
+                linked: list[str] = []
                 for name, info in infos:
                     target = None if leftover(name) else _followed(archive, name, info, by_name)
-                    record = None if target is None else _record(target, ends[target.header_offset], where)
+                    if isinstance(target, str) and target in folders:
+                        linked.append(name)
+                    record = None
+                    if isinstance(target, zipfile.ZipInfo):
+                        record = _record(target, ends[target.header_offset], where)
                     members.append((name, record))
                 if wanted.unlabelled:
-                    return members, _Table("", {})
-                return members, _read_table(archive, samples, where, wanted)
+                    return _Directory(members, folders, linked, _Table("", {}))
+                return _Directory(members, folders, linked, _read_table(archive, samples, where, wanted))
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, OverflowError, EOFError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{where} is no whole zip file ({shown(str(error))[:200]}); fetch it again") from error
+
+
+class _Directory(NamedTuple):
+    """Every member that is no folder, the folders, the links to folders, and the table of labels."""
+
+    members: list[_Member]
+    folders: set[str]
+    linked: list[str]
+    table: _Table | None
 
 
 class _Table(NamedTuple):
@@ -221,8 +245,8 @@ def _stated_name(extra: bytes, raw: bytes) -> bytes | None:
 
 def _followed(
     archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo, by_name: Mapping[str, zipfile.ZipInfo]
-) -> zipfile.ZipInfo | None:
-    """The file that a member is, over symbolic links as Unix stores them; None where it is or leads to none."""
+) -> zipfile.ZipInfo | str | None:
+    """The file that a member is, over symbolic links as Unix stores them; what a link names that is no member; None."""
     for _ in range(LINKS_FOLLOWED):
         mode = info.external_attr >> 16 if info.create_system == MADE_ON_UNIX else 0
         if not stat.S_ISLNK(mode):
@@ -232,7 +256,7 @@ def _followed(
         target = archive.read(info).decode(errors="replace")
         name = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
         if name not in by_name:
-            return None
+            return name
         info = by_name[name]
     return None
 

@@ -180,6 +180,11 @@ def test_dataset_json_is_read_wherever_it_lies(tmp_path: Path, folder: str) -> N
         ({"b/dataset.json": LABELS}, r"a/dataset.json, b/dataset.json; of a zip one dataset.json is read"),
         ({"a/labels.csv": b"file,label\n"}, r"a/labels.csv.*no other file of labels"),
         ({"b/x.png": b"1"}, r"1 of 7 images have no label"),
+        (
+            {"a/dataset.json": LABELS.replace(b'"0/', b'"a/0/').replace(b'"1/', b'"a/1/').replace(b'"2/', b'"a/2/')},
+            r"none of the 6 images that a/dataset.json in z.zip in DATA names is there, such as a/a/0/0.png",
+        ),
+        ({"a/dataset.json": b'{"labels": [["0/0.png", 1]], "labels": [["0/1.png", 0]]}'}, "has the key 'labels' twice"),
     ],
 )
 def test_labels_that_do_not_cover_the_zip_are_refused(tmp_path: Path, more: dict[str, bytes], message: str) -> None:

@@ -131,6 +131,40 @@ def test_links_in_a_zip_are_rows_as_in_a_folder(tmp_path: Path) -> None:
     assert sorted(open_source(data).listing().left_out) == ["a.png", "cat/4.png"]
 
 
+@pytest.mark.parametrize("above", ["", "pets/"])
+def test_links_to_folders_in_containers_are_said(tmp_path: Path, above: str) -> None:
+    members = [(above + name, data) for name, data in BASE]
+    linked = (link(f"{above}cow"), b"cat/")
+    listing = open_source(zipped(tmp_path / "z.zip", [*members, linked, (link("x"), b"nowhere")])).listing()
+    says = "1 links to folders are not followed in a container ({}); unpack it to have the images there a second time"
+    assert says.format(f"{above}cow") in listing.warnings
+    assert listing.index.keys == [name for name, _ in members]
+    for name in ("a", "b"):
+        with tarfile.open(tar(tmp_path / f"t/{name}.tar", members), "a") as archive:
+            info = tarfile.TarInfo(f"{above}cow")
+            info.type, info.linkname = tarfile.SYMTYPE, "cat"
+            archive.addfile(info)
+    listing = open_source(str(tmp_path / "t"), "class-tars").listing()
+    assert any("2 links to folders are not followed" in warning for warning in listing.warnings)
+    assert len(listing.index) == 2 * len(BASE)
+
+
+@pytest.mark.parametrize("above", ["", "pets/"])
+def test_folders_without_images_beside_the_classes_of_a_zip_are_said(tmp_path: Path, above: str) -> None:
+    members = [*((above + name, data) for name, data in BASE), (f"{above}cow/", b""), (f"{above}cat/deep/", b"")]
+    listing = open_source(zipped(tmp_path / "z.zip", [*members, (f"{above}doc/readme.txt", b"")])).listing()
+    (warning,) = listing.warnings
+    assert warning.startswith(f"2 folders beside the classes hold no image and are none ({above}cow, {above}doc)")
+    assert listing.index.labels.tolist() == [0, 0, 1]
+    assert not open_source(zipped(tmp_path / "y.zip", members[:3])).listing().warnings
+
+
+def test_what_a_tar_holds_is_said_when_no_kind_knows_it(tmp_path: Path) -> None:
+    data = tar(tmp_path / "t.tar", [("a/x.txt", b"1"), ("a/y.npy", b"2")])
+    with pytest.raises(UserError, match=r"1 × \.tar \(t\.tar begins with a/x\.txt, a/y\.npy\), expected one of these"):
+        rows(data)
+
+
 def test_names_in_a_zip_are_those_of_the_folder(tmp_path: Path) -> None:
     data = Path(zipped(tmp_path / "z.zip", [("ca__/0.png", b"1"), ("dog/0.png", b"2")]))
     data.write_bytes(data.read_bytes().replace(b"ca__", "caé".encode()))  # as macOS writes it: no flag says UTF-8

@@ -188,6 +188,9 @@ def test_numbers_within_names_are_not_ordered_as_text_unsaid(names: list[str]) -
     assert "are in the order of texts, not of the numbers in them" in warning
     assert not listing_of(["n01", "n02", "n12"]).warnings
     assert not listing_of(["n01440764", "n01443537", "n02123045"]).warnings
+    given = dict(enumerate(names[::-1]))  # numbers that the data gives are nobody's order of texts
+    assert not listing_of([*given], names=given).warnings
+    assert not listing_of(names, names=given).warnings
 
 
 def test_names_that_look_alike_are_said() -> None:

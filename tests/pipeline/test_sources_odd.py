@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import zipfile
@@ -158,6 +159,10 @@ def test_webdataset_labels_from_every_sidecar(tmp_path: Path) -> None:
     (tmp_path / "w.tar").write_bytes(tar_bytes([("a.jpg", b"A"), ("a.json", b"{")]))
     with pytest.raises(UserError, match=r"a label that cannot be read, a\.json"):
         open_source(str(tmp_path / "w.tar")).listing()
+    for label, message in [("\ufeff3".encode(), ""), ("3é".encode("utf-16"), r"a\.cls \(it is not UTF-8; save labels")]:
+        (tmp_path / "w.tar").write_bytes(tar_bytes([("a.jpg", b"A"), ("a.cls", label)]))
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            assert open_source(str(tmp_path / "w.tar")).listing().index.labels.tolist() == [3]
 
 
 def test_parquet_null_images_plain_bytes_and_absent_labels(tmp_path: Path) -> None:
@@ -273,7 +278,7 @@ MISTAKES = [
     ("two kinds", r"holds 1 × .parquet, 1 × .h5: is it parquet or hdf5\? Say which with --source"),
     ("hub clone", r"1 class folders and no image in them .*; there is data/train-00000-of-00002.parquet"),
     ("compressed", r"holds 1 × .gz, expected"),
-    ("images in one tar", "holds 1 × .tar, expected"),
+    ("images in one tar", r"holds 1 × .tar \(val.tar begins with n00000000_9.JPEG"),
     ("pattern", "no file matches the pattern"),
     ("absent", "does not exist; name a folder, a file, a pattern or a URL"),
     ("unknown protocol", "cannot be opened: Protocol not known: gopher"),
