@@ -74,7 +74,7 @@ def report_precompute(config: PrecomputeConfig) -> int:
     if config.dry_run:
         print("a dry run: nothing was written")
         return EXIT_OK
-    print(json.dumps(dataclasses.asdict(summary), indent=1))
+    print(json.dumps(dataclasses.asdict(summary), indent=1) if config.json else summary.table())
     if summary.units_given_up:
         print(
             "next: mend what is said above and run the same command again   ·   "

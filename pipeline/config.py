@@ -107,6 +107,7 @@ class PrecomputeConfig(_ImagesConfig):
     )
     dry_run: bool = option(False, "print the plan and write nothing")
     verbose: bool = option(False, "let Ray's own log messages through")
+    json: bool = option(False, "end with the outcome as JSON")
 
     def __post_init__(self) -> None:
         if not self.data.strip() and not str(self.store).strip():

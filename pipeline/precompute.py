@@ -45,6 +45,20 @@ class Summary:
     bound: str  # the stage that held the run back
     object_store_peak_bytes: int
 
+    def table(self) -> str:
+        """What the run did, in a few lines."""
+        failed = f", {self.images_failed} failed (in {self.failures})" if self.images_failed else ", none failed"
+        rows = {"images": f"{self.images}{failed}", "units": f"{self.units}, {self.units_encoded} encoded now"}
+        if self.units_encoded:
+            busy = f"encoders busy {self.encoder_busy:.0%}" + (f", {self.bound}" if self.bound else "")
+            rows["speed"] = f"{self.images_per_s:g} images/s for {self.seconds:.0f} s on {self.device}; {busy}"
+        sizes = ", ".join(f"{path} {n:,}" for path, n in self.bytes_per_image.items())
+        rows |= {"bytes": f"an image: {sizes}", "store": self.store}
+        if self.failures_mended:
+            rows["failed"] = self.failures_mended
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
 
 def precompute(config: PrecomputeConfig) -> Summary:
     """Make the store that the configuration asks for, or finish it; with `dry_run` say what that would be.

@@ -77,7 +77,7 @@ COMMANDS = {
 
 
 def train(command: TrainCommand) -> int:
-    """Train or resume; the summary goes to stdout, from the main rank."""
+    """Train or resume; what came of it goes to stdout, from the main rank."""
     from trainer.config.command_line import train_config
 
     config = train_config(command.settings)  # before torch is loaded, which takes longer than an error
@@ -91,7 +91,9 @@ def train(command: TrainCommand) -> int:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return EXIT_FAILED
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(summary, indent=1))
+        from trainer.run.summary import outcome
+
+        print(json.dumps(summary, indent=1) if command.json else outcome(summary))
         run = shlex.quote(summary["run"])
         print(f"next: {PROG} generate {run} --n 64   ·   tensorboard --logdir {run}")
     return EXIT_OK

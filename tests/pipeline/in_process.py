@@ -80,7 +80,7 @@ def precompute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
     def command(data: Path | str, store: Path, *more: Any, shard_rows: int = 4) -> str:
         capsys.readouterr()
-        line = ["precompute", "--data", str(data), "--store", str(store), "--shard-rows", str(shard_rows)]
+        line = ["precompute", "--json", "--data", str(data), "--store", str(store), "--shard-rows", str(shard_rows)]
         try:
             status = main([*line, *OPTIONS, *map(str, more)])
         except UserError as error:

@@ -210,7 +210,7 @@ def test_a_run_where_nothing_is_as_it_should_be(tmp_path: Path) -> None:
     machine = {"TMPDIR": str(tmp_path / LONG), "HOME": NOWHERE, "RAY_ADDRESS": "local", "PYTHONIOENCODING": "ascii"}
     done = run([*arguments, *ENCODERS], **machine)
     assert done.returncode == 0, done.stderr
-    assert '"units_encoded": 3' in done.stdout
+    assert ", 3 encoded now" in done.stdout
     assert not list(verify(tmp_path / "store", deep=True))
 
 

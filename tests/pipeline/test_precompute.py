@@ -70,7 +70,7 @@ def whole(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(command(tree, store))
     assert done.returncode == 0, done.stderr
     assert "1 files hold no image of this kind, such as n00000002/notes.txt" in done.stdout
-    assert '"images_failed": 1' in done.stdout
+    assert ", 1 failed (in " in done.stdout
     return store
 
 
@@ -123,7 +123,7 @@ def test_a_second_run_reuses_everything_without_starting_ray(
     status, out, err = run_here(main, PROG, command(tree, whole)[3:], capsys)
     assert status == 0, err
     assert out.count("reused, every unit is there") == 2
-    assert '"units_encoded": 0' in out
+    assert ", 0 encoded now" in out
     assert array_files(whole) == before
     assert pq.read_table(whole / FAILURES_FILE)["key"].to_pylist() == ["n00000001/0007.JPEG"]
 
@@ -183,7 +183,7 @@ def test_interrupted_and_run_again_redoes_only_what_is_missing(
         )
     done_before = {path.name: path.stat().st_mtime_ns for path in receipts.glob("0*.json")}
     assert 0 < len(done_before) < N_UNITS
-    again = run(command(tree, store))
+    again = run(command(tree, store, "--json"))
     assert again.returncode == 0, again.stderr
     for name, written_ns in done_before.items():
         assert (receipts / name).stat().st_mtime_ns == written_ns

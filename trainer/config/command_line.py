@@ -54,6 +54,7 @@ class TrainCommand(_WithSettings):
     """`train`: a configuration, and whether an existing run may be continued with another one."""
 
     resume_with_changes: bool = option(False, "resume the run although settings that determine it changed")
+    json: bool = option(False, "end with the summary as JSON, as RUN/summary.json has it")
 
     @property
     def given(self) -> frozenset[str]:

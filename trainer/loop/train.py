@@ -51,7 +51,7 @@ from torch import Tensor
 from storage.base.console import INTERRUPTS, Stop, progress_bar, stop_on_signals
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
-from trainer.config.saved import to_save, to_yaml
+from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data
 from trainer.data.latent_scale import LatentScale, require_deviation
@@ -73,6 +73,7 @@ from trainer.run.lock import only_writer
 from trainer.run.metrics import MetricsLog, read_metrics
 from trainer.run.resume import resume
 from trainer.run.settings import remember, resolve
+from trainer.run.summary import settings_line
 
 
 def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: bool = False) -> dict[str, Any]:
@@ -319,7 +320,7 @@ class _Run:
         if world.size > 1:
             ranks += f", {config.parallel}"
         lines = [
-            to_yaml(config).rstrip(),
+            f"settings   {settings_line(config)}",
             f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
             f"{geometry.grid**2} tokens",
             f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
