@@ -1,17 +1,21 @@
 """What REPA does to training, measured on real photographs with a real encoder, along training, at equal steps.
 
     python -m benchmarks.repa_effect --data TRAIN --heldout HELDOUT --vae FOLDER --encoder dinov2-vits14:layer=8 \
-        --final dinov2-vits14 --encoder-weights FILE [--second-weights FILE.pth] --out FOLDER [--jobs 2] [--minutes 60]
+        --final dinov2-vits14 --encoder-weights FILE [--second-weights FILE.pth] --out FOLDER [--measures FOLDER] \
+        [--jobs 2] [--minutes 60]
 
 TRAIN and HELDOUT are what `python -m pipeline precompute --data` takes, FOLDER an autoencoder of them
 (`benchmarks/photo_vae.py`). Both become stores with flips. Then every arm of `effect/arms.py` trains to the first
 milestone, is measured there (`effect/measure.py`), and goes on to the next, so that what is there compares whenever the
-work is stopped. Weights, order, noise, times and dropped labels of the arms of one seed are equal, since all are keyed
-by the seed: a difference within a pair is the alignment's.
+work is stopped. With `--run-by-run` a run is brought to its end before the next begins, first seeds first: on machines
+that are lent for a while, what `--measures` has from another one is neither trained for nor measured again.
+
+Weights, order, noise, times and dropped labels of the arms of one seed are equal, since all are keyed by the seed: a
+difference within a pair is the alignment's.
 
 - vanilla and REPA with a middle block's features, three seeds each
-- REPA with the final norm's features; and with a middle block's of another photograph of the same class, a control that
-  must not help as much
+- one seed each: REPA with the final norm's features; with a middle block's of another photograph of the same class, a
+  control that must not help as much; stopped half-way; iREPA; REG
 
 Everything but the held-out loss and the second encoder is a command that a user types. All of it goes on where it was
 after any kill; SIGTERM, Ctrl-C and the end of `--minutes` let the commands in hand save. Results so far are written by
@@ -34,7 +38,7 @@ from pathlib import Path
 
 from benchmarks.effect.arms import COMMON, Arm, Run, arms, interleaved
 from benchmarks.effect.control import is_whole, write_control
-from benchmarks.effect.measure import Setting, measure, write_references
+from benchmarks.effect.measure import Setting, is_measured, measure, write_references
 from benchmarks.effect.report import write_report
 from benchmarks.report import RESULTS, machine
 from pipeline.encoders.registry import resolve_features
@@ -111,11 +115,14 @@ def train_command(run: Run, arm: Arm, setting: Setting, step: int, every: int) -
 
 def stage(run: Run, arm: Arm, setting: Setting, step: int, milestones: Sequence[int], command: Commands) -> None:
     """Train one run to one milestone and measure it there; nothing that is there is done again."""
+    draws = step in DRAWN_AT or step == max(milestones)
+    if is_measured(setting, run.name, step, draws=draws):
+        return
     folder = setting.out / "runs" / run.name
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None or read_state(checkpoint).step < step:
         command(train_command(run, arm, setting, step, math.gcd(*milestones)))
-    measure(setting, folder, step, command, draws=step in DRAWN_AT or step == max(milestones))
+    measure(setting, folder, step, command, draws=draws)
 
 
 def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> None:
@@ -133,10 +140,20 @@ def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> 
 
 
 def work(
-    setting: Setting, of_arms: Mapping[str, Arm], milestones: Sequence[int], jobs: int, command: Commands
+    setting: Setting,
+    of_arms: Mapping[str, Arm],
+    milestones: Sequence[int],
+    jobs: int,
+    command: Commands,
+    *,
+    run_by_run: bool = False,
 ) -> list[str]:
     """Every stage in turn, `jobs` at once, one at a time of each run; returns what failed."""
-    locks = {run: threading.Lock() for _, run in interleaved(of_arms, tuple(milestones))}
+    order = interleaved(of_arms, tuple(milestones))
+    if run_by_run:
+        runs = list(dict.fromkeys(run for _, run in order))
+        order.sort(key=lambda each: (runs.index(each[1]), each[0]))
+    locks = {run: threading.Lock() for _, run in order}
     failed: dict[Run, str] = {}
 
     def do(step: int, run: Run) -> None:
@@ -153,7 +170,7 @@ def work(
                 print(failed[run], file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(do, step, run) for step, run in interleaved(of_arms, tuple(milestones))]:
+        for future in [pool.submit(do, step, run) for step, run in order]:
             future.result()
     return list(failed.values())
 
@@ -176,6 +193,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after so many, and save")
+    parser.add_argument("--measures", type=Path, help="folder of the measures (default: measures in --out)")
+    parser.add_argument("--run-by-run", action="store_true", help="every run to its end before the next")
     parser.add_argument("--report", action="store_true", help="write the results that are there, and end")
     parser.add_argument("--results", type=Path, default=RESULTS / "repa_effect", help="results, without suffix")
     args = parser.parse_args(argv)
@@ -194,6 +213,7 @@ def main(argv: Sequence[str]) -> int:
         encoder_weights=args.encoder_weights,
         second_weights=args.second_weights,
         n_images=args.images,
+        measures=(args.measures or out / "measures").absolute(),
     )
     failed: list[str] = []
     if not args.report:
@@ -202,11 +222,11 @@ def main(argv: Sequence[str]) -> int:
             signal.signal(number, command.stop)
         try:
             stage_one(args, setting, command)
-            failed = work(setting, of_arms, args.milestones, args.jobs, command)
+            failed = work(setting, of_arms, args.milestones, args.jobs, command, run_by_run=args.run_by_run)
         except StoppedError:
             pass
     about = [machine(out, ("torch", "numpy")), "", *_about(args)]
-    print(write_report(args.results, out / "measures", of_arms, "REPA against vanilla on real photographs", about))
+    print(write_report(args.results, setting.measures, of_arms, "REPA against vanilla on real photographs", about))
     return 1 if failed else 0
 
 

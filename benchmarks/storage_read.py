@@ -2,10 +2,13 @@
 
     make bench                        # or: .venv-bench/bin/python -m benchmarks.storage_read --help
 
-A sample is a row of patch features (256 × 768) and its moments (8 × 32 × 32), in batches of 64, in random order over
-the whole set. Every format is written by its own library and read as its own documentation recommends; of its variants
-and of 0, 2 and 4 worker processes a scouting round finds the best, which alone is measured (`contestants/`). Where a
-format can be read by index, a loop written by hand around it, which no documentation shows, is measured beside that.
+A sample is a row of patch features (256 × 768) and its moments (8 × 32 × 32), in batches of --batch, in random order
+over the whole set. Every format is written by its own library and read as its own documentation recommends; of its
+variants and of 0, 2 and 4 worker processes a scouting round finds the best, which alone is measured (`contestants/`).
+Where a format can be read by index, a loop written by hand around it, which no documentation shows, is measured beside
+that. With `--beside rotated1 int8` ours is measured in these codecs too, which no other format has, beside all formats
+at --dtype: codes are handed over packed, as the trainer takes them to its device, and what decoding them costs two
+cores stands below the table.
 
 A run is a process of its own: it opens the data, reads for a second without being timed, then for --seconds. Rounds go
 through all contestants in turn, so that a slow minute of the machine is shared; ratios are taken within a round, and
@@ -38,8 +41,8 @@ import numpy as np
 from benchmarks.contestants import NAMES, SPECS, contestant, make_rows
 from benchmarks.contestants.loaders import LOOP
 from benchmarks.report import RESULTS, bars, machine, table
+from storage.codecs import CODECS
 
-BATCH = 64
 PACKAGES = (
     "torch", "numpy", "zarr", "zarrs", "tensorstore", "grain", "array-record", "safetensors", "mosaicml-streaming",
     "litdata", "webdataset", "h5py", "datasets",
@@ -66,7 +69,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     spec, root, n_rows = SPECS[task["dtype"]], Path(task["root"]), task["rows"]
     module = contestant(task["name"])
     rng = np.random.default_rng(task["seed"])
-    per_epoch = n_rows // BATCH * BATCH
+    batch_rows = task["batch"]
+    per_epoch = n_rows // batch_rows * batch_rows
     own = task["variant"] in getattr(module, "OWN_ORDER", ())
 
     def forever() -> Any:
@@ -74,7 +78,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             order = rng.permutation(n_rows)[:per_epoch]
             if not own:
                 order = np.concatenate([order, *(rng.permutation(n_rows)[:per_epoch] for _ in range(task["epochs"]))])
-            yield from module.batches(root, spec, order, BATCH, task["variant"], task["workers"])
+            yield from module.batches(root, spec, order, batch_rows, task["variant"], task["workers"])
 
     if task["check"]:
         return check(spec, n_rows, forever(), own)
@@ -158,6 +162,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--dtype", choices=SPECS, default="float16")
+    parser.add_argument("--beside", nargs="+", choices=SPECS, default=[], help="ours in other codecs, beside the rest")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--task", help=argparse.SUPPRESS)
@@ -179,11 +185,13 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, root: Path) -> None:
-    base = {"dtype": args.dtype, "rows": args.rows, "cold": args.cache == "cold", "check": False, "write": False}
+    base = {"rows": args.rows, "batch": args.batch, "cold": args.cache == "cold", "check": False, "write": False}
     entries: dict[str, dict[str, Any]] = {}
-    for name in args.only:
+    for name, dtype in [(n, d) for n in args.only for d in (args.dtype, *(args.beside if n == "ours" else ()))]:
+        base |= {"dtype": dtype}
         module = contestant_about(name)
-        place = root / (module["shares"] or name)
+        called = name if dtype == args.dtype else f"{name}, {dtype}"
+        place = root / (module["shares"] or called)
         if not module["shares"]:
             start_s = time.perf_counter()
             if child({**base, "name": name, "root": str(place), "write": True, "variant": "", "workers": 0}) is None:
@@ -198,8 +206,8 @@ def compare(args: argparse.Namespace, root: Path) -> None:
                 if found is not None:
                     tried[variant, workers] = found["rows_s"]
                     print(f"  {name}, {variant}, {workers} workers: {found['rows_s']:.0f} rows/s", file=sys.stderr)
-        for variant, workers in chosen(name, tried):
-            label = f"{name.replace('_', ' ')}: {variant}" + (f", {workers} workers" if workers else "")
+        for variant, workers in chosen(name, tried)[: None if dtype == args.dtype else 1]:
+            label = f"{called.replace('_', ' ')}: {variant}" + (f", {workers} workers" if workers else "")
             entries[label] = {**base, "name": name, "root": str(place), "variant": variant, "workers": workers,
                               "epochs": 40, "seconds": args.seconds}  # fmt: skip
             if child({**entries[label], "seed": 1, "check": True}) is None:
@@ -230,38 +238,74 @@ def contestant_about(name: str) -> dict[str, Any]:
 
 
 def write_report(args: argparse.Namespace, root: Path, results: dict[str, list[dict[str, Any]]]) -> None:
-    row_bytes = sum(array.n_bytes for array in SPECS[args.dtype])
+    row_bytes = {dtype: sum(array.n_bytes for array in SPECS[dtype]) for dtype in SPECS}
     middle = {
         label: {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
         for label, rounds in results.items()
     }
-    ours = max((label for label in results if label.startswith("ours")), key=lambda label: middle[label]["rows_s"])
+    if args.beside:  # every line beside the best of the other formats
+        base = max((label for label in results if is_peer(label)), key=lambda label: middle[label]["rows_s"])
+        column, explained = "this / best peer", f"beside `{base}`, the best of the formats that are not ours"
+    else:
+        base = max((label for label in results if label.startswith("ours")), key=lambda label: middle[label]["rows_s"])
+        column, explained = "ours / this", f"how many times faster is `{base}`"
 
     def ratio(label: str) -> str:
-        pairs = zip(results[ours], results[label], strict=True)
-        return f"{statistics.median(a['rows_s'] / b['rows_s'] for a, b in pairs):.2f}"
+        a, b = (results[label], results[base]) if args.beside else (results[base], results[label])
+        return f"{statistics.median(x['rows_s'] / y['rows_s'] for x, y in zip(a, b, strict=True)):.2f}"
+
+    def bytes_of(label: str) -> int:
+        return row_bytes[next((d for d in args.beside if label.startswith(f"ours, {d}:")), args.dtype)]
 
     order = sorted(middle, key=lambda label: -middle[label]["rows_s"])
     rows = [
-        [label, f"{middle[label]['rows_s']:,.0f}", f"{middle[label]['rows_s'] * row_bytes / 1e9:.2f}",
+        [label, f"{middle[label]['rows_s']:,.0f}", f"{bytes_of(label) / 1e3:.0f}",
+         f"{middle[label]['rows_s'] * bytes_of(label) / 1e9:.2f}",
          f"{middle[label]['cpu_us']:.0f}" if middle[label]["cpu_us"] > 0 else "–",
          f"{middle[label]['rss_mb']:.0f}", ratio(label)]
         for label in order
     ]  # fmt: skip
-    heading = f"Shuffled reads, {args.dtype} features and moments ({row_bytes / 1e3:.0f} kB a row), {args.cache} cache"
+    size = "" if args.beside else f" ({row_bytes[args.dtype] / 1e3:.0f} kB a row)"
+    heading = f"Shuffled reads, {args.dtype} features and moments{size}, {args.cache} cache"
     lines = [
         f"## {heading}", "", machine(root, PACKAGES), "",
-        f"{args.rows} rows, batches of {BATCH}, median of {args.rounds} rounds of {args.seconds:g} s. "
-        f"Last column: how many times faster is `{ours}`, median of the ratios within a round.", "",
-        table(["reader", "rows/s", "GB/s", "CPU µs a row", "peak RSS MB", "ours / this"], rows), "",
-        *target_lines(results), "",
+        f"{args.rows} rows, batches of {args.batch}, median of {args.rounds} rounds of {args.seconds:g} s. "
+        f"Last column: {explained}, median of the ratios within a round.", "",
+        table(["reader", "rows/s", "kB a row", "GB/s", "CPU µs a row", "peak RSS MB", column], rows), "",
+        *target_lines(results), *(decode_lines(args) if args.beside else ()), "",
     ]  # fmt: skip
     text = "\n".join(lines)
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    name = f"storage_read_{args.dtype}_{args.cache}"
+    name = f"storage_read_{'codes' if args.beside else args.dtype}_{args.cache}"
     (RESULTS / f"{name}.md").write_text(text)
     bars(RESULTS / f"{name}.png", heading, order, [middle[label]["rows_s"] for label in order], "rows/s")
+
+
+def is_peer(label: str) -> bool:
+    """Whether a reader is of another format: not ours, nor a plain file without one."""
+    return not label.startswith(("ours", "preadv"))
+
+
+def decode_lines(args: argparse.Namespace) -> list[str]:
+    """What decoding a batch to float32 costs in torch on two cores, median of five."""
+    import torch
+
+    from storage.torch.codecs import twin_of
+
+    torch.set_num_threads(2)
+    lines = []
+    for dtype in (args.dtype, *args.beside):
+        data = make_rows(SPECS[dtype], 0, args.batch)
+        stored = {a.name: torch.from_numpy(data[a.name]) for a in SPECS[dtype][:-1]}
+        twin, rows, times_s = twin_of(CODECS[dtype]), torch.arange(args.batch), []
+        for _ in range(6):
+            start_s = time.perf_counter()
+            twin.decode(stored, rows, torch.zeros_like(rows))
+            times_s.append(time.perf_counter() - start_s)
+        ms = 1e3 * statistics.median(times_s[1:])
+        lines.append(f"- decoding {dtype}: {ms:.0f} ms a batch of {args.batch}, {1e3 * args.batch / ms:,.0f} rows/s")
+    return lines
 
 
 def target_lines(results: dict[str, list[dict[str, Any]]]) -> list[str]:

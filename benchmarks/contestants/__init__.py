@@ -1,6 +1,6 @@
 """The storage formats that are measured side by side. One file each, with the same three things:
 
-ARRAY-AGNOSTIC  a sample is the arrays of a `Spec` (features and moments, or int8 features, factors and moments)
+ARRAY-AGNOSTIC  a sample is the arrays of a `Spec`: what a codec stores of the features (`storage/codecs`), and moments
 write(root, spec, n_rows)       every row of `make_rows` in the format's own recommended way for random access
 VARIANTS                        name → how it is read, for every way its documentation recommends
 batches(root, spec, order, batch, variant, workers) → iterator of {name: torch tensor (B, *row_shape)}
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
+
+from storage.codecs import CODECS
 
 NAMES = (
     "ours", "preadv", "tensorstore", "zarr_python", "array_record", "safetensors_file", "mds", "litdata_chunks",
@@ -39,9 +41,10 @@ class Array:
 
 Spec = tuple[Array, ...]
 MOMENTS = Array("moments", "float16", (8, 32, 32))
+TOKENS = (256, 768)  # DINOv2-B at 256 px
 SPECS: dict[str, Spec] = {
-    "float16": (Array("patches", "float16", (256, 768)), MOMENTS),
-    "int8": (Array("patches", "int8", (256, 768)), Array("scale", "float16", (256, 6)), MOMENTS),
+    spelling: (*(Array(name, *stored) for name, stored in codec.arrays(*TOKENS).items()), MOMENTS)
+    for spelling, codec in CODECS.items()
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.contestants import ROWS_A_FILE, Spec, make_rows
+from benchmarks.contestants import ROWS_A_FILE, SPECS, TOKENS, Spec, make_rows
 from benchmarks.contestants.loaders import buffers
 from storage import (
     ArrayLayout,
@@ -21,7 +21,7 @@ from storage import (
     open_store,
     publish_unit,
 )
-from storage.codecs.int8 import INT8
+from storage.codecs import CODECS
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 
@@ -45,7 +45,7 @@ def layouts(spec: Spec, n_rows: int) -> dict[str, GroupLayout]:
     }
 
 
-def identity(layout: GroupLayout) -> Identity:
+def identity(layout: GroupLayout, dtype: str) -> Identity:
     """What readers and the trainer ask of a group."""
     if layout.path == "latents/l":
         return LatentsIdentity(
@@ -55,19 +55,20 @@ def identity(layout: GroupLayout) -> Identity:
             latent_scale_factor=1.0,
             latent_shift_factor=0.0,
         )
-    quantised = any(array.name == "scale" for array in layout.arrays)
-    codec = INT8.identity if quantised else None
-    return FeaturesIdentity(name=layout.path, token_grid=(16, 16), width=768, codec=codec)
+    return FeaturesIdentity(
+        name=layout.path, token_grid=(16, 16), width=TOKENS[1], tokens="patch", codec=CODECS[dtype].identity
+    )
 
 
 def write(root: Path, spec: Spec, n_rows: int) -> None:
     """Publish without fsync, since nobody else's writer does it either."""
     keys = [str(row) for row in range(n_rows)]
+    dtype = next(dtype for dtype, of_dtype in SPECS.items() if of_dtype == spec)
     with Staging(root) as staging:
         index = make_index(keys, [0] * n_rows, ["x"] * n_rows, keys, [1] * n_rows)
         for path, layout in layouts(spec, n_rows).items():
             create_store(root, layout.store, index, {}, staging.run_id)
-            digest = create_group(root, layout, identity(layout), {}, staging.run_id)
+            digest = create_group(root, layout, identity(layout, dtype), {}, staging.run_id)
             staging.prepare(path)
             for unit in range(layout.store.n_units):
                 rows = layout.store.unit_rows(unit)

@@ -41,11 +41,19 @@ class Arm:
 def arms(features: str, final: str, control: str) -> dict[str, Arm]:
     """Every arm by its folder's name, from the names of features in the store: a middle block's, the final norm's, and
     the middle block's of another photograph of the same class."""
+    repa = {"data.features": features}
     return {
         VANILLA: Arm(title="vanilla", seeds=(0, 1, 2), options={"loss.projection-weight": "0"}),
-        REPA: Arm(title="REPA", seeds=(0, 1, 2), options={"data.features": features}),
+        REPA: Arm(title="REPA", seeds=(0, 1, 2), options=repa),
         "repa-final": Arm(title="REPA, final layer", seeds=(0,), options={"data.features": final}),
         "repa-other": Arm(title="REPA, another photograph", seeds=(0,), options={"data.features": control}),
+        "irepa": Arm(
+            title="iREPA", seeds=(0,), options={**repa, "loss.alignment": "irepa", "loss.projection-weight": "1"}
+        ),
+        "reg": Arm(title="REG", seeds=(0,), options={**repa, "model.class-token": "true"}),
+        "repa-stopped": Arm(
+            title="REPA, stopped half-way", seeds=(0,), options={**repa, "loss.stop-alignment-at": "4000"}
+        ),
     }
 
 

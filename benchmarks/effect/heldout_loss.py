@@ -3,7 +3,8 @@
     python -m benchmarks.effect.heldout_loss RUN --store HELDOUT --step 1000 --out FILE.json
 
 The model's averaged weights are given the image's own class. Posterior draws and noise are keyed by (0, row), times are
-the middles of tenths, so that the mean over them estimates the loss under uniform t.
+the middles of tenths, so that the mean over them estimates the loss under uniform t. A model that denoises the class
+token too is given it under noise of the same t; the loss is that of the latents, as of every other model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from storage.base.files import write_atomic
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
 from trainer.loop.losses import sample_latents
+from trainer.models.reg import join, split
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import model_arithmetic
 from trainer.ranks.world import device_named
@@ -37,6 +39,8 @@ def heldout_loss(run: OpenRun, checkpoint: Path, store_path: str, device: torch.
     latents = store.group(run.data.latents.path, expect=None)
     rows = np.setdiff1d(np.arange(store.n_rows), latents.failed_rows)
     labels = store.classes.labels
+    geometry = run.geometry
+    features = store.group(run.data.features[0].path, expect=None) if geometry.class_width else None
     model = load_model(run, checkpoint, "ema", device)
     objective, config = OBJECTIVES[run.config.model.kind], run.config.loss
     sums = dict.fromkeys(TIMES, 0.0)
@@ -50,14 +54,21 @@ def heldout_loss(run: OpenRun, checkpoint: Path, store_path: str, device: torch.
         )
         x = sample_latents(batch, run.scale, SEED)
         noise = random_keys.normal(SEED, "noise", 0, index, x.shape[1:])
+        if features is not None:
+            class_tokens = torch.from_numpy(features.gather(part, 0, ["cls"])["cls"]).to(device)
+            x = join(x, class_tokens.float())
+            noise = join(noise, random_keys.normal(SEED, "class-noise", 0, index, (geometry.class_width,)))
         y = torch.from_numpy(labels[part].astype(np.int64)).to(device)
         for t in TIMES:
             times = objective.model_times(torch.full((len(x),), t, device=device))
             x_t = objective.perturb(x, noise, times, config)
             with model_arithmetic("fp32", device):
                 output, _ = model(x_t, times, y, with_projections=False)
-            sums[t] += objective.denoising_loss(output, x, noise, x_t, times, config).sum().item()
-    latents.close()
+            images = [split(state, geometry)[0] for state in (output, x, noise, x_t)]
+            sums[t] += objective.denoising_loss(*images, times, config).sum().item()
+    for group in (latents, features):
+        if group is not None:
+            group.close()
     return {t: total / len(rows) for t, total in sums.items()}
 
 

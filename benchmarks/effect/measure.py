@@ -1,5 +1,7 @@
 """What is measured of one run at one step, by the commands that a user types; one JSON file a measure, made once.
 
+MEASURES is a folder of small files, which may be kept where no run is.
+
 MEASURES/RUN/STEP/heldout_loss.json   denoising loss of held-out images, by t
 MEASURES/RUN/STEP/probe.json          linear probe of every block at t = 0.5, on the training images
 MEASURES/RUN/STEP/cknna.json          alignment of every block with the features, on the held-out images
@@ -33,10 +35,11 @@ class Setting:
     encoder_weights: Path | None
     second_weights: Path | None
     n_images: int
+    measures: Path  # what is there is not measured again, nor trained for
 
     def folder(self, run: str, step: int) -> Path:
         """Where the measures of a run at a step lie."""
-        return self.out / "measures" / run / f"{step:07d}"
+        return self.measures / run / f"{step:07d}"
 
     def reference(self, name: str) -> Path:
         """The feature file of the training images."""
@@ -49,6 +52,14 @@ def write_references(setting: Setting, command: Command) -> None:
         command([*_describe(setting, setting.train_store, setting.reference(ALIGNED_EYES))])
     if setting.second_weights is not None and not setting.reference(OTHER_EYES).is_file():
         command([*_describe_otherwise(setting, setting.train_store, setting.reference(OTHER_EYES))])
+
+
+def is_measured(setting: Setting, run: str, step: int, *, draws: bool) -> bool:
+    """Whether everything of a run at a step is there."""
+    names = ["heldout_loss", "probe", "cknna"]
+    if draws:
+        names += [ALIGNED_EYES, OTHER_EYES] if setting.second_weights is not None else [ALIGNED_EYES]
+    return all((setting.folder(run, step) / f"{name}.json").is_file() for name in names)
 
 
 def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -42,6 +43,7 @@ def setting(out: Path) -> Setting:
         encoder_weights=None,
         second_weights=None,
         n_images=8,
+        measures=out / "measures",
     )
 
 
@@ -53,7 +55,8 @@ def test_every_arm_is_a_run_that_differs_from_vanilla_in_its_alignment_only(name
         return train_config({name.replace("-", "_"): text for name, text in pairs})
 
     mine, vanilla = config(name), config("vanilla")
-    assert mine.model == vanilla.model
+    assert dataclasses.replace(mine.model, class_token=False) == vanilla.model
+    assert mine.model.class_token == (name == "reg")
     assert (mine.optim, mine.batch, mine.seed, mine.steps) == (vanilla.optim, vanilla.batch, vanilla.seed, 100)
     assert not vanilla.aligns
     assert mine.aligns == (name != "vanilla")
@@ -65,6 +68,25 @@ def test_all_runs_reach_a_milestone_before_any_goes_on_and_first_seeds_go_first(
     assert [step for step, _ in order] == [1000] * len(runs) + [2000] * len(runs)
     assert {run for _, run in order[: len(runs)]} == set(runs)
     assert [run.seed for _, run in order[: len(runs)]] == sorted(run.seed for run in runs)
+
+
+def test_what_is_measured_elsewhere_is_not_done_again_and_a_run_is_brought_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_study = setting(tmp_path)
+    for name in ("heldout_loss", "probe", "cknna", ALIGNED_EYES):
+        folder = of_study.folder("vanilla-seed0", 20)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text("{}")
+    done: list[str] = []
+    monkeypatch.setattr(repa_effect, "measure", lambda _, run, step, command, draws: None)
+    monkeypatch.setattr(repa_effect, "latest_checkpoint", lambda run: None)
+    commands = Commands(tmp_path / "log", 1, math.inf)
+    monkeypatch.setattr(Commands, "__call__", lambda _, words: done.extend(w for w in words if "--run=" in w))
+    two = {name: OF_ARMS[name] for name in ("vanilla", "reg")}
+    assert not repa_effect.work(of_study, two, [10, 20], 1, commands, run_by_run=True)
+    runs = [path.rpartition("/")[2] for path in done]
+    assert runs == ["vanilla-seed0", *["reg-seed0"] * 2, *["vanilla-seed1"] * 2, *["vanilla-seed2"] * 2]
 
 
 @given(
@@ -115,6 +137,18 @@ def test_the_loss_of_a_model_that_says_nothing_is_the_velocity_s_square_at_every
     assert tuple(found) == TIMES
     assert np.ptp(list(found.values())) < 1e-5
     # Mean and deviation are standard normal, halved: x has variance (1 + 1) / 4, the noise one.
+    assert found[TIMES[0]] == pytest.approx(1.5, rel=0.03)
+
+
+def test_the_loss_of_a_model_with_a_class_token_is_that_of_its_latents(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", n_rows=12)
+    make_store(tmp_path / "heldout", n_rows=70)
+    options = {"optim.lr": 1e-30, "steps": 1, "data.features": ("tiny-vit",), "model.class_token": True}
+    train(micro(tmp_path / "store", tmp_path / "run", **options))
+    run = open_run(tmp_path / "run")
+    found = heldout_loss(run, checkpoints_of(tmp_path / "run")[0], str(tmp_path / "heldout"), torch.device("cpu"))
+    run.data.close()
+    assert np.ptp(list(found.values())) < 1e-5
     assert found[TIMES[0]] == pytest.approx(1.5, rel=0.03)
 
 
@@ -173,7 +207,7 @@ def test_commands_end_when_told_and_say_what_failed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two arms, two milestones, all measures; then a later milestone only adds to them."""
+    """Three arms, two milestones, all measures; then a later milestone only adds to them."""
     from pipeline.encoders.tiny import TINY_VAE
     from pipeline.sources.photos import write_photos
 
@@ -183,12 +217,12 @@ def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: py
         write_photos(tmp_path / split, n_per_class=n, split=split)
     options = [
         f"--data={tmp_path}/train", f"--heldout={tmp_path}/heldout", f"--vae={TINY_VAE}", "--encoder=tiny-vit",
-        "--final=tiny-vit", f"--out={tmp_path}/out", "--images=4", "--arms", "vanilla", "repa",
+        "--final=tiny-vit", f"--out={tmp_path}/out", "--images=4", "--arms", "vanilla", "repa", "reg",
         f"--results={tmp_path}/results/effect", "--milestones",
     ]  # fmt: skip
     assert repa_effect.main([*options, "2"]) == 0
     first = sorted((tmp_path / "out" / "measures").rglob("*.json"))
-    assert len(first) == 6 * 4
+    assert len(first) == 7 * 4
     times = [path.stat().st_mtime_ns for path in first]
     assert repa_effect.main([*options, "2", "4"]) == 0
     assert [path.stat().st_mtime_ns for path in first] == times
