@@ -90,7 +90,7 @@ def test_settings_of_the_methods_after_repa() -> None:
     )
     config = preset("lightningdit-xl-1")
     assert (config.optim.lr, config.optim.beta1, config.optim.beta2, config.batch) == (2e-4, 0.9, 0.95, 1024)
-    assert (config.loss.time_sampling, config.loss.direction_weight) == ("lognormal", 1.0)
+    assert (config.loss.time_sampling, config.loss.direction_weight) == ("logit-normal", 1.0)
     assert (config.sample.shift, config.ema_decay) == (1 / 0.3, 0.9999)
 
 
@@ -158,8 +158,14 @@ def test_lists_are_given_between_commas() -> None:
     assert parse("--data.features", "").data.features == ()
 
 
+def test_the_older_name_of_logit_normal_times_means_the_same(tmp_path: Path) -> None:
+    assert parse("--loss.time-sampling", "lognormal") == parse("--loss.time-sampling", "logit-normal")
+    (tmp_path / "config.yaml").write_text("loss: {time_sampling: lognormal}")
+    assert read_config(tmp_path / "config.yaml").config.loss.time_sampling == "logit-normal"
+
+
 def test_settings_of_sit_are_refused_for_dit() -> None:
-    for option in ("--loss.path=cosine", "--loss.time-sampling=lognormal"):
+    for option in ("--loss.path=cosine", "--loss.time-sampling=logit-normal"):
         with pytest.raises(UserError, match=r"are settings of --model\.kind sit"):
             parse("--preset", "dit-xl-2", option)
 

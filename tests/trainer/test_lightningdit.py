@@ -18,7 +18,7 @@ from trainer.objectives.sampling import sample, shifted
 from trainer.objectives.sit import direction_loss, velocity_loss
 
 GEOMETRY = GEOMETRIES["lightningdit"]
-LOSS = LossConfig(time_sampling="lognormal", direction_weight=1.0)
+LOSS = LossConfig(time_sampling="logit-normal", direction_weight=1.0)
 
 
 @pytest.fixture(scope="module")

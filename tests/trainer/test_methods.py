@@ -15,7 +15,7 @@ from storage import StoreLayout
 from storage.base.errors import UserError
 from tests.slow import slow_but
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
-from tests.trainer.runs import curve, micro, train_on_ranks, weights
+from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import n_written
@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "reg": REG,
     "reg-stopped": {**REG, **STOPPED},
     "two-kinds-stopped": {"model.align_block": (1, 2), "loss.alignment": ("cosine", "irepa"), **STOPPED},
-    "lightningdit": {"model.kind": "lightningdit", "loss.time_sampling": "lognormal", "loss.direction_weight": 1.0},
+    "lightningdit": {"model.kind": "lightningdit", "loss.time_sampling": "logit-normal", "loss.direction_weight": 1.0},
 }
 KEPT = ("irepa", "reg-stopped", "lightningdit")  # in the default run
 SAMPLED = {"log.samples_every": 5, "log.samples": 2, "sample.steps": 2}
@@ -66,6 +66,17 @@ def test_a_run_in_parts_is_the_unbroken_one(method: str, shared_tiny_store: Path
     of_parts, of_whole = (load_file(newest(tmp_path / name) / OPTIMIZER) for name in ("parts", "whole"))
     assert of_parts.keys() == of_whole.keys()
     assert all(torch.equal(of_parts[name], of_whole[name]) for name in of_whole)
+
+
+def test_a_run_saved_with_the_older_name_of_its_times_goes_on(shared_tiny_store: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(micro(shared_tiny_store, whole, steps=2, **METHODS["lightningdit"]))
+    train(micro(shared_tiny_store, run, steps=1, **METHODS["lightningdit"]))
+    for file in (run / "config.yaml", newest(run) / "state.json"):
+        assert "logit-normal" in file.read_text()
+        file.write_text(file.read_text().replace("logit-normal", "lognormal"))
+    train(micro(shared_tiny_store, run, steps=2, **METHODS["lightningdit"]))
+    assert_same_run(whole, run)
 
 
 @pytest.fixture(scope="module")

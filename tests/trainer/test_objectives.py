@@ -76,9 +76,9 @@ def test_uniform_times_are_the_draws() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_lognormal_times_give_the_public_loss_s_noise_levels(path: Path) -> None:
+def test_logit_normal_times_give_the_public_loss_s_noise_levels(path: Path) -> None:
     normal = torch.linspace(-5.7, 5.7, 201, dtype=torch.float64)
-    t = sample_times(torch.zeros(201), normal, "lognormal", path)
+    t = sample_times(torch.zeros(201), normal, "logit-normal", path)
     assert t.min() > 0
     assert t.max() < 1
     at = coefficients(t, path)

@@ -71,7 +71,7 @@ def plain_step(config: TrainConfig, geometry: Geometry, batch: Batch, p: dict[st
         output, projections = plain.transformer(p, geometry, plain.diffused(x, noise, t), t.double(), labels)
         denoising = plain.diffusion_losses(output, x, noise, t)
     else:
-        if config.loss.time_sampling == "lognormal":
+        if config.loss.time_sampling == "logit-normal":
             sigma = torch.exp(random_keys.normal(seed, "time", step, rows, (1,))[:, 0].double())
             linear = config.loss.path == "linear"
             uniform = sigma / (1 + sigma) if linear else torch.atan(sigma) * 2 / torch.pi
@@ -86,8 +86,8 @@ def plain_step(config: TrainConfig, geometry: Geometry, batch: Batch, p: dict[st
 CASES = [
     ("sit", {}),
     ("sit", {"model.qk_norm": True}),
-    ("sit", {"loss.path": "cosine", "loss.time_sampling": "lognormal"}),
-    ("sit", {"loss.time_sampling": "lognormal"}),
+    ("sit", {"loss.path": "cosine", "loss.time_sampling": "logit-normal"}),
+    ("sit", {"loss.time_sampling": "logit-normal"}),
     ("dit", {}),
     ("dit", {"model.qk_norm": True}),
 ]

@@ -28,7 +28,7 @@ the public script drops them twice, 19 % in all.)
 it is aligned with the patches. `--guidance 2.3` draws as the published figures with guidance were drawn: image and
 class token at 2.3, for t ≤ 0.85.
 
-`lightningdit` (arXiv 2501.01423): lognormal times, the velocity's direction counted with weight 1, AdamW at 2e-4 with
+`lightningdit` (arXiv 2501.01423): logit-normal times, the velocity's direction counted with weight 1, AdamW at 2e-4 with
 β₂ = 0.95, global batch 1024. Sampling: Euler in 249 steps, shifted towards the noise by 1 / 0.3; guidance (6.7 with 800
 epochs) acts on the first three channels, for t ≤ 0.875.
 
@@ -107,7 +107,7 @@ def lightningdit(name: str, size: str) -> TrainConfig:
         model=ModelConfig(
             kind="lightningdit", depth=depth, width=width, heads=heads, patch=1, align_block=(align_block,)
         ),
-        loss=LossConfig(time_sampling="lognormal", direction_weight=1.0, projection_weight=(0.0,)),
+        loss=LossConfig(time_sampling="logit-normal", direction_weight=1.0, projection_weight=(0.0,)),
         data=DataConfig(resolution=256),
         optim=OptimConfig(lr=2e-4, beta2=0.95),
         sample=SampleConfig(

@@ -70,7 +70,9 @@ class LossConfig:
     """The objective: denoising loss + Σ projection weight × alignment loss, over the alignment targets."""
 
     path: Literal["linear", "cosine"] = option("linear", "SiT: interpolant between image (t = 0) and noise (t = 1)")
-    time_sampling: Literal["uniform", "lognormal"] = option("uniform", "SiT: distribution of t")
+    time_sampling: Literal["uniform", "logit-normal", "lognormal"] = option(
+        "uniform", "distribution of a flow's times t (lognormal is the older word for logit-normal)"
+    )
     alignment: tuple[str, ...] = option(
         (COSINE,),
         "how projections are compared with features, one or one a target: NAME, or NAME:option=value; "
@@ -98,6 +100,8 @@ class LossConfig:
         at_least(self, "loss", "class_weight", 0)
         at_least(self, "loss", "direction_weight", 0)
         at_least(self, "loss", "stop_alignment_at", 0)
+        if self.time_sampling == "lognormal":
+            object.__setattr__(self, "time_sampling", "logit-normal")
         object.__setattr__(self, "alignment", tuple(spelled_out(spelling) for spelling in self.alignment))
         if not self.alignment:
             raise UserError("--loss.alignment must name a kind; a vanilla run is --loss.projection-weight 0")

@@ -2,7 +2,7 @@
 
 x_τ = τ x + (1 − τ) ε            u = dx_τ/dτ = x − ε
 
-τ is uniform, or the logistic function of a normal draw (`--loss.time-sampling lognormal`, as published); the loss may
+τ is uniform, or the logistic function of a normal draw (`--loss.time-sampling logit-normal`, as published); the loss may
 count the direction of u besides its length (`--loss.direction-weight 1`, as published).
 """
 

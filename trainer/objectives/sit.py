@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.config.schema import LossConfig
 
 Path = Literal["linear", "cosine"]
-TimeSampling = Literal["uniform", "lognormal"]
+TimeSampling = Literal["uniform", "logit-normal", "lognormal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: Path) -> tuple[Tensor
 def sample_times(uniform: Tensor, normal: Tensor, sampling: TimeSampling, path: Path) -> Tensor:
     """Times (B,) in [0, 1) from draws `uniform` and `normal` (B,), of which one is used.
 
-    lognormal: ln σ ~ N(0, 1), and t such that σ(t)/α(t) = σ on the path, as in REPA's public loss. (EDM's own, arXiv
-    2206.00364, has mean −1.2 and deviation 1.2.)
+    logit-normal: ln σ ~ N(0, 1), and t such that σ(t)/α(t) = σ on the path, as in REPA's public loss; on the linear
+    path that is logit(t) ~ N(0, 1). (EDM's own ln σ, arXiv 2206.00364, has mean −1.2 and deviation 1.2.)
     """
     if sampling == "uniform":
         return uniform
