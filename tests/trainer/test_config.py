@@ -76,7 +76,7 @@ def test_a_preset_is_what_its_name_says(name: str) -> None:
     assert config.sample.guidance == 1
     assert config.sample.steps == (249 if kind == "lightningdit" else 250)
     high = 0.85 if "reg" in rest else 0.75 if patch == "1" else 0.7
-    expected = {"sit": ("sde", high, 0), "dit": ("ddpm", 1.0, 3), "lightningdit": ("ode", 0.875, 3)}[kind]
+    expected = {"sit": ("sde", high, 0), "dit": ("ddpm", 1.0, 3), "lightningdit": ("ode", 0.9, 3)}[kind]
     assert (config.sample.sampler, config.sample.guidance_high, config.sample.guidance_channels) == expected
 
 
@@ -139,6 +139,7 @@ def test_explicit_options_override_a_saved_config(tmp_path: Path) -> None:
         ("--sample.sampler", "ddpm", "--sample.sampler ddpm cannot draw from --model.kind sit; choose sde or ode"),
         ("--sample.heun", "true", "--sample.heun true goes with --sample.sampler ode, not sde"),
         ("--sample.steps", "1", "--sample.steps must be at least 2, got 1"),
+        ("--loss.time-shift", "0", "--loss.time-shift must be positive and finite, got 0"),
     ],
 )
 def test_a_wrong_value_is_named(option: str, value: str, says: str) -> None:
@@ -167,6 +168,9 @@ def test_the_older_name_of_logit_normal_times_means_the_same(tmp_path: Path) -> 
 def test_settings_of_sit_are_refused_for_dit() -> None:
     for option in ("--loss.path=cosine", "--loss.time-sampling=logit-normal"):
         with pytest.raises(UserError, match=r"are settings of --model\.kind sit"):
+            parse("--preset", "dit-xl-2", option)
+    for option in ("--sample.shift=2", "--loss.time-shift=2"):
+        with pytest.raises(UserError, match=rf"^{option[:-2]} 2\.0 is of flows; leave it at 1 with --model\.kind dit$"):
             parse("--preset", "dit-xl-2", option)
 
 

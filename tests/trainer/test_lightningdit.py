@@ -14,8 +14,8 @@ from trainer.config.schema import LossConfig, SampleConfig
 from trainer.models.lightningdit import rotary_angles, rotated
 from trainer.models.make import make_model
 from trainer.objectives import lightningdit as objective
-from trainer.objectives.sampling import sample, shifted
-from trainer.objectives.sit import direction_loss, velocity_loss
+from trainer.objectives.sampling import sample
+from trainer.objectives.sit import direction_loss, shifted, velocity_loss
 
 GEOMETRY = GEOMETRIES["lightningdit"]
 LOSS = LossConfig(time_sampling="logit-normal", direction_weight=1.0)

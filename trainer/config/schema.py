@@ -73,6 +73,11 @@ class LossConfig:
     time_sampling: Literal["uniform", "logit-normal", "lognormal"] = option(
         "uniform", "distribution of a flow's times t (lognormal is the older word for logit-normal)"
     )
+    time_shift: float = option(
+        1.0,
+        "s of the noise levels s·t / (1 + (s − 1)·t) that a flow is trained at; above 1 more of them near noise, as "
+        "RAE's √(C·h·w / 4096) for latents of C·h·w numbers; 1: t as it is drawn",
+    )
     alignment: tuple[str, ...] = option(
         (COSINE,),
         "how projections are compared with features, one or one a target: NAME, or NAME:option=value; "
@@ -97,6 +102,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
+        if not 0 < self.time_shift < math.inf:
+            raise UserError(f"--loss.time-shift must be positive and finite, got {self.time_shift}")
         at_least(self, "loss", "class_weight", 0)
         at_least(self, "loss", "direction_weight", 0)
         at_least(self, "loss", "stop_alignment_at", 0)
@@ -360,8 +367,9 @@ class TrainConfig:
             raise UserError(
                 "--loss.direction-weight is of a velocity, which --model.kind dit does not predict; leave it at 0"
             )
-        if self.model.kind == "dit" and self.sample.shift != 1:
-            raise UserError(f"--sample.shift {self.sample.shift} is of flows; leave it at 1 with --model.kind dit")
+        for name, shift in (("--sample.shift", self.sample.shift), ("--loss.time-shift", self.loss.time_shift)):
+            if self.model.kind == "dit" and shift != 1:
+                raise UserError(f"{name} {shift} is of flows; leave it at 1 with --model.kind dit")
         if self.model.kind == "dit" and (self.loss.path, self.loss.time_sampling) != ("linear", "uniform"):
             raise UserError(
                 f"--loss.path {self.loss.path} and --loss.time-sampling {self.loss.time_sampling} are settings of "
