@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,25 @@ def test_what_a_stop_leaves(shared_tiny_store: Path, tmp_path: Path) -> None:
     assert projectors
     assert all(torch.equal(before[name], after[name]) for name in projectors)
     assert not any(name.startswith("projectors.") for name in load_file(newest(tmp_path / "stopped") / OPTIMIZER))
+
+
+def test_the_stop_is_said_as_it_comes_and_where_it_never_does(
+    shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(steps: int, **changes: Any) -> list[str]:
+        train(micro(shared_tiny_store, tmp_path, steps=steps, **changes))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("alignment ")]
+
+    never = "alignment  never stops in this run of {} steps (--loss.stop-alignment-at 4)"
+    rests = "no features are read, projectors rest"
+    assert said(2, **STOPPED) == [never.format(2)]
+    assert said(STOP, **STOPPED) == [never.format(STOP)]
+    assert said(5, **STOPPED) == [f"alignment  has stopped, by --loss.stop-alignment-at 4: {rests}"]
+    assert said(6, **STOPPED) == [f"alignment  has stopped, by --loss.stop-alignment-at 4: {rests}"]
+    shutil.rmtree(tmp_path)
+    assert said(6, **STOPPED) == ["alignment  stops after step 4 of 6", f"alignment stops after step 4: {rests}"]
+    shutil.rmtree(tmp_path)
+    assert said(1) == []
 
 
 def test_a_log_line_across_the_stop_is_of_the_steps_that_had_an_alignment(

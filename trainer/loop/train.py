@@ -74,6 +74,8 @@ from trainer.run.metrics import MetricsLog, read_metrics
 from trainer.run.resume import resume
 from trainer.run.settings import remember, resolve
 
+STOPPED = "no features are read, projectors rest"
+
 
 def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: bool = False) -> dict[str, Any]:
     """Train until `config.steps` and return the run's summary (also RUN/summary.json on the main rank).
@@ -153,6 +155,9 @@ class _Run:
             for end in self._phases():
                 if config.aligns and not config.aligns_at(step) and not self.alignment_stopped:
                     self.training, self.alignment_stopped = without_alignment(self.training), True
+                    if step > self.first_step and self.world.is_main:  # else the opening lines say so
+                        self.bar.write(f"alignment stops after step {step}: {STOPPED}")
+                        sys.stdout.flush()
                 rows.keep(self.data.readers(with_targets=config.aligns_at(step)))
                 with self._loader(rows, step, end) as loader:
                     step, stopping = self._steps(loader, step, stop)
@@ -325,10 +330,21 @@ class _Run:
             f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
             f"latents    {self.training.scale}, {require_deviation(data.latents, self.training.scale, config.data)}",
             *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
+            *([f"alignment  {_stop(config, self.first_step)}"] if config.loss.stop_alignment_at else []),
             f"device     {world.device}, {ranks}",
             f"start      step {self.first_step} of {config.steps}",
         ]
         return "\n".join(lines)
+
+
+def _stop(config: TrainConfig, step: int) -> str:
+    """What --loss.stop-alignment-at means for a run that goes on from `step`."""
+    stop = config.loss.stop_alignment_at
+    if stop >= config.steps:
+        return f"never stops in this run of {config.steps} steps (--loss.stop-alignment-at {stop})"
+    if stop <= step:
+        return f"has stopped, by --loss.stop-alignment-at {stop}: {STOPPED}"
+    return f"stops after step {stop} of {config.steps}"
 
 
 def _without(n_classes: int) -> str:
