@@ -203,6 +203,7 @@ def test_reg_logs_the_class_token_s_loss(shared_tiny_store: Path, tmp_path: Path
         ({**REG, "model.kind": "dit", "sample.sampler": "ddpm"}, "goes with --model.kind sit"),
         ({**REG, "loss.alignment": ("irepa",)}, "IREPA aligns patch tokens only"),
         ({**REG, "sample.guidance_channels": 3}, "is for models without class token"),
+        ({"sample.guidance_channels": 5}, "must be at most the latents' 4 channels, got 5; pass .* 0 for all of them"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(

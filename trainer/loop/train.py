@@ -53,7 +53,7 @@ from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from trainer.config.saved import to_save, to_yaml
 from trainer.config.schema import TrainConfig
-from trainer.data.groups import TrainingData, geometry_of, open_data
+from trainer.data.groups import TrainingData, geometry_of, open_data, require_guided_channels
 from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.data.loader import Loader
 from trainer.data.resident import open_rows
@@ -93,6 +93,7 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
         data = open_data(config)
         try:
             geometry = geometry_of(config, data)
+            require_guided_channels(config, geometry)
             config = resolve(config, data, world)
             scale = LatentScale.of(data.latents.identity, config.data)
             require_deviation(data.latents, scale, config.data)
