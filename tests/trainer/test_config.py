@@ -83,11 +83,8 @@ def test_a_preset_is_what_its_name_says(name: str) -> None:
 def test_settings_of_the_methods_after_repa() -> None:
     """REG (arXiv 2507.01467), LightningDiT (arXiv 2501.01423)."""
     config = preset("sit-xl-2-reg")
-    assert (config.loss.class_weight, config.loss.projection_weight, config.sample.guidance_class) == (
-        0.03,
-        (0.5,),
-        2.3,
-    )
+    assert (config.loss.class_weight, config.loss.projection_weight) == (0.03, (0.5,))
+    assert parse("--preset", "sit-xl-2-reg", "--sample.guidance", "2.3").class_guidance == 2.3  # w_c = w, as published
     config = preset("lightningdit-xl-1")
     assert (config.optim.lr, config.optim.beta1, config.optim.beta2, config.batch) == (2e-4, 0.9, 0.95, 1024)
     assert (config.loss.time_sampling, config.loss.direction_weight) == ("logit-normal", 1.0)
@@ -139,6 +136,11 @@ def test_explicit_options_override_a_saved_config(tmp_path: Path) -> None:
         ("--sample.sampler", "ddpm", "--sample.sampler ddpm cannot draw from --model.kind sit; choose sde or ode"),
         ("--sample.heun", "true", "--sample.heun true goes with --sample.sampler ode, not sde"),
         ("--sample.steps", "1", "--sample.steps must be at least 2, got 1"),
+        (
+            "--sample.guidance-class",
+            "-2",
+            "--sample.guidance-class must be at least 0, or -1 for that of --sample.guid",
+        ),
         ("--loss.time-shift", "0", "--loss.time-shift must be positive and finite, got 0"),
     ],
 )

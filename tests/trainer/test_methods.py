@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,39 @@ def test_what_follows_a_training_knows_the_method(method: str, trained: dict[str
             export(run, "diffusers", tmp_path / "diffusers", "latest")
     (page,) = write_report(list(trained.values()), tmp_path / "report.html", "")
     assert method in page.read_text()
+
+
+def test_a_class_token_is_guided_as_the_image_unless_said(
+    trained: dict[str, Path], shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """REG's figures have one scale for both; a run that was saved with a number keeps it until --guidance is given."""
+    run = tmp_path / "run"
+    shutil.copytree(trained["reg"], run)
+
+    def drawn(**changes: Any) -> tuple[str, dict[str, Any]]:
+        given = {"run": run, "n": 2, "batch": 2, "steps": 2, "vae": str(TINY_VAE), "device": "cpu", **changes}
+        folder, _ = generate(GenerateConfig(**given))
+        return folder.name, json.loads((folder / "settings.json").read_text())
+
+    name, record = drawn(guidance=9.0)
+    assert name == "samples-0000002-ode2-guidance9-seed0"
+    assert (record["sample.guidance"], record["sample.guidance_class"]) == (9.0, 9.0)
+    assert "guidance 9 of the image and 9 of the class token for t from 0 to 1" in capsys.readouterr().err
+    name, record = drawn(guidance=9.0, guidance_class=0.0)
+    assert (name, record["sample.guidance_class"]) == ("samples-0000002-ode2-guidance9-class0-seed0", 0.0)
+    assert "guidance 9 of the image and none of the class token" in capsys.readouterr().err
+
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("guidance_class: -1.0", "guidance_class: 2.3"))
+    assert drawn(out=tmp_path / "run-s")[1]["sample.guidance_class"] == 2.3
+    assert drawn(guidance=9.0, out=tmp_path / "both")[1] == {**record, "sample.guidance_class": 9.0}
+    with pytest.raises(UserError, match=r"^--guidance-class 2 is of a class token; \S+ has none$"):
+        drawn(run=trained["irepa"], guidance_class=2.0)
+
+    capsys.readouterr()
+    train(micro(shared_tiny_store, tmp_path / "new", steps=1, **REG, **{"sample.guidance": 1.8}))
+    line = "samples    ode in 50 steps, guidance 1.8 of the image and 1.8 of the class token for t from 0 to 1"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_hidden_states_of_reg_are_of_the_patches(trained: dict[str, Path]) -> None:

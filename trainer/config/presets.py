@@ -93,7 +93,7 @@ def patch_one(name: str, kind: Kind, size: str, aligned: bool) -> TrainConfig:
 
 def reg(name: str, size: str) -> TrainConfig:
     """SiT with the class token in the sequence."""
-    changes = {"model.class_token": True, "sample.guidance_high": 0.85, "sample.guidance_class": 2.3}
+    changes = {"model.class_token": True, "sample.guidance_high": 0.85}
     return override(published(name, "sit", size, 2, 256, aligned=True), changes)
 
 

@@ -19,6 +19,7 @@ from trainer.config.declaring import at_least, flag, in_unit_interval, option, s
 
 Kind = Literal["sit", "dit", "lightningdit"]
 DEFAULT_PRESET = "sit-xl-2"
+AS_IMAGE = -1.0  # of a class token's guidance scale
 PRESET_NAMES = (  # in words, of `presets.py`
     "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
     "lightningdit-{b,xl}-1, sit-tiny-2, dit-tiny-2"
@@ -280,7 +281,11 @@ class SampleConfig:
         "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise",
         free=True,
     )
-    guidance: float = option(1.0, "classifier-free guidance scale; 1: none", free=True)
+    guidance: float = option(
+        1.0,
+        "classifier-free guidance scale, of a class token too unless --sample.guidance-class says; 1: none",
+        free=True,
+    )
     guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
     guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
     guidance_channels: int = option(0, "latent channels that guidance applies to, the first ones; 0: all", free=True)
@@ -289,13 +294,23 @@ class SampleConfig:
         "classes of generated images: each in turn, or drawn at random (uniform is the older word)",
         free=True,
     )
-    guidance_class: float = option(0.0, "guidance scale of the class token, where guidance applies; 0: none", free=True)
+    guidance_class: float = option(
+        AS_IMAGE,
+        "guidance scale of the class token where guidance applies (REG); 0: none, -1: that of --sample.guidance, as "
+        "published",
+        free=True,
+        before=0.0,
+    )
 
     def __post_init__(self) -> None:
         at_least(self, "sample", "steps", 2 if self.sampler == "sde" else 1)
         at_least(self, "sample", "guidance", 1)
         at_least(self, "sample", "guidance_channels", 0)
-        at_least(self, "sample", "guidance_class", 0)
+        if self.guidance_class != AS_IMAGE and not 0 <= self.guidance_class < math.inf:
+            raise UserError(
+                "--sample.guidance-class must be at least 0, or -1 for that of --sample.guidance, got "
+                f"{self.guidance_class}"
+            )
         if self.sampler == "ddpm" and self.steps > 1000:
             raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
         if self.heun and self.sampler != "ode":
@@ -307,6 +322,11 @@ class SampleConfig:
                 "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
                 f"got {self.guidance_low} and {self.guidance_high}"
             )
+
+    @property
+    def class_guidance(self) -> float:
+        """The class token's guidance scale where guidance applies; 0 or 1: none."""
+        return self.guidance if self.guidance_class == AS_IMAGE else self.guidance_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,6 +444,11 @@ class TrainConfig:
     def aligns_at(self, step: int) -> bool:
         """Whether the step that is number `step`, from 0, has an alignment."""
         return self.aligns and not 0 < self.loss.stop_alignment_at <= step
+
+    @property
+    def class_guidance(self) -> float:
+        """The class token's guidance scale, 0 of a model without class token."""
+        return self.sample.class_guidance if self.model.class_token else 0.0
 
     @property
     def targets(self) -> tuple[AlignmentTarget, ...]:

@@ -58,6 +58,7 @@ from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.data.loader import Loader
 from trainer.data.resident import open_rows
 from trainer.data.rows import Rows, Streamed
+from trainer.evaluation.generate.draw import in_words
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
 from trainer.loop.losses import Losses
@@ -332,6 +333,7 @@ class _Run:
             f"latents    {self.training.scale}, {require_deviation(data.latents, self.training.scale, config.data)}",
             *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
             *([f"alignment  {_stop(config, self.first_step)}"] if config.loss.stop_alignment_at else []),
+            f"samples    {in_words(config)}",
             f"device     {world.device}, {ranks}",
             f"start      step {self.first_step} of {config.steps}",
         ]

@@ -60,7 +60,7 @@ class Drawing:
         conditional, unconditional = output.chunk(2)
         if self.class_width:
             n = state.shape[1] - self.class_width
-            of_class = _towards(unconditional[:, n:], conditional[:, n:], config.guidance_class or 1.0)
+            of_class = _towards(unconditional[:, n:], conditional[:, n:], config.class_guidance or 1.0)
         else:
             n = config.guidance_channels or state.shape[1]
             of_class = conditional[:, n:]
