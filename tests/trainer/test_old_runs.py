@@ -227,6 +227,22 @@ def test_an_ablation_takes_an_old_run_for_its_own(old: Path, tmp_path: Path) -> 
         read_ablation(file, store, out)
 
 
+def test_latents_of_a_run_before_the_check_of_deviations_stay_accepted(old: Path) -> None:
+    """Whatever the preset says today; asked for, the check is made, and kept."""
+    assert "latent_deviation" not in (old / "config.yaml").read_text()
+    assert train_config({"preset": "sit-tiny-2"}).data.latent_deviation == "refuse"
+
+    def kept() -> tuple[str, bool]:
+        saved = RunFolder(old).read_config()
+        return saved.config.data.latent_deviation, "data.latent_deviation" in saved.absent
+
+    assert kept() == ("accept", True)
+    assert main(the_same_command(old, "--steps=4")) == 0
+    assert kept() == ("accept", True)
+    assert main(the_same_command(old, "--steps=5", "--data.latent-deviation=refuse")) == 0
+    assert kept() == ("refuse", False)
+
+
 def test_what_this_code_does_not_know_is_refused_in_one_line(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, state = old / "config.yaml", old / "checkpoints" / "step-0000003" / "state.json"
     text, raw = config.read_text(), json.loads(state.read_text())
