@@ -139,6 +139,7 @@ def latents_identity(
         from storage.weights.latent_statistics import read_statistics  # torch, which storage else does without
 
         normalisation = read_statistics(file, channels, epsilon=epsilon).plain()
+        say(f"latents are normalised channel by channel with the statistics of {file}")
         scale = 1.0
     return LatentsIdentity(
         kind="latents",
@@ -204,15 +205,13 @@ def latents_alone(
 
 
 def statistics_file(named: str, beside: Path | None) -> Path | None:
-    """The file of statistics that is taken, and said; None where there is none, or none is wanted."""
+    """The file of statistics that is taken; None, which is said, where there is none, or none is wanted."""
     if named == "none" or (not named and (beside is None or not beside.is_file())):
         if beside is not None:
             why = "--latent-statistics none" if named else f"there is no {beside}"
             say(f"{why}: latents are normalised by one factor, unless a run says --data.latent-normalisation channel")
         return None
-    file = Path(named) if named else beside
-    say(f"latents are normalised channel by channel with the statistics of {file}")
-    return file
+    return Path(named) if named else beside
 
 
 def whole_labels(values: Any, where: Path) -> list[int]:

@@ -207,6 +207,17 @@ def test_without_statistics_an_import_says_so(tmp_path: Path, capsys: pytest.Cap
     )
 
 
+def test_a_file_of_statistics_that_cannot_be_read_is_not_said_to_be_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lightningdit_folder(tmp_path / "source")
+    (tmp_path / "damaged.pt").write_bytes(b"x")
+    for name in ("none-such.pt", "damaged.pt"):
+        with pytest.raises(UserError, match=name):
+            bring(tmp_path / "source", "lightningdit", tmp_path / "t", "--latent-statistics", str(tmp_path / name))
+        assert "statistics of" not in capsys.readouterr().out
+
+
 def test_repa_es_file_is_imported_in_the_order_of_its_loader(tmp_path: Path) -> None:
     written = repa_e_file(tmp_path / "e2e-vavae.h5")
     group = bring(tmp_path / "e2e-vavae.h5", "repa-e", tmp_path / "t", "--shard-rows", "3")

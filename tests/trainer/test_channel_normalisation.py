@@ -244,12 +244,22 @@ def test_statistics_of_other_latents_are_refused_with_the_figures(source: Path, 
         train(store, tmp_path / "another", *given)
 
 
-def test_channels_cannot_be_measured_by_receipts_without_sums(tmp_path: Path) -> None:
+def test_channels_cannot_be_measured_by_receipts_without_sums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one factor the run begins, and says that nothing was checked."""
     make_store(tmp_path / "store")
     with pytest.raises(
         UserError, match=r"have no sums of their latents.*run `python -m storage statistics STORE latents/"
     ):
         train(tmp_path / "store", tmp_path / "run", CHANNEL, "--model.patch=2")
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "store", tmp_path / "auto", "--model.patch=2", steps=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("latents    ")]
+    assert "· 0.5, whose deviation is not known and was not checked, as " in line
+    assert line.endswith(
+        "have no sums of their latents; run `python -m storage statistics STORE latents/tiny-vae` once"
+    )
     assert storage(["statistics", str(tmp_path / "store"), "latents/tiny-vae"]) == 0
     train(tmp_path / "store", tmp_path / "run", CHANNEL, "--model.patch=2", steps=1)
 

@@ -76,21 +76,18 @@ def test_a_preset_is_what_its_name_says(name: str) -> None:
     assert config.sample.guidance == 1
     assert config.sample.steps == (249 if kind == "lightningdit" else 250)
     high = 0.85 if "reg" in rest else 0.75 if patch == "1" else 0.7
-    expected = {"sit": ("sde", high, 0), "dit": ("ddpm", 1.0, 3), "lightningdit": ("ode", 0.875, 3)}[kind]
+    expected = {"sit": ("sde", high, 0), "dit": ("ddpm", 1.0, 3), "lightningdit": ("ode", 0.9, 3)}[kind]
     assert (config.sample.sampler, config.sample.guidance_high, config.sample.guidance_channels) == expected
 
 
 def test_settings_of_the_methods_after_repa() -> None:
     """REG (arXiv 2507.01467), LightningDiT (arXiv 2501.01423)."""
     config = preset("sit-xl-2-reg")
-    assert (config.loss.class_weight, config.loss.projection_weight, config.sample.guidance_class) == (
-        0.03,
-        (0.5,),
-        2.3,
-    )
+    assert (config.loss.class_weight, config.loss.projection_weight) == (0.03, (0.5,))
+    assert parse("--preset", "sit-xl-2-reg", "--sample.guidance", "2.3").class_guidance == 2.3  # w_c = w, as published
     config = preset("lightningdit-xl-1")
     assert (config.optim.lr, config.optim.beta1, config.optim.beta2, config.batch) == (2e-4, 0.9, 0.95, 1024)
-    assert (config.loss.time_sampling, config.loss.direction_weight) == ("lognormal", 1.0)
+    assert (config.loss.time_sampling, config.loss.direction_weight) == ("logit-normal", 1.0)
     assert (config.sample.shift, config.ema_decay) == (1 / 0.3, 0.9999)
 
 
@@ -139,6 +136,12 @@ def test_explicit_options_override_a_saved_config(tmp_path: Path) -> None:
         ("--sample.sampler", "ddpm", "--sample.sampler ddpm cannot draw from --model.kind sit; choose sde or ode"),
         ("--sample.heun", "true", "--sample.heun true goes with --sample.sampler ode, not sde"),
         ("--sample.steps", "1", "--sample.steps must be at least 2, got 1"),
+        (
+            "--sample.guidance-class",
+            "-2",
+            "--sample.guidance-class must be at least 0, or -1 for that of --sample.guid",
+        ),
+        ("--loss.time-shift", "0", "--loss.time-shift must be positive and finite, got 0"),
     ],
 )
 def test_a_wrong_value_is_named(option: str, value: str, says: str) -> None:
@@ -158,9 +161,18 @@ def test_lists_are_given_between_commas() -> None:
     assert parse("--data.features", "").data.features == ()
 
 
+def test_the_older_name_of_logit_normal_times_means_the_same(tmp_path: Path) -> None:
+    assert parse("--loss.time-sampling", "lognormal") == parse("--loss.time-sampling", "logit-normal")
+    (tmp_path / "config.yaml").write_text("loss: {time_sampling: lognormal}")
+    assert read_config(tmp_path / "config.yaml").config.loss.time_sampling == "logit-normal"
+
+
 def test_settings_of_sit_are_refused_for_dit() -> None:
-    for option in ("--loss.path=cosine", "--loss.time-sampling=lognormal"):
+    for option in ("--loss.path=cosine", "--loss.time-sampling=logit-normal"):
         with pytest.raises(UserError, match=r"are settings of --model\.kind sit"):
+            parse("--preset", "dit-xl-2", option)
+    for option in ("--sample.shift=2", "--loss.time-shift=2"):
+        with pytest.raises(UserError, match=rf"^{option[:-2]} 2\.0 is of flows; leave it at 1 with --model\.kind dit$"):
             parse("--preset", "dit-xl-2", option)
 
 

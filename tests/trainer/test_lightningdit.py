@@ -10,15 +10,16 @@ from torch import Tensor
 
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from tests.trainer.test_transformer import randomised
-from trainer.config.schema import LossConfig, SampleConfig
+from trainer.config.sample import SampleConfig
+from trainer.config.schema import LossConfig
 from trainer.models.lightningdit import rotary_angles, rotated
 from trainer.models.make import make_model
 from trainer.objectives import lightningdit as objective
-from trainer.objectives.sampling import sample, shifted
-from trainer.objectives.sit import direction_loss, velocity_loss
+from trainer.objectives.sampling import sample
+from trainer.objectives.sit import direction_loss, shifted, velocity_loss
 
 GEOMETRY = GEOMETRIES["lightningdit"]
-LOSS = LossConfig(time_sampling="lognormal", direction_weight=1.0)
+LOSS = LossConfig(time_sampling="logit-normal", direction_weight=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_settings_come_from_the_file(imported: dict[Release, Path]) -> None:
         (1.0,),
     )
     config = read_config(imported["reg"] / "config.yaml").config
-    assert (config.model.class_token, config.model.classes, config.sample.guidance_class) == (True, 1000, 2.3)
+    assert (config.model.class_token, config.model.classes, config.sample.guidance_class) == (True, 1000, -1)
     config = read_config(imported["lightningdit"] / "config.yaml").config
     assert (config.model.kind, config.model.classes, config.loss.direction_weight) == ("lightningdit", 10, 1.0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from storage import StoreLayout
 from storage.base.errors import UserError
 from tests.slow import slow_but
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
-from tests.trainer.runs import curve, micro, train_on_ranks, weights
+from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import n_written
@@ -41,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "reg": REG,
     "reg-stopped": {**REG, **STOPPED},
     "two-kinds-stopped": {"model.align_block": (1, 2), "loss.alignment": ("cosine", "irepa"), **STOPPED},
-    "lightningdit": {"model.kind": "lightningdit", "loss.time_sampling": "lognormal", "loss.direction_weight": 1.0},
+    "lightningdit": {"model.kind": "lightningdit", "loss.time_sampling": "logit-normal", "loss.direction_weight": 1.0},
 }
 KEPT = ("irepa", "reg-stopped", "lightningdit")  # in the default run
 SAMPLED = {"log.samples_every": 5, "log.samples": 2, "sample.steps": 2}
@@ -66,6 +68,17 @@ def test_a_run_in_parts_is_the_unbroken_one(method: str, shared_tiny_store: Path
     of_parts, of_whole = (load_file(newest(tmp_path / name) / OPTIMIZER) for name in ("parts", "whole"))
     assert of_parts.keys() == of_whole.keys()
     assert all(torch.equal(of_parts[name], of_whole[name]) for name in of_whole)
+
+
+def test_a_run_saved_with_the_older_name_of_its_times_goes_on(shared_tiny_store: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(micro(shared_tiny_store, whole, steps=2, **METHODS["lightningdit"]))
+    train(micro(shared_tiny_store, run, steps=1, **METHODS["lightningdit"]))
+    for file in (run / "config.yaml", newest(run) / "state.json"):
+        assert "logit-normal" in file.read_text()
+        file.write_text(file.read_text().replace("logit-normal", "lognormal"))
+    train(micro(shared_tiny_store, run, steps=2, **METHODS["lightningdit"]))
+    assert_same_run(whole, run)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +144,25 @@ def test_what_a_stop_leaves(shared_tiny_store: Path, tmp_path: Path) -> None:
     assert not any(name.startswith("projectors.") for name in load_file(newest(tmp_path / "stopped") / OPTIMIZER))
 
 
+def test_the_stop_is_said_as_it_comes_and_where_it_never_does(
+    shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(steps: int, **changes: Any) -> list[str]:
+        train(micro(shared_tiny_store, tmp_path, steps=steps, **changes))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("alignment ")]
+
+    never = "alignment  never stops in this run of {} steps (--loss.stop-alignment-at 4)"
+    rests = "no features are read for it, projectors rest"
+    assert said(2, **STOPPED) == [never.format(2)]
+    assert said(STOP, **STOPPED) == [never.format(STOP)]
+    assert said(5, **STOPPED) == [f"alignment  has stopped, by --loss.stop-alignment-at 4: {rests}"]
+    assert said(6, **STOPPED) == [f"alignment  has stopped, by --loss.stop-alignment-at 4: {rests}"]
+    shutil.rmtree(tmp_path)
+    assert said(6, **STOPPED) == ["alignment  stops after step 4 of 6", f"alignment stops after step 4: {rests}"]
+    shutil.rmtree(tmp_path)
+    assert said(1) == []
+
+
 def test_a_log_line_across_the_stop_is_of_the_steps_that_had_an_alignment(
     shared_tiny_store: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +204,7 @@ def test_reg_logs_the_class_token_s_loss(shared_tiny_store: Path, tmp_path: Path
         ({**REG, "model.kind": "dit", "sample.sampler": "ddpm"}, "goes with --model.kind sit"),
         ({**REG, "loss.alignment": ("irepa",)}, "IREPA aligns patch tokens only"),
         ({**REG, "sample.guidance_channels": 3}, "is for models without class token"),
+        ({"sample.guidance_channels": 5}, "must be at most the latents' 4 channels, got 5; pass .* 0 for all of them"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(
@@ -208,6 +241,39 @@ def test_what_follows_a_training_knows_the_method(method: str, trained: dict[str
             export(run, "diffusers", tmp_path / "diffusers", "latest")
     (page,) = write_report(list(trained.values()), tmp_path / "report.html", "")
     assert method in page.read_text()
+
+
+def test_a_class_token_is_guided_as_the_image_unless_said(
+    trained: dict[str, Path], shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """REG's figures have one scale for both; a run that was saved with a number keeps it until --guidance is given."""
+    run = tmp_path / "run"
+    shutil.copytree(trained["reg"], run)
+
+    def drawn(**changes: Any) -> tuple[str, dict[str, Any]]:
+        given = {"run": run, "n": 2, "batch": 2, "steps": 2, "vae": str(TINY_VAE), "device": "cpu", **changes}
+        folder, _ = generate(GenerateConfig(**given))
+        return folder.name, json.loads((folder / "settings.json").read_text())
+
+    name, record = drawn(guidance=9.0)
+    assert name == "samples-0000002-ode2-guidance9-seed0"
+    assert (record["sample.guidance"], record["sample.guidance_class"]) == (9.0, 9.0)
+    assert "guidance 9 of the image and 9 of the class token for t from 0 to 1" in capsys.readouterr().err
+    name, record = drawn(guidance=9.0, guidance_class=0.0)
+    assert (name, record["sample.guidance_class"]) == ("samples-0000002-ode2-guidance9-class0-seed0", 0.0)
+    assert "guidance 9 of the image and none of the class token" in capsys.readouterr().err
+
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("guidance_class: -1.0", "guidance_class: 2.3"))
+    assert drawn(out=tmp_path / "run-s")[1]["sample.guidance_class"] == 2.3
+    assert drawn(guidance=9.0, out=tmp_path / "both")[1] == {**record, "sample.guidance_class": 9.0}
+    with pytest.raises(UserError, match=r"^--guidance-class 2 is of a class token; \S+ has none$"):
+        drawn(run=trained["irepa"], guidance_class=2.0)
+
+    capsys.readouterr()
+    train(micro(shared_tiny_store, tmp_path / "new", steps=1, **REG, **{"sample.guidance": 1.8}))
+    line = "samples    ode in 50 steps, guidance 1.8 of the image and 1.8 of the class token for t from 0 to 1"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_hidden_states_of_reg_are_of_the_patches(trained: dict[str, Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,12 +12,15 @@ from torch import Tensor
 
 from tests.trainer.reference import load_reference, reference_model
 from trainer.alignment.cosine import alignment_loss
+from trainer.config.schema import LossConfig
+from trainer.objectives import lightningdit, sit
 from trainer.objectives.sit import (
     Path,
     coefficients,
     interpolate,
     sample_times,
     score_from_velocity,
+    shifted,
     velocity_loss,
 )
 
@@ -76,13 +81,58 @@ def test_uniform_times_are_the_draws() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_lognormal_times_give_the_public_loss_s_noise_levels(path: Path) -> None:
+def test_logit_normal_times_give_the_public_loss_s_noise_levels(path: Path) -> None:
     normal = torch.linspace(-5.7, 5.7, 201, dtype=torch.float64)
-    t = sample_times(torch.zeros(201), normal, "lognormal", path)
+    t = sample_times(torch.zeros(201), normal, "logit-normal", path)
     assert t.min() > 0
     assert t.max() < 1
     at = coefficients(t, path)
     torch.testing.assert_close((at.sigma / at.alpha).log(), normal)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_shifted_times_are_the_equations_on_the_noise_level(sampling: Literal["uniform", "logit-normal"]) -> None:
+    """t = S_s(r) (RAE); a model of data time is trained at the same noise levels 1 − τ, as by S_1/s of τ."""
+    uniform, normal = torch.rand(64, generator=torch.Generator().manual_seed(0)), normals(64, dtype=torch.float32)
+    s = (768 * 16 * 16 / 4096) ** 0.5
+    config = LossConfig(time_sampling=sampling, time_shift=s)
+    r = uniform.double() if sampling == "uniform" else normal.double().sigmoid()
+    t = sit.draw_times(uniform, normal, config)
+    torch.testing.assert_close(t.double(), s * r / (1 + (s - 1) * r), atol=1e-6, rtol=0)
+    assert t.median() > 0.8
+    tau = lightningdit.draw_times(uniform, normal, config)
+    torch.testing.assert_close(1 - tau.double(), s * (1 - r) / (1 + (s - 1) * (1 - r)), atol=1e-6, rtol=0)
+    assert tau.median() < 0.2
+    assert torch.equal(
+        lightningdit.draw_times(uniform, normal, LossConfig(time_sampling=sampling)),
+        sit.draw_times(uniform, normal, LossConfig(time_sampling=sampling)),
+    )
+
+
+def test_shifted_times_are_rae_s() -> None:
+    """Times of the public implementation for draws u, which takes the normal's quantiles of u, and ends r at 0.999."""
+    s, u = 6.92820323, torch.tensor([0.02, 0.97, 0.05995367], dtype=torch.float64)
+    t = sit.draw_times(u, torch.special.ndtri(u), LossConfig(time_sampling="logit-normal", time_shift=s))
+    torch.testing.assert_close(t, torch.tensor([0.47049725, 0.9784668, 0.59397864]).double(), atol=1e-5, rtol=0)
+    t = sit.draw_times(0.999 * u, u, LossConfig(time_shift=s))
+    torch.testing.assert_close(t, torch.tensor([0.12376598, 0.9954082, 0.30622643]).double(), atol=1e-5, rtol=0)
+
+
+@settings(deadline=None)
+@given(s=st.floats(0.01, 100))
+def test_a_shift_is_monotone_and_keeps_both_ends(s: float) -> None:
+    t = torch.linspace(0, 1, 1001)
+    there = shifted(t, s)
+    assert (there[0], there[-1]) == (0, 1)
+    assert (there.diff() >= 0).all()
+    assert ((there - t).sign() * (1 if s >= 1 else -1) >= 0).all()
+    torch.testing.assert_close(shifted(there.double(), 1 / s), t.double(), atol=1e-4, rtol=0)
+
+
+def test_a_shift_of_one_is_the_draw_bit_for_bit() -> None:
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    for objective in (sit, lightningdit):
+        assert torch.equal(objective.draw_times(uniform, uniform, LossConfig(time_shift=1.0)), uniform)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -25,9 +25,10 @@ from trainer.__main__ import main
 from trainer.config import command_line, saved
 from trainer.config.command_line import train_config
 from trainer.config.declaring import option, section
+from trainer.config.optim import OptimConfig
 from trainer.config.presets import PRESETS, tiny
 from trainer.config.saved import VERSION, read_config, to_yaml
-from trainer.config.schema import OptimConfig, TrainConfig
+from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, override
 from trainer.evaluation.export.export import export
 from trainer.evaluation.report.run_record import read_runs
@@ -225,6 +226,22 @@ def test_an_ablation_takes_an_old_run_for_its_own(old: Path, tmp_path: Path) -> 
     file.write_text(yaml.safe_dump({"preset": "sit-tiny-2", "set": {**STUDY, "optim.momentum": 1000}}))
     with pytest.raises(UserError, match=r"made otherwise \(optim.momentum: was 0, is 1000\)"):
         read_ablation(file, store, out)
+
+
+def test_latents_of_a_run_before_the_check_of_deviations_stay_accepted(old: Path) -> None:
+    """Whatever the preset says today; asked for, the check is made, and kept."""
+    assert "latent_deviation" not in (old / "config.yaml").read_text()
+    assert train_config({"preset": "sit-tiny-2"}).data.latent_deviation == "refuse"
+
+    def kept() -> tuple[str, bool]:
+        saved = RunFolder(old).read_config()
+        return saved.config.data.latent_deviation, "data.latent_deviation" in saved.absent
+
+    assert kept() == ("accept", True)
+    assert main(the_same_command(old, "--steps=4")) == 0
+    assert kept() == ("accept", True)
+    assert main(the_same_command(old, "--steps=5", "--data.latent-deviation=refuse")) == 0
+    assert kept() == ("refuse", False)
 
 
 def test_what_this_code_does_not_know_is_refused_in_one_line(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:

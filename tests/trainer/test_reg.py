@@ -13,7 +13,7 @@ from tests.trainer import plain
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from tests.trainer.test_step import SCALE, batch_of, config_of
 from tests.trainer.test_transformer import SMALL
-from trainer.config.schema import SampleConfig
+from trainer.config.sample import SampleConfig
 from trainer.data.loader import behind_class_token
 from trainer.loop import random_keys
 from trainer.loop.losses import losses
@@ -83,6 +83,24 @@ def test_the_sampler_carries_the_class_token(reference: dict[str, Tensor], name:
     image, class_token = split(drawn, GEOMETRY)
     torch.testing.assert_close(image, reference[name], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(class_token, reference[f"{name}_cls"], atol=2e-5, rtol=1e-5)
+
+
+def test_a_class_token_is_guided_as_the_image_unless_a_scale_is_given(reference: dict[str, Tensor]) -> None:
+    model = reference_model("reg")
+
+    def drawn(of_class: float) -> Tensor:
+        config = SampleConfig(sampler="ode", steps=2, guidance=2.3, guidance_class=of_class)
+        x, y = join(reference["xT"], reference["clsT"]), reference["y"]
+        with torch.no_grad():
+            return sample(
+                lambda x, t, y: model(x, t, y)[0], x, y, 1000, config, "linear", lambda step: x,
+                class_width=GEOMETRY.class_width,
+            )  # fmt: skip
+
+    assert SampleConfig().guidance_class == -1
+    assert torch.equal(drawn(-1), drawn(2.3))
+    assert not torch.allclose(drawn(-1), drawn(0))
+    assert torch.equal(drawn(1), drawn(0))
 
 
 def test_initialisation() -> None:

@@ -71,10 +71,12 @@ def plain_step(config: TrainConfig, geometry: Geometry, batch: Batch, p: dict[st
         output, projections = plain.transformer(p, geometry, plain.diffused(x, noise, t), t.double(), labels)
         denoising = plain.diffusion_losses(output, x, noise, t)
     else:
-        if config.loss.time_sampling == "lognormal":
+        if config.loss.time_sampling == "logit-normal":
             sigma = torch.exp(random_keys.normal(seed, "time", step, rows, (1,))[:, 0].double())
             linear = config.loss.path == "linear"
             uniform = sigma / (1 + sigma) if linear else torch.atan(sigma) * 2 / torch.pi
+        shift = config.loss.time_shift
+        uniform = shift * uniform / (1 + (shift - 1) * uniform)
         x_t = plain.interpolant(x, noise, uniform, config.loss.path)
         output, projections = plain.transformer(p, geometry, x_t, uniform, labels)
         denoising = plain.velocity_losses(output, x, noise, uniform, config.loss.path)
@@ -86,8 +88,8 @@ def plain_step(config: TrainConfig, geometry: Geometry, batch: Batch, p: dict[st
 CASES = [
     ("sit", {}),
     ("sit", {"model.qk_norm": True}),
-    ("sit", {"loss.path": "cosine", "loss.time_sampling": "lognormal"}),
-    ("sit", {"loss.time_sampling": "lognormal"}),
+    ("sit", {"loss.path": "cosine", "loss.time_sampling": "logit-normal"}),
+    ("sit", {"loss.time_sampling": "logit-normal", "loss.time_shift": 6.93}),
     ("dit", {}),
     ("dit", {"model.qk_norm": True}),
 ]

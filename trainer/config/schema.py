@@ -2,7 +2,7 @@
 
 Each field carries its help text; the command line's dotted options (`--loss.projection-weight`) are made from these
 classes, so an option exists once. A field marked *free* may change when a run is resumed; every other one determines
-the numbers, and changing it on resume must be asked for.
+the numbers, and changing it on resume must be asked for. The settings of AdamW and of sampling have files of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Literal
 from storage.base.errors import UserError
 from storage.base.options import spelled
 from trainer.alignment import COSINE, spelled_out
-from trainer.config.declaring import at_least, flag, in_unit_interval, option, section
+from trainer.config.declaring import at_least, in_unit_interval, option, section
+from trainer.config.optim import OptimConfig
+from trainer.config.sample import SampleConfig
 
 Kind = Literal["sit", "dit", "lightningdit"]
 DEFAULT_PRESET = "sit-xl-2"
@@ -70,7 +72,14 @@ class LossConfig:
     """The objective: denoising loss + Σ projection weight × alignment loss, over the alignment targets."""
 
     path: Literal["linear", "cosine"] = option("linear", "SiT: interpolant between image (t = 0) and noise (t = 1)")
-    time_sampling: Literal["uniform", "lognormal"] = option("uniform", "SiT: distribution of t")
+    time_sampling: Literal["uniform", "logit-normal", "lognormal"] = option(
+        "uniform", "distribution of a flow's times t (lognormal is the older word for logit-normal)"
+    )
+    time_shift: float = option(
+        1.0,
+        "s of the noise levels s·t / (1 + (s − 1)·t) that a flow is trained at; above 1 more of them near noise, as "
+        "RAE's √(C·h·w / 4096) for latents of C·h·w numbers; 1: t as it is drawn",
+    )
     alignment: tuple[str, ...] = option(
         (COSINE,),
         "how projections are compared with features, one or one a target: NAME, or NAME:option=value; "
@@ -83,7 +92,8 @@ class LossConfig:
     )
     stop_alignment_at: int = option(
         0,
-        "step from which on there is no alignment, at once: no features are read, projectors rest (HASTE); 0: never",
+        "step from which on there is no alignment, at once: no features are read for it, projectors rest (HASTE); 0: "
+        "never",
         of_alignment=True,
     )
     class_weight: float = option(
@@ -95,9 +105,13 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
+        if not 0 < self.time_shift < math.inf:
+            raise UserError(f"--loss.time-shift must be positive and finite, got {self.time_shift}")
         at_least(self, "loss", "class_weight", 0)
         at_least(self, "loss", "direction_weight", 0)
         at_least(self, "loss", "stop_alignment_at", 0)
+        if self.time_sampling == "lognormal":
+            object.__setattr__(self, "time_sampling", "logit-normal")
         object.__setattr__(self, "alignment", tuple(spelled_out(spelling) for spelling in self.alignment))
         if not self.alignment:
             raise UserError("--loss.alignment must name a kind; a vanilla run is --loss.projection-weight 0")
@@ -182,45 +196,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
-
-    lr: float = option(1e-4, "learning rate, after the warm-up and before the decay")
-    warmup: int = option(0, "steps over which the learning rate rises linearly to --optim.lr; 0: none")
-    decay: Literal["none", "linear", "cosine"] = option("none", "how the learning rate falls to --optim.final-lr")
-    decay_from: int = option(0, "step at which the decay begins")
-    decay_until: int = option(0, "step at which the learning rate has reached --optim.final-lr, where it stays")
-    final_lr: float = option(0.0, "learning rate after the decay")
-    beta1: float = option(0.9, "decay of the first moment")
-    beta2: float = option(0.999, "decay of the second moment")
-    eps: float = option(1e-8, "added to the root of the second moment")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    clip: float = option(1.0, "largest norm of the whole gradient")
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{flag('optim', name)} must be positive and finite, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{flag('optim', name)} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "decay_from", "final_lr"):
-            at_least(self, "optim", name, 0)
-        if self.decay == "none" and (self.decay_from, self.decay_until, self.final_lr) != (0, 0, 0.0):
-            raise UserError(
-                "--optim.decay-from, --optim.decay-until and --optim.final-lr are of a decay; pass --optim.decay "
-                "linear or cosine, or leave them out"
-            )
-        if self.decay != "none" and not max(self.warmup, self.decay_from) < self.decay_until:
-            raise UserError(
-                f"--optim.decay {self.decay} needs --optim.decay-until, a step after --optim.decay-from "
-                f"({self.decay_from}) and --optim.warmup ({self.warmup}), got {self.decay_until}"
-            )
-        if self.final_lr > self.lr:
-            raise UserError(f"--optim.final-lr {self.final_lr} is above --optim.lr {self.lr}; a decay falls")
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the state is saved, and how much of it stays on disk."""
 
@@ -253,49 +228,6 @@ class LogConfig:
         at_least(self, "log", "every", 1)
         at_least(self, "log", "samples_every", 0)
         at_least(self, "log", "samples", 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How `trainer generate` draws images from this run; saved with it, and may be overridden there."""
-
-    sampler: Literal["sde", "ode", "ddpm"] = option(
-        "sde", "SiT: Euler–Maruyama (sde) or Euler (ode); DiT: ancestral sampling (ddpm)", free=True
-    )
-    steps: int = option(250, "steps of the sampler", free=True)
-    heun: bool = option(False, "Heun's correction of the ode sampler, which calls the model twice a step", free=True)
-    shift: float = option(
-        1.0,
-        "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise",
-        free=True,
-    )
-    guidance: float = option(1.0, "classifier-free guidance scale; 1: none", free=True)
-    guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
-    guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
-    guidance_channels: int = option(0, "latent channels that guidance applies to, the first ones; 0: all", free=True)
-    labels: Literal["balanced", "random", "uniform"] = option(
-        "balanced",
-        "classes of generated images: each in turn, or drawn at random (uniform is the older word)",
-        free=True,
-    )
-    guidance_class: float = option(0.0, "guidance scale of the class token, where guidance applies; 0: none", free=True)
-
-    def __post_init__(self) -> None:
-        at_least(self, "sample", "steps", 2 if self.sampler == "sde" else 1)
-        at_least(self, "sample", "guidance", 1)
-        at_least(self, "sample", "guidance_channels", 0)
-        at_least(self, "sample", "guidance_class", 0)
-        if self.sampler == "ddpm" and self.steps > 1000:
-            raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
-        if self.heun and self.sampler != "ode":
-            raise UserError(f"--sample.heun true goes with --sample.sampler ode, not {self.sampler}")
-        if not 0 < self.shift < math.inf:
-            raise UserError(f"--sample.shift must be positive and finite, got {self.shift}")
-        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
-            raise UserError(
-                "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
-                f"got {self.guidance_low} and {self.guidance_high}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,8 +288,9 @@ class TrainConfig:
             raise UserError(
                 "--loss.direction-weight is of a velocity, which --model.kind dit does not predict; leave it at 0"
             )
-        if self.model.kind == "dit" and self.sample.shift != 1:
-            raise UserError(f"--sample.shift {self.sample.shift} is of flows; leave it at 1 with --model.kind dit")
+        for name, shift in (("--sample.shift", self.sample.shift), ("--loss.time-shift", self.loss.time_shift)):
+            if self.model.kind == "dit" and shift != 1:
+                raise UserError(f"{name} {shift} is of flows; leave it at 1 with --model.kind dit")
         if self.model.kind == "dit" and (self.loss.path, self.loss.time_sampling) != ("linear", "uniform"):
             raise UserError(
                 f"--loss.path {self.loss.path} and --loss.time-sampling {self.loss.time_sampling} are settings of "
@@ -412,6 +345,11 @@ class TrainConfig:
     def aligns_at(self, step: int) -> bool:
         """Whether the step that is number `step`, from 0, has an alignment."""
         return self.aligns and not 0 < self.loss.stop_alignment_at <= step
+
+    @property
+    def class_guidance(self) -> float:
+        """The class token's guidance scale, 0 of a model without class token."""
+        return self.sample.class_guidance if self.model.class_token else 0.0
 
     @property
     def targets(self) -> tuple[AlignmentTarget, ...]:

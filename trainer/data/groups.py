@@ -152,6 +152,16 @@ def pick_group(store: Store, kind: str, name: str) -> str:
     raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")
 
 
+def require_guided_channels(config: TrainConfig, geometry: Geometry) -> None:
+    """Raise UserError where guidance is to act on more channels than the latents have."""
+    guided, channels = config.sample.guidance_channels, geometry.channels
+    if guided > channels:
+        raise UserError(
+            f"--sample.guidance-channels must be at most the latents' {channels} channels, got {guided}; pass "
+            "--sample.guidance-channels 0 for all of them"
+        )
+
+
 def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
     """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit.
 

@@ -113,7 +113,10 @@ def require_deviation(latents: GroupReader[LatentsIdentity], scale: LatentScale,
     One factor for all channels is held to the deviation over all of them, statistics a channel to each channel's.
     """
     if not _has_sums(latents):
-        return f"deviation not known: python -m storage statistics STORE {latents.path} counts what its receipts lack"
+        return (
+            f"whose deviation is not known and was not checked, as {_without_sums(latents)}; run `python -m storage "
+            f"statistics STORE {latents.path}` once"
+        )
     mean, std = normalised_moments(latents, scale)
     over_all = float(np.sqrt(np.square(std).mean()))
     in_words = f"deviation {over_all:.3g} ({std.min():.3g} to {std.max():.3g} a channel)"
@@ -158,13 +161,18 @@ def normalised_moments(latents: GroupReader[LatentsIdentity], scale: LatentScale
 
 def _moments(latents: GroupReader[LatentsIdentity]) -> tuple[np.ndarray, np.ndarray]:
     """As stored, of the draws mean + std · ε."""
-    sums, without = latents.sums
     if not _has_sums(latents):
         raise UserError(
-            f"{without} of {latents.layout.store.n_units} receipts of {latents.path} have no sums of their latents, by "
-            f"which channels are normalised; run `python -m storage statistics STORE {latents.path}` once"
+            f"{_without_sums(latents)}, by which channels are normalised; run `python -m storage statistics STORE "
+            f"{latents.path}` once"
         )
+    sums, _ = latents.sums
     return latent_mean_std(sums["moments"], latents.identity.latent_channels)
+
+
+def _without_sums(latents: GroupReader[LatentsIdentity]) -> str:
+    _, without = latents.sums
+    return f"{without} of {latents.layout.store.n_units} receipts of {latents.path} have no sums of their latents"
 
 
 def _has_sums(latents: GroupReader[LatentsIdentity]) -> bool:

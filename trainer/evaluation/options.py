@@ -34,7 +34,15 @@ class GenerateConfig:
     seed: int = option(0, "of noise and labels")
     sampler: Literal["sde", "ode", "ddpm"] | None = option(None, "(default: the run's)")
     steps: int | None = option(None, "steps of the sampler (default: the run's)", at_least=1)
-    guidance: float | None = option(None, "guidance scale (default: the run's)", at_least=1)
+    guidance: float | None = option(
+        None, "guidance scale, of a class token too unless --guidance-class says (default: the run's)", at_least=1
+    )
+    guidance_class: float | None = option(
+        None,
+        "guidance scale of a class token (REG); 0: none (default: that of --guidance where that is given, else the "
+        "run's)",
+        at_least=0,
+    )
     vae: str = option("", "VAE to decode with (default: as the store says)")
     batch: int = option(64, "images a block, computed together", at_least=1)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(

@@ -53,11 +53,12 @@ from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
-from trainer.data.groups import TrainingData, geometry_of, open_data
+from trainer.data.groups import TrainingData, geometry_of, open_data, require_guided_channels
 from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.data.loader import Loader
 from trainer.data.resident import open_rows
 from trainer.data.rows import Rows, Streamed
+from trainer.evaluation.generate.draw import in_words
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
 from trainer.loop.losses import Losses
@@ -74,6 +75,8 @@ from trainer.run.metrics import MetricsLog, read_metrics
 from trainer.run.resume import resume
 from trainer.run.settings import remember, resolve
 from trainer.run.summary import settings_line
+
+STOPPED = "no features are read for it, projectors rest"
 
 
 def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: bool = False) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
         data = open_data(config)
         try:
             geometry = geometry_of(config, data)
+            require_guided_channels(config, geometry)
             config = resolve(config, data, world)
             scale = LatentScale.of(data.latents.identity, config.data)
             require_deviation(data.latents, scale, config.data)
@@ -154,6 +158,9 @@ class _Run:
             for end in self._phases():
                 if config.aligns and not config.aligns_at(step) and not self.alignment_stopped:
                     self.training, self.alignment_stopped = without_alignment(self.training), True
+                    if step > self.first_step and self.world.is_main:  # else the opening lines say so
+                        self.bar.write(f"alignment stops after step {step}: {STOPPED}")
+                        sys.stdout.flush()
                 rows.keep(self.data.readers(with_targets=config.aligns_at(step)))
                 with self._loader(rows, step, end) as loader:
                     step, stopping = self._steps(loader, step, stop)
@@ -326,10 +333,22 @@ class _Run:
             f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
             f"latents    {self.training.scale}, {require_deviation(data.latents, self.training.scale, config.data)}",
             *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
+            *([f"alignment  {_stop(config, self.first_step)}"] if config.loss.stop_alignment_at else []),
+            f"samples    {in_words(config)}",
             f"device     {world.device}, {ranks}",
             f"start      step {self.first_step} of {config.steps}",
         ]
         return "\n".join(lines)
+
+
+def _stop(config: TrainConfig, step: int) -> str:
+    """What --loss.stop-alignment-at means for a run that goes on from `step`."""
+    stop = config.loss.stop_alignment_at
+    if stop >= config.steps:
+        return f"never stops in this run of {config.steps} steps (--loss.stop-alignment-at {stop})"
+    if stop <= step:
+        return f"has stopped, by --loss.stop-alignment-at {stop}: {STOPPED}"
+    return f"stops after step {stop} of {config.steps}"
 
 
 def _without(n_classes: int) -> str:

@@ -2,8 +2,8 @@
 
 x_τ = τ x + (1 − τ) ε            u = dx_τ/dτ = x − ε
 
-τ is uniform, or the logistic function of a normal draw (`--loss.time-sampling lognormal`, as published); the loss may
-count the direction of u besides its length (`--loss.direction-weight 1`, as published).
+τ is uniform, or the logistic function of a normal draw (`--loss.time-sampling logit-normal`, as published); the loss
+may count the direction of u besides its length (`--loss.direction-weight 1`, as published).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ data_time = True
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
-    """τ float32 (B,) in [0, 1)."""
-    return sit.sample_times(uniform, normal, config.time_sampling, "linear")
+    """τ float32 (B,) in [0, 1], of shifted noise levels 1 − τ."""
+    return sit.shifted(sit.sample_times(uniform, normal, config.time_sampling, "linear"), 1 / config.time_shift)
 
 
 def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:

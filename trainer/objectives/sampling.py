@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.config.schema import SampleConfig
+from trainer.config.sample import SampleConfig
 from trainer.objectives.dit import reverse, schedule, unit_times
-from trainer.objectives.sit import Path, score_from_velocity
+from trainer.objectives.sit import Path, score_from_velocity, shifted
 
 LAST_SDE_TIME = 0.04
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, C, …), t (B,), y (B,)) → output (B, C or 2C, …)
@@ -60,7 +60,7 @@ class Drawing:
         conditional, unconditional = output.chunk(2)
         if self.class_width:
             n = state.shape[1] - self.class_width
-            of_class = _towards(unconditional[:, n:], conditional[:, n:], config.guidance_class or 1.0)
+            of_class = _towards(unconditional[:, n:], conditional[:, n:], config.class_guidance or 1.0)
         else:
             n = config.guidance_channels or state.shape[1]
             of_class = conditional[:, n:]
@@ -93,11 +93,6 @@ def sample(
         class_width=class_width, data_time=data_time,
     )  # fmt: skip
     return SAMPLERS[config.sampler](x.double(), drawing)
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """Noise levels S(t) = s t / (1 + (s − 1) t), which for s > 1 lie closer to the noise (arXiv 2403.03206, eq. 23)."""
-    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
 def _euler(state: Tensor, drawing: Drawing) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.config.schema import LossConfig
 
 Path = Literal["linear", "cosine"]
-TimeSampling = Literal["uniform", "lognormal"]
+TimeSampling = Literal["uniform", "logit-normal", "lognormal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,25 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: Path) -> tuple[Tensor
 def sample_times(uniform: Tensor, normal: Tensor, sampling: TimeSampling, path: Path) -> Tensor:
     """Times (B,) in [0, 1) from draws `uniform` and `normal` (B,), of which one is used.
 
-    lognormal: ln σ ~ N(0, 1), and t such that σ(t)/α(t) = σ on the path, as in REPA's public loss. (EDM's own, arXiv
-    2206.00364, has mean −1.2 and deviation 1.2.)
+    logit-normal: ln σ ~ N(0, 1), and t such that σ(t)/α(t) = σ on the path, as in REPA's public loss; on the linear
+    path that is logit(t) ~ N(0, 1). (EDM's own ln σ, arXiv 2206.00364, has mean −1.2 and deviation 1.2.)
     """
     if sampling == "uniform":
         return uniform
     sigma = normal.exp()
     return sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Noise levels S_s(t) = s t / (1 + (s − 1) t) of noise levels t, of t's shape; t itself where s is 1.
+
+    For s > 1 they lie closer to the noise (arXiv 2403.03206, eq. 23). The same map of the data's times 1 − t is S_1/s.
+    Computed in float64, so that none of float32 lies above 1, and 1 is mapped to itself.
+    """
+    if shift == 1:
+        return t
+    exact = t.double()
+    return (shift * exact / (1 + (shift - 1) * exact)).to(t.dtype)
 
 
 def velocity_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
@@ -95,8 +107,8 @@ data_time = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
-    """Times float32 (B,) in [0, 1)."""
-    return sample_times(uniform, normal, config.time_sampling, config.path)
+    """Times float32 (B,) in [0, 1], shifted."""
+    return shifted(sample_times(uniform, normal, config.time_sampling, config.path), config.time_shift)
 
 
 def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:

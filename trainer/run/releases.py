@@ -39,7 +39,7 @@ from storage.weights.tensors import Stored
 from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
-from trainer.data.groups import geometry_of, open_data
+from trainer.data.groups import geometry_of, open_data, require_guided_channels
 from trainer.data.latent_scale import LatentScale
 from trainer.loop.log_window import LogWindow
 from trainer.loop.step import build
@@ -88,6 +88,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         data = open_data(config)
         try:
             geometry = geometry_of(config, data)
+            require_guided_channels(config, geometry)
             config, of_latents = _with_statistics(config, release, file, data.latents.identity.latent_channels)
             # The machine that trains the run decides on its arithmetic, not the one that makes it.
             config = override(resolve(config, data, world), {"precision": config.precision})

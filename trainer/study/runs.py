@@ -24,7 +24,7 @@ from storage.base.console import EXIT_FAILED, EXIT_OK, INTERRUPTS, Stop, say, st
 from storage.base.files import write_atomic
 from storage.base.shown import shown
 from storage.roots import absolute
-from trainer.data.groups import geometry_of, open_data
+from trainer.data.groups import geometry_of, open_data, require_guided_channels
 from trainer.run.folder import RunFolder
 from trainer.study.file import AblateConfig, Ablation, Run, read_ablation
 
@@ -115,7 +115,7 @@ def _check(run: Run) -> None:
     """Raises UserError when the store does not fit the run, before the runs ahead of it take their hours."""
     data = open_data(run.config)
     try:
-        geometry_of(run.config, data)
+        require_guided_channels(run.config, geometry_of(run.config, data))
     finally:
         data.close()
 

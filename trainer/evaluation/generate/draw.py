@@ -18,6 +18,19 @@ from trainer.objectives.sampling import sample
 from trainer.ranks.arithmetic import autocast_dtype
 
 
+def in_words(config: TrainConfig) -> str:
+    """How images are drawn, for people."""
+    sample = config.sample
+    steps = f"{sample.sampler} in {sample.steps} steps"
+    if sample.guidance == 1:
+        return f"{steps}, without guidance"
+    what = f"guidance {sample.guidance:g}"
+    if config.model.class_token:
+        of_class = f"{sample.class_guidance:g}" if sample.class_guidance else "none"
+        what += f" of the image and {of_class} of the class token"
+    return f"{steps}, {what} for t from {sample.guidance_low:g} to {sample.guidance_high:g}"
+
+
 def draw_latents(
     model: nn.Module, images: Tensor, labels: Tensor, geometry: Geometry, config: TrainConfig, seed: int
 ) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,11 @@ from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from storage.base.shown import LONGEST, shown
+from trainer.config.sample import AS_IMAGE
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, leaves, override
 from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
-from trainer.evaluation.generate.draw import draw_latents
+from trainer.evaluation.generate.draw import draw_latents, in_words
 from trainer.evaluation.generate.image_files import (
     SETTINGS_FILE,
     image_path,
@@ -80,6 +82,8 @@ def generate(config: GenerateConfig) -> list[Path]:
         settings = _settings(config, recipe, checkpoint, decoder, run.geometry.n_classes, world.device)
         folder = config.out or RunFolder(config.run).drawn(_name(recipe, config, step_of(checkpoint)))
         _refuse_other_settings(folder, settings)
+        if world.is_main:
+            print(f"images by {in_words(recipe)}", file=sys.stderr)  # stdout has the paths
         with only_writer(folder, world, "generating"):
             if world.is_main:
                 for stray in folder.glob(".*.partial"):  # of a process that was killed as it wrote
@@ -185,7 +189,12 @@ def _recipe(of_run: TrainConfig, config: GenerateConfig, device: torch.device) -
     precision = config.precision
     if precision == "auto":  # the published figures were sampled in float32 with TF32 matrix products
         precision = "tf32" if device.type == "cuda" else "fp32"
-    asked = {f"sample.{name}": getattr(config, name) for name in ("sampler", "steps", "guidance", "labels")}
+    names = ("sampler", "steps", "guidance", "guidance_class", "labels")
+    asked = {f"sample.{name}": getattr(config, name) for name in names}
+    if config.guidance is not None and config.guidance_class is None:  # whatever number the run was saved with
+        asked["sample.guidance_class"] = AS_IMAGE
+    if config.guidance_class is not None and not of_run.model.class_token:
+        raise UserError(f"--guidance-class {config.guidance_class:g} is of a class token; {config.run} has none")
     return override(of_run, {"precision": precision, **{k: v for k, v in asked.items() if v is not None}})
 
 
@@ -206,12 +215,16 @@ def _settings(
         "batch": config.batch,
         "arithmetic": f"{recipe.precision} on {device.type}",
         **{n: value for n, value in flatten(recipe).items() if n.startswith("sample.") and n != "sample.labels"},
+        "sample.guidance_class": recipe.class_guidance,
     }
 
 
 def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
     sampler = recipe.sample
-    name = f"{step:07d}-{sampler.sampler}{sampler.steps}-guidance{sampler.guidance:g}-seed{config.seed}"
+    guidance = f"guidance{sampler.guidance:g}"
+    if recipe.model.class_token and sampler.class_guidance != sampler.guidance > 1:
+        guidance += f"-class{sampler.class_guidance:g}"
+    name = f"{step:07d}-{sampler.sampler}{sampler.steps}-{guidance}-seed{config.seed}"
     return f"{name}-{config.labels}" if config.labels != "balanced" else name
 
 

@@ -45,9 +45,10 @@ class RunRecord:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Dotted settings that make the run what it is."""
+        """Dotted settings that make the run what it is; a class token's guidance as what it comes to."""
         free = free_fields(self.config) - set(ALWAYS_COMPARED)
-        return {n: v for n, v in flatten(self.config).items() if n not in free or n.startswith("sample.")}
+        flat = flatten(self.config) | {"sample.guidance_class": self.config.class_guidance}
+        return {n: v for n, v in flat.items() if n not in free or n.startswith("sample.")}
 
     @property
     def hours(self) -> float | None:
