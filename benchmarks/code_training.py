@@ -1,6 +1,7 @@
 """Does training from codes reach what training from exact features does? Equal seeds, held-out photographs.
 
-    python -m benchmarks.code_training --store TRAIN --heldout HELDOUT --features features/A --out FOLDER [--steps 600]
+    python -m benchmarks.code_training --store TRAIN --heldout HELDOUT --features features/A --out FOLDER \
+        [--measures FOLDER] [--steps 600] [--jobs 2]
 
 TRAIN and HELDOUT have latents and float16 tokens of one encoder. `python -m storage derive` makes rotated4, rotated2
 and rotated1 groups of TRAIN's; `python -m trainer train` then trains a small SiT by REPA and by iREPA from each of the
@@ -12,17 +13,19 @@ the codes'. Measured on HELDOUT, with noise and times that are the same for ever
 - a linear probe of every block at t = 0.5 (`python -m trainer probe`, on TRAIN's images): the best block's accuracy
 
 The table gives mean and least to most over seeds, the mean difference from float16 at equal seeds, and whether all
-seeds agree on its sign. Everything is done once; the same command goes on after any kill. Cost: 24 runs of some two
-minutes of two cores each at 600 steps, and half a minute each to measure.
+seeds agree on its sign. Everything is done once; the same command goes on after any kill, and `--measures` may hold
+what another machine has measured. Cost at 600 steps: 24 runs of some four minutes of two cores, measures included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +72,10 @@ class Run:
 
 def command(log: Path, arguments: Sequence[str]) -> None:
     """Run `python -m …`, its output in `log`. Ends the benchmark when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with open(log, "a", encoding="utf-8") as file:
-        status = subprocess.run([sys.executable, "-m", *arguments], stdout=file, stderr=file).returncode
+        line = [sys.executable, "-m", *arguments]
+        status = subprocess.run(line, stdout=file, stderr=file, env=environment).returncode
     if status:
         sys.exit(f"{' '.join(arguments)}: status {status}, see {log}")
 
@@ -90,7 +95,7 @@ def groups(store: str, features: str, log: Path) -> dict[str, str]:
 def train(run: Run, store: str, group: str, out: Path, steps: int) -> Path:
     """The run's folder, trained to the end."""
     folder = out / "runs" / run.name
-    if not (folder / "summary.json").is_file() or json.loads((folder / "summary.json").read_text())["step"] < steps:
+    if not (folder / "summary.json").is_file() or json.loads((folder / "summary.json").read_text())["steps"] < steps:
         options = [f"--{name}={value}" for name, value in COMMON.items()]
         command(
             out / "commands.log",
@@ -135,11 +140,12 @@ def _parts(n: int) -> Iterator[np.ndarray]:
         yield np.arange(start, min(n, start + BATCH), dtype=np.int64)
 
 
-def measure(run: Run, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """What the table has of a run; measured once."""
-    file = args.out / "measures" / f"{run.name}.json"
+def measure(run: Run, group: str, args: argparse.Namespace) -> dict[str, float]:
+    """What the table has of a run from a group; trained and measured once."""
+    file = (args.measures or args.out / "measures") / f"{run.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
+        folder = train(run, args.store, group, args.out, args.steps)
         measured = heldout(folder, args.heldout, args.features)
         probe = args.out / "probes" / run.name
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -207,20 +213,21 @@ def main() -> None:
     parser.add_argument("--heldout", required=True, help="store of other photographs, of the same encoders")
     parser.add_argument("--features", required=True, help="group of float16 patch tokens, in both")
     parser.add_argument("--out", type=Path, required=True, help="folder of runs and measures")
+    parser.add_argument("--measures", type=Path, help="folder of the measures (default: measures in --out)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--probe", type=int, default=2000, help="images of a probe")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     names = groups(args.store, args.features, args.out / "commands.log")
     measured: dict[Run, dict[str, float]] = {}
-    for run in sorted(
-        (Run(seed=s, method=m, codec=c) for s in SEEDS for m in METHODS for c in (EXACT, *CODES)),
-        key=lambda run: run.seed,
-    ):
-        folder = train(run, args.store, names[run.codec], args.out, args.steps)
-        measured[run] = measure(run, folder, args)
-        print(run.name, measured[run], flush=True)
-        write(measured, args)
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+    runs = [Run(seed=s, method=m, codec=c) for s in SEEDS for m in METHODS for c in (EXACT, *CODES)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for run, figures in zip(runs, pool.map(lambda run: measure(run, names[run.codec], args), runs), strict=True):
+            measured[run] = figures
+            print(run.name, figures, flush=True)
+            write(measured, args)
     print(write(measured, args))
 
 

@@ -138,7 +138,7 @@ class _Driver:
         self.store_peak_bytes = 0
         self.looked_s = 0.0
 
-    def run(self, make_store: Callable[[], None] | None) -> Outcome:
+    def run(self, make_store: Callable[[], None] | None = None) -> Outcome:
         start_s = time.perf_counter()
         display = Display(
             self.plan.n_images_missing,

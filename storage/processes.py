@@ -39,12 +39,14 @@ def in_processes(
     if not items:
         return
     left = iter(items)
+    context = get_context("forkserver")  # workers of later calls need not import anything
+    context.set_forkserver_preload([__name__, work.__module__])
     n = min(n_workers or len(os.sched_getaffinity(0)), len(items))
     with (
         one_blas_thread(),
         stop_on_signals(*INTERRUPTS) as stop,
         ProcessPoolExecutor(
-            n, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(work, job)
+            n, mp_context=context, initializer=_start_worker, initargs=(work, job)
         ) as pool,
     ):
         running: set[Future[Result]] = set()

@@ -88,6 +88,7 @@ def test_a_plain_install_reads_verifies_and_compares(shared_tiny_store: Path, tm
     read_verify_diff(shared_tiny_store, env)
 
 
+@pytest.mark.slow
 def test_train_alone_trains_and_resumes(shared_tiny_store: Path, tmp_path: Path) -> None:
     env = without_others("train", tmp_path / "site")
     assert python("-c", "import diffusers", env=env).returncode == 1

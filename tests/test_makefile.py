@@ -28,6 +28,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_train_on_two_ranks_through_torchrun(shared_tiny_store: Path, tmp_path: Path) -> None:
     options = "--device cpu --steps 2 --batch 4 --log.every 1 --log.tensorboard false --model.depth 2 --model.width 32"
     run = tmp_path / "run"

@@ -21,6 +21,7 @@ from storage.derive import derive_group, derived
 from storage.receipts import Receipt, read_receipt
 from storage.statistics import unit_sums
 from storage.verify import verify
+from tests.slow import slow_but
 from tests.stores import FEATURES, LATENTS, decoded, encoded, make_layouts, make_store, publish_all
 
 CHILD = f"{FEATURES}-rotated2"
@@ -198,7 +199,7 @@ def wait_for_units(root: Path, n: int, child: subprocess.Popen[str]) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_a_signal_keeps_what_is_finished(tmp_path: Path, number: signal.Signals) -> None:
     make_store(tmp_path, n_rows=40 * UNIT_ROWS, shard_rows=UNIT_ROWS, width=WIDTH)
     child = start(tmp_path, 1)

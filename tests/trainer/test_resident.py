@@ -21,6 +21,7 @@ from storage import Staging, StoreError, UserError, open_store
 from storage.base.console import EXIT_INTERRUPTED
 from storage.codecs import CODECS, Codec
 from storage.derive import derived
+from tests.slow import slow_but
 from tests.stores import FEATURES, LATENTS, encoded, make_store, publish_all
 from tests.trainer.runs import assert_same_run, command, micro, start, start_ranks, train_on_ranks, wait_for_step
 from trainer.config.presets import preset
@@ -215,6 +216,7 @@ def test_checksums_are_compared_while_reading(tmp_path: Path, kind: str) -> None
 STOPS = {"steps": 9, "loss.stop_alignment_at": 5}  # in the middle, and with the alignment the features are let go
 
 
+@pytest.mark.slow
 def test_by_the_command_a_run_equals_the_streamed_one(tmp_path: Path) -> None:
     make_store(tmp_path / "s", n_views=2, failed_rows=FAILED)
     for kind in ("stream", "ram"):
@@ -313,8 +315,8 @@ run_command(main, "python -m trainer", sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", slow_but(KINDS, ["ram"]))
+@pytest.mark.parametrize("number", slow_but([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_a_signal_while_reading_ends_the_run_at_once(
     shared_tiny_store: Path, tmp_path: Path, kind: str, number: signal.Signals
 ) -> None:
