@@ -17,12 +17,12 @@ from storage.base.options import spelled
 from trainer.alignment import COSINE, spelled_out
 from trainer.config.declaring import at_least, flag, in_unit_interval, option, section
 
-Kind = Literal["sit", "dit", "lightningdit"]
+Kind = Literal["sit", "dit", "lightningdit", "rit", "ditdh"]
 DEFAULT_PRESET = "sit-xl-2"
-AS_IMAGE = -1.0  # of a class token's guidance scale
+AS_IMAGE = -1.0  # of a class token's guidance scale and interval
 PRESET_NAMES = (  # in words, of `presets.py`
     "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
-    "lightningdit-{b,xl}-1, sit-tiny-2, dit-tiny-2"
+    "lightningdit-{b,xl}-1, rit-xl-1, ditdh-{s,xl}-1, sit-tiny-2, dit-tiny-2"
 )
 
 
@@ -33,7 +33,8 @@ class ModelConfig:
     kind: Kind = option(
         "sit",
         "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps; lightningdit: "
-        "velocity, with RMS norms, rotary positions and SwiGLU",
+        "velocity, with RMS norms, rotary positions and SwiGLU; rit: the latents themselves, with the label's tokens "
+        "in the sequence; ditdh: velocity, by a wide shallow head",
     )
     depth: int = option(28, "transformer blocks")
     width: int = option(1152, "channels of a token")
@@ -41,8 +42,16 @@ class ModelConfig:
     patch: int = option(2, "latent pixels a side of a token")
     qk_norm: bool = option(False, "normalise queries and keys")
     class_token: bool = option(
-        False, "the features' class token joins the sequence, is noised, predicted and aligned (REG)", of_alignment=True
+        False,
+        "sit: the features' class token joins the sequence, is noised, predicted and aligned (REG); rit: so does that "
+        "of the features that are the latents, without alignment",
+        of_alignment=True,
     )
+    head_width: int = option(0, "ditdh: channels of a token in the head")
+    head_depth: int = option(0, "ditdh: blocks of the head")
+    head_heads: int = option(0, "ditdh: attention heads of the head; must divide its width")
+    context: int = option(0, "rit: tokens of the label that join the sequence; 0: none")
+    context_block: int = option(1, "rit: block before which they join, counted from 1")
     classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
     align_block: tuple[int, ...] = option(
         (8,),
@@ -61,9 +70,23 @@ class ModelConfig:
             raise UserError(f"--model.width must be a multiple of 4 for the position embedding, got {self.width}")
         if not self.align_block:
             raise UserError("--model.align-block must name a block; a vanilla run is --loss.projection-weight 0")
-        for block in self.align_block:
+        for name, block in (
+            *(("align-block", block) for block in self.align_block),
+            ("context-block", self.context_block),
+        ):
             if not 1 <= block <= self.depth:
-                raise UserError(f"--model.align-block must be a block, 1 to {self.depth} (--model.depth), got {block}")
+                raise UserError(f"--model.{name} must be a block, 1 to {self.depth} (--model.depth), got {block}")
+        for name in ("head_width", "head_depth", "head_heads"):
+            at_least(self, "model", name, 1 if self.kind == "ditdh" else 0)
+            if self.kind != "ditdh" and getattr(self, name):
+                raise UserError(f"{flag('model', name)} is of --model.kind ditdh; leave it at 0 with {self.kind}")
+        if self.kind == "ditdh" and self.head_width % self.head_heads:
+            raise UserError(
+                f"--model.head-heads must divide --model.head-width, got {self.head_heads} and {self.head_width}"
+            )
+        at_least(self, "model", "context", 0)
+        if self.context and self.kind != "rit":
+            raise UserError(f"--model.context is of --model.kind rit; leave it at 0 with {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +99,8 @@ class LossConfig:
     )
     time_shift: float = option(
         1.0,
-        "s of the noise levels s·t / (1 + (s − 1)·t) that a flow is trained at; above 1 more of them near noise, as "
-        "RAE's √(C·h·w / 4096) for latents of C·h·w numbers; 1: t as it is drawn",
+        "s of the noise levels s·t / (1 + (s − 1)·t) that a flow is trained at; above 1 more of them near noise; "
+        "1: t as it is drawn; 0: √(C·h·w / 4096) for latents of C·h·w numbers, as RAE and RiT",
     )
     alignment: tuple[str, ...] = option(
         (COSINE,),
@@ -97,14 +120,17 @@ class LossConfig:
     class_weight: float = option(
         0.03, "weight of the class token's denoising loss, where the model has one", of_alignment=True
     )
+    class_noise: Literal["own", "mean"] = option(
+        "own", "rit: noise of the class token, drawn for itself or the mean of the latents' noise over their places"
+    )
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
     )
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
-        if not 0 < self.time_shift < math.inf:
-            raise UserError(f"--loss.time-shift must be positive and finite, got {self.time_shift}")
+        if not 0 <= self.time_shift < math.inf:
+            raise UserError(f"--loss.time-shift must be positive and finite, or 0, got {self.time_shift}")
         at_least(self, "loss", "class_weight", 0)
         at_least(self, "loss", "direction_weight", 0)
         at_least(self, "loss", "stop_alignment_at", 0)
@@ -278,8 +304,12 @@ class SampleConfig:
     heun: bool = option(False, "Heun's correction of the ode sampler, which calls the model twice a step", free=True)
     shift: float = option(
         1.0,
-        "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise",
+        "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise; 0: as "
+        "--loss.time-shift",
         free=True,
+    )
+    end: float = option(
+        0.0, "noise level, before the shift, at which the ode sampler ends and leaves what noise there is", free=True
     )
     guidance: float = option(
         1.0,
@@ -296,10 +326,19 @@ class SampleConfig:
     )
     guidance_class: float = option(
         AS_IMAGE,
-        "guidance scale of the class token where guidance applies (REG); 0: none, -1: that of --sample.guidance, as "
+        "guidance scale of the class token where guidance applies; 0: none, -1: that of --sample.guidance, as "
         "published",
         free=True,
         before=0.0,
+    )
+    guidance_class_low: float = option(AS_IMAGE, "the class token's own --sample.guidance-low; -1: the same", free=True)
+    guidance_class_high: float = option(
+        AS_IMAGE, "the class token's own --sample.guidance-high; -1: the same", free=True
+    )
+    class_noise: Literal["own", "mean"] = option(
+        "own",
+        "rit: what the class token starts from, draws of its own or the mean of the latents' over their places",
+        free=True,
     )
 
     def __post_init__(self) -> None:
@@ -315,13 +354,25 @@ class SampleConfig:
             raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
         if self.heun and self.sampler != "ode":
             raise UserError(f"--sample.heun true goes with --sample.sampler ode, not {self.sampler}")
-        if not 0 < self.shift < math.inf:
-            raise UserError(f"--sample.shift must be positive and finite, got {self.shift}")
-        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+        if not 0 <= self.shift < math.inf:
+            raise UserError(f"--sample.shift must be positive and finite, or 0, got {self.shift}")
+        if not 0 <= self.end < 1 or (self.end and self.sampler != "ode"):
             raise UserError(
-                "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
-                f"got {self.guidance_low} and {self.guidance_high}"
+                "--sample.end must be in [0, 1), and 0 but for --sample.sampler ode, "
+                f"got {self.end} with {self.sampler}"
             )
+        for of, (low, high) in (("", (self.guidance_low, self.guidance_high)), ("class-", self.class_interval)):
+            if not 0 <= low <= high <= 1:
+                raise UserError(
+                    f"--sample.guidance-{of}low and --sample.guidance-{of}high must be an interval inside [0, 1], "
+                    f"got {low} and {high}"
+                )
+
+    @property
+    def class_interval(self) -> tuple[float, float]:
+        """The noise levels at which the class token is guided."""
+        low, high = self.guidance_class_low, self.guidance_class_high
+        return (self.guidance_low if low == AS_IMAGE else low, self.guidance_high if high == AS_IMAGE else high)
 
     @property
     def class_guidance(self) -> float:
@@ -379,13 +430,18 @@ class TrainConfig:
                 f"--sample.sampler {self.sample.sampler} cannot draw from --model.kind {self.model.kind}; "
                 f"choose {fitting}"
             )
-        if self.model.kind == "lightningdit" and self.loss.path != "linear":
+        if self.model.kind in ("lightningdit", "rit", "ditdh") and self.loss.path != "linear":
             raise UserError(
-                f"--model.kind lightningdit has a linear path; leave --loss.path at it, not {self.loss.path}"
+                f"--model.kind {self.model.kind} has a linear path; leave --loss.path at it, not {self.loss.path}"
             )
-        if self.model.kind == "dit" and self.loss.direction_weight:
+        if self.model.kind in ("dit", "rit") and self.loss.direction_weight:
             raise UserError(
-                "--loss.direction-weight is of a velocity, which --model.kind dit does not predict; leave it at 0"
+                f"--loss.direction-weight is of a velocity, which --model.kind {self.model.kind} does not predict; "
+                "leave it at 0"
+            )
+        if "mean" in (self.loss.class_noise, self.sample.class_noise) and self.model.kind != "rit":
+            raise UserError(
+                f"--loss.class-noise mean and --sample.class-noise mean are of --model.kind rit, not {self.model.kind}"
             )
         for name, shift in (("--sample.shift", self.sample.shift), ("--loss.time-shift", self.loss.time_shift)):
             if self.model.kind == "dit" and shift != 1:
@@ -416,11 +472,12 @@ class TrainConfig:
             raise UserError(f"{given} do not agree on the number of alignment targets; give one value, or one a target")
 
     def _check_class_token(self) -> None:
-        if self.model.kind != "sit":
+        if self.model.kind not in ("sit", "rit"):
             raise UserError(
-                f"--model.class-token true goes with --model.kind sit; it has no published form in {self.model.kind}"
+                f"--model.class-token true goes with --model.kind sit or rit; it has no published form in "
+                f"{self.model.kind}"
             )
-        if not self.aligns:
+        if self.model.kind == "sit" and not self.aligns:
             raise UserError(
                 "--model.class-token true needs features, whose class token it is, and an alignment with them; give "
                 "--loss.projection-weight"

@@ -218,4 +218,9 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
         alignments=alignments,
         class_width=data.features[0].identity.width if data.class_token else 0,
         projector_width=config.model.projector_width,
+        head_width=config.model.head_width,
+        head_depth=config.model.head_depth,
+        head_heads=config.model.head_heads,
+        context=config.model.context,
+        context_block=config.model.context_block,
     )

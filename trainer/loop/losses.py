@@ -97,7 +97,10 @@ def draw(batch: Batch, scale: LatentScale, config: TrainConfig, geometry: Geomet
     noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
     if batch.class_tokens is not None:
         x = join(x, batch.class_tokens.float())
-        noise = join(noise, random_keys.normal(seed, "class-noise", step, rows, (geometry.class_width,)))
+        if config.loss.class_noise == "mean":
+            noise = join(noise, noise.mean((2, 3)))
+        else:
+            noise = join(noise, random_keys.normal(seed, "class-noise", step, rows, (geometry.class_width,)))
     t = objective.draw_times(
         random_keys.uniform(seed, "time", step, rows),
         random_keys.normal(seed, "time", step, rows, (1,))[:, 0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.ranks.world import World
 from trainer.run.checkpoint import latest_checkpoint, read_state
 
 GROUPS = ("data.latents", "data.features")
+DIMENSION = 4096  # of the latents whose noise levels are not shifted (RAE)
 NORMALISATION = ("data.latent_normalisation", "data.latent_mean", "data.latent_std")
 
 
@@ -36,6 +38,12 @@ def remember(config: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
     return override(saved.keep(config, given), chosen)
 
 
+def with_shifts(config: TrainConfig, n: int) -> TrainConfig:
+    """The configuration with the shifts of noise levels written out that are those of latents of `n` numbers."""
+    trained = config.loss.time_shift or math.sqrt(n / DIMENSION)
+    return override(config, {"loss.time_shift": trained, "sample.shift": config.sample.shift or trained})
+
+
 def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfig:
     """The configuration with what was chosen automatically written out, so that a resume chooses the same."""
     resolved: dict[str, Any] = {"data.latents": data.latents.path.removeprefix("latents/")}
@@ -48,4 +56,5 @@ def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfi
         resolved["sample.guidance"] = 1.0  # towards what, without labels?
     if config.precision == "auto":
         resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
-    return override(config, resolved)
+    latents = data.latents.identity
+    return with_shifts(override(config, resolved), latents.latent_channels * math.prod(latents.latent_size))
