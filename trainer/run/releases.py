@@ -10,9 +10,10 @@ reads. With s = 1 − t, v(x, t) = −u(x, 1 − t), and the embedding cos ω(1 
 sin ωt. So the first layer that reads it takes the rotation, the last one the sign, and the weights are SiT's function
 exactly.
 
-LightningDiT's files hold the tables of its rotary positions, and those of REPA on an end-to-end tuned autoencoder
-(REPA-E, arXiv 2504.10483) the statistics by which latents are standardised. Both are compared with the run's, and left
-out. Statistics that lie in a file beside the weights, under the name that the method gives it, are the run's.
+LightningDiT's, RAE's and RiT's files hold the tables of rotary positions, and those of REPA on an end-to-end tuned
+autoencoder (REPA-E, arXiv 2504.10483) the statistics by which latents are standardised. Both are compared with the
+run's, and left out. Statistics that lie in a file beside the weights, under the name that the method gives it, are the
+run's.
 
 Names that DistributedDataParallel, torch.compile or FSDP made longer are cut, and sets below other names are found. A
 file is read as data (`storage/weights/`): nothing in it is run. A run made from it is at step 0, with a fresh
@@ -56,11 +57,12 @@ from trainer.run.settings import resolve
 V = TypeVar("V")
 Weights = dict[str, Tensor]
 NAMED_AT_MOST = 4
-ROTARY, STATISTICS = "feat_rope.", "bn."  # what stands beside weights: tables, and the statistics of latents
+ROTARY = re.compile(r"^[a-z_]*feat_rope[a-z_]*\.freqs_(cos|sin)$")  # tables that stand beside weights
+STATISTICS = "bn."  # the statistics of latents, which do so too
 STATISTICS_EPSILON, STATISTICS_APART = 1e-4, 0.02  # REPA-E's, added to a variance; the most that is taken for the same
 OURS = frozenset(
-    "x_embedder t_embedder y_embedder pos_embed blocks decoder_blocks projectors final_layer cls_projectors2 wg_norm "
-    "feat_rope bn".split()
+    "x_embedder s_embedder s_projector t_embedder y_embedder pos_embed blocks decoder_blocks projectors final_layer "
+    "cls_projectors cls_projectors2 in_context_posemb wg_norm feat_rope bn".split()
 )
 AVERAGED = re.compile(r"(^|[._])(ema|averag|avg|shadow)", re.IGNORECASE)
 
@@ -311,14 +313,14 @@ def _load(model: DiffusionTransformer, weights: Weights, geometry: Geometry, sca
 
 def _without_rotary(weights: Weights, model: DiffusionTransformer, file: Path) -> Weights:
     """Weights without the tables of rotary positions, if these are the model's; they also say how many heads it has."""
-    tables = {name: value for name, value in weights.items() if name.startswith(ROTARY)}
+    tables = {name: value for name, value in weights.items() if ROTARY.match(name)}
     if not isinstance(model, LightningDiT):
         return weights  # of which they are unknown names
-    for name, own in model.rotary_tables().items():
-        theirs = tables.get(ROTARY + name)
-        if theirs is not None and (theirs.shape != own.shape or not torch.allclose(theirs, own, atol=1e-3)):
+    for name, theirs in tables.items():
+        own = [of[name.rpartition(".")[2]] for of in model.rotary_tables()]
+        if not any(theirs.shape == table.shape and torch.allclose(theirs, table, atol=1e-3) for table in own):
             raise UserError(
-                f"{file} is not of this model: {ROTARY}{name} is {list(theirs.shape)}, the model's {list(own.shape)}, "
+                f"{file} is not of this model: {name} is {list(theirs.shape)}, the model's {list(own[0].shape)}, "
                 "or its positions rotate otherwise; choose the --preset, --model.heads and store that fit it"
             )
     return {name: value for name, value in weights.items() if name not in tables}
