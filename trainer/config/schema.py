@@ -152,7 +152,18 @@ class LossConfig:
 class DataConfig:
     """What is read from the store."""
 
-    latents: str = option("", "latents to train on, a name below latents/; empty: the only ones there are")
+    latents: str = option(
+        "",
+        "latents to train on, a name below latents/, or features/NAME for an encoder's features as latents; empty: the "
+        "only latents there are",
+    )
+    latent_statistics: Path = option(
+        Path(),
+        "features as latents: a published file of mean and var of each place (and mean_cls_token, var_cls_token); "
+        "empty: those that `python -m storage statistics --places` counted",
+        free=True,
+    )
+    latent_statistics_sha256: str = option("", "of the numbers of these statistics, which the run keeps a copy of")
     features: tuple[str, ...] = option(
         (),
         "features to align with, names below features/, one a target; empty: the only ones there are",
@@ -162,6 +173,12 @@ class DataConfig:
         "auto",
         "auto: by the statistics of the latents' identity, if it has some, else by its factor; scale: by its factor; "
         "channel: by mean and deviation of every channel, over all latents",
+    )
+    decoder: str = option(
+        "",
+        "features as latents: what makes pictures of them, a folder or hub id of diffusers' AutoencoderRAE; empty: "
+        "nothing does",
+        free=True,
     )
     latent_mean: tuple[float, ...] = option(
         (), "means of --data.latent-normalisation channel; empty: those of all latents, measured once and kept"
@@ -215,6 +232,15 @@ class DataConfig:
         for value in self.latent_std:
             if not 0 < value < math.inf:
                 raise UserError(f"--data.latent-std must be positive and finite, got {value}")
+        if self.latents.startswith("features/") and self.latent_normalisation != "auto":
+            raise UserError(
+                f"--data.latents {self.latents} is normalised by channel and place; leave --data.latent-normalisation "
+                f"at auto, not {self.latent_normalisation}"
+            )
+        if self.latent_statistics != Path() and not self.latents.startswith("features/"):
+            raise UserError(
+                "--data.latent-statistics is of features as latents; pass --data.latents features/NAME, or leave it out"
+            )
         object.__setattr__(self, "latents", self.latents.removeprefix("latents/"))
         object.__setattr__(self, "features", tuple(name.removeprefix("features/") for name in self.features))
 

@@ -96,7 +96,7 @@ def draw(batch: Batch, scale: LatentScale, config: TrainConfig, geometry: Geomet
     x = sample_latents(batch, scale, seed)
     noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
     if batch.class_tokens is not None:
-        x = join(x, batch.class_tokens.float())
+        x = join(x, scale.normalised_class(batch.class_tokens))
         if config.loss.class_noise == "mean":
             noise = join(noise, noise.mean((2, 3)))
         else:

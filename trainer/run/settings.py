@@ -13,6 +13,7 @@ from trainer.data.groups import TrainingData
 from trainer.data.latent_scale import measured
 from trainer.ranks.world import World
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.latent_map import statistics_of_run
 
 GROUPS = ("data.latents", "data.features")
 DIMENSION = 4096  # of the latents whose noise levels are not shifted (RAE)
@@ -35,6 +36,9 @@ def remember(config: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
         now, then = config.data.latent_normalisation, saved.config.data.latent_normalisation
         if now == then or (now == "auto" and NORMALISATION[0] not in given):
             chosen |= {name: value for name, value, _ in leaves(saved.config) if name in NORMALISATION}
+    now_by, then_by = config.data, saved.config.data
+    if not now_by.latent_statistics_sha256 and now_by.latent_statistics == then_by.latent_statistics:
+        chosen["data.latent_statistics_sha256"] = then_by.latent_statistics_sha256
     return override(saved.keep(config, given), chosen)
 
 
@@ -56,5 +60,7 @@ def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfi
         resolved["sample.guidance"] = 1.0  # towards what, without labels?
     if config.precision == "auto":
         resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
-    latents = data.latents.identity
+    latents = data.latent_identity
+    if data.of_features:
+        resolved["data.latent_statistics_sha256"] = statistics_of_run(config, data, config.run).digest
     return with_shifts(override(config, resolved), latents.latent_channels * math.prod(latents.latent_size))
