@@ -34,7 +34,7 @@ class Published:
     class_token: bool = False
     mark: str = ""  # what names begin with that are in its files and in no other's
     optional: bool = False  # whether some of its files are without the mark
-    statistics: str = ""  # the file beside the weights by which latents were standardised, channel by channel
+    statistics: str = ""  # the file beside the weights by which latents were standardised
 
 
 PUBLISHED: dict[Release, Published] = {
@@ -47,8 +47,8 @@ PUBLISHED: dict[Release, Published] = {
     "lightningdit": Published(
         name="LightningDiT", kind="lightningdit", mark="blocks.0.mlp.w12.", statistics="latents_stats.pt"
     ),
-    "rae": Published(name="RAE", kind="ditdh", mark="s_embedder.proj."),
-    "rit": Published(name="RiT", kind="rit", class_token=True, mark="cls_projectors."),
+    "rae": Published(name="RAE", kind="ditdh", mark="s_embedder.proj.", statistics="stat.pt"),
+    "rit": Published(name="RiT", kind="rit", class_token=True, mark="cls_projectors.", statistics="stat.pt"),
     "sit": Published(name="SiT", kind="sit"),
     "dit": Published(name="DiT", kind="dit"),
 }  # fmt: skip
@@ -122,6 +122,8 @@ def settings_of(release: Release, shapes: Shapes, *, aligned: bool) -> dict[str,
     settings: dict[str, Any] = {}
     if "blocks.0.attn.q_norm.weight" in shapes:
         settings["model.qk_norm"] = True
+    if "in_context_posemb" in shapes:
+        settings["model.context"] = shapes["in_context_posemb"][1]
     if release == "irepa" and aligned:
         settings["loss.projection_weight"] = (1.0,)
         kinds = [_irepa(shapes, number) for number in range(n_projectors(shapes))] or ["irepa"]

@@ -40,7 +40,7 @@ from storage.weights.tensors import Stored
 from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
-from trainer.data.groups import geometry_of, open_data, require_guided_channels
+from trainer.data.groups import TrainingData, geometry_of, open_data, require_guided_channels
 from trainer.data.latent_scale import LatentScale
 from trainer.loop.log_window import LogWindow
 from trainer.loop.step import build
@@ -50,6 +50,7 @@ from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.world import world_of_ranks
 from trainer.run.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from trainer.run.folder import RunFolder
+from trainer.run.latent_map import keep_statistics, map_of
 from trainer.run.lock import only_writer
 from trainer.run.published import ANCHOR, PUBLISHED, Release, Shapes, check_model, check_release
 from trainer.run.settings import resolve
@@ -91,20 +92,21 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         try:
             geometry = geometry_of(config, data)
             require_guided_channels(config, geometry)
-            config, of_latents = _with_statistics(config, release, file, data.latents.identity.latent_channels)
+            config, of_latents = _with_statistics(config, release, file, data)
             # The machine that trains the run decides on its arithmetic, not the one that makes it.
             config = override(resolve(config, data, world), {"precision": config.precision})
-            scale = LatentScale.of(data.latents.identity, config.data)
+            scale = map_of(config, data, config.run)
             training = build(config, geometry, scale, world)
             notes = [_load(training.model, weights, geometry, scale, file)]
             _load(training.ema.model, averaged, geometry, scale, file)
             if of_latents:
                 notes.append(of_latents)
             elif standardised := PUBLISHED[release].statistics:
+                by = "by channel and place" if data.of_features else "channel by channel"
                 ours = f"(x − {_numbers(scale.shift)}) · {_numbers(scale.scale)}"
                 notes.append(
-                    f"it was trained on latents standardised channel by channel with {standardised}, which lies beside "
-                    f"it; the run's are {ours}, and what is drawn is right only where these agree"
+                    f"it was trained on latents standardised {by} with {standardised}, which lies beside it; the run's "
+                    f"are {ours}, and what is drawn is right only where these agree"
                 )
             sums = LogWindow.empty(geometry).sums.tolist()
             state = RunState(
@@ -117,6 +119,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
                 scaler={},
             )
             with only_writer(config.run, world):
+                keep_statistics(config, data)
                 RunFolder(config.run).write_config(config)
                 save_checkpoint(
                     config.run, state, training.model, training.ema, training.optimizer, config.checkpoint.keep
@@ -126,7 +129,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
     return [f"{config.run} holds {file} at step 0", *stored.notes, *(note for note in notes if note)]
 
 
-def _with_statistics(config: TrainConfig, release: Release, file: Path, channels: int) -> tuple[TrainConfig, str]:
+def _with_statistics(config: TrainConfig, release: Release, file: Path, data: TrainingData) -> tuple[TrainConfig, str]:
     """The configuration with the statistics that lie beside a release's weights, and what to say of it, "" without.
 
     What the user chose goes before. Raises UserError where the file is not of the store's channels.
@@ -135,7 +138,12 @@ def _with_statistics(config: TrainConfig, release: Release, file: Path, channels
     beside = file.absolute().parent / name
     if not name or config.data.latent_normalisation != "auto" or not beside.is_file():
         return config, ""
-    statistics = read_statistics(beside, channels)
+    if data.of_features:
+        if config.data.latent_statistics != Path():
+            return config, ""
+        changes: dict[str, Any] = {"data.latent_statistics": beside}
+        return override(config, changes), f"its latents are normalised by channel and place with {beside}"
+    statistics = read_statistics(beside, data.latent_identity.latent_channels)
     changes = {
         "data.latent_normalisation": "channel",
         "data.latent_mean": statistics.mean,

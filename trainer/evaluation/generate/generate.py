@@ -35,7 +35,7 @@ from storage.base.files import write_atomic
 from storage.base.shown import LONGEST, shown
 from trainer.config.schema import AS_IMAGE, TrainConfig
 from trainer.config.tree import flatten, leaves, override
-from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
+from trainer.evaluation.generate.decode import decode_latents, decoder_of, load_decoder, to_decode, write_grid
 from trainer.evaluation.generate.draw import draw_latents, in_words
 from trainer.evaluation.generate.image_files import (
     SETTINGS_FILE,
@@ -69,11 +69,12 @@ def generate(config: GenerateConfig) -> list[Path]:
         checkpoint = _one_checkpoint(config)
         recipe = _recipe(run.config, config, world.device)
         config = dataclasses.replace(config, labels=recipe.sample.labels)
-        decoder = config.vae or run.data.latents.attributes["provenance"].get("decoder", "")
+        decoder = config.vae or decoder_of(run.data, run.config)
         if not decoder:
-            raise UserError(
-                f"{run.data.latents.path} does not say what decodes it; pass --vae with a diffusers directory"
+            what = (
+                "a folder or hub id of diffusers' AutoencoderRAE" if run.data.of_features else "a diffusers directory"
             )
+            raise UserError(f"{run.data.latents.path} does not say what decodes it; pass --vae with {what}")
         weaker = _weaker(config.weaker, run, recipe) if config.weaker is not None else None
         if not run.geometry.n_classes and recipe.sample.guidance > 1 and weaker is None:
             raise UserError(
@@ -100,7 +101,7 @@ def generate(config: GenerateConfig) -> list[Path]:
                 source = _Source(
                     model=load_model(run, checkpoint, "ema", world.device),
                     weaker=load_model(weaker.run, weaker.checkpoint, "ema", world.device) if weaker else None,
-                    decoder=load_decoder(decoder, world.device),
+                    decoder=load_decoder(decoder, world.device, of=run.data),
                     run=run,
                     recipe=recipe,
                     config=config,
@@ -133,7 +134,7 @@ class _Source:
                 f"the model of {self.run.path} gives NaN or infinity for images {images[0]} to {images[-1]}; generate "
                 "from an earlier --checkpoint, or with another --precision"
             )
-        return decode_latents(self.run.scale.stored(latents), self.decoder)
+        return decode_latents(to_decode(latents, self.run.scale, self.run.data), self.decoder)
 
 
 def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:
