@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from storage.base.errors import UserError
+from trainer.config.optim import OptimConfig
 from trainer.config.presets import preset
-from trainer.config.schema import OptimConfig
 from trainer.config.tree import override
 from trainer.loop.ema import EMA
 from trainer.loop.optimiser import make_optimizer, optimizer_tensors

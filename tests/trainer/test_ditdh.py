@@ -17,7 +17,8 @@ from tests.trainer.reference import GEOMETRIES, WEAKER, load_reference, referenc
 from tests.trainer.test_rit import batch_of
 from tests.trainer.test_transformer import randomised
 from trainer.config.presets import preset
-from trainer.config.schema import LossConfig, SampleConfig
+from trainer.config.sample import SampleConfig
+from trainer.config.schema import LossConfig
 from trainer.config.tree import override
 from trainer.data.latent_scale import LatentScale
 from trainer.loop import random_keys

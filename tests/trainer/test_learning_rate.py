@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from storage.base.errors import UserError
 from tests.trainer.runs import curve, micro, weights
-from trainer.config.schema import OptimConfig
+from trainer.config.optim import OptimConfig
 from trainer.loop.optimiser import learning_rate
 from trainer.loop.train import train
 from trainer.run.metrics import read_metrics

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from tests.trainer.test_transformer import randomised
-from trainer.config.schema import LossConfig, SampleConfig
+from trainer.config.sample import SampleConfig
+from trainer.config.schema import LossConfig
 from trainer.models.lightningdit import rotary_angles, rotated
 from trainer.models.make import make_model
 from trainer.objectives import lightningdit as objective

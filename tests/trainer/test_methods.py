@@ -157,7 +157,7 @@ def test_the_stop_is_said_as_it_comes_and_where_it_never_does(
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("alignment ")]
 
     never = "alignment  never stops in this run of {} steps (--loss.stop-alignment-at 4)"
-    rests = "no features are read, projectors rest"
+    rests = "no features are read for it, projectors rest"
     assert said(2, **STOPPED) == [never.format(2)]
     assert said(STOP, **STOPPED) == [never.format(STOP)]
     assert said(5, **STOPPED) == [f"alignment  has stopped, by --loss.stop-alignment-at 4: {rests}"]

@@ -25,9 +25,10 @@ from trainer.__main__ import main
 from trainer.config import command_line, saved
 from trainer.config.command_line import train_config
 from trainer.config.declaring import option, section
+from trainer.config.optim import OptimConfig
 from trainer.config.presets import PRESETS, tiny
 from trainer.config.saved import VERSION, read_config, to_yaml
-from trainer.config.schema import OptimConfig, TrainConfig
+from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, override
 from trainer.evaluation.export.export import export
 from trainer.evaluation.report.run_record import read_runs

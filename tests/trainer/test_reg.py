@@ -13,7 +13,7 @@ from tests.trainer import plain
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from tests.trainer.test_step import SCALE, batch_of, config_of
 from tests.trainer.test_transformer import SMALL
-from trainer.config.schema import SampleConfig
+from trainer.config.sample import SampleConfig
 from trainer.data.loader import behind_class_token
 from trainer.loop import random_keys
 from trainer.loop.losses import losses

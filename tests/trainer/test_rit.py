@@ -16,7 +16,8 @@ from tests.trainer import plain
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
 from tests.trainer.test_transformer import randomised
 from trainer.config.presets import preset
-from trainer.config.schema import LossConfig, SampleConfig, TrainConfig
+from trainer.config.sample import SampleConfig
+from trainer.config.schema import LossConfig, TrainConfig
 from trainer.config.tree import override
 from trainer.data.latent_scale import LatentScale
 from trainer.data.loader import Batch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storage.base.errors import UserError
 from tests.trainer.reference import load_reference, reference_model
-from trainer.config.schema import SampleConfig
+from trainer.config.sample import SampleConfig
 from trainer.loop.random_keys import normal
 from trainer.objectives.dit import reverse, schedule
 from trainer.objectives.sampling import LAST_SDE_TIME, Predict, sample

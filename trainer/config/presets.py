@@ -60,6 +60,8 @@ from pathlib import Path
 
 from storage.base.errors import UserError
 from storage.base.options import close_matches
+from trainer.config.optim import OptimConfig
+from trainer.config.sample import SampleConfig
 from trainer.config.schema import (
     PRESET_NAMES,
     CheckpointConfig,
@@ -68,8 +70,6 @@ from trainer.config.schema import (
     LogConfig,
     LossConfig,
     ModelConfig,
-    OptimConfig,
-    SampleConfig,
     TrainConfig,
 )
 from trainer.config.tree import override

@@ -2,7 +2,7 @@
 
 Each field carries its help text; the command line's dotted options (`--loss.projection-weight`) are made from these
 classes, so an option exists once. A field marked *free* may change when a run is resumed; every other one determines
-the numbers, and changing it on resume must be asked for.
+the numbers, and changing it on resume must be asked for. The settings of AdamW and of sampling have files of their own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Literal
 from storage.base.errors import UserError
 from storage.base.options import spelled
 from trainer.alignment import COSINE, spelled_out
+from trainer.config.data import DataConfig
 from trainer.config.declaring import at_least, flag, in_unit_interval, option, section
+from trainer.config.optim import OptimConfig
+from trainer.config.sample import SampleConfig
 
 Kind = Literal["sit", "dit", "lightningdit", "rit", "ditdh"]
 DEFAULT_PRESET = "sit-xl-2"
-AS_IMAGE = -1.0  # of a class token's guidance scale and interval
 PRESET_NAMES = (  # in words, of `presets.py`
     "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
     "lightningdit-{b,xl}-1, rit-xl-1, ditdh-{s,xl}-1, sit-tiny-2, dit-tiny-2"
@@ -114,7 +116,8 @@ class LossConfig:
     )
     stop_alignment_at: int = option(
         0,
-        "step from which on there is no alignment, at once: no features are read, projectors rest (HASTE); 0: never",
+        "step from which on there is no alignment, at once: no features are read for it, projectors rest (HASTE); 0: "
+        "never",
         of_alignment=True,
     )
     class_weight: float = option(
@@ -146,142 +149,6 @@ class LossConfig:
                 f"--loss.projection-weight {spelled(self.projection_weight)} gives a target no weight; leave it out of "
                 "the lists, or pass 0 alone for a vanilla run"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read from the store."""
-
-    latents: str = option(
-        "",
-        "latents to train on, a name below latents/, or features/NAME for an encoder's features as latents; empty: the "
-        "only latents there are",
-    )
-    latent_statistics: Path = option(
-        Path(),
-        "features as latents: a published file of mean and var of each place (and mean_cls_token, var_cls_token); "
-        "empty: those that `python -m storage statistics --places` counted",
-        free=True,
-    )
-    latent_statistics_sha256: str = option("", "of the numbers of these statistics, which the run keeps a copy of")
-    features: tuple[str, ...] = option(
-        (),
-        "features to align with, names below features/, one a target; empty: the only ones there are",
-        of_alignment=True,
-    )
-    latent_normalisation: Literal["auto", "scale", "channel"] = option(
-        "auto",
-        "auto: by the statistics of the latents' identity, if it has some, else by its factor; scale: by its factor; "
-        "channel: by mean and deviation of every channel, over all latents",
-    )
-    decoder: str = option(
-        "",
-        "features as latents: what makes pictures of them, a folder or hub id of diffusers' AutoencoderRAE; empty: "
-        "nothing does",
-        free=True,
-    )
-    latent_mean: tuple[float, ...] = option(
-        (), "means of --data.latent-normalisation channel; empty: those of all latents, measured once and kept"
-    )
-    latent_std: tuple[float, ...] = option((), "deviations that go with --data.latent-mean")
-    latent_deviation: Literal["refuse", "accept"] = option(
-        "refuse",
-        "what to do when the latents' deviation is far from 1 after they are normalised",
-        free=True,
-        before="accept",
-    )
-    resolution: int = option(0, "pixels a side that the store must have been made at; 0: any")
-    failed_rows: Literal["leave-out", "refuse"] = option(
-        "leave-out", "what to do when samples of a group used could not be decoded"
-    )
-    prefetch: int = option(3, "batches read ahead, each in its own (pinned) buffer", free=True)
-    threads: int = option(0, "threads that gather rows of one array; 0: as the kind of store needs", free=True)
-    resident: Literal["stream", "ram", "gpu"] = option(
-        "stream",
-        "stream: rows are read when they are visited; ram: all of them once, into one copy a machine, which its ranks "
-        "share; gpu: into the memory of each rank's device. The batches are the same",
-        free=True,
-    )
-    cache: Path = option(Path(), "folder on a local disk that keeps a part of a remote store", free=True)
-    cache_gb: float = option(0.0, "most gigabytes that the cache takes, over all arrays", free=True)
-
-    def __post_init__(self) -> None:
-        at_least(self, "data", "prefetch", 1)
-        at_least(self, "data", "threads", 0)
-        at_least(self, "data", "resolution", 0)
-        at_least(self, "data", "cache_gb", 0)
-        if (self.cache != Path()) != (self.cache_gb > 0):
-            raise UserError(
-                "a cache needs a folder and a size; pass --data.cache DIR and --data.cache-gb N, or neither"
-            )
-        if "" in self.features:
-            raise UserError(f"--data.features {spelled(self.features)} has an empty name; separate names by one comma")
-        if len(self.latent_mean) != len(self.latent_std):
-            raise UserError(
-                f"--data.latent-mean has {len(self.latent_mean)} numbers and --data.latent-std {len(self.latent_std)}; "
-                "give both a number a channel, or neither"
-            )
-        if self.latent_mean and self.latent_normalisation != "channel":
-            raise UserError(
-                "--data.latent-mean and --data.latent-std go with --data.latent-normalisation channel, not "
-                f"{self.latent_normalisation}"
-            )
-        for value in self.latent_mean:
-            if not math.isfinite(value):
-                raise UserError(f"--data.latent-mean must be finite, got {value}")
-        for value in self.latent_std:
-            if not 0 < value < math.inf:
-                raise UserError(f"--data.latent-std must be positive and finite, got {value}")
-        if self.latents.startswith("features/") and self.latent_normalisation != "auto":
-            raise UserError(
-                f"--data.latents {self.latents} is normalised by channel and place; leave --data.latent-normalisation "
-                f"at auto, not {self.latent_normalisation}"
-            )
-        if self.latent_statistics != Path() and not self.latents.startswith("features/"):
-            raise UserError(
-                "--data.latent-statistics is of features as latents; pass --data.latents features/NAME, or leave it out"
-            )
-        object.__setattr__(self, "latents", self.latents.removeprefix("latents/"))
-        object.__setattr__(self, "features", tuple(name.removeprefix("features/") for name in self.features))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
-
-    lr: float = option(1e-4, "learning rate, after the warm-up and before the decay")
-    warmup: int = option(0, "steps over which the learning rate rises linearly to --optim.lr; 0: none")
-    decay: Literal["none", "linear", "cosine"] = option("none", "how the learning rate falls to --optim.final-lr")
-    decay_from: int = option(0, "step at which the decay begins")
-    decay_until: int = option(0, "step at which the learning rate has reached --optim.final-lr, where it stays")
-    final_lr: float = option(0.0, "learning rate after the decay")
-    beta1: float = option(0.9, "decay of the first moment")
-    beta2: float = option(0.999, "decay of the second moment")
-    eps: float = option(1e-8, "added to the root of the second moment")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    clip: float = option(1.0, "largest norm of the whole gradient")
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{flag('optim', name)} must be positive and finite, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{flag('optim', name)} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "decay_from", "final_lr"):
-            at_least(self, "optim", name, 0)
-        if self.decay == "none" and (self.decay_from, self.decay_until, self.final_lr) != (0, 0, 0.0):
-            raise UserError(
-                "--optim.decay-from, --optim.decay-until and --optim.final-lr are of a decay; pass --optim.decay "
-                "linear or cosine, or leave them out"
-            )
-        if self.decay != "none" and not max(self.warmup, self.decay_from) < self.decay_until:
-            raise UserError(
-                f"--optim.decay {self.decay} needs --optim.decay-until, a step after --optim.decay-from "
-                f"({self.decay_from}) and --optim.warmup ({self.warmup}), got {self.decay_until}"
-            )
-        if self.final_lr > self.lr:
-            raise UserError(f"--optim.final-lr {self.final_lr} is above --optim.lr {self.lr}; a decay falls")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,93 +184,6 @@ class LogConfig:
         at_least(self, "log", "every", 1)
         at_least(self, "log", "samples_every", 0)
         at_least(self, "log", "samples", 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How `trainer generate` draws images from this run; saved with it, and may be overridden there."""
-
-    sampler: Literal["sde", "ode", "ddpm"] = option(
-        "sde", "SiT: Euler–Maruyama (sde) or Euler (ode); DiT: ancestral sampling (ddpm)", free=True
-    )
-    steps: int = option(250, "steps of the sampler", free=True)
-    heun: bool = option(False, "Heun's correction of the ode sampler, which calls the model twice a step", free=True)
-    shift: float = option(
-        1.0,
-        "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise; 0: as "
-        "--loss.time-shift",
-        free=True,
-    )
-    end: float = option(
-        0.0, "noise level, before the shift, at which the ode sampler ends and leaves what noise there is", free=True
-    )
-    guidance: float = option(
-        1.0,
-        "classifier-free guidance scale, of a class token too unless --sample.guidance-class says; 1: none",
-        free=True,
-    )
-    guidance_low: float = option(0.0, "guidance applies from this t, 0 (image) to 1 (noise)", free=True)
-    guidance_high: float = option(1.0, "guidance applies up to this t", free=True)
-    guidance_channels: int = option(0, "latent channels that guidance applies to, the first ones; 0: all", free=True)
-    labels: Literal["balanced", "random", "uniform"] = option(
-        "balanced",
-        "classes of generated images: each in turn, or drawn at random (uniform is the older word)",
-        free=True,
-    )
-    guidance_class: float = option(
-        AS_IMAGE,
-        "guidance scale of the class token where guidance applies; 0: none, -1: that of --sample.guidance, as "
-        "published",
-        free=True,
-        before=0.0,
-    )
-    guidance_class_low: float = option(AS_IMAGE, "the class token's own --sample.guidance-low; -1: the same", free=True)
-    guidance_class_high: float = option(
-        AS_IMAGE, "the class token's own --sample.guidance-high; -1: the same", free=True
-    )
-    class_noise: Literal["own", "mean"] = option(
-        "own",
-        "rit: what the class token starts from, draws of its own or the mean of the latents' over their places",
-        free=True,
-    )
-
-    def __post_init__(self) -> None:
-        at_least(self, "sample", "steps", 2 if self.sampler == "sde" else 1)
-        at_least(self, "sample", "guidance", 1)
-        at_least(self, "sample", "guidance_channels", 0)
-        if self.guidance_class != AS_IMAGE and not 0 <= self.guidance_class < math.inf:
-            raise UserError(
-                "--sample.guidance-class must be at least 0, or -1 for that of --sample.guidance, got "
-                f"{self.guidance_class}"
-            )
-        if self.sampler == "ddpm" and self.steps > 1000:
-            raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
-        if self.heun and self.sampler != "ode":
-            raise UserError(f"--sample.heun true goes with --sample.sampler ode, not {self.sampler}")
-        if not 0 <= self.shift < math.inf:
-            raise UserError(f"--sample.shift must be positive and finite, or 0, got {self.shift}")
-        if not 0 <= self.end < 1 or (self.end and self.sampler != "ode"):
-            raise UserError(
-                "--sample.end must be in [0, 1), and 0 but for --sample.sampler ode, "
-                f"got {self.end} with {self.sampler}"
-            )
-        for of, (low, high) in (("", (self.guidance_low, self.guidance_high)), ("class-", self.class_interval)):
-            if not 0 <= low <= high <= 1:
-                raise UserError(
-                    f"--sample.guidance-{of}low and --sample.guidance-{of}high must be an interval inside [0, 1], "
-                    f"got {low} and {high}"
-                )
-
-    @property
-    def class_interval(self) -> tuple[float, float]:
-        """The noise levels at which the class token is guided."""
-        low, high = self.guidance_class_low, self.guidance_class_high
-        return (self.guidance_low if low == AS_IMAGE else low, self.guidance_high if high == AS_IMAGE else high)
-
-    @property
-    def class_guidance(self) -> float:
-        """The class token's guidance scale where guidance applies; 0 or 1: none."""
-        return self.guidance if self.guidance_class == AS_IMAGE else self.guidance_class
 
 
 @dataclass(frozen=True, kw_only=True)

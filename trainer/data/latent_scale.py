@@ -32,7 +32,7 @@ from storage.normalisation import Normalisation, normalisation_of
 from storage.statistics import latent_mean_std
 
 if TYPE_CHECKING:
-    from trainer.config.schema import DataConfig
+    from trainer.config.data import DataConfig
 
 LEAST, MOST, MOST_MEAN = 0.5, 2.0, 1.0  # of a channel's deviation, and of the magnitude of its mean, after the map
 LEAST_OVER_ALL = 0.25  # of all channels together: one published factor serves data sets that vary less

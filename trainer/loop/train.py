@@ -75,7 +75,7 @@ from trainer.run.metrics import MetricsLog, read_metrics
 from trainer.run.resume import resume
 from trainer.run.settings import remember, resolve
 
-STOPPED = "no features are read, projectors rest"
+STOPPED = "no features are read for it, projectors rest"
 
 
 def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: bool = False) -> dict[str, Any]:

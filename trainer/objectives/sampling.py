@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.config.schema import SampleConfig
+from trainer.config.sample import SampleConfig
 from trainer.objectives import Objective, sit
 from trainer.objectives.dit import reverse, schedule, unit_times
 from trainer.objectives.sit import Path, score_from_velocity, shifted

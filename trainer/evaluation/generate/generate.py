@@ -33,7 +33,8 @@ from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from storage.base.shown import LONGEST, shown
-from trainer.config.schema import AS_IMAGE, TrainConfig
+from trainer.config.sample import AS_IMAGE
+from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, leaves, override
 from trainer.evaluation.generate.decode import decode_latents, decoder_of, load_decoder, to_decode, write_grid
 from trainer.evaluation.generate.draw import draw_latents, in_words
