@@ -152,6 +152,15 @@ def test_what_follows_a_training_knows_features(name: str, runs: dict[str, Path]
     assert name in page.read_text()
 
 
+def test_features_of_another_encoder_are_not_measured(runs: dict[str, Path], tmp_path: Path) -> None:
+    write(tmp_path / "other", plain_tokens(), layer="final norm", norm=NORM)
+    config = SweepConfig(n=20, k=3, device="cpu", batch=8, store=str(tmp_path / "other"))
+    with pytest.raises(
+        UserError, match=r"has other latents than \S+ was trained on \(encoder: timm.vit_small\S* and te"
+    ):
+        sweep(runs["rit"], config, ["cknna"])
+
+
 def test_a_weaker_run_of_other_latents_is_one_line(runs: dict[str, Path]) -> None:
     given = GenerateConfig(run=runs["ditdh"], n=2, device="cpu", guidance=1.5, weaker=runs["rit"])
     with pytest.raises(

@@ -109,6 +109,8 @@ def _loaded(
         state = {n.removeprefix(DECODER): t.float() for n, t in tensors.items() if n.startswith(DECODER)}
         decoder.load_state_dict({n: t for n, t in state.items() if n not in COMPUTED})
         mean, std = (tensors[name].float().reshape(1, 3, 1, 1) for name in (MEAN, STD))
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         first = " ".join(str(error).split())[:160]
         raise UserError(f"the decoder {where} cannot be loaded ({type(error).__name__}: {first}); {FIX}") from error

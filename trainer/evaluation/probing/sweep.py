@@ -36,6 +36,7 @@ from trainer.ranks.world import device_named
 from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
 
 Measure = Literal["probe", "cknna"]
+FEATURE_FIELDS = ("encoder", "weights_sha256", "resolution", "layer", "token_grid", "width")
 LATENT_FIELDS = (
     "encoder",
     "weights_sha256",
@@ -153,10 +154,11 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
     store = open_store(config.store) if config.store else run.data.store
     mine = run.data.latents
     latents = store.group(pick_group(store, "latents", mine.path.removeprefix("latents/")))
-    if differing := unlike(mine.identity, latents.identity, LATENT_FIELDS):
+    fields, encoder = (FEATURE_FIELDS, "encoder") if run.data.of_features else (LATENT_FIELDS, "VAE")
+    if differing := unlike(mine.identity, latents.identity, fields):
         raise UserError(
             f"{store.root} has other latents than {run.path} was trained on ({differing}); precompute it with the "
-            "same VAE"
+            f"same {encoder}"
         )
     name = config.features.removeprefix("features/")
     if not name and run.data.features:
