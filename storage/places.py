@@ -6,7 +6,7 @@
 These are the names of RAE's public files (arXiv 2510.11690), which are read as well. A receipt has sums a channel only:
 sums of every place would be 3 MB a unit for DINOv2-B. So one pass over the group counts them (`python -m storage
 statistics STORE features/NAME --places`) and publishes one file, which names the rows that it is of: their checksums,
-as the receipts have them. Of rows that were encoded again since, it is refused.
+as the receipts have them. Of rows that were encoded again since, it is refused, and so are numbers that were changed.
 
 Variances are the population's, over rows and views, of tokens as they are decoded. Sums of units are float64; they are
 added in the order of units with what rounding leaves off (Knuth's two-sum), so that the file does not depend on how
@@ -35,6 +35,7 @@ from storage.roots import Root
 FOLDER = "statistics"
 OF_TOKENS, OF_CLASS = ("mean", "var"), ("mean_cls_token", "var_cls_token")
 CLASS_TOKEN = "cls"
+DIGEST = "sha256"  # of the numbers, in a file's metadata
 ROWS_AT_ONCE = 32
 HEADER_BYTES = 1 << 16
 Sums = dict[str, np.ndarray]  # array → (2, *shape): sums of values and of squares
@@ -58,8 +59,8 @@ class PlaceStatistics:
     def digest(self) -> str:
         """SHA-256 (hex) of the numbers, which a run names."""
         numbers = hashlib.sha256()
-        for name, values in self.arrays().items():
-            numbers.update(f"{name} {values.shape}".encode() + values.astype("<f8").tobytes())
+        for values in self.arrays().values():
+            numbers.update(values.astype("<f8").tobytes())
         return numbers.hexdigest()
 
     def packed(self, **about: str) -> bytes:
@@ -121,9 +122,13 @@ def read(root: Root, group: GroupReader[FeaturesIdentity]) -> PlaceStatistics | 
             raw = file.read()
     except FileNotFoundError:
         return None
-    if _metadata(raw) != _about(group):
+    about = _metadata(raw)
+    if {name: about.get(name) for name in _about(group)} != _about(group):
         raise StoreError(f"{where} is of other rows than {group.path} has now; {fix}")
-    return unpacked(raw, where, fix, shape_of(group))
+    statistics = unpacked(raw, where, fix, shape_of(group))
+    if about.get(DIGEST) != statistics.digest:
+        raise StoreError(f"{where} is damaged (its numbers are not as they were written); {fix}")
+    return statistics
 
 
 def command(root: Root, path: str) -> str:
@@ -133,7 +138,8 @@ def command(root: Root, path: str) -> str:
 
 def publish(root: Root, group: GroupReader[FeaturesIdentity], statistics: PlaceStatistics, run_id: str) -> None:
     """Write the file, whole."""
-    root.write(key_of(group.path), [statistics.packed(**_about(group))], run_id)
+    about = {**_about(group), DIGEST: statistics.digest}
+    root.write(key_of(group.path), [statistics.packed(**about)], run_id)
 
 
 def count(

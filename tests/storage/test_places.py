@@ -43,6 +43,7 @@ def test_they_are_those_of_all_numbers(tmp_path: Path, codec: Codec | None) -> N
     statistics = read(tmp_path)
     assert statistics is not None
     assert statistics.mean_class is not None
+    assert statistics.var_class is not None
     for mean, var, array in (
         (statistics.mean.reshape(24, 64).T, statistics.var.reshape(24, 64).T, tokens),
         (statistics.mean_class, statistics.var_class, data["cls"]),
@@ -85,6 +86,18 @@ def test_those_of_other_rows_are_refused_and_counted_again(tmp_path: Path) -> No
     statistics = read(tmp_path / "store")
     assert statistics is not None
     assert statistics.var.min() > 0
+
+
+def test_no_number_changes_unseen(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    count(tmp_path, "--places")
+    raw = bytearray((tmp_path / KEY).read_bytes())
+    raw[-5] ^= 1
+    (tmp_path / KEY).write_bytes(raw)
+    with pytest.raises(
+        StoreError, match=r"is damaged \(its numbers are not as they were written\); run `python -m stor"
+    ):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_they_are_the_public_implementation_s(tmp_path: Path) -> None:
         statistics = places.PlaceStatistics(
             mean=vectors["latent_mean"].double().numpy(), var=vectors["latent_var"].double().numpy()
         )
-        identity = registry.describe(spec, resolution=256)
+        identity: Any = registry.describe(spec, resolution=256)
         encoder: Any = registry.load(spec, resolution=256, device=CPU)
         patches, cls = encoder.encode_tokens(vectors["images_uint8_nhwc"])
         attributes = registry.attributes(spec)
@@ -282,6 +282,12 @@ def test_aligned_with_another_encoder(tmp_path: Path) -> None:
     last = train(config)["last"]
     parts = last["denoising_loss"] + 0.03 * last["class_denoising_loss"] + 0.5 * last["alignment_loss"]
     assert last["loss"] == pytest.approx(parts)
+
+
+def test_a_run_in_memory_is_the_same(store: Path, tmp_path: Path) -> None:
+    for resident in ("stream", "ram"):
+        train(micro(store, tmp_path / resident, steps=3, **RIT, **{"data.resident": resident}))
+    assert_same_run(tmp_path / "stream", tmp_path / "ram")
 
 
 def test_a_run_keeps_its_statistics(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,10 +213,14 @@ def _weaker(path: Path, run: OpenRun, recipe: TrainConfig) -> _Weaker:
         ("a map of latents", str(run.scale), str(weaker.scale)),
         ("a state", ours.state_shape, theirs.state_shape),
         ("classes", ours.n_classes, theirs.n_classes),
-        ("an objective", OBJECTIVES[ours.kind].__name__, OBJECTIVES[theirs.kind].__name__),
     ):
         if a != b:
             raise UserError(f"--weaker {path} has {what} {b}, {run.path} has {a}; name a run like it")
+    if OBJECTIVES[ours.kind] is not OBJECTIVES[theirs.kind]:
+        raise UserError(
+            f"--weaker {path} is of --model.kind {theirs.kind}, whose outputs are not those of {ours.kind}; name a run "
+            "like it"
+        )
     return _Weaker(run=weaker, checkpoint=checkpoints_of(path)[0])
 
 
