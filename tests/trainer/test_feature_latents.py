@@ -137,7 +137,10 @@ def test_they_are_the_public_implementation_s(tmp_path: Path) -> None:
         attributes = registry.attributes(spec)
         group: Any = type("Group", (), {"identity": identity, "attributes": attributes, "path": "features/x"})
         stored = on_grid(patches, (16, 16))
-        latents[norm] = scale_of(group, statistics, source="").normalised(stored)
+        scale = scale_of(group, statistics, source="")
+        latents[norm] = scale.normalised(stored)
+        decoded = without_affine(scale.stored(vectors["latents"]), group).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(decoded, vectors["decoder_input"], atol=1e-4, rtol=0)
         torch.testing.assert_close(without_affine(stored, group), vectors["latents_raw"], atol=1e-4, rtol=0)
         torch.testing.assert_close(latents[norm], vectors["latents"], atol=1e-4, rtol=1e-4)
         if norm == "plain":
