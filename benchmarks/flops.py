@@ -6,7 +6,7 @@ from benchmarks.methods import method, step_flops
 from benchmarks.report import table
 from trainer.config.presets import PRESETS
 
-SIZES = ("b", "l", "xl")
+SIZES = ("s", "b", "l", "xl")
 ROWS = {  # what the table calls a method: its name, with the size left open
     "REPA": "sit-{}-2",
     "iREPA": "sit-{}-2:irepa",
@@ -16,6 +16,8 @@ ROWS = {  # what the table calls a method: its name, with the size left open
     "REPA after a stop": "sit-{}-2:stopped",
     "REPA, latents of 32×16×16, patch 1": "sit-{}-1",
     "LightningDiT, latents of 32×16×16": "lightningdit-{}-1",
+    "RiT, latents of 384×16×16": "rit-{}-1",
+    "DiT^DH, latents of 768×16×16": "ditdh-{}-1",
 }
 
 

@@ -15,6 +15,7 @@ from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
 from trainer.models.flops import forward_flops_per_image
 from trainer.models.transformer import Geometry
+from trainer.run.settings import with_shifts
 
 N_CLASSES = 1000
 CHANGES: dict[str, dict[str, Any]] = {
@@ -23,6 +24,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "stopped": {"loss.stop_alignment_at": 1},
 }
 SD_VAE, F16 = (4, 8), (32, 16)  # channels, and pixels a side of one latent
+FEATURES = {"rit": (384, 16), "ditdh": (768, 16)}
 
 
 def method(name: str) -> TrainConfig:
@@ -30,12 +32,18 @@ def method(name: str) -> TrainConfig:
     base, _, change = name.partition(":")
     if change and change not in CHANGES:
         raise UserError(f"{name}: there is no change {change!r}, but {', '.join(CHANGES)}")
-    return override(preset(base), CHANGES.get(change, {}))
+    config = override(preset(base), CHANGES.get(change, {}))
+    channels, side = latents_of(config)
+    return with_shifts(config, channels * side**2)
 
 
 def latents_of(config: TrainConfig) -> tuple[int, int]:
-    """Channels and side of the latents: an autoencoder's of factor 16 where the patch is one, else SD-VAE's."""
-    channels, factor = F16 if config.model.patch == 1 else SD_VAE
+    """Channels and side of the latents.
+
+    Those that a method was published with: features of DINOv2-S or -B, or where the patch is one an autoencoder's of
+    factor 16, else SD-VAE's.
+    """
+    channels, factor = FEATURES.get(config.model.kind) or (F16 if config.model.patch == 1 else SD_VAE)
     return channels, (config.data.resolution or 256) // factor
 
 
@@ -55,8 +63,13 @@ def on_imagenet(config: TrainConfig, target_width: int = 768) -> Geometry:
         qk_norm=model.qk_norm,
         targets=tuple((target.block, target_width) for target in targets),
         alignments=tuple(alignment_named(target.alignment) for target in targets),
-        class_width=target_width if model.class_token else 0,
+        class_width=(channels if model.kind in FEATURES else target_width) if model.class_token else 0,
         projector_width=model.projector_width,
+        head_width=model.head_width,
+        head_depth=model.head_depth,
+        head_heads=model.head_heads,
+        context=model.context,
+        context_block=model.context_block,
     )
 
 

@@ -45,7 +45,7 @@ def batches(variant: str, data: Any, batch: int, threads: int) -> Iterator[Itera
     """Endless batches."""
     import torch
 
-    from trainer.config.schema import DataConfig
+    from trainer.config.data import DataConfig
     from trainer.data.loader import Loader
     from trainer.data.resident import open_rows
     from trainer.ranks.world import World

@@ -190,7 +190,8 @@ def create(plan: Plan, source: Source, staging: Staging) -> None:
     create_store(plan.root, plan.layout, plan.index, source.provenance(), staging.run_id)
     for group in plan.groups:
         provenance = {"source": source.provenance(), **registry.provenance(group.spec)}
-        create_group(plan.root, group.layout, group.identity, provenance, staging.run_id)
+        more = registry.attributes(group.spec)
+        create_group(plan.root, group.layout, group.identity, provenance, staging.run_id, more=more)
         staging.prepare(group.layout.path)
 
 

@@ -32,20 +32,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 
 from storage import space
 from storage.base.console import progress_bar, say
 from storage.base.errors import StoreError, UserError
 from storage.base.options import argument, check_ranges, one_of, option
 from storage.codecs import CODECS, PLAIN, TOKENS, Codec, codec_of
+from storage.final_norm import ATTRIBUTE
 from storage.identity import FeaturesIdentity
 from storage.layout import METADATA, ArrayLayout, GroupLayout
 from storage.metadata import check_identity, read_attributes
 from storage.principal import BASIS, Basis, Request, fitted, stored_basis
 from storage.processes import in_processes
 from storage.reader import GroupReader, Store, open_store
-from storage.receipts import Receipt, look_at, read_receipt, scan
+from storage.receipts import look_at, read_receipt, rows_crc32c, scan
 from storage.roots import Root
 from storage.staging import Staging
 from storage.statistics import unit_sums
@@ -152,7 +152,9 @@ def derive_group(
         space.require_space(store.root, rows_todo * layout.sample_bytes, free, "derive with fewer bits")
         with Staging(store.root) as staging:
             provenance = {**parent.attributes.get("provenance", {}), "derived_from": path}
-            more = {BASIS: basis.packed()} if basis else {}
+            more: dict[str, Any] = {BASIS: basis.packed()} if basis else {}
+            if ATTRIBUTE in parent.attributes and not basis:
+                more[ATTRIBUTE] = parent.attributes[ATTRIBUTE]
             digest = create_group(store.root, layout, identity, provenance, staging.run_id, more=more)
             staging.prepare(child)
             job = Job(
@@ -253,17 +255,9 @@ def units_to_do(store: Store, parent: GroupReader[Any], layout: GroupLayout, dig
     for (unit, made_of, _), (_, receipt, reason) in zip(of_parent, scan(store.root, layout, digest), strict=True):
         if made_of is None:
             raise StoreError(f"unit {unit} of {parent.path} vanished; finish that group, then derive again")
-        if receipt is None or reason is not None or receipt.made.get(PARENT_CRC32C) != parent_crc32c(made_of):
+        if receipt is None or reason is not None or receipt.made.get(PARENT_CRC32C) != rows_crc32c(made_of):
             todo.append(unit)
     return todo
-
-
-def parent_crc32c(receipt: Receipt) -> int:
-    """CRC-32C of the checksums of a unit's chunks, which stand for its bytes and for which rows have failed."""
-    crc = 0
-    for shard in sorted(receipt.shards, key=lambda shard: shard.path):
-        crc = crc32c(shard.chunk_crc32c.encode(), crc)
-    return crc
 
 
 def derive_unit(job: Job, unit: int) -> int:
@@ -302,7 +296,7 @@ def derive_unit(job: Job, unit: int) -> int:
         job.run_id,
         {"wait for reading": round(read_s, 4), "encode": round(encode_s, 4)},
         statistics=statistics,
-        made={PARENT_CRC32C: parent_crc32c(made_of)},
+        made={PARENT_CRC32C: rows_crc32c(made_of)},
         sample_crc32c=made_of.sample_crcs(),
         replaces=before if before is not None and (done or not before.shards) else None,
     )

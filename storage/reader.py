@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from typing import Any, Generic
 
 import numpy as np
+from crc32c import crc32c
 from numpy.typing import DTypeLike
 
 from storage.base.errors import StoreError
@@ -47,7 +48,7 @@ from storage.metadata import (
     typed_attributes,
 )
 from storage.opened_array import EmptyRows, OpenArray
-from storage.receipts import Failure, Receipt, check_metadata, scan
+from storage.receipts import Failure, Receipt, check_metadata, rows_crc32c, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
 from storage.statistics import Sums, add_up
@@ -72,6 +73,7 @@ class GroupReader(Generic[AnyIdentity]):
         failures: list[Failure],
         arrays: Mapping[str, ArrayReader],
         receipts: Sequence[Receipt] = (),
+        rows_crc32c: int = 0,
     ) -> None:
         self.path = layout.path
         self.layout = layout
@@ -82,6 +84,7 @@ class GroupReader(Generic[AnyIdentity]):
         self.failed_rows = np.array(sorted(failure.row for failure in failures), dtype=np.int64)
         self.arrays = dict(arrays)
         self._receipts = receipts
+        self.rows_crc32c = rows_crc32c  # of the bytes of every unit, by which something made of them tells its rows
 
     def __getitem__(self, name: str) -> ArrayReader:
         return self.arrays[name]
@@ -255,13 +258,14 @@ class Store:
             require_same(expect.plain(), attributes["identity"], self.root.at(path), "open the group you mean")
         failures: list[Failure] = []
         receipts: list[Receipt] = []
-        n_undone, first_undone = 0, ""
+        n_undone, first_undone, crc = 0, "", 0
         for unit, receipt, reason in scan(self.root, layout, attributes["identity_digest"]):
             if receipt is None or reason is not None:
                 first_undone = first_undone or f"first unit {unit}: {reason}"
                 n_undone += 1
             else:
                 failures += receipt.failed
+                crc = crc32c(rows_crc32c(receipt).to_bytes(4, "little"), crc)
                 if path.startswith("latents/"):
                     receipts.append(dataclasses.replace(receipt, shards=(), sample_crc32c=""))  # their sums, in short
         if n_undone:
@@ -290,7 +294,7 @@ class Store:
             for array in layout.arrays
         }
         identity = group_identity(path, attributes["identity"], self.root.at(path))
-        return GroupReader(layout, attributes, identity, failures, arrays, receipts)
+        return GroupReader(layout, attributes, identity, failures, arrays, receipts, crc)
 
 
 def open_store(where: str | os.PathLike[str] | Root) -> Store:

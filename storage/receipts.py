@@ -26,6 +26,7 @@ from itertools import islice, pairwise
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from crc32c import crc32c
 from pydantic import FiniteFloat
 
 from storage.base.boundary import parse_json
@@ -106,6 +107,14 @@ class Receipt:
         if len(crcs) != self.rows[1] - self.rows[0]:
             raise ValueError(f"sample_crc32c is of {len(crcs)} rows")
         return crcs
+
+
+def rows_crc32c(receipt: Receipt) -> int:
+    """CRC-32C of the checksums of a unit's chunks, which stand for its bytes and for which rows have failed."""
+    crc = 0
+    for shard in sorted(receipt.shards, key=lambda shard: shard.path):
+        crc = crc32c(shard.chunk_crc32c.encode(), crc)
+    return crc
 
 
 def sha256(data: bytes) -> str:

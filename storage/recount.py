@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from storage import places
 from storage.base.console import progress_bar, say
-from storage.base.options import argument
+from storage.base.errors import StoreError, UserError
+from storage.base.options import argument, option
 from storage.codecs import TOKENS
-from storage.reader import GroupReader, open_store
+from storage.identity import FeaturesIdentity
+from storage.reader import DEFAULT_THREADS, GroupReader, Store, open_store
 from storage.receipts import Receipt, read_receipt, scan, write_receipt
 from storage.roots import Root
 from storage.staging import Staging
@@ -31,6 +34,9 @@ class StatisticsConfig:
 
     store: str = argument("store root or URL")
     group: str = argument("group to count: latents/NAME or features/NAME")
+    places: bool = option(
+        False, "features: mean and variance at each place of the grid as well, which latents of features need"
+    )
 
 
 def statistics(config: StatisticsConfig) -> None:
@@ -56,8 +62,32 @@ def statistics(config: StatisticsConfig) -> None:
         sums, _ = group_sums(store.root, group.layout, group.identity_digest, group.identity)
         say(f"{store.root.at(group.path)}: {len(lacking)} of {store.layout.n_units} units counted")
         say(*describe(sums, group.identity))
+        if config.places:
+            say(_of_places(store, group))
     finally:
         group.close()
+
+
+def _of_places(store: Store, group: GroupReader[Any]) -> str:
+    """Count what each place holds, unless that was done of these rows; returns what there is to say."""
+    if not isinstance(group.identity, FeaturesIdentity):
+        raise UserError(f"--places is of features, and {group.path} are latents; leave it out")
+    try:
+        statistics = places.read(store.root, group)
+    except StoreError:  # of other rows, or damaged
+        statistics = None
+    state = "are there"
+    if statistics is None:
+        with (
+            Staging(store.root) as staging,
+            progress_bar(store.layout.n_units, unit="shard", description=f"places of {group.path}") as bar,
+        ):
+            statistics = places.count(group, DEFAULT_THREADS, bar.update)
+            places.publish(store.root, group, statistics, staging.run_id)
+        state = "were counted"
+    low, high = np.sqrt(statistics.var).min(), np.sqrt(statistics.var).max()
+    of_class = "" if statistics.mean_class is None else ", and of class tokens"
+    return f"statistics of {statistics.mean[0].size} places {state}: std {low:.4g} to {high:.4g}{of_class}"
 
 
 def count_unit(root: Root, group: GroupReader[Any], unit: int, receipt: Receipt, run_id: str) -> None:

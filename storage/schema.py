@@ -72,6 +72,13 @@ class PackedBasis(TypedDict):
     total_variance: Base64
 
 
+class PackedNorm(TypedDict):
+    """`storage.final_norm.FinalNorm` as a group's attributes hold it."""
+
+    weight: Base64
+    bias: Base64
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreAttributes:
     """Attributes of a store's root."""

@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
 
 from storage.base import console
 from tests import examples
-from tests.stores import make_store
+from tests.stores import count_places, make_store
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,7 +68,8 @@ def tiny_store(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same store made once, for tests that only read it."""
+    """The same store made once, with statistics of its features' places, for tests that only read it."""
     root = tmp_path_factory.mktemp("shared") / "store"
     make_store(root)
+    count_places(root)
     return root

@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from storage import ArrayLayout, Failure, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
+from storage import (
+    ArrayLayout,
+    Failure,
+    GroupLayout,
+    Staging,
+    StoreLayout,
+    create_group,
+    create_store,
+    open_store,
+    places,
+    publish_unit,
+)
 from storage.codecs import PLAIN, Codec
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
@@ -130,6 +141,14 @@ def make_store(
                 root, layout, identities[path], data[path], keys, failed_rows, staging, missing_only=missing_only
             )
     return data
+
+
+def count_places(root: Path | str, path: str = FEATURES) -> None:
+    """Write the statistics of a features group's places, without which it cannot be latents."""
+    with Staging(root) as staging:
+        group = open_store(root).group(path)
+        places.publish(staging.root, group, places.count(group, 1), staging.run_id)
+        group.close()
 
 
 def make_groups(

@@ -45,6 +45,7 @@ from trainer.models.transformer import Geometry
 from trainer.objectives import dit as diffusion
 from trainer.objectives import sampling
 from trainer.ranks.world import World
+from trainer.run.settings import with_shifts
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda", 0)
@@ -105,7 +106,8 @@ def a_batch(step: int, geometry: Geometry, codec: Codec = INT8) -> Batch:
     class_tokens = None
     if geometry.class_width:
         class_tokens = torch.randn(B, geometry.class_width, device=GPU).half()
-        targets = tuple(behind_class_token(target, class_tokens) for target in targets)
+        if geometry.aligns_class_token:
+            targets = tuple(behind_class_token(target, class_tokens) for target in targets)
     moments = torch.randn(B, 2 * geometry.channels, geometry.input_size, geometry.input_size, device=GPU).half()
     return Batch(
         step=step,
@@ -126,6 +128,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "patch 1": ("sit-{}-1", {}),
     "reg": ("sit-{}-2-reg", {}),
     "lightningdit": ("lightningdit-{}-1", {}),
+    "rit": ("rit-{}-1", {"loss.projection_weight": (0.5,)}),
+    "ditdh": ("ditdh-{}-1", {"loss.projection_weight": (0.5,)}),
     "irepa, kernel 1": ("sit-{}-2", {"loss.alignment": ("irepa:kernel=1",)}),
     "irepa, kernel 3": ("sit-{}-2", {"loss.alignment": ("irepa",)}),
     "stopped": ("sit-{}-2", {"loss.stop_alignment_at": 1}),
@@ -137,6 +141,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     [
         *(("b", name, 2) for name in ("sit", "dit")),
         *(("b", name, 1) for name in ("reg", "lightningdit", "stopped")),
+        ("s", "ditdh", 1),
         *(pytest.param("b", name, 1, marks=pytest.mark.slow) for name in STEPS if name.startswith(("irepa", "patch"))),
         *(pytest.param("xl", name, n, marks=pytest.mark.slow) for name in ("sit", "dit") for n in (1, 2)),
         *(pytest.param("xl", name, 1, marks=pytest.mark.slow) for name in STEPS if name not in ("sit", "dit")),
@@ -149,6 +154,7 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
     name = spelling.format(size)
     config = override(preset(name), {"precision": "fp32", "accumulate": accumulate, "optim.clip": 1.0, **changes})
     geometry = imagenet_config(name, **changes)
+    config = with_shifts(config, geometry.channels * geometry.input_size**2)
     parts = update.build(config, geometry, LatentScale(scale=0.18, shift=0.0), World(rank=0, size=1, device=GPU))
 
     def backward(loss: Tensor) -> None:

@@ -13,8 +13,9 @@ antialiasing. GFLOP count 2 a multiply-add, one image of 256 px; 512 px has four
 
 Any other diffusers autoencoder: --latents DIRECTORY, or ORG/NAME[/FOLDER] on the hub.
 Any other vision transformer of timm: --features timm:NAME, say timm:vit_base_patch16_224.augreg_in21k:layer=8
-Options behind a name: layer=N, the output of block N without norm, or layer=norm; tokens=patch|cls|both;
-precision=fp32|tf32|fp16|bf16 (a VAE's too). Several in one pass: --features dinov2-vitb14,clip-vitl14
+Options behind a name: layer=N, the output of block N without norm, or layer=norm; norm=plain, the final norm without
+its affine part; tokens=patch|cls|both; precision=fp32|tf32|fp16|bf16 (a VAE's too). Several in one pass:
+--features dinov2-vitb14,clip-vitl14
 Weights come from the hub's cache, the hub, or files: --features-weights FILE or NAME=FILE,NAME=FILE, in timm's layout
 or as their authors released them."""
 

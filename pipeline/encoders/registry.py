@@ -3,6 +3,7 @@
 A name may carry options, `NAME:layer=8:tokens=patch:precision=fp16`:
 
     layer=N         the output of block N, counted from 1, without the final norm; layer=norm: after the final norm
+    norm=plain      the final norm without its affine part, as RAE's latents are
     tokens=         patch, cls or both
     precision=      fp32, tf32, bf16 or fp16 for this encoder (`precision.py`)
 
@@ -11,6 +12,8 @@ of the same signature as its siblings':
 
     describe(spec, resolution) -> Identity     everything that determines the numbers, weights' SHA-256 too
     load(spec, resolution, device) -> Encoder
+
+A family may have a third, `final_norm(spec)`: weight and bias of its final norm, which are recorded beside features.
 
 `describe` builds no model on a device, but finds the weights and hashes them, so that missing weights end a run before
 it starts.
@@ -32,6 +35,7 @@ from pipeline.encoders.precision import ARITHMETIC
 from storage import codecs
 from storage.base.errors import UserError
 from storage.codecs import PLAIN, Codec, codec_named
+from storage.final_norm import ATTRIBUTE
 from storage.identity import Identity
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 TIMM = "timm:"
 OPTION = r":(?=[a-z]+=)"  # what parts a name from its options
 TOKENS = ("patch", "cls", "both")
+NORMS = ("affine", "plain")
 
 
 class Encoder(Protocol):
@@ -67,6 +72,7 @@ class EncoderSpec:
     codec: Codec = PLAIN  # features: how patch tokens are stored
     vision: VisionModel | None = None  # features: what the catalogue knows; None: timm is asked
     layer: int | None = None  # features: of this block, counted from 1; None: of the final norm
+    plain_norm: bool = False  # features: of the final norm without its affine part
     tokens: str = "both"  # features: "patch", "cls" or "both"
     precision: str = "fp32"
     compiled: bool = False
@@ -146,7 +152,7 @@ def resolve_features(
     The group is named after the encoder, and after layer and tokens where they are not its default.
     """
     codec = codec_named(dtype)
-    request = Request.parse(text, ("layer", "tokens", "precision"))
+    request = Request.parse(text, ("layer", "norm", "tokens", "precision"))
     known = VISION.get(request.name)
     if known is None and not re.fullmatch(rf"{TIMM}[\w.-]+", request.name):
         raise UserError(
@@ -155,6 +161,9 @@ def resolve_features(
         )
     default_tokens = "both" if known and known.has_cls else "patch"
     layer, tokens = _layer(request, known), request.options.get("tokens", default_tokens)
+    norm = request.options.get("norm", "affine")
+    if norm not in NORMS or (norm == "plain" and layer is not None):
+        raise UserError(f"{text}: norm= is one of {', '.join(NORMS)}, and of layer=norm")
     if tokens not in TOKENS:
         raise UserError(f"{text}: tokens= is one of {', '.join(TOKENS)}")
     if codec != PLAIN and tokens == "cls":
@@ -164,6 +173,8 @@ def resolve_features(
     name = request.name.removeprefix(TIMM)
     if layer != (known.layer if known else None):
         name += "-norm" if layer is None else f"-layer{layer}"
+    if norm == "plain":
+        name += "-plain"
     if tokens != default_tokens:
         name += f"-{tokens}"
     return EncoderSpec(
@@ -175,6 +186,7 @@ def resolve_features(
         codec=codec,
         vision=known,
         layer=layer,
+        plain_norm=norm == "plain",
         tokens=tokens,
         precision=request.options.get("precision", precision),
         compiled=compiled,
@@ -252,6 +264,18 @@ def provenance(spec: EncoderSpec) -> dict[str, str]:
     """What is recorded beside the identity: where the weights were asked for and what decodes the latents."""
     where = str(spec.weights) if spec.weights else spec.model
     return {"weights": where, **({"decoder": spec.decoder} if spec.decoder else {})}
+
+
+def attributes(spec: EncoderSpec) -> dict[str, Any]:
+    """What a group says of its numbers beside the identity: the affine part of features' final norm, where it is known.
+
+    It is read from the weight file, under the name that timm and most originals give it.
+    """
+    if spec.kind != "features" or spec.layer is not None or spec.plain_norm:
+        return {}
+    final_norm = getattr(importlib.import_module(f"pipeline.encoders.{spec.family}"), "final_norm", None)
+    weights = final_norm(spec) if final_norm is not None else None
+    return {ATTRIBUTE: weights.packed()} if weights is not None else {}
 
 
 def encode_images(encoder: Encoder, images: np.ndarray) -> dict[str, np.ndarray]:

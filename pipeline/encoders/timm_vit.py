@@ -21,9 +21,11 @@ from pipeline.encoders.registry import TIMM, EncoderSpec
 from pipeline.encoders.vision import VisionTransformerEncoder, preprocess
 from pipeline.encoders.weights import file_sha256, find_weights, read_weights
 from storage.base.errors import UserError
+from storage.final_norm import AFFINE, PLAIN, FinalNorm
 from storage.identity import FeaturesIdentity
 
 State = dict[str, Tensor]
+NORM = ("norm.weight", "norm.bias")
 NOT_OF_THE_ENCODER = ("head.", "head_dist.", "decoder", "mask_token")  # classifiers; MAE's other half
 
 
@@ -39,7 +41,7 @@ def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
         encoder=f"timm.{known.model}",
         weights_sha256=file_sha256(_weights(spec, known)),
         preprocessing=known.preprocessing.describe(resolution),
-        layer="final norm" if spec.layer is None else f"block {spec.layer} of {known.depth}, no norm",
+        layer=layer_name(spec, known.depth),
         tokens=spec.tokens,
         token_grid=(side, side),
         width=known.width,
@@ -56,7 +58,7 @@ def load(
     model = build(known, resolution)
     load_state(model, convert(state) if convert else state, path)
     return VisionTransformerEncoder(
-        cut(model, spec.layer),
+        cut(model, spec),
         lambda x: preprocess(x, known.preprocessing),
         device,
         tokens=spec.tokens,
@@ -93,11 +95,39 @@ def load_state(model: Any, state: Mapping[str, Tensor], path: Path) -> None:
         raise UserError(f"{path} does not hold the weights of this model ({first}…); pass the right file") from error
 
 
-def cut(model: Any, layer: int | None) -> Any:
-    """Leave out what lies behind the block `layer`, counted from 1, the final norm too; None: nothing."""
-    if layer is not None:
-        model.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
+def layer_name(spec: EncoderSpec, depth: int) -> str:
+    """Which tokens are features, as an identity says it."""
+    if spec.layer is not None:
+        return f"block {spec.layer} of {depth}, no norm"
+    return PLAIN if spec.plain_norm else AFFINE
+
+
+def cut(model: Any, spec: EncoderSpec) -> Any:
+    """Leave out what lies behind the encoder's layer, the final norm too, or the affine part of that; or nothing.
+
+    Raises UserError for a final norm that is no layer norm.
+    """
+    if spec.layer is not None:
+        model.prune_intermediate_layers([spec.layer - 1], prune_norm=True, prune_head=True)
+    elif spec.plain_norm:
+        if not isinstance(model.norm, nn.LayerNorm):
+            raise UserError(f"{spec.store_name} ends in a {type(model.norm).__name__}, which norm=plain does not know")
+        model.norm = nn.LayerNorm(model.norm.normalized_shape, eps=model.norm.eps, elementwise_affine=False)
     return model
+
+
+def final_norm(spec: EncoderSpec) -> FinalNorm | None:
+    """Weight and bias of the final norm, as the weight file names them; None where it has none of that name."""
+    return norm_in(_weights(spec, spec.vision or look_up(spec.model)))
+
+
+def norm_in(path: Path) -> FinalNorm | None:
+    """Weight and bias of the final norm in a weight file, if it is of that name."""
+    found = read_weights(path, NORM)
+    if found.keys() != set(NORM):
+        return None
+    weight, bias = (found[name].float().numpy() for name in NORM)
+    return FinalNorm(weight=weight, bias=bias)
 
 
 def look_up(name: str) -> VisionModel:

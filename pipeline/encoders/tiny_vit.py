@@ -10,11 +10,12 @@ import torch
 
 from pipeline.encoders.catalogue import HALF
 from pipeline.encoders.registry import EncoderSpec
-from pipeline.encoders.timm_vit import cut
+from pipeline.encoders.timm_vit import cut, layer_name, norm_in
 from pipeline.encoders.tiny import RESOLUTION
 from pipeline.encoders.vision import VisionTransformerEncoder, normalize
 from pipeline.encoders.weights import file_sha256, read_weights
 from storage.base.errors import UserError
+from storage.final_norm import FinalNorm
 from storage.identity import FeaturesIdentity
 
 
@@ -28,7 +29,7 @@ def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
         encoder="timm.VisionTransformer",
         weights_sha256=file_sha256(_weights(spec)),
         preprocessing="x/127.5-1",
-        layer="final norm" if spec.layer is None else f"block {spec.layer} of {config['depth']}, no norm",
+        layer=layer_name(spec, config["depth"]),
         tokens=spec.tokens,
         token_grid=(side, side),
         width=config["embed_dim"],
@@ -43,13 +44,18 @@ def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionT
     model = VisionTransformer(**_config(spec))
     model.load_state_dict(read_weights(_weights(spec)))
     return VisionTransformerEncoder(
-        cut(model, spec.layer),
+        cut(model, spec),
         lambda x: normalize(x, HALF),
         device,
         tokens=spec.tokens,
         precision=spec.precision,
         compiled=spec.compiled,
     )
+
+
+def final_norm(spec: EncoderSpec) -> FinalNorm | None:
+    """Weight and bias of the final norm."""
+    return norm_in(_weights(spec))
 
 
 def _config(spec: EncoderSpec) -> dict[str, Any]:

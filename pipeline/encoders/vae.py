@@ -43,6 +43,7 @@ from storage.weights.tensors import Stored
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PROBE_PIXELS = 256
+RAE = "AutoencoderRAE"
 IN_WEIGHTS = (("bn.running_mean", "bn.running_var"), ("latents_mean", "latents_std"))
 
 
@@ -191,6 +192,11 @@ def geometry_of_kl(settings: Mapping[str, Any]) -> Geometry:
 
 def probe(settings: dict[str, Any], name: str, directory: Path) -> Geometry:
     """Any autoencoder's geometry, by running it without memory."""
+    if name == RAE:
+        raise UserError(
+            f"{directory} holds an {RAE}, whose latents are its encoder's features; precompute these (--features "
+            "dinov2-vitb14-reg, say), train with --data.latents features/NAME, and name the folder as --data.decoder"
+        )
     import diffusers
 
     kind: Any = getattr(diffusers, name, None)

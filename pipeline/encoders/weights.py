@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,10 @@ def hub_file(repository: str, filename: str) -> Path:
         raise LookupError(type(error).__name__) from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     """The state dict in a .safetensors, .pth, .pt or .tar file, unwrapped, under bare names; nothing in it is run.
+
+    With `names`, only what is there of these is read.
 
     A TorchScript archive (OpenAI's CLIP) gives its tensors as float32. Raises UserError.
     """
@@ -78,6 +81,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not stored:
             kind = shown(file.kind[:80])
             raise UserError(f"weight file {path} cannot be read: it holds a {kind} without tensors by name")
+        if names:
+            stored = {name: value for name, value in stored.items() if name in names}
         tensors = file.tensors(stored)
         return {name: value.float() for name, value in tensors.items()} if file.scripted else tensors
 

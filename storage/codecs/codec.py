@@ -87,6 +87,13 @@ class Codec:
         """
         return None
 
+    def error_variance(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Variance of a decoded channel's error, float64 and to be broadcast over (B, T, D); float16's own is left out.
+
+        By what is stored alone, as if errors were drawn at random.
+        """
+        return np.zeros((1, 1, 1))
+
     def refusal(self, which: str) -> UserError:
         """The error for a token that cannot be encoded."""
         return UserError(f"{which} holds NaN or infinity; look at the image and the encoder's weights")

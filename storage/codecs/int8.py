@@ -93,6 +93,11 @@ class Int8(Codec):
         """float32 is exact."""
         return numbers(arrays[TOKENS], arrays[SCALE], self, dtype=dtype)
 
+    def error_variance(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """s²/12: a uniform error in ±s/2, (B, T, D)."""
+        per_group = np.square(arrays[SCALE].astype(np.float64)) / 12
+        return np.repeat(per_group, self.group_channels, axis=-1)[..., : arrays[TOKENS].shape[-1]]
+
     def unencodable(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
         """The first token with a factor that is not finite."""
         bad = np.argwhere(~np.isfinite(arrays[SCALE]).all(-1))

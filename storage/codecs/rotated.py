@@ -167,6 +167,10 @@ class Rotated(Codec):
     def _words(self, rows: np.ndarray, views: Views, n_tokens: int, channels: int) -> np.ndarray:
         return sign_words(rows, views, n_tokens, 2 * -(-channels // WORD_BITS))
 
+    def error_variance(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(1/ρ − 1) ‖r‖²/D of every channel, (B, T, 1); ‖r̂‖²/D ≈ f²ρ, of which ‖r‖² has the share ρ."""
+        return np.square(arrays[SCALE][..., :1].astype(np.float64)) * self.rho * (1 - self.rho)
+
     def unencodable(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
         """The first token whose length is not finite; else the first whose factor, or whose image's mean, is not."""
         lengths = np.isfinite(arrays[SCALE][..., 1])

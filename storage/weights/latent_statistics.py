@@ -8,6 +8,7 @@ REPA-E's transformer adds 1e-4 to the variance as it normalises (arXiv 2504.1048
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -15,11 +16,28 @@ import torch
 from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.normalisation import Normalisation, made
+from storage.places import OF_CLASS, OF_TOKENS, PlaceStatistics, checked
 from storage.weights.file import open_weights
 from storage.weights.tensors import Stored
 
 PAIRS = (("mean", "std"), ("latents_bias", "latents_scale"))
 MAX_NUMBERS = 1 << 16
+
+
+def read_place_statistics(path: Path, shape: tuple[int, ...]) -> PlaceStatistics:
+    """RAE's or RiT's statistics in a file, of tokens of `shape` (D, h, w). Raises UserError or StoreError."""
+    where = shown(str(path))
+    with open_weights(path) as file:
+        tensors = {name: value for name, value in file.entries().items() if isinstance(value, Stored)}
+        tensors = {name: value for name, value in tensors.items() if name in (*OF_TOKENS, *OF_CLASS)}
+        too_large = next((name for name, value in tensors.items() if value.nbytes > 8 * math.prod(shape)), None)
+        if too_large is not None:
+            raise UserError(
+                f"{where}: {too_large} is {list(tensors[too_large].shape)[:8]}, and the features are {list(shape)}; "
+                "use the statistics of these features"
+            )
+        arrays = {name: value.double().numpy() for name, value in file.tensors(tensors).items()}
+    return checked(arrays, where, "use the statistics of these features", shape)
 
 
 def read_statistics(path: Path, channels: int, *, epsilon: float = 0.0) -> Normalisation:

@@ -244,7 +244,7 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dinov2-vitb14:layers=8", "options are layer=, tokens=, precision="),
+        ("dinov2-vitb14:layers=8", "options are layer=, norm=, tokens=, precision="),
         ("dinov2-vitb14:layer=8:layer=9", "each once"),
         ("dinov2-vitb14:layer=13", "a block, 1 to 12, or norm, got '13'"),
         ("dinov2-vitb14:layer=0", "1 to 12"),

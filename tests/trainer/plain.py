@@ -20,7 +20,7 @@ def assert_gradients_agree(model: nn.Module, weights: dict[str, Tensor]) -> None
     for name, parameter in model.named_parameters():
         expected = weights[name].grad
         if expected is None:
-            assert name == "pos_embed"
+            assert name in ("pos_embed", "t_embedder.W")
             assert parameter.grad is None
             continue
         assert parameter.grad is not None, name
@@ -101,6 +101,94 @@ def reg(
     image = pixels.reshape(batch, grid, grid, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
     ordered = [projections[target] for target in range(len(config.targets))]
     return image.reshape(batch, -1, *x.shape[2:]), of_class, ordered
+
+
+def root_mean_square(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def turned(x: Tensor, n_before: int) -> Tensor:
+    """Queries or keys (B, T, heads, d), pair by pair; the first half by the row, the second by the column."""
+    out, side, d = x.clone(), math.isqrt(x.shape[1] - n_before), x.shape[-1]
+    for place in range(side * side):
+        for axis, at in enumerate(divmod(place, side)):
+            for k in range(d // 4):
+                first = axis * (d // 2) + 2 * k
+                angle = at * 10_000.0 ** (-4 * k / d)
+                a, b = x[:, n_before + place, :, first], x[:, n_before + place, :, first + 1]
+                out[:, n_before + place, :, first] = a * math.cos(angle) - b * math.sin(angle)
+                out[:, n_before + place, :, first + 1] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def rotary_block(p: dict[str, Tensor], name: str, h: Tensor, c: Tensor, heads: int, n_before: int) -> Tensor:
+    """LightningDiT's block (arXiv 2501.01423) under SiLU of a condition (B, 1 or T, D)."""
+
+    def linear(layer: str, value: Tensor) -> Tensor:
+        return value @ p[f"{name}.{layer}.weight"].T + p[f"{name}.{layer}.bias"]
+
+    width = h.shape[-1]
+    shift1, scale1, gate1, shift2, scale2, gate2 = linear("adaLN_modulation.1", silu(c)).split(width, dim=-1)
+    qkv = linear("attn.qkv", root_mean_square(h, p[f"{name}.norm1.weight"]) * (1 + scale1) + shift1)
+    q, k, v = (part.reshape(len(h), h.shape[1], heads, -1) for part in qkv.split(width, dim=-1))
+    if f"{name}.attn.q_norm.weight" in p:
+        q, k = (root_mean_square(x, p[f"{name}.attn.{n}_norm.weight"]) for x, n in ((q, "q"), (k, "k")))
+    scores = torch.einsum("bihd,bjhd->bhij", turned(q, n_before), turned(k, n_before)) / math.sqrt(width // heads)
+    attended = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(h.shape)
+    h = h + gate1 * linear("attn.proj", attended)
+    inner = linear("mlp.w12", root_mean_square(h, p[f"{name}.norm2.weight"]) * (1 + scale2) + shift2)
+    gate, value = inner.split(inner.shape[-1] // 2, dim=-1)
+    return h + gate2 * linear("mlp.w3", silu(gate) * value)
+
+
+def rit(
+    p: dict[str, Tensor], config: Geometry, z: Tensor, class_token: Tensor, tau: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """RiT's x̂ of the patches (patch 1) and of the class token."""
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    angles = tau[:, None] * torch.tensor([10_000.0 ** (-k / 128) for k in range(128)], dtype=torch.float64)
+    time = linear("t_embedder.mlp.0", torch.cat([torch.cos(angles), torch.sin(angles)], 1))
+    label = p["y_embedder.embedding_table.weight"][y]
+    c = (linear("t_embedder.mlp.2", silu(time)) + label)[:, None]
+    h = torch.cat([linear("cls_projectors", class_token)[:, None], embedded(p, "x_embedder", z)], 1) + p["pos_embed"]
+    for i in range(config.depth):
+        if i + 1 == config.context_block:
+            h = torch.cat([label[:, None] + p["in_context_posemb"], h], 1)
+        h = rotary_block(p, f"blocks.{i}", h, c, config.heads, h.shape[1] - config.grid**2)
+    h = root_mean_square(h[:, config.context :], p["final_layer.norm_final.weight"])
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c)).split(config.width, dim=-1)
+    h = h * (1 + scale) + shift
+    image = linear("final_layer.linear", h[:, 1:]).transpose(1, 2).reshape(z.shape)
+    return image, linear("final_layer.linear_cls", h[:, 0])
+
+
+def ditdh(p: dict[str, Tensor], config: Geometry, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The velocity of RAE's DiT^DH (patch 1)."""
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    angles = 2 * math.pi * t[:, None] * p["t_embedder.W"]
+    e = linear("t_embedder.mlp.0", torch.cat([torch.sin(angles), torch.cos(angles)], 1))
+    e = linear("t_embedder.mlp.2", silu(e))[:, None]
+    c = silu(e + p["y_embedder.embedding_table.weight"][y][:, None])
+    h = embedded(p, "s_embedder", x) + p["pos_embed"]
+    for i in range(config.depth):
+        h = rotary_block(p, f"blocks.{i}", h, c, config.heads, 0)
+    c, h = linear("s_projector", silu(e + h)), embedded(p, "x_embedder", x)
+    for i in range(config.depth, config.depth + config.head_depth):
+        h = rotary_block(p, f"blocks.{i}", h, c, config.head_heads, 0)
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c)).split(config.head_width, dim=-1)
+    h = root_mean_square(h, p["final_layer.norm_final.weight"]) * (1 + scale) + shift
+    return linear("final_layer.linear", h).transpose(1, 2).reshape(x.shape)
+
+
+def embedded(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Patches of one pixel (B, T, D)."""
+    return x.flatten(2).transpose(1, 2) @ p[f"{name}.proj.weight"].flatten(1).T + p[f"{name}.proj.bias"]
 
 
 def convolved(h: Tensor, p: dict[str, Tensor], name: str) -> Tensor:

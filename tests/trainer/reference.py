@@ -19,6 +19,7 @@ FILES = {
     "irepa": "irepa.npz",
     "reg": "reg.npz",
     "lightningdit": "lightningdit.npz",
+    "ditdh": "rae_ditdh.npz",
 }
 SIT = Geometry(
     kind="sit", input_size=8, channels=4, patch=2, width=48, depth=4, heads=4, n_classes=1000, targets=((2, 40),),
@@ -32,7 +33,18 @@ GEOMETRIES = {
     "lightningdit": replace(
         SIT, kind="lightningdit", input_size=4, channels=8, patch=1, depth=3, n_classes=10, targets=()
     ),
-}
+    "rit": replace(
+        SIT, kind="rit", input_size=4, channels=24, patch=1, n_classes=10, targets=(), qk_norm=True, class_width=24,
+        context=5, context_block=3,
+    ),
+    "ditdh": replace(
+        SIT, kind="ditdh", input_size=4, channels=24, patch=1, depth=3, n_classes=10, targets=(), head_width=64,
+        head_depth=2, head_heads=4,
+    ),
+}  # fmt: skip
+WEAKER = replace(
+    GEOMETRIES["ditdh"], width=24, depth=2, heads=2, head_width=40, head_heads=2
+)  # of autoguidance, `ag_state/*`
 
 
 def load_reference(kind: str) -> dict[str, Tensor]:
@@ -41,9 +53,9 @@ def load_reference(kind: str) -> dict[str, Tensor]:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
-def reference_state(kind: str) -> dict[str, Tensor]:
+def reference_state(kind: str, prefix: str = "state/") -> dict[str, Tensor]:
     """The parameters under the public names."""
-    return {n.removeprefix("state/"): v for n, v in load_reference(kind).items() if n.startswith("state/")}
+    return {n.removeprefix(prefix): v for n, v in load_reference(kind).items() if n.startswith(prefix)}
 
 
 def reference_model(kind: str) -> DiffusionTransformer:

@@ -56,6 +56,14 @@ def test_a_run_without_alignment_is_there_once(tmp_path: Path) -> None:
     ]
 
 
+def test_a_class_token_that_is_not_aligned_is_varied(tmp_path: Path) -> None:
+    """RiT's, of features as latents."""
+    text = "preset: rit-xl-1\naxes: {loss.class_weight: [0.1, 0.2], model.align_block: [1, 2]}"
+    runs = read_ablation(write(tmp_path, text), "/stores/a", tmp_path / "runs").runs
+    assert [run.name for run in runs] == ["class-weight-0.1_seed-0", "class-weight-0.2_seed-0"]
+    assert [run.config.loss.class_weight for run in runs] == [0.1, 0.2]
+
+
 def test_variants_are_named_and_set(tmp_path: Path) -> None:
     text = "preset: sit-tiny-2\nvariants: {plain: {}, other: {loss.alignment: irepa, optim.lr: 0.1}}\nseeds: [0, 1]"
     runs = read_ablation(write(tmp_path, text), "/s", tmp_path).runs

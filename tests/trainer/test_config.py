@@ -36,7 +36,7 @@ def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(PRESETS, ("sit-tiny-2", "dit-xl-2-512", "sit-xl-2-reg", "lightningdit-xl-1", "sit-b-4-vanilla"))
+    "name", slow_but(PRESETS, ("sit-tiny-2", "dit-xl-2-512", "sit-xl-2-reg", "lightningdit-xl-1", "rit-xl-1"))
 )
 def test_a_preset_survives_yaml(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
@@ -64,19 +64,22 @@ def test_a_preset_is_what_its_name_says(name: str) -> None:
     assert config.run == Path("runs") / name
     assert config.model.kind == kind
     assert config.model.patch == int(patch)
-    assert config.aligns == ("vanilla" not in rest and kind != "lightningdit")
-    assert config.model.class_token == ("reg" in rest)
+    assert config.aligns == ("vanilla" not in rest and kind not in ("lightningdit", "rit", "ditdh"))
+    assert config.model.class_token == ("reg" in rest or kind == "rit")
     if size == "tiny":
         assert config.sample.steps == 50
         return
     depth, width, heads, block = SIZES[size]
     assert (config.model.depth, config.model.width, config.model.heads) == (depth, width, heads)
-    assert config.model.align_block == (block,)
+    assert config.model.align_block == ((8,) if kind == "rit" else (block,))
     assert config.data.resolution == (512 if "512" in rest else 256)
     assert config.sample.guidance == 1
-    assert config.sample.steps == (249 if kind == "lightningdit" else 250)
+    assert config.sample.steps == {"lightningdit": 249, "rit": 25, "ditdh": 49}.get(kind, 250)
     high = 0.85 if "reg" in rest else 0.75 if patch == "1" else 0.7
-    expected = {"sit": ("sde", high, 0), "dit": ("ddpm", 1.0, 3), "lightningdit": ("ode", 0.9, 3)}[kind]
+    expected = {
+        "sit": ("sde", high, 0), "dit": ("ddpm", 1.0, 3), "lightningdit": ("ode", 0.9, 3), "rit": ("ode", 0.9, 0),
+        "ditdh": ("ode", 1.0, 0),
+    }[kind]  # fmt: skip
     assert (config.sample.sampler, config.sample.guidance_high, config.sample.guidance_channels) == expected
 
 
@@ -141,7 +144,7 @@ def test_explicit_options_override_a_saved_config(tmp_path: Path) -> None:
             "-2",
             "--sample.guidance-class must be at least 0, or -1 for that of --sample.guid",
         ),
-        ("--loss.time-shift", "0", "--loss.time-shift must be positive and finite, got 0"),
+        ("--loss.time-shift", "-1", "--loss.time-shift must be positive and finite, or 0, got -1"),
     ],
 )
 def test_a_wrong_value_is_named(option: str, value: str, says: str) -> None:

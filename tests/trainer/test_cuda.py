@@ -20,8 +20,8 @@ from storage.codecs.int8 import numbers as decode
 from tests.stores import FEATURES, LATENTS, make_store
 from tests.trainer.runs import assert_same_run, command
 from tests.trainer.test_update import GEOMETRY, SCALE, batch, config, tensors
+from trainer.config.data import DataConfig
 from trainer.config.presets import preset
-from trainer.config.schema import DataConfig
 from trainer.config.tree import override
 from trainer.data.groups import open_data
 from trainer.data.loader import Batch, Loader

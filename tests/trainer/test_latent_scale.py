@@ -16,7 +16,7 @@ from storage.identity import LatentsIdentity
 from storage.normalisation import Normalisation
 from storage.weights.latent_statistics import read_statistics
 from tests.trainer.reference import load_reference
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.latent_scale import LatentScale
 from trainer.data.loader import Batch
 from trainer.loop.losses import sample_latents

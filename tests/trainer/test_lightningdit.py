@@ -69,7 +69,7 @@ def test_the_shifted_sampler(reference: dict[str, Tensor], name: str) -> None:
     with torch.no_grad():
         drawn = sample(
             lambda x, t, y: model(x, t, y)[0], reference["xT"], reference["ys"], int(reference["null_label"]), config,
-            "linear", lambda step: torch.zeros(0), data_time=objective.data_time,
+            "linear", lambda step: torch.zeros(0), objective=objective,
         )  # fmt: skip
     torch.testing.assert_close(drawn.float(), reference[name], atol=2e-5, rtol=1e-5)
 

@@ -189,14 +189,18 @@ def test_its_images_are_evaluated(imported: dict[Release, Path], tmp_path: Path)
 # ---- which preset -----------------------------------------------------------------------------------------------
 
 
-EACH_KIND = ("sit-b-2", "sit-xl-2-512-vanilla", "dit-xl-2", "sit-xl-2-reg", "lightningdit-xl-1", "sit-l-1", "dit-s-8")
+EACH_KIND = (
+    "sit-b-2", "sit-xl-2-512-vanilla", "dit-xl-2", "sit-xl-2-reg", "lightningdit-xl-1", "sit-l-1", "dit-s-8",
+    "rit-xl-1", "ditdh-s-1",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", slow_but([name for name in PRESETS if "tiny" not in name], EACH_KIND))
 def test_the_preset_of_published_sizes_is_read_off_the_shapes(name: str) -> None:
     config = preset(name)
     kind, reg = config.model.kind, config.model.class_token
-    releases: list[Release] = ["reg"] if reg else ["lightningdit"] if kind == "lightningdit" else ["dit"]
+    of_kind: dict[str, list[Release]] = {"lightningdit": ["lightningdit"], "rit": ["rit"], "ditdh": ["rae"]}
+    releases: list[Release] = of_kind.get(kind, ["reg"] if reg else ["dit"])
     if kind == "sit" and not reg:
         releases = ["repa", "sit", "irepa"]
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from storage.base.errors import UserError
 from tests.slow import slow_but
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
 from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
+from tests.trainer.test_feature_latents import DITDH, RIT
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import n_written
@@ -44,8 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "reg-stopped": {**REG, **STOPPED},
     "two-kinds-stopped": {"model.align_block": (1, 2), "loss.alignment": ("cosine", "irepa"), **STOPPED},
     "lightningdit": {"model.kind": "lightningdit", "loss.time_sampling": "logit-normal", "loss.direction_weight": 1.0},
+    "rit": {**RIT, "loss.projection_weight": (0.5,), "loss.class_noise": "mean"},
+    "rit-stopped": {**RIT, "loss.projection_weight": (0.5,), **STOPPED},
+    "ditdh": {**DITDH, "loss.projection_weight": (0.5,)},
+    "features-as-sit": {"data.latents": FEATURES, "model.patch": 1},
 }
-KEPT = ("irepa", "reg-stopped", "lightningdit")  # in the default run
+KEPT = ("irepa", "reg-stopped", "lightningdit", "rit", "ditdh")  # in the default run
 SAMPLED = {"log.samples_every": 5, "log.samples": 2, "sample.steps": 2}
 
 

@@ -24,8 +24,8 @@ from storage.derive import derived
 from tests.slow import slow_but
 from tests.stores import FEATURES, LATENTS, encoded, make_store, publish_all
 from tests.trainer.runs import assert_same_run, command, micro, start, start_ranks, train_on_ranks, wait_for_step
+from trainer.config.data import DataConfig
 from trainer.config.presets import preset
-from trainer.config.schema import DataConfig
 from trainer.config.tree import override
 from trainer.data import resident
 from trainer.data.free_memory import Free, free_memory

@@ -239,8 +239,10 @@ def imagenet_config(name: str, *, aligned: bool = True, target_width: int = 768,
         GEOMETRIES["reg"],
         GEOMETRIES["irepa"],
         GEOMETRIES["lightningdit"],
+        dataclasses.replace(GEOMETRIES["rit"], targets=((2, 40),)),
+        GEOMETRIES["ditdh"],
     ],
-    ids=["sit-s-4", "sit-b-8", "dit-s-4", "two targets", "dit, two targets", "reg", "irepa", "lightningdit"],
+    ids="sit-s-4,sit-b-8,dit-s-4,two targets,dit; two targets,reg,irepa,lightningdit,rit,ditdh".split(","),
 )
 def test_flop_count_equals_torch_s_count(config: Geometry) -> None:
     assert forward_flops_per_image(config) == meta_flops(config, backward=False)

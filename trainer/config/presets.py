@@ -4,6 +4,7 @@
     {sit,dit}-{b,l,xl}-1[-vanilla]                      for latents of 16×16 (autoencoders of factor 16)
     sit-{b,l,xl}-2-reg                                  REG
     lightningdit-{b,xl}-1                               LightningDiT, without alignment
+    rit-xl-1, ditdh-{s,xl}-1                            RiT and RAE, whose latents are an encoder's features
     sit-tiny-2, dit-tiny-2
 
 Sizes are DiT's (Peebles and Xie, arXiv 2212.09748, table 1), which SiT took over (Ma et al., arXiv 2401.08740).
@@ -32,6 +33,18 @@ class token at 2.3, for t ≤ 0.85.
 with β₂ = 0.95, global batch 1024, 64 epochs. Sampling: Euler in 249 steps, shifted towards the noise by 1 / 0.3.
 Guidance acts on the first three channels, and as published for 64 epochs for t ≤ 0.9, with `--guidance 10`. (For 800
 epochs it was 6.7, for t ≤ 0.875.)
+
+`rit` and `ditdh` learn features (`--data.latents features/NAME`): noise levels are logit-normal and shifted by
+√(dimension / 4096), 4.90 for DINOv2-S and 6.93 for DINOv2-B at 256 px, in training and sampling.
+
+`rit-xl-1` is RiT's XL, on DINOv2-S with registers: it predicts x, and the class token with weight 0.2; AdamW at 3e-4
+with β₂ = 0.95 after a warm-up of 5 epochs, global batch 1536, 800 epochs. Sampling: Heun in 25 steps, the last of which
+is Euler's. The published figure with guidance is `--guidance 3.7 --class-noise mean`.
+
+`ditdh` is RAE's DiT^DH, on DINOv2-B with registers: AdamW at 2e-4 with β₂ = 0.95, which falls to 2e-5 over epochs 40 to
+800, global batch 1024, EMA 0.9995, float32; 80 epochs. Sampling: Euler at 50 points, the last of which is level 0.001
+before the shift. The published figure with guidance is `--guidance 1.42 --weaker RUN`, of a ditdh-s-1 after 14 epochs.
+(The published code cuts the logit-normal off at 0.999, which our draws do not reach.)
 
 Patch 1 has REPA's settings, and the guidance interval of REPA-E's figures (arXiv 2504.10483), t ≤ 0.75.
 
@@ -64,6 +77,7 @@ from trainer.config.tree import override
 # size: (depth, width, heads, block aligned)
 SIZES = {"s": (12, 384, 6, 4), "b": (12, 768, 12, 4), "l": (24, 1024, 16, 8), "xl": (28, 1152, 16, 8)}
 PATCHES = (2, 4, 8)
+IMAGENET = 1_281_167  # images of its training set
 LARGE = ("b", "l", "xl")  # sizes that the methods after REPA were published at
 SAMPLING = {
     "sit": SampleConfig(sampler="sde", steps=250, guidance=1.0, guidance_high=0.7, labels="random"),
@@ -117,6 +131,51 @@ def lightningdit(name: str, size: str) -> TrainConfig:
     )
 
 
+def rit(name: str) -> TrainConfig:
+    """RiT with its published settings."""
+    depth, width, heads, _ = SIZES["xl"]
+    return TrainConfig(
+        preset=name,
+        run=Path("runs") / name,
+        batch=1536,
+        steps=800 * IMAGENET // 1536,
+        model=ModelConfig(
+            kind="rit", depth=depth, width=width, heads=heads, patch=1, qk_norm=True, class_token=True, context=32,
+            context_block=9,
+        ),
+        loss=LossConfig(time_sampling="logit-normal", time_shift=0.0, class_weight=0.2, projection_weight=(0.0,)),
+        data=DataConfig(resolution=256),
+        optim=OptimConfig(lr=3e-4, beta2=0.95, warmup=5 * IMAGENET // 1536),
+        sample=SampleConfig(
+            sampler="ode", steps=25, heun=True, shift=0.0, guidance_low=0.02, guidance_high=0.9, labels="random"
+        ),
+    )  # fmt: skip
+
+
+def ditdh(name: str, size: str) -> TrainConfig:
+    """RAE's DiT^DH with its published settings."""
+    depth, width, heads, _ = SIZES[size]
+    return TrainConfig(
+        preset=name,
+        run=Path("runs") / name,
+        batch=1024,
+        steps=80 * IMAGENET // 1024,
+        ema_decay=0.9995,
+        precision="fp32",
+        model=ModelConfig(
+            kind="ditdh", depth=depth, width=width, heads=heads, patch=1, align_block=(SIZES[size][3],),
+            head_width=2048, head_depth=2, head_heads=16,
+        ),
+        loss=LossConfig(time_sampling="logit-normal", time_shift=0.0, projection_weight=(0.0,)),
+        data=DataConfig(resolution=256),
+        optim=OptimConfig(
+            lr=2e-4, beta2=0.95, decay="linear", decay_from=40 * IMAGENET // 1024, decay_until=800 * IMAGENET // 1024,
+            final_lr=2e-5,
+        ),
+        sample=SampleConfig(sampler="ode", steps=49, shift=0.0, end=0.001, labels="random"),
+    )  # fmt: skip
+
+
 def tiny(name: str, kind: Kind) -> TrainConfig:
     """A model of about a million parameters that learns the built-in photographs on two CPU cores."""
     sample = SampleConfig(sampler="ode" if kind == "sit" else "ddpm", steps=50, guidance=2.5)
@@ -153,6 +212,9 @@ def _all_presets() -> dict[str, Callable[[], TrainConfig]]:
         presets[f"sit-{size}-2-reg"] = partial(reg, f"sit-{size}-2-reg", size)
     for size in ("b", "xl"):  # L/1 was not published
         presets[f"lightningdit-{size}-1"] = partial(lightningdit, f"lightningdit-{size}-1", size)
+    presets["rit-xl-1"] = partial(rit, "rit-xl-1")
+    for size in ("s", "xl"):
+        presets[f"ditdh-{size}-1"] = partial(ditdh, f"ditdh-{size}-1", size)
     return presets
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from storage.base.errors import UserError
 from trainer.config.declaring import at_least, option
 
-AS_IMAGE = -1.0  # of a class token's guidance scale
+AS_IMAGE = -1.0  # of a class token's guidance scale and interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,12 @@ class SampleConfig:
     heun: bool = option(False, "Heun's correction of the ode sampler, which calls the model twice a step", free=True)
     shift: float = option(
         1.0,
-        "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise",
+        "s of the noise levels s·t / (1 + (s − 1)·t) that a sampler visits; above 1 more of them near noise; 0: as "
+        "--loss.time-shift",
         free=True,
+    )
+    end: float = option(
+        0.0, "noise level, before the shift, at which the ode sampler ends and leaves what noise there is", free=True
     )
     guidance: float = option(
         1.0,
@@ -41,10 +45,19 @@ class SampleConfig:
     )
     guidance_class: float = option(
         AS_IMAGE,
-        "guidance scale of the class token where guidance applies (REG); 0: none, -1: that of --sample.guidance, as "
+        "guidance scale of the class token where guidance applies; 0: none, -1: that of --sample.guidance, as "
         "published",
         free=True,
         before=0.0,
+    )
+    guidance_class_low: float = option(AS_IMAGE, "the class token's own --sample.guidance-low; -1: the same", free=True)
+    guidance_class_high: float = option(
+        AS_IMAGE, "the class token's own --sample.guidance-high; -1: the same", free=True
+    )
+    class_noise: Literal["own", "mean"] = option(
+        "own",
+        "rit: what the class token starts from, draws of its own or the mean of the latents' over their places",
+        free=True,
     )
 
     def __post_init__(self) -> None:
@@ -60,13 +73,25 @@ class SampleConfig:
             raise UserError(f"--sample.steps is at most 1000 with --sample.sampler ddpm, got {self.steps}")
         if self.heun and self.sampler != "ode":
             raise UserError(f"--sample.heun true goes with --sample.sampler ode, not {self.sampler}")
-        if not 0 < self.shift < math.inf:
-            raise UserError(f"--sample.shift must be positive and finite, got {self.shift}")
-        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+        if not 0 <= self.shift < math.inf:
+            raise UserError(f"--sample.shift must be positive and finite, or 0, got {self.shift}")
+        if not 0 <= self.end < 1 or (self.end and self.sampler != "ode"):
             raise UserError(
-                "--sample.guidance-low and --sample.guidance-high must be an interval inside [0, 1], "
-                f"got {self.guidance_low} and {self.guidance_high}"
+                "--sample.end must be in [0, 1), and 0 but for --sample.sampler ode, "
+                f"got {self.end} with {self.sampler}"
             )
+        for of, (low, high) in (("", (self.guidance_low, self.guidance_high)), ("class-", self.class_interval)):
+            if not 0 <= low <= high <= 1:
+                raise UserError(
+                    f"--sample.guidance-{of}low and --sample.guidance-{of}high must be an interval inside [0, 1], "
+                    f"got {low} and {high}"
+                )
+
+    @property
+    def class_interval(self) -> tuple[float, float]:
+        """The noise levels at which the class token is guided."""
+        low, high = self.guidance_class_low, self.guidance_class_high
+        return (self.guidance_low if low == AS_IMAGE else low, self.guidance_high if high == AS_IMAGE else high)
 
     @property
     def class_guidance(self) -> float:

@@ -15,15 +15,16 @@ from typing import Literal
 from storage.base.errors import UserError
 from storage.base.options import spelled
 from trainer.alignment import COSINE, spelled_out
-from trainer.config.declaring import at_least, in_unit_interval, option, section
+from trainer.config.data import DataConfig
+from trainer.config.declaring import at_least, flag, in_unit_interval, option, section
 from trainer.config.optim import OptimConfig
 from trainer.config.sample import SampleConfig
 
-Kind = Literal["sit", "dit", "lightningdit"]
+Kind = Literal["sit", "dit", "lightningdit", "rit", "ditdh"]
 DEFAULT_PRESET = "sit-xl-2"
 PRESET_NAMES = (  # in words, of `presets.py`
     "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
-    "lightningdit-{b,xl}-1, sit-tiny-2, dit-tiny-2"
+    "lightningdit-{b,xl}-1, rit-xl-1, ditdh-{s,xl}-1, sit-tiny-2, dit-tiny-2"
 )
 
 
@@ -34,7 +35,8 @@ class ModelConfig:
     kind: Kind = option(
         "sit",
         "sit: velocity on an interpolant; dit: noise and variance of a diffusion in 1,000 steps; lightningdit: "
-        "velocity, with RMS norms, rotary positions and SwiGLU",
+        "velocity, with RMS norms, rotary positions and SwiGLU; rit: the latents themselves, with the label's tokens "
+        "in the sequence; ditdh: velocity, by a wide shallow head",
     )
     depth: int = option(28, "transformer blocks")
     width: int = option(1152, "channels of a token")
@@ -42,8 +44,16 @@ class ModelConfig:
     patch: int = option(2, "latent pixels a side of a token")
     qk_norm: bool = option(False, "normalise queries and keys")
     class_token: bool = option(
-        False, "the features' class token joins the sequence, is noised, predicted and aligned (REG)", of_alignment=True
+        False,
+        "sit: the features' class token joins the sequence, is noised, predicted and aligned (REG); rit: so does that "
+        "of the features that are the latents, without alignment",
+        of_alignment=True,
     )
+    head_width: int = option(0, "ditdh: channels of a token in the head")
+    head_depth: int = option(0, "ditdh: blocks of the head")
+    head_heads: int = option(0, "ditdh: attention heads of the head; must divide its width")
+    context: int = option(0, "rit: tokens of the label that join the sequence; 0: none")
+    context_block: int = option(1, "rit: block before which they join, counted from 1")
     classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
     align_block: tuple[int, ...] = option(
         (8,),
@@ -62,9 +72,23 @@ class ModelConfig:
             raise UserError(f"--model.width must be a multiple of 4 for the position embedding, got {self.width}")
         if not self.align_block:
             raise UserError("--model.align-block must name a block; a vanilla run is --loss.projection-weight 0")
-        for block in self.align_block:
+        for name, block in (
+            *(("align-block", block) for block in self.align_block),
+            ("context-block", self.context_block),
+        ):
             if not 1 <= block <= self.depth:
-                raise UserError(f"--model.align-block must be a block, 1 to {self.depth} (--model.depth), got {block}")
+                raise UserError(f"--model.{name} must be a block, 1 to {self.depth} (--model.depth), got {block}")
+        for name in ("head_width", "head_depth", "head_heads"):
+            at_least(self, "model", name, 1 if self.kind == "ditdh" else 0)
+            if self.kind != "ditdh" and getattr(self, name):
+                raise UserError(f"{flag('model', name)} is of --model.kind ditdh; leave it at 0 with {self.kind}")
+        if self.kind == "ditdh" and self.head_width % self.head_heads:
+            raise UserError(
+                f"--model.head-heads must divide --model.head-width, got {self.head_heads} and {self.head_width}"
+            )
+        at_least(self, "model", "context", 0)
+        if self.context and self.kind != "rit":
+            raise UserError(f"--model.context is of --model.kind rit; leave it at 0 with {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +101,8 @@ class LossConfig:
     )
     time_shift: float = option(
         1.0,
-        "s of the noise levels s·t / (1 + (s − 1)·t) that a flow is trained at; above 1 more of them near noise, as "
-        "RAE's √(C·h·w / 4096) for latents of C·h·w numbers; 1: t as it is drawn",
+        "s of the noise levels s·t / (1 + (s − 1)·t) that a flow is trained at; above 1 more of them near noise; "
+        "1: t as it is drawn; 0: √(C·h·w / 4096) for latents of C·h·w numbers, as RAE and RiT",
     )
     alignment: tuple[str, ...] = option(
         (COSINE,),
@@ -99,14 +123,17 @@ class LossConfig:
     class_weight: float = option(
         0.03, "weight of the class token's denoising loss, where the model has one", of_alignment=True
     )
+    class_noise: Literal["own", "mean"] = option(
+        "own", "rit: noise of the class token, drawn for itself or the mean of the latents' noise over their places"
+    )
     projection_weight: tuple[float, ...] = option(
         (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
     )
 
     def __post_init__(self) -> None:
         in_unit_interval(self, "loss", "label_dropout")
-        if not 0 < self.time_shift < math.inf:
-            raise UserError(f"--loss.time-shift must be positive and finite, got {self.time_shift}")
+        if not 0 <= self.time_shift < math.inf:
+            raise UserError(f"--loss.time-shift must be positive and finite, or 0, got {self.time_shift}")
         at_least(self, "loss", "class_weight", 0)
         at_least(self, "loss", "direction_weight", 0)
         at_least(self, "loss", "stop_alignment_at", 0)
@@ -122,77 +149,6 @@ class LossConfig:
                 f"--loss.projection-weight {spelled(self.projection_weight)} gives a target no weight; leave it out of "
                 "the lists, or pass 0 alone for a vanilla run"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read from the store."""
-
-    latents: str = option("", "latents to train on, a name below latents/; empty: the only ones there are")
-    features: tuple[str, ...] = option(
-        (),
-        "features to align with, names below features/, one a target; empty: the only ones there are",
-        of_alignment=True,
-    )
-    latent_normalisation: Literal["auto", "scale", "channel"] = option(
-        "auto",
-        "auto: by the statistics of the latents' identity, if it has some, else by its factor; scale: by its factor; "
-        "channel: by mean and deviation of every channel, over all latents",
-    )
-    latent_mean: tuple[float, ...] = option(
-        (), "means of --data.latent-normalisation channel; empty: those of all latents, measured once and kept"
-    )
-    latent_std: tuple[float, ...] = option((), "deviations that go with --data.latent-mean")
-    latent_deviation: Literal["refuse", "accept"] = option(
-        "refuse",
-        "what to do when the latents' deviation is far from 1 after they are normalised",
-        free=True,
-        before="accept",
-    )
-    resolution: int = option(0, "pixels a side that the store must have been made at; 0: any")
-    failed_rows: Literal["leave-out", "refuse"] = option(
-        "leave-out", "what to do when samples of a group used could not be decoded"
-    )
-    prefetch: int = option(3, "batches read ahead, each in its own (pinned) buffer", free=True)
-    threads: int = option(0, "threads that gather rows of one array; 0: as the kind of store needs", free=True)
-    resident: Literal["stream", "ram", "gpu"] = option(
-        "stream",
-        "stream: rows are read when they are visited; ram: all of them once, into one copy a machine, which its ranks "
-        "share; gpu: into the memory of each rank's device. The batches are the same",
-        free=True,
-    )
-    cache: Path = option(Path(), "folder on a local disk that keeps a part of a remote store", free=True)
-    cache_gb: float = option(0.0, "most gigabytes that the cache takes, over all arrays", free=True)
-
-    def __post_init__(self) -> None:
-        at_least(self, "data", "prefetch", 1)
-        at_least(self, "data", "threads", 0)
-        at_least(self, "data", "resolution", 0)
-        at_least(self, "data", "cache_gb", 0)
-        if (self.cache != Path()) != (self.cache_gb > 0):
-            raise UserError(
-                "a cache needs a folder and a size; pass --data.cache DIR and --data.cache-gb N, or neither"
-            )
-        if "" in self.features:
-            raise UserError(f"--data.features {spelled(self.features)} has an empty name; separate names by one comma")
-        if len(self.latent_mean) != len(self.latent_std):
-            raise UserError(
-                f"--data.latent-mean has {len(self.latent_mean)} numbers and --data.latent-std {len(self.latent_std)}; "
-                "give both a number a channel, or neither"
-            )
-        if self.latent_mean and self.latent_normalisation != "channel":
-            raise UserError(
-                "--data.latent-mean and --data.latent-std go with --data.latent-normalisation channel, not "
-                f"{self.latent_normalisation}"
-            )
-        for value in self.latent_mean:
-            if not math.isfinite(value):
-                raise UserError(f"--data.latent-mean must be finite, got {value}")
-        for value in self.latent_std:
-            if not 0 < value < math.inf:
-                raise UserError(f"--data.latent-std must be positive and finite, got {value}")
-        object.__setattr__(self, "latents", self.latents.removeprefix("latents/"))
-        object.__setattr__(self, "features", tuple(name.removeprefix("features/") for name in self.features))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,13 +236,18 @@ class TrainConfig:
                 f"--sample.sampler {self.sample.sampler} cannot draw from --model.kind {self.model.kind}; "
                 f"choose {fitting}"
             )
-        if self.model.kind == "lightningdit" and self.loss.path != "linear":
+        if self.model.kind in ("lightningdit", "rit", "ditdh") and self.loss.path != "linear":
             raise UserError(
-                f"--model.kind lightningdit has a linear path; leave --loss.path at it, not {self.loss.path}"
+                f"--model.kind {self.model.kind} has a linear path; leave --loss.path at it, not {self.loss.path}"
             )
-        if self.model.kind == "dit" and self.loss.direction_weight:
+        if self.model.kind in ("dit", "rit") and self.loss.direction_weight:
             raise UserError(
-                "--loss.direction-weight is of a velocity, which --model.kind dit does not predict; leave it at 0"
+                f"--loss.direction-weight is of a velocity, which --model.kind {self.model.kind} does not predict; "
+                "leave it at 0"
+            )
+        if "mean" in (self.loss.class_noise, self.sample.class_noise) and self.model.kind != "rit":
+            raise UserError(
+                f"--loss.class-noise mean and --sample.class-noise mean are of --model.kind rit, not {self.model.kind}"
             )
         for name, shift in (("--sample.shift", self.sample.shift), ("--loss.time-shift", self.loss.time_shift)):
             if self.model.kind == "dit" and shift != 1:
@@ -317,11 +278,12 @@ class TrainConfig:
             raise UserError(f"{given} do not agree on the number of alignment targets; give one value, or one a target")
 
     def _check_class_token(self) -> None:
-        if self.model.kind != "sit":
+        if self.model.kind not in ("sit", "rit"):
             raise UserError(
-                f"--model.class-token true goes with --model.kind sit; it has no published form in {self.model.kind}"
+                f"--model.class-token true goes with --model.kind sit or rit; it has no published form in "
+                f"{self.model.kind}"
             )
-        if not self.aligns:
+        if self.model.kind == "sit" and not self.aligns:
             raise UserError(
                 "--model.class-token true needs features, whose class token it is, and an alignment with them; give "
                 "--loss.projection-weight"

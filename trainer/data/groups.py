@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from storage.samples import REDO
 from storage.shard_files import raise_open_file_limit
 from trainer.alignment import alignment_named
 from trainer.config.schema import TrainConfig
+from trainer.data.feature_latents import CLASS_TOKEN, OF_FEATURES, latents_identity, require_features
 from trainer.models.transformer import Geometry
 
 MAX_CLASSES, CLASSES_A_SAMPLE = 1 << 16, 4  # more than either are not believed of a store
@@ -26,17 +28,34 @@ class TrainingData:
     """Open readers and what they fit."""
 
     store: Store
-    latents: GroupReader[LatentsIdentity]
+    latents: GroupReader[Any]  # of an autoencoder, or of features whose tokens are the latents
     features: tuple[GroupReader[FeaturesIdentity], ...]  # one an alignment target; two targets may share one
     labels: np.ndarray  # int32 (N,), −1 for a sample without
     class_names: Sequence[str]  # none of a store that is trained on without labels
     valid_rows: ValidRows  # those that failed in no group
-    class_token: bool = False  # whether class tokens are read beside the patch tokens; the first target's are denoised
+    class_tokens: GroupReader[FeaturesIdentity] | None = None  # those that are denoised: the first target's (REG), or
+    # those of features as latents (RiT)
 
     @property
     def n_samples(self) -> int:
         """Samples that can be trained on."""
         return len(self.valid_rows)
+
+    @property
+    def of_features(self) -> bool:
+        """Whether the latents are an encoder's features."""
+        return isinstance(self.latents.identity, FeaturesIdentity)
+
+    @property
+    def latent_identity(self) -> LatentsIdentity:
+        """What the latents are, of features too."""
+        identity = self.latents.identity
+        return latents_identity(identity) if isinstance(identity, FeaturesIdentity) else identity
+
+    @property
+    def aligns_class_tokens(self) -> bool:
+        """Whether each target has its class token before its patch tokens (REG)."""
+        return self.class_tokens is not None and not self.of_features
 
     @property
     def groups(self) -> tuple[GroupReader, ...]:
@@ -50,16 +69,19 @@ class TrainingData:
         return {group.path: group.identity_digest for group in self.groups}
 
     def readers(self, *, with_targets: bool) -> dict[str, ArrayReader]:
-        """What a step reads, "moments" and "<group>/<array>"; two targets may share a group, which is then read once.
+        """What a step reads, "moments" and "<group>/<array>"; what two uses share is read once.
 
-        Without targets no patch tokens are read, and no class tokens but those that are denoised.
+        Without targets no patch tokens are read but those that are latents, and no class tokens but those that are
+        denoised.
         """
         aligned = self.features if with_targets else ()
-        readers = {"moments": self.latents["moments"]}
-        for group in aligned:
+        readers = {} if self.of_features else {"moments": self.latents["moments"]}
+        for group in (*aligned, *((self.latents,) if self.of_features else ())):
             readers |= {f"{group.path}/{name}": group[name] for name in group.codec_arrays}
-        for group in (*aligned, *self.features[:1]) if self.class_token else ():
-            readers[f"{group.path}/cls"] = group["cls"]
+        with_class = (*aligned, self.class_tokens) if self.aligns_class_tokens else (self.class_tokens,)
+        for group in with_class:
+            if group is not None:
+                readers[f"{group.path}/{CLASS_TOKEN}"] = group[CLASS_TOKEN]
         return readers
 
     def close(self) -> None:
@@ -85,9 +107,18 @@ def open_data(config: TrainConfig) -> TrainingData:
     paths = dict.fromkeys([latents, *features])
     caches = _share_cache(config, store, list(paths))
     groups = {path: store.group(path, n_threads=config.data.threads or None, cache=caches.get(path)) for path in paths}
-    groups[latents].require(
-        "latent_channels", "latent_size", "latent_scale_factor", "latent_shift_factor", arrays=["moments"]
-    )
+    of_features = latents.startswith(OF_FEATURES)
+    if config.model.kind == "rit" and config.model.class_token and not of_features:
+        raise UserError(
+            f"--model.class-token of --model.kind rit is that of features as latents, and {latents} is of an "
+            "autoencoder; pass --data.latents features/NAME, or --model.class-token false"
+        )
+    if of_features:
+        require_features(groups[latents], class_token=config.model.class_token and config.model.kind == "rit")
+    else:
+        groups[latents].require(
+            "latent_channels", "latent_size", "latent_scale_factor", "latent_shift_factor", arrays=["moments"]
+        )
     for path in features:
         groups[path].require("token_grid", "width")
         groups[path].codec  # noqa: B018 - is known, or says so
@@ -96,7 +127,7 @@ def open_data(config: TrainConfig) -> TrainingData:
                 f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "
                 "other --data.features, or precompute it with patch tokens"
             )
-        if config.model.class_token and "cls" not in groups[path].arrays:
+        if config.model.class_token and config.model.kind == "sit" and CLASS_TOKEN not in groups[path].arrays:
             raise UserError(
                 f"{path} holds no class tokens, which --model.class-token needs; precompute the features with "
                 "tokens=both (--features ENCODER:tokens=both), or choose other --data.features"
@@ -122,8 +153,17 @@ def open_data(config: TrainConfig) -> TrainingData:
         labels=labels,
         class_names=[] if n_without else store.classes.class_names,
         valid_rows=ValidRows(store.n_rows, failed),
-        class_token=config.model.class_token,
+        class_tokens=_class_tokens(config, groups[latents], [groups[path] for path in features]),
     )
+
+
+def _class_tokens(
+    config: TrainConfig, latents: GroupReader[Any], features: Sequence[GroupReader[Any]]
+) -> GroupReader[Any] | None:
+    """The group whose class tokens are denoised."""
+    if not config.model.class_token:
+        return None
+    return latents if config.model.kind == "rit" else features[0]
 
 
 def _share_cache(config: TrainConfig, store: Store, paths: list[str]) -> dict[str, CacheConfig]:
@@ -140,6 +180,8 @@ def _share_cache(config: TrainConfig, store: Store, paths: list[str]) -> dict[st
 
 def pick_group(store: Store, kind: str, name: str) -> str:
     """The path of the named group, or of the only one there is. Raises UserError naming the choices."""
+    if kind == "latents" and name.startswith(OF_FEATURES):
+        return name
     if name:
         return f"{kind}/{name}"  # opening it says so when it is not there, and a store over http cannot list
     paths = [path for path in store.groups() if path.startswith(f"{kind}/")]
@@ -162,12 +204,29 @@ def require_guided_channels(config: TrainConfig, geometry: Geometry) -> None:
         )
 
 
+def _require_width(config: TrainConfig, data: TrainingData) -> None:
+    """Raise UserError where a velocity of tokens has more numbers than the model's last tokens have channels.
+
+    Noise fills them all, so no such model can say what it is (RAE, arXiv 2510.11690, section 4). One that predicts the
+    features themselves can.
+    """
+    width, name = config.model.width, "--model.width"
+    if config.model.kind == "ditdh":
+        width, name = config.model.head_width, "--model.head-width"
+    wanted = data.latent_identity.latent_channels * config.model.patch**2
+    if data.of_features and config.model.kind != "rit" and width < wanted:
+        raise UserError(
+            f"{name} {width} is below the {wanted} numbers of a token of {data.latents.path}, whose velocity no such "
+            f"model can predict; give at least {wanted}, or --model.kind rit, which predicts the features"
+        )
+
+
 def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
     """The model's geometry from the configuration and what the store holds. Raises UserError when they do not fit.
 
     A store without labels makes a model without classes, unless --model.classes says otherwise.
     """
-    latents = data.latents.identity
+    latents = data.latent_identity
     height, width = latents.latent_size
     if height != width:
         raise UserError(f"latents of {height}×{width} are not square; the model's position embedding needs a square")
@@ -193,6 +252,7 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
                 f"{features.path} has {grid[0]}×{grid[1]} tokens, the model {side}×{side} (latents {height}, patch "
                 f"{config.model.patch}); choose --model.patch {max(1, height // grid[0])}, or other features"
             )
+    _require_width(config, data)
     alignments = tuple(alignment_named(target.alignment) for target in config.targets)
     for target, features, kind in zip(config.targets, data.features, alignments, strict=True):
         if not features.codec.exact and not kind.linear:
@@ -216,6 +276,11 @@ def geometry_of(config: TrainConfig, data: TrainingData) -> Geometry:
             for target, features in zip(config.targets, data.features, strict=True)
         ),
         alignments=alignments,
-        class_width=data.features[0].identity.width if data.class_token else 0,
+        class_width=data.class_tokens.identity.width if data.class_tokens is not None else 0,
         projector_width=config.model.projector_width,
+        head_width=config.model.head_width,
+        head_depth=config.model.head_depth,
+        head_heads=config.model.head_heads,
+        context=config.model.context,
+        context_block=config.model.context_block,
     )

@@ -32,7 +32,7 @@ from storage.normalisation import Normalisation, normalisation_of
 from storage.statistics import latent_mean_std
 
 if TYPE_CHECKING:
-    from trainer.config.schema import DataConfig
+    from trainer.config.data import DataConfig
 
 LEAST, MOST, MOST_MEAN = 0.5, 2.0, 1.0  # of a channel's deviation, and of the magnitude of its mean, after the map
 LEAST_OVER_ALL = 0.25  # of all channels together: one published factor serves data sets that vary less
@@ -42,12 +42,16 @@ MEASURED = "all latents of the group"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatentScale:
-    """The map. Tensors are float32 (1, C, p, p): a number a channel, and for p > 1 one a pixel of a p × p patch."""
+    """The map. Tensors are float32 (1, C, p, p): a number a channel, and for p > 1 one a pixel of a p × p patch.
+
+    Of features as latents p is their side: a number a channel and place (`feature_latents.py`).
+    """
 
     scale: float | Tensor
     shift: float | Tensor
     has_posterior: bool = True  # a deterministic autoencoder stores the latent itself, without a deviation
     source: str = ""  # of statistics, in words
+    of_class: tuple[Tensor, Tensor] | None = None  # scale and shift (c,) of class tokens that are latents too
 
     @classmethod
     def of(cls, identity: LatentsIdentity, data: DataConfig | None = None) -> LatentScale:
@@ -79,11 +83,19 @@ class LatentScale:
         """The same map with its tensors on a device, so that a step copies none."""
         if not isinstance(self.scale, Tensor) or not isinstance(self.shift, Tensor):
             return self
-        return replace(self, scale=self.scale.to(device), shift=self.shift.to(device))
+        of_class = None if self.of_class is None else (self.of_class[0].to(device), self.of_class[1].to(device))
+        return replace(self, scale=self.scale.to(device), shift=self.shift.to(device), of_class=of_class)
 
     def normalised(self, x: Tensor) -> Tensor:
         """Latents as the model has them, of latents as they are stored, (B, C, h, w)."""
         return (x - _spread(self.shift, x)) * _spread(self.scale, x)
+
+    def normalised_class(self, c: Tensor) -> Tensor:
+        """Class tokens float32 (B, c) as the model has them; as they are stored where they have no statistics (REG)."""
+        if self.of_class is None:
+            return c.float()
+        scale, shift = (of.to(c.device) for of in self.of_class)
+        return (c.float() - shift) * scale
 
     def stored(self, z: Tensor) -> Tensor:
         """The other way round: what the autoencoder decodes."""
@@ -92,7 +104,8 @@ class LatentScale:
     def __str__(self) -> str:
         if not isinstance(self.scale, Tensor):
             return f"(x − {self.shift:g}) · {self.scale:g}"
-        return f"(x − mean) · {_range(self.scale)} a channel, by {self.source}"
+        each = "a channel" if self.scale.shape[-1] == 1 else f"a channel and place of {self.scale.shape[-1]}²"
+        return f"(x − mean) · {_range(self.scale)} {each}, by {self.source}"
 
 
 def measured(latents: GroupReader[LatentsIdentity]) -> Normalisation:

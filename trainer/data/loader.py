@@ -28,6 +28,7 @@ from torch import Tensor
 from storage.prefetch import Prefetcher
 from storage.torch.codecs import Tokens, twin_of
 from storage.visits import Visit, Visits
+from trainer.data.feature_latents import CLASS_TOKEN, on_grid
 from trainer.data.groups import TrainingData
 from trainer.data.rows import Rows, Streamed
 
@@ -39,7 +40,7 @@ class Batch:
     step: int
     rows: Tensor  # int64 (B,)
     labels: Tensor  # int64 (B,)
-    moments: Tensor  # float16 (B, 2C, h, w), or (B, C, h, w) of a deterministic autoencoder
+    moments: Tensor  # (B, 2C, h, w), or (B, C, h, w) of a deterministic autoencoder, float16, or of features as targets
     targets: tuple[Tokens, ...]  # one an alignment target: (B, T, D), float16, or float32 where they were in a codec
     stall_s: float  # how long the step waited for it
     class_tokens: Tensor | None = None  # float16 (B, D), of a model that denoises these too
@@ -102,8 +103,9 @@ class Loader:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._aligned = data.features if with_targets else ()
         self._rows = rows or Streamed(data.readers(with_targets=with_targets))
+        decoded = (*self._aligned, *((data.latents,) if data.of_features else ()))
         self._decoders = {
-            group.path: (group.codec_arrays, twin_of(group.codec, compiled=compiled).decode) for group in self._aligned
+            group.path: (group.codec_arrays, twin_of(group.codec, compiled=compiled).decode) for group in decoded
         }
         share = batch // world_size
         visits = Visits(
@@ -132,14 +134,16 @@ class Loader:
                 return
             arrived, copied = self._to_device({**item.index, **item.buffers})
             on_device = self._rows.on_device(arrived)
+            tokens = self._tokens(on_device)
+            of_class = self._data.class_tokens
             yield Batch(
                 step=item.step,
                 rows=on_device["rows"],
                 labels=on_device["labels"],
-                moments=on_device["moments"],
-                targets=self._targets(on_device),
+                moments=self._latents(on_device, tokens),
+                targets=self._targets(on_device, tokens),
                 stall_s=stall_s,
-                class_tokens=on_device[f"{self._data.features[0].path}/cls"] if self._data.class_token else None,
+                class_tokens=None if of_class is None else on_device[f"{of_class.path}/{CLASS_TOKEN}"],
             )
             if copied is not None:
                 copied.synchronize()
@@ -170,15 +174,27 @@ class Loader:
             tensor.record_stream(current)
         return on_device, copied
 
-    def _targets(self, on_device: dict[str, Tensor]) -> tuple[Tokens, ...]:
-        """The patch tokens of each alignment target, behind its class token where the model has one."""
+    def _tokens(self, on_device: dict[str, Tensor]) -> dict[str, Tokens]:
+        """The patch tokens of each group that has any."""
         tokens: dict[str, Tokens] = {}
         for path, (names, decode) in self._decoders.items():
             arrays = {name: on_device[f"{path}/{name}"] for name in names}
             tokens[path] = decode(arrays, on_device["rows"], on_device["views"])
-            if self._data.class_token:
-                tokens[path] = behind_class_token(tokens[path], on_device[f"{path}/cls"])
-        return tuple(tokens[group.path] for group in self._aligned)
+        return tokens
+
+    def _latents(self, on_device: dict[str, Tensor], tokens: dict[str, Tokens]) -> Tensor:
+        """Moments as they are stored, or features on their grid."""
+        if not self._data.of_features:
+            return on_device["moments"]
+        latents = self._data.latents
+        return on_grid(tokens[latents.path].values, latents.identity.token_grid)
+
+    def _targets(self, on_device: dict[str, Tensor], tokens: dict[str, Tokens]) -> tuple[Tokens, ...]:
+        """The patch tokens of each alignment target, behind its class token where REG has it so."""
+        if not self._data.aligns_class_tokens:
+            return tuple(tokens[group.path] for group in self._aligned)
+        behind = {path: behind_class_token(of, on_device[f"{path}/{CLASS_TOKEN}"]) for path, of in tokens.items()}
+        return tuple(behind[group.path] for group in self._aligned)
 
     def _gather(self, visit: Visit, buffers: dict[str, Tensor]) -> _Gathered:
         if self._copies is not None:

@@ -34,7 +34,7 @@ from storage.reader import DEFAULT_THREADS
 from storage.space import size
 from storage.threads import Threads
 from storage.visits import Visit
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.free_memory import free_memory
 from trainer.data.groups import TrainingData
 from trainer.data.rows import Arrays, Rows, Streamed, host_memory, torch_dtype

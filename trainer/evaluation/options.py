@@ -43,6 +43,12 @@ class GenerateConfig:
         "run's)",
         at_least=0,
     )
+    weaker: Path | None = option(
+        None, "run of a weaker model on the same latents, that guidance leads away from instead of the null label"
+    )
+    class_noise: Literal["own", "mean"] | None = option(
+        None, "what a class token starts from (RiT), draws of its own or the latents' mean (default: the run's)"
+    )
     vae: str = option("", "VAE to decode with (default: as the store says)")
     batch: int = option(64, "images a block, computed together", at_least=1)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(

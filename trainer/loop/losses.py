@@ -96,8 +96,11 @@ def draw(batch: Batch, scale: LatentScale, config: TrainConfig, geometry: Geomet
     x = sample_latents(batch, scale, seed)
     noise = random_keys.normal(seed, "noise", step, rows, x.shape[1:])
     if batch.class_tokens is not None:
-        x = join(x, batch.class_tokens.float())
-        noise = join(noise, random_keys.normal(seed, "class-noise", step, rows, (geometry.class_width,)))
+        x = join(x, scale.normalised_class(batch.class_tokens))
+        if config.loss.class_noise == "mean":
+            noise = join(noise, noise.mean((2, 3)))
+        else:
+            noise = join(noise, random_keys.normal(seed, "class-noise", step, rows, (geometry.class_width,)))
     t = objective.draw_times(
         random_keys.uniform(seed, "time", step, rows),
         random_keys.normal(seed, "time", step, rows, (1,))[:, 0],

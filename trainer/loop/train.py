@@ -54,7 +54,6 @@ from storage.base.files import write_atomic
 from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data, require_guided_channels
-from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.data.loader import Loader
 from trainer.data.resident import open_rows
 from trainer.data.rows import Rows, Streamed
@@ -70,6 +69,7 @@ from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
 from trainer.run.checkpoint import RunState, save_checkpoint
 from trainer.run.folder import RunFolder
+from trainer.run.latent_map import keep_statistics, map_of, require_normalised
 from trainer.run.lock import only_writer
 from trainer.run.metrics import MetricsLog, read_metrics
 from trainer.run.resume import resume
@@ -97,8 +97,8 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
             geometry = geometry_of(config, data)
             require_guided_channels(config, geometry)
             config = resolve(config, data, world)
-            scale = LatentScale.of(data.latents.identity, config.data)
-            require_deviation(data.latents, scale, config.data)
+            scale = map_of(config, data, config.run)
+            require_normalised(config, data, scale)
             set_arithmetic(config)
             with only_writer(config.run, world):
                 new = build(config, geometry, scale, world)
@@ -142,6 +142,7 @@ class _Run:
         """Train; returns the summary."""
         config, start_s = self.config, time.perf_counter()
         if self.world.is_main:
+            keep_statistics(config, self.data)
             RunFolder(config.run).write_config(config, self.saved_before)
             print(self._opening(), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
@@ -331,7 +332,7 @@ class _Run:
             f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
             f"{geometry.grid**2} tokens",
             f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
-            f"latents    {self.training.scale}, {require_deviation(data.latents, self.training.scale, config.data)}",
+            f"latents    {self.training.scale}, {require_normalised(config, data, self.training.scale)}",
             *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
             *([f"alignment  {_stop(config, self.first_step)}"] if config.loss.stop_alignment_at else []),
             f"samples    {in_words(config)}",

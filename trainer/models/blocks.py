@@ -16,9 +16,14 @@ TIME_FREQUENCIES = 256
 LONGEST_PERIOD = 10_000.0
 
 
+def over_tokens(of: Tensor) -> Tensor:
+    """Numbers of images (B, D) as of all their tokens (B, 1, D); numbers of tokens (B, T, D) as they are."""
+    return of.unsqueeze(1) if of.dim() == 2 else of
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, T, D) · (1 + scale) + shift, with shift and scale (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """x (B, T, D) · (1 + scale) + shift, with shift and scale (B, D), or (B, T, D)."""
+    return x * (1 + over_tokens(scale)) + over_tokens(shift)
 
 
 def sincos_position_embedding(width: int, grid: int) -> Tensor:
@@ -115,7 +120,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero: shift, scale and gate of both halves come from the condition c (B, D)."""
+    """A transformer block with adaLN-Zero: shift, scale and gate of both halves come from the condition c.
+
+    c is (B, D), or (B, T, D) where each token has its own.
+    """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, mlp_ratio: int = 4) -> None:
         super().__init__()
@@ -126,14 +134,14 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Transform x (B, T, D) under the condition c (B, D)."""
+        """Transform x (B, T, D) under the condition."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + over_tokens(gate_attn) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + over_tokens(gate_mlp) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, T, D) to patch pixels (B, T, p²·C), modulated by the condition."""
+    """Tokens (B, T, D) to patch pixels (B, T, p²·C), modulated by the condition c, (B, D) or (B, T, D)."""
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
         super().__init__()
@@ -142,12 +150,12 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def modulated(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, T, D), normalised, shifted and scaled as the condition c (B, D) says."""
+        """x (B, T, D), normalised, shifted and scaled as the condition says."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return modulate(self.norm_final(x), shift, scale)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Transform x (B, T, D) under the condition c (B, D)."""
+        """Transform x (B, T, D) under the condition."""
         return self.linear(self.modulated(x, c))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.blocks import LONGEST_PERIOD, Attention, Block, FinalLayer
-from trainer.models.transformer import DiffusionTransformer, Geometry
+from trainer.models.transformer import DiffusionTransformer
 
 EPSILON = 1e-6
 
@@ -38,16 +38,19 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotaryAttention(Attention):
-    """Attention whose queries and keys are rotated by their tokens' places; with `qk_norm`, RMS norms before."""
+    """Attention whose queries and keys are rotated by their tokens' places; with `qk_norm`, RMS norms before.
+
+    `n_before` tokens stand before those of the grid, and have no place: nothing rotates them.
+    """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, grid: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, grid: int, n_before: int = 0) -> None:
         super().__init__(width, heads, qk_norm)
         if qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=EPSILON) for _ in range(2))
-        angles = rotary_angles(width // heads, grid)
+        angles = F.pad(rotary_angles(width // heads, grid), (0, 0, n_before, 0))
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -74,25 +77,43 @@ class SwiGLU(nn.Module):
 class LightningBlock(Block):
     """DiT's block with other parts."""
 
-    def __init__(self, config: Geometry) -> None:
-        super().__init__(config.width, config.heads, config.qk_norm)
-        self.norm1, self.norm2 = (nn.RMSNorm(config.width, eps=EPSILON) for _ in range(2))
-        self.attn = RotaryAttention(config.width, config.heads, config.qk_norm, config.grid)
-        self.mlp = SwiGLU(config.width)
+    def __init__(self, width: int, heads: int, qk_norm: bool, grid: int, n_before: int = 0) -> None:
+        super().__init__(width, heads, qk_norm)
+        self.norm1, self.norm2 = (nn.RMSNorm(width, eps=EPSILON) for _ in range(2))
+        self.attn = RotaryAttention(width, heads, qk_norm, grid, n_before)
+        self.mlp = SwiGLU(width)
+
+
+class LightningFinalLayer(FinalLayer):
+    """DiT's last layer with an RMS norm."""
+
+    def __init__(self, width: int, patch: int, channels: int) -> None:
+        super().__init__(width, patch, channels)
+        self.norm_final = nn.RMSNorm(width, eps=EPSILON)
 
 
 class LightningDiT(DiffusionTransformer):
     """output, projections = LightningDiT(geometry)(x, t, y), with t from noise (0) to image (1)."""
 
-    def rotary_tables(self) -> dict[str, Tensor]:
-        """Cosines and sines (T, head width) of the rotary positions, every block's, under their public names."""
-        attention: RotaryAttention = self.blocks[0].attn  # type: ignore[assignment]
-        return {"freqs_cos": attention.cos, "freqs_sin": attention.sin}
+    def rotary_tables(self) -> list[dict[str, Tensor]]:
+        """Cosines and sines (T, head width) of the rotary positions under their public names, of each kind of block.
 
-    def _make_block(self) -> Block:
-        return LightningBlock(self.config)
+        Tokens that stand before those of the grid count or do not: public tables are of both kinds.
+        """
+        tables: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        for block in self.blocks:
+            attention: RotaryAttention = block.attn  # type: ignore[assignment]
+            for first in (0, attention.cos.shape[0] - self.config.grid**2):
+                table = {"freqs_cos": attention.cos[first:], "freqs_sin": attention.sin[first:]}
+                tables.setdefault(tuple(table["freqs_cos"].shape), table)
+        return list(tables.values())
+
+    def _make_blocks(self) -> list[Block]:
+        config = self.config
+        return [
+            LightningBlock(config.width, config.heads, config.qk_norm, config.grid, n_before)
+            for n_before in config.tokens_before
+        ]
 
     def _make_final_layer(self) -> FinalLayer:
-        layer = super()._make_final_layer()
-        layer.norm_final = nn.RMSNorm(self.config.width, eps=EPSILON)
-        return layer
+        return LightningFinalLayer(self.config.width, self.config.patch, self.config.out_channels)

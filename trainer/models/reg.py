@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer.models.blocks import unpatchify
 from trainer.models.transformer import DiffusionTransformer, Geometry, xavier
 
 
@@ -53,10 +52,8 @@ class RegTransformer(DiffusionTransformer):
         first = self.wg_norm(self.cls_projectors2(class_token))
         return torch.cat([first.unsqueeze(1), self.x_embedder(image)], dim=1) + self.pos_embed
 
-    def head(self, tokens: Tensor, condition: Tensor) -> Tensor:
+    def output(self, tokens: Tensor, condition: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """The state's velocity (B, C·H·W + c)."""
-        config = self.config
         modulated = self.final_layer.modulated(tokens, condition)
-        image = unpatchify(self.final_layer.linear(modulated[:, 1:]), config.patch, config.grid, config.out_channels)
         linear_cls: nn.Linear = self.final_layer.linear_cls  # type: ignore[assignment]
-        return join(image, linear_cls(modulated[:, 0]))
+        return join(self._unpatchified(self.final_layer.linear(modulated[:, 1:])), linear_cls(modulated[:, 0]))

@@ -149,6 +149,7 @@ def _at(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
 # ---- the objective, as `objectives.Objective` describes it ------------------------------------------------------
 
 data_time = False
+each_slope_guided = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
@@ -165,6 +166,11 @@ def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:
 def denoising_loss(output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, config: LossConfig) -> Tensor:
     """Mean square of the noise plus the variational term, float32 (B,)."""
     return mean_square_loss(output, noise) + variational_loss(output, x, x_t, t)
+
+
+def velocity(output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The output itself."""
+    return output
 
 
 def unit_times(t: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from trainer.config.schema import LossConfig
 from trainer.objectives import sit
 
 data_time = True
+each_slope_guided = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
@@ -29,6 +30,11 @@ def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:
 def denoising_loss(output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, config: LossConfig) -> Tensor:
     """Mean square of the velocity, and what its direction counts, float32 (B,)."""
     return sit.flow_loss(output, x - noise, config)
+
+
+def velocity(output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The output itself."""
+    return output
 
 
 def unit_times(t: Tensor) -> Tensor:

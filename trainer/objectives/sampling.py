@@ -5,14 +5,17 @@
     x_{t−1} ~ p(x_{t−1} | x_t)                            ddpm, on evenly strided steps (`objectives/dit.py`)
 
 The SDE runs from t = 1 to t = 0.04 in equal steps and makes its last step, to 0, without noise, as the published
-figures were sampled; so does the chain. Classifier-free guidance o = o_∅ + s·(o_y − o_∅) of the model's output applies
-for t in an interval (arXiv 2404.07724); outside it and at scale 1 the batch is not doubled. State is float64; the model
-sees its own dtype.
+figures were sampled; so does the chain. Euler may end before 0 (`--sample.end`), as RAE's does.
+
+Classifier-free guidance o = o_∅ + s·(o_y − o_∅) of the model's output applies for t in an interval (arXiv 2404.07724);
+outside it and at scale 1 the batch is not doubled. The ends of the interval count, and a step's start decides for both
+of Heun's slopes, as in REPA's sampler; RiT's asks each slope, and an end counts only where it is 0 or 1. With a weaker
+model, o_∅ is what that says of the same label (autoguidance, arXiv 2406.02507). State is float64; the model sees its
+own dtype.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.sample import SampleConfig
+from trainer.objectives import Objective, sit
 from trainer.objectives.dit import reverse, schedule, unit_times
 from trainer.objectives.sit import Path, score_from_velocity, shifted
 
@@ -41,34 +45,52 @@ class Drawing:
     noise: Noise
     dtype: torch.dtype  # what the model is called with
     class_width: int = 0
-    data_time: bool = False  # the model is given 1 − t, and its output is −dx/dt
+    objective: Objective = sit
+    weaker: Predict | None = None  # what guidance leads away from, instead of the model without label
+
+    def velocity(self, state: Tensor, t: float, of_step: float) -> Tensor:
+        """dx/dt float64 at a state float64 and noise level t, of a step that begins at `of_step`."""
+        asked_of = t if self.objective.each_slope_guided else of_step
+        times = torch.full((len(state),), t, dtype=self.dtype, device=state.device)
+        if not self.objective.data_time:
+            return self.objective.velocity(self.output(state, times, asked_of), state, times)
+        times = 1 - times
+        return -self.objective.velocity(self.output(state, times, asked_of), state, times.double())
 
     def output(self, state: Tensor, t: Tensor, unit_time: float) -> Tensor:
         """The model's output float64 at a state float64 and times (B,), guided where `unit_time` is in the interval.
 
-        The model is called once. Channels beyond those guided (a learned variance among them) are the conditional
+        Each model is called once. Channels beyond those guided (a learned variance among them) are the conditional
         output's.
         """
-        if self.data_time:
-            return -dataclasses.replace(self, data_time=False).output(state, 1 - t, unit_time)
         config = self.config
-        scale = config.guidance if config.guidance_low <= unit_time <= config.guidance_high else 1.0
-        if scale == 1:
+        scale = config.guidance if self._guides(unit_time, config.guidance_low, config.guidance_high) else 1.0
+        of_class = config.class_guidance if self.class_width and self._guides(unit_time, *config.class_interval) else 0
+        if config.guidance == 1 or (scale == 1 and of_class in (0, 1)):
             return self.predict(state.to(self.dtype), t, self.labels).double()
+        conditional, other = self._both(state, t)
+        n = state.shape[1] - self.class_width if self.class_width else config.guidance_channels or state.shape[1]
+        beyond = _towards(other[:, n:], conditional[:, n:], of_class or 1.0)
+        return torch.cat([_towards(other[:, :n], conditional[:, :n], scale), beyond], dim=1)
+
+    def _both(self, state: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The output for the labels, and that which guidance leads away from."""
+        x = state.to(self.dtype)
+        if self.weaker is not None:
+            return self.predict(x, t, self.labels).double(), self.weaker(x, t, self.labels).double()
         labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
-        output = self.predict(torch.cat([state, state]).to(self.dtype), torch.cat([t, t]), labels).double()
-        conditional, unconditional = output.chunk(2)
-        if self.class_width:
-            n = state.shape[1] - self.class_width
-            of_class = _towards(unconditional[:, n:], conditional[:, n:], config.class_guidance or 1.0)
-        else:
-            n = config.guidance_channels or state.shape[1]
-            of_class = conditional[:, n:]
-        return torch.cat([_towards(unconditional[:, :n], conditional[:, :n], scale), of_class], dim=1)
+        conditional, other = self.predict(torch.cat([x, x]), torch.cat([t, t]), labels).double().chunk(2)
+        return conditional, other
+
+    def _guides(self, t: float, low: float, high: float) -> bool:
+        """Whether a noise level lies in an interval."""
+        if self.objective.each_slope_guided:
+            return (low < t or low == 0) and (t < high or high == 1)
+        return low <= t <= high
 
 
-def _towards(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
+def _towards(other: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    return conditional if scale == 1 else other + scale * (conditional - other)
 
 
 def sample(
@@ -81,29 +103,29 @@ def sample(
     noise: Noise,
     *,
     class_width: int = 0,
-    data_time: bool = False,
+    objective: Objective = sit,
+    weaker: Predict | None = None,
 ) -> Tensor:
-    """Latents float64 (B, C, …) from noise x (B, C, …) and labels int64 (B,).
+    """Latents float64 (B, C, …) from noise x (B, C, …) and labels int64 (B,), of a model of `objective`.
 
     `noise(i)` gives the draws of step i, so that a caller decides what each image's randomness is keyed by: none are
     asked for by ode, one fewer than there are steps by the others. `x.dtype` is what the model is called with.
     """
     drawing = Drawing(
         predict=predict, labels=labels, null_label=null_label, config=config, path=path, noise=noise, dtype=x.dtype,
-        class_width=class_width, data_time=data_time,
+        class_width=class_width, objective=objective, weaker=weaker,
     )  # fmt: skip
     return SAMPLERS[config.sampler](x.double(), drawing)
 
 
 def _euler(state: Tensor, drawing: Drawing) -> Tensor:
     config = drawing.config
-    times = shifted(torch.linspace(1, 0, config.steps + 1, dtype=torch.float64), config.shift).tolist()
+    times = shifted(torch.linspace(1, config.end, config.steps + 1, dtype=torch.float64), config.shift).tolist()
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        # The start of a step decides on guidance for both slopes of Heun's correction, as in the published sampler.
-        slope = drawing.output(state, _times(t, state, drawing), t)
+        slope = drawing.velocity(state, t, t)
         proposal = state + (t_next - t) * slope
         if config.heun and i < config.steps - 1:
-            slope = (slope + drawing.output(proposal, _times(t_next, state, drawing), t)) / 2
+            slope = (slope + drawing.velocity(proposal, t_next, t)) / 2
             proposal = state + (t_next - t) * slope
         state = proposal
     return state
@@ -114,7 +136,7 @@ def _euler_maruyama(state: Tensor, drawing: Drawing) -> Tensor:
     even = torch.linspace(1, LAST_SDE_TIME, config.steps, dtype=torch.float64)
     times = [*shifted(even, config.shift).tolist(), 0.0]
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        v = drawing.output(state, _times(t, state, drawing), t)
+        v = drawing.velocity(state, t, t)
         diffusion = 2 * t
         score = score_from_velocity(v, state, state.new_full((len(state),), t), drawing.path)
         state = state + (v - 0.5 * diffusion * score) * (t_next - t)
@@ -138,7 +160,3 @@ def _ancestral(state: Tensor, drawing: Drawing) -> Tensor:
 
 
 SAMPLERS = {"ode": _euler, "sde": _euler_maruyama, "ddpm": _ancestral}
-
-
-def _times(t: float, state: Tensor, drawing: Drawing) -> Tensor:
-    return torch.full((len(state),), t, dtype=drawing.dtype, device=state.device)

@@ -68,6 +68,7 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     """
     if shift == 1:
         return t
+    assert shift > 0, shift
     exact = t.double()
     return (shift * exact / (1 + (shift - 1) * exact)).to(t.dtype)
 
@@ -104,6 +105,7 @@ def score_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, path: Path) ->
 # ---- the objective, as `objectives.Objective` describes it ------------------------------------------------------
 
 data_time = False
+each_slope_guided = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
@@ -119,6 +121,11 @@ def perturb(x: Tensor, noise: Tensor, t: Tensor, config: LossConfig) -> Tensor:
 def denoising_loss(output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, config: LossConfig) -> Tensor:
     """Mean square of the velocity, and what its direction counts, float32 (B,)."""
     return flow_loss(output, interpolate(x, noise, t, config.path)[1], config)
+
+
+def velocity(output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The output itself."""
+    return output
 
 
 def unit_times(t: Tensor) -> Tensor:

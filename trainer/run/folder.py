@@ -3,6 +3,7 @@
 config.yaml                     the configuration, with what was chosen automatically written out
 checkpoints/step-0000100/       weights, optimiser and state after 100 steps (`checkpoint.py`)
 latest                          the name of the newest checkpoint
+latent-statistics.safetensors   by which features are normalised that are latents (`latent_map.py`)
 metrics.jsonl, tensorboard/     means over the log interval (`metrics.py`)
 summary.json                    how the last command ended
 train.log                       what training printed, where `ablate` started it
@@ -73,6 +74,11 @@ class RunFolder:
         """Step → folder of what bears a checkpoint's name, in the order of steps."""
         named = [path for path in self.checkpoints.glob("step-*") if STEP.fullmatch(path.name)]
         return dict(sorted((step_in_name(path), path) for path in named))
+
+    @property
+    def latent_statistics(self) -> Path:
+        """The copy of the statistics of features as latents."""
+        return self.path / "latent-statistics.safetensors"
 
     @property
     def metrics(self) -> Path:

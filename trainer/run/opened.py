@@ -23,6 +23,7 @@ from trainer.models.make import make_model
 from trainer.models.transformer import Geometry
 from trainer.run.checkpoint import EMA_WEIGHTS, STATE, WEIGHTS, latest_checkpoint, read_state
 from trainer.run.folder import RunFolder
+from trainer.run.latent_map import map_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class OpenRun:
     @cached_property
     def scale(self) -> LatentScale:
         """How its latents are normalised, as while it was trained."""
-        return LatentScale.of(self.data.latents.identity, self.config.data)
+        return map_of(self.config, self.data, self.path)
 
 
 def open_run(path: Path) -> OpenRun:

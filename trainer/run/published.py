@@ -18,7 +18,7 @@ from trainer.config.presets import PRESETS, preset
 from trainer.config.schema import Kind, TrainConfig
 from trainer.config.tree import override
 
-Release = Literal["repa", "irepa", "reg", "lightningdit", "sit", "dit"]
+Release = Literal["repa", "irepa", "reg", "lightningdit", "rae", "rit", "sit", "dit"]
 Shapes = Mapping[str, tuple[int, ...]]  # of weights, under this project's names
 
 ANCHOR = "x_embedder.proj.weight"  # a name that every set of weights has
@@ -34,7 +34,7 @@ class Published:
     class_token: bool = False
     mark: str = ""  # what names begin with that are in its files and in no other's
     optional: bool = False  # whether some of its files are without the mark
-    statistics: str = ""  # the file beside the weights by which latents were standardised, channel by channel
+    statistics: str = ""  # the file beside the weights by which latents were standardised
 
 
 PUBLISHED: dict[Release, Published] = {
@@ -47,6 +47,8 @@ PUBLISHED: dict[Release, Published] = {
     "lightningdit": Published(
         name="LightningDiT", kind="lightningdit", mark="blocks.0.mlp.w12.", statistics="latents_stats.pt"
     ),
+    "rae": Published(name="RAE", kind="ditdh", mark="s_embedder.proj.", statistics="stat.pt"),
+    "rit": Published(name="RiT", kind="rit", class_token=True, mark="cls_projectors.", statistics="stat.pt"),
     "sit": Published(name="SiT", kind="sit"),
     "dit": Published(name="DiT", kind="dit"),
 }  # fmt: skip
@@ -60,7 +62,7 @@ def check_release(release: Release, names: Iterable[str], file: Path) -> None:
     if mine.mark and not mine.optional and release not in marked:
         raise UserError(f"{file} has no {mine.mark}weight, so it is not {mine.name}'s; pass another --release")
     if marked and release not in marked:
-        other = sorted(marked)[0]
+        other = sorted(marked, key=lambda of: (of == "lightningdit", of))[0]  # whose mark others' files have too
         raise UserError(
             f"{file} has {PUBLISHED[other].mark}…, which is {PUBLISHED[other].name}'s; pass --release {other}"
         )
@@ -90,7 +92,7 @@ def fitting_preset(release: Release, shapes: Shapes, file: Path) -> str:
     """The preset of a file's shapes, aligned where it has projectors. Raises UserError where none fits, or several."""
     if len(shapes.get(ANCHOR, ())) != 4:
         raise UserError(f"{file} has not the shapes of --release {release}; its {ANCHOR} is {shapes.get(ANCHOR)}")
-    width, _, patch, _ = shapes[ANCHOR]
+    width, _, patch, _ = shapes.get("s_embedder.proj.weight", shapes[ANCHOR])  # the head's is of another width
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     resolution = _resolution(shapes, patch, PUBLISHED[release].class_token)
     fitting = {
@@ -98,7 +100,8 @@ def fitting_preset(release: Release, shapes: Shapes, file: Path) -> str:
         for name, make in PRESETS.items()
         if (config := make()).model.kind == PUBLISHED[release].kind
         and config.model.class_token == PUBLISHED[release].class_token
-        and (config.model.depth, config.model.width, config.model.patch) == (depth, width, patch)
+        and (config.model.depth + config.model.head_depth, config.model.width, config.model.patch)
+        == (depth, width, patch)
         and (not resolution or config.data.resolution in (0, resolution))
     }
     aligned = n_projectors(shapes) > 0
@@ -119,6 +122,8 @@ def settings_of(release: Release, shapes: Shapes, *, aligned: bool) -> dict[str,
     settings: dict[str, Any] = {}
     if "blocks.0.attn.q_norm.weight" in shapes:
         settings["model.qk_norm"] = True
+    if "in_context_posemb" in shapes:
+        settings["model.context"] = shapes["in_context_posemb"][1]
     if release == "irepa" and aligned:
         settings["loss.projection_weight"] = (1.0,)
         kinds = [_irepa(shapes, number) for number in range(n_projectors(shapes))] or ["irepa"]

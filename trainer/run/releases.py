@@ -10,9 +10,10 @@ reads. With s = 1 − t, v(x, t) = −u(x, 1 − t), and the embedding cos ω(1 
 sin ωt. So the first layer that reads it takes the rotation, the last one the sign, and the weights are SiT's function
 exactly.
 
-LightningDiT's files hold the tables of its rotary positions, and those of REPA on an end-to-end tuned autoencoder
-(REPA-E, arXiv 2504.10483) the statistics by which latents are standardised. Both are compared with the run's, and left
-out. Statistics that lie in a file beside the weights, under the name that the method gives it, are the run's.
+LightningDiT's, RAE's and RiT's files hold the tables of rotary positions, and those of REPA on an end-to-end tuned
+autoencoder (REPA-E, arXiv 2504.10483) the statistics by which latents are standardised. Both are compared with the
+run's, and left out. Statistics that lie in a file beside the weights, under the name that the method gives it, are the
+run's.
 
 Names that DistributedDataParallel, torch.compile or FSDP made longer are cut, and sets below other names are found. A
 file is read as data (`storage/weights/`): nothing in it is run. A run made from it is at step 0, with a fresh
@@ -39,7 +40,7 @@ from storage.weights.tensors import Stored
 from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
-from trainer.data.groups import geometry_of, open_data, require_guided_channels
+from trainer.data.groups import TrainingData, geometry_of, open_data, require_guided_channels
 from trainer.data.latent_scale import LatentScale
 from trainer.loop.log_window import LogWindow
 from trainer.loop.step import build
@@ -49,6 +50,7 @@ from trainer.models.transformer import DiffusionTransformer, Geometry
 from trainer.ranks.world import world_of_ranks
 from trainer.run.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from trainer.run.folder import RunFolder
+from trainer.run.latent_map import keep_statistics, map_of
 from trainer.run.lock import only_writer
 from trainer.run.published import ANCHOR, PUBLISHED, Release, Shapes, check_model, check_release
 from trainer.run.settings import resolve
@@ -56,11 +58,12 @@ from trainer.run.settings import resolve
 V = TypeVar("V")
 Weights = dict[str, Tensor]
 NAMED_AT_MOST = 4
-ROTARY, STATISTICS = "feat_rope.", "bn."  # what stands beside weights: tables, and the statistics of latents
+ROTARY = re.compile(r"^[a-z_]*feat_rope[a-z_]*\.freqs_(cos|sin)$")  # tables that stand beside weights
+STATISTICS = "bn."  # the statistics of latents, which do so too
 STATISTICS_EPSILON, STATISTICS_APART = 1e-4, 0.02  # REPA-E's, added to a variance; the most that is taken for the same
 OURS = frozenset(
-    "x_embedder t_embedder y_embedder pos_embed blocks decoder_blocks projectors final_layer cls_projectors2 wg_norm "
-    "feat_rope bn".split()
+    "x_embedder s_embedder s_projector t_embedder y_embedder pos_embed blocks decoder_blocks projectors final_layer "
+    "cls_projectors cls_projectors2 in_context_posemb wg_norm feat_rope bn".split()
 )
 AVERAGED = re.compile(r"(^|[._])(ema|averag|avg|shadow)", re.IGNORECASE)
 
@@ -89,20 +92,21 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
         try:
             geometry = geometry_of(config, data)
             require_guided_channels(config, geometry)
-            config, of_latents = _with_statistics(config, release, file, data.latents.identity.latent_channels)
+            config, of_latents = _with_statistics(config, release, file, data)
             # The machine that trains the run decides on its arithmetic, not the one that makes it.
             config = override(resolve(config, data, world), {"precision": config.precision})
-            scale = LatentScale.of(data.latents.identity, config.data)
+            scale = map_of(config, data, config.run)
             training = build(config, geometry, scale, world)
             notes = [_load(training.model, weights, geometry, scale, file)]
             _load(training.ema.model, averaged, geometry, scale, file)
             if of_latents:
                 notes.append(of_latents)
             elif standardised := PUBLISHED[release].statistics:
+                by = "by channel and place" if data.of_features else "channel by channel"
                 ours = f"(x − {_numbers(scale.shift)}) · {_numbers(scale.scale)}"
                 notes.append(
-                    f"it was trained on latents standardised channel by channel with {standardised}, which lies beside "
-                    f"it; the run's are {ours}, and what is drawn is right only where these agree"
+                    f"it was trained on latents standardised {by} with {standardised}, which lies beside it; the run's "
+                    f"are {ours}, and what is drawn is right only where these agree"
                 )
             sums = LogWindow.empty(geometry).sums.tolist()
             state = RunState(
@@ -115,6 +119,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
                 scaler={},
             )
             with only_writer(config.run, world):
+                keep_statistics(config, data)
                 RunFolder(config.run).write_config(config)
                 save_checkpoint(
                     config.run, state, training.model, training.ema, training.optimizer, config.checkpoint.keep
@@ -124,7 +129,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
     return [f"{config.run} holds {file} at step 0", *stored.notes, *(note for note in notes if note)]
 
 
-def _with_statistics(config: TrainConfig, release: Release, file: Path, channels: int) -> tuple[TrainConfig, str]:
+def _with_statistics(config: TrainConfig, release: Release, file: Path, data: TrainingData) -> tuple[TrainConfig, str]:
     """The configuration with the statistics that lie beside a release's weights, and what to say of it, "" without.
 
     What the user chose goes before. Raises UserError where the file is not of the store's channels.
@@ -133,7 +138,12 @@ def _with_statistics(config: TrainConfig, release: Release, file: Path, channels
     beside = file.absolute().parent / name
     if not name or config.data.latent_normalisation != "auto" or not beside.is_file():
         return config, ""
-    statistics = read_statistics(beside, channels)
+    if data.of_features:
+        if config.data.latent_statistics != Path():
+            return config, ""
+        changes: dict[str, Any] = {"data.latent_statistics": beside}
+        return override(config, changes), f"its latents are normalised by channel and place with {beside}"
+    statistics = read_statistics(beside, data.latent_identity.latent_channels)
     changes = {
         "data.latent_normalisation": "channel",
         "data.latent_mean": statistics.mean,
@@ -311,14 +321,14 @@ def _load(model: DiffusionTransformer, weights: Weights, geometry: Geometry, sca
 
 def _without_rotary(weights: Weights, model: DiffusionTransformer, file: Path) -> Weights:
     """Weights without the tables of rotary positions, if these are the model's; they also say how many heads it has."""
-    tables = {name: value for name, value in weights.items() if name.startswith(ROTARY)}
+    tables = {name: value for name, value in weights.items() if ROTARY.match(name)}
     if not isinstance(model, LightningDiT):
         return weights  # of which they are unknown names
-    for name, own in model.rotary_tables().items():
-        theirs = tables.get(ROTARY + name)
-        if theirs is not None and (theirs.shape != own.shape or not torch.allclose(theirs, own, atol=1e-3)):
+    for name, theirs in tables.items():
+        own = [of[name.rpartition(".")[2]] for of in model.rotary_tables()]
+        if not any(theirs.shape == table.shape and torch.allclose(theirs, table, atol=1e-3) for table in own):
             raise UserError(
-                f"{file} is not of this model: {ROTARY}{name} is {list(theirs.shape)}, the model's {list(own.shape)}, "
+                f"{file} is not of this model: {name} is {list(theirs.shape)}, the model's {list(own[0].shape)}, "
                 "or its positions rotate otherwise; choose the --preset, --model.heads and store that fit it"
             )
     return {name: value for name, value in weights.items() if name not in tables}

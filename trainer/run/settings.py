@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -12,8 +13,10 @@ from trainer.data.groups import TrainingData
 from trainer.data.latent_scale import measured
 from trainer.ranks.world import World
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.latent_map import statistics_of_run
 
 GROUPS = ("data.latents", "data.features")
+DIMENSION = 4096  # of the latents whose noise levels are not shifted (RAE)
 NORMALISATION = ("data.latent_normalisation", "data.latent_mean", "data.latent_std")
 
 
@@ -33,7 +36,16 @@ def remember(config: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
         now, then = config.data.latent_normalisation, saved.config.data.latent_normalisation
         if now == then or (now == "auto" and NORMALISATION[0] not in given):
             chosen |= {name: value for name, value, _ in leaves(saved.config) if name in NORMALISATION}
+    now_by, then_by = config.data, saved.config.data
+    if not now_by.latent_statistics_sha256 and now_by.latent_statistics == then_by.latent_statistics:
+        chosen["data.latent_statistics_sha256"] = then_by.latent_statistics_sha256
     return override(saved.keep(config, given), chosen)
+
+
+def with_shifts(config: TrainConfig, n: int) -> TrainConfig:
+    """The configuration with the shifts of noise levels written out that are those of latents of `n` numbers."""
+    trained = config.loss.time_shift or math.sqrt(n / DIMENSION)
+    return override(config, {"loss.time_shift": trained, "sample.shift": config.sample.shift or trained})
 
 
 def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfig:
@@ -48,4 +60,7 @@ def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfi
         resolved["sample.guidance"] = 1.0  # towards what, without labels?
     if config.precision == "auto":
         resolved["precision"] = "bf16" if world.device.type == "cuda" else "fp32"
-    return override(config, resolved)
+    latents = data.latent_identity
+    if data.of_features:
+        resolved["data.latent_statistics_sha256"] = statistics_of_run(config, data, config.run).digest
+    return with_shifts(override(config, resolved), latents.latent_channels * math.prod(latents.latent_size))

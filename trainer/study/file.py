@@ -46,6 +46,7 @@ from trainer.config.yaml_file import parse_yaml
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder
 
+OF_CLASS_TOKENS = ("model.class_token", "loss.class_weight")  # which RiT has without an alignment
 NOT_AXES = {"run": "the runs are named after their settings", "store": "pass --store", "seed": "write seeds: [0, 1]"}
 MAX_RUNS = 10_000
 AUTOMATIC: tuple[object, ...] = ("", [], "auto")  # settings that a run resolves as it starts
@@ -205,7 +206,9 @@ def _run(base: Mapping[str, str], chosen: dict[str, str], seed: str, store: str,
         recipe.aligns if weight is None else any(parse_setting("loss.projection_weight", weight, tuple[float, ...]))
     )
     if not aligns:
-        for axis in [name for name, _, item in leaves(recipe) if item.metadata.get("of_alignment")]:
+        kept = OF_CLASS_TOKENS if settings.get("model.kind", recipe.model.kind) == "rit" else ()
+        of_alignment = [name for name, _, item in leaves(recipe) if item.metadata.get("of_alignment")]
+        for axis in (name for name in of_alignment if name not in kept):
             settings.pop(axis, None)
             chosen.pop(axis, None)
     named = [f"{axis.rpartition('.')[2].replace('_', '-')}-{text}" for axis, text in [*chosen.items(), ("seed", seed)]]

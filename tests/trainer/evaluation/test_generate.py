@@ -109,6 +109,19 @@ def test_adm_layout(micro_run: Path, whole: Path, tmp_path: Path) -> None:
     assert packed.read_bytes() == first
 
 
+def test_guidance_away_from_the_model_itself_is_none(micro_run: Path, tmp_path: Path) -> None:
+    """The conditional output of both is the same, and so are the images; the null label is never asked."""
+    unguided, _ = generate(settings(micro_run, tmp_path / "unguided", n=4, guidance=1.0))
+    guided, _ = generate(settings(micro_run, tmp_path / "guided", n=4, guidance=3.0, weaker=micro_run))
+    assert json.loads((guided / "settings.json").read_text())["weaker_sha256"]
+    for i in range(4):
+        assert (read_image(image_path(guided, i)) == read_image(image_path(unguided, i))).all()
+    with pytest.raises(UserError, match=r"holds images of other settings \(.*weaker_sha256: were .*, are None\)"):
+        generate(settings(micro_run, tmp_path / "guided", n=4, guidance=3.0))
+    with pytest.raises(UserError, match=r"--weaker .* has nothing to guide with --guidance 1; give a scale above 1"):
+        generate(settings(micro_run, tmp_path / "x", guidance=1.0, weaker=micro_run))
+
+
 def test_labels() -> None:
     images = torch.arange(10_000)
     balanced = labels_of(images, 10, "balanced", 0)

@@ -24,12 +24,13 @@ from storage.base.errors import UserError
 from storage.base.files import follow_umask, make_directories, partial_name, publish
 from storage.base.options import spelled
 from trainer.config.tree import flatten
-from trainer.evaluation.generate.decode import load_decoder, location
+from trainer.evaluation.generate.decode import decoder_of, load_decoder, location
 from trainer.models.blocks import sincos_position_embedding
 from trainer.models.transformer import Geometry
 from trainer.objectives.dit import BETA_FIRST, BETA_LAST, N_STEPS
 from trainer.run.checkpoint import load_ema_weights
 from trainer.run.folder import RunFolder
+from trainer.run.latent_map import statistics_of_run
 from trainer.run.opened import OpenRun, checkpoints_of, open_run, step_of
 
 PIPELINE_SOURCE = Path(__file__).with_name("diffusers_pipeline.py")
@@ -52,10 +53,14 @@ def export(run: Path, to: str, out: Path | None, checkpoint: str) -> list[Path]:
     try:
         if to == "safetensors":
             described = {name: spelled(value) for name, value in flatten(opened.config).items()}
-            described |= {
-                "latent_scale": json.dumps(_plain(opened.scale.scale)),
-                "latent_shift": json.dumps(_plain(opened.scale.shift)),
-            }
+            if opened.data.of_features:  # a number a channel and place: a file beside the weights
+                statistics = statistics_of_run(opened.config, opened.data, run)
+                (aside / RunFolder(run).latent_statistics.name).write_bytes(statistics.packed())
+            else:
+                described |= {
+                    "latent_scale": json.dumps(_plain(opened.scale.scale)),
+                    "latent_shift": json.dumps(_plain(opened.scale.shift)),
+                }
             save_file(weights, aside / "ema.safetensors", metadata={"step": str(step_of(chosen)), **described})
         else:
             write_diffusers(opened, weights, step_of(chosen), aside)
@@ -70,7 +75,11 @@ def write_diffusers(run: OpenRun, weights: Mapping[str, Tensor], step: int, out:
     """The pipeline's folder. Raises UserError for a model that diffusers' class cannot be."""
     import diffusers
 
-    if run.geometry.class_width or run.geometry.kind == "lightningdit":
+    if run.data.of_features:
+        raise UserError(
+            f"{run.path} has features as latents, for which diffusers has no pipeline; export it with --to safetensors"
+        )
+    if run.geometry.class_width or run.geometry.kind not in ("sit", "dit"):
         what = "a class token" if run.geometry.class_width else "RMS norms and rotary positions"
         raise UserError(
             f"{run.path} has a model with {what}, for which diffusers has no class; export it with --to safetensors"
@@ -91,7 +100,7 @@ def write_diffusers(run: OpenRun, weights: Mapping[str, Tensor], step: int, out:
     else:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.save_pretrained(out / "scheduler")
-    decoder = run.data.latents.attributes["provenance"].get("decoder", "")
+    decoder = decoder_of(run.data, run.config)
     vae: list[str | None] = [None, None]
     if decoder and Path(decoder).is_dir():
         model: Any = load_decoder(decoder, torch.device("cpu"))

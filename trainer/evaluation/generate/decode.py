@@ -12,17 +12,38 @@ from torch import Tensor, nn
 
 from storage.base.errors import UserError
 from storage.weights.names import plain_folder
+from trainer.config.schema import TrainConfig
+from trainer.data.feature_latents import without_affine
+from trainer.data.groups import TrainingData
+from trainer.data.latent_scale import LatentScale
+from trainer.evaluation.generate.feature_decoder import FeatureDecoder, load_feature_decoder
 
 DECODE_BATCH = 16
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PIPELINE_FOLDER = "vae"  # where a whole pipeline's folder keeps it
 
 
-def load_decoder(vae: str, device: torch.device, *, fetch: bool = True) -> nn.Module:
+def decoder_of(data: TrainingData, config: TrainConfig) -> str:
+    """What makes pictures of a run's latents, as the run or its latents say; "" where neither does."""
+    return config.data.decoder or str(data.latents.attributes["provenance"].get("decoder", ""))
+
+
+def to_decode(latents: Tensor, scale: LatentScale, data: TrainingData) -> Tensor:
+    """What a decoder takes, of latents as the model has them: as they are stored, and features without the affine part
+    of the final norm.
+    """
+    stored = scale.stored(latents)
+    return without_affine(stored, data.latents) if data.of_features else stored
+
+
+def load_decoder(vae: str, device: torch.device, *, fetch: bool = True, of: TrainingData | None = None) -> nn.Module:
     """The autoencoder at a diffusers directory, or at a hub id ORG/NAME[/FOLDER], of whichever class it says it is.
 
-    Without `fetch`, only what lies on this machine will do. Raises UserError when there is none to be had.
+    Without `fetch`, only what lies on this machine will do. Of features as latents it is one that decodes those.
+    Raises UserError when there is none to be had.
     """
+    if of is not None and of.of_features:
+        return load_feature_decoder(vae, of.latents, device, fetch=fetch)
     import diffusers
 
     repository, folder = location(vae)
@@ -64,7 +85,7 @@ def location(vae: str) -> tuple[str, str]:
 
 @torch.inference_mode()
 def decode_latents(latents: Tensor, decoder: nn.Module) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) of unscaled latents (N, C, h, w), DECODE_BATCH at a time."""
+    """Images uint8 (N, H, W, 3) of latents as a decoder takes them (N, C, h, w), DECODE_BATCH at a time."""
     device = next(decoder.parameters()).device
     pixels = torch.cat([_decoded(part.float().to(device), decoder).cpu() for part in latents.split(DECODE_BATCH)])
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -72,6 +93,8 @@ def decode_latents(latents: Tensor, decoder: nn.Module) -> np.ndarray:
 
 def _decoded(latents: Tensor, decoder: Any) -> Tensor:
     """Pixels (B, 3, H, W); an autoencoder of clips (Wan) is given clips of one frame."""
+    if isinstance(decoder, FeatureDecoder):
+        return decoder.decode(latents)
     if any(isinstance(layer, nn.Conv3d) for layer in decoder.modules()):
         frames: Tensor = decoder.decode(latents.unsqueeze(2)).sample
         return frames.squeeze(2)

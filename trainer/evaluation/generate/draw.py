@@ -32,9 +32,17 @@ def in_words(config: TrainConfig) -> str:
 
 
 def draw_latents(
-    model: nn.Module, images: Tensor, labels: Tensor, geometry: Geometry, config: TrainConfig, seed: int
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    geometry: Geometry,
+    config: TrainConfig,
+    seed: int,
+    weaker: nn.Module | None = None,
 ) -> Tensor:
     """Scaled latents float64 (B, C, h, w) of image numbers and labels int64 (B,), by `config`'s sampler.
+
+    Guidance leads away from what the `weaker` model says of the same label, where there is one.
 
     A model with class tokens draws these beside the images, and they are let go.
     """
@@ -44,6 +52,8 @@ def draw_latents(
         of_image = random_keys.normal(seed, "sample", step, images, shape)
         if not geometry.class_width:
             return of_image
+        if config.sample.class_noise == "mean":
+            return join(of_image, of_image.mean((2, 3)))
         return join(of_image, random_keys.normal(seed, "class-sample", step, images, (geometry.class_width,)))
 
     half = autocast_dtype(config.precision)
@@ -57,6 +67,7 @@ def draw_latents(
             config.loss.path,
             lambda step: noise(step + 1),
             class_width=geometry.class_width,
-            data_time=OBJECTIVES[geometry.kind].data_time,
+            objective=OBJECTIVES[geometry.kind],
+            weaker=(lambda x, t, y: weaker(x, t, y, with_projections=False)[0]) if weaker is not None else None,
         )
     return split(drawn, geometry)[0]

@@ -36,7 +36,7 @@ from storage.base.shown import LONGEST, shown
 from trainer.config.sample import AS_IMAGE
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, leaves, override
-from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
+from trainer.evaluation.generate.decode import decode_latents, decoder_of, load_decoder, to_decode, write_grid
 from trainer.evaluation.generate.draw import draw_latents, in_words
 from trainer.evaluation.generate.image_files import (
     SETTINGS_FILE,
@@ -49,6 +49,7 @@ from trainer.evaluation.generate.image_files import (
 )
 from trainer.evaluation.options import GenerateConfig, LabelsDrawn
 from trainer.loop import random_keys
+from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import World, world_of_ranks
 from trainer.run.checkpoint import EMA_WEIGHTS
@@ -69,17 +70,21 @@ def generate(config: GenerateConfig) -> list[Path]:
         checkpoint = _one_checkpoint(config)
         recipe = _recipe(run.config, config, world.device)
         config = dataclasses.replace(config, labels=recipe.sample.labels)
-        decoder = config.vae or run.data.latents.attributes["provenance"].get("decoder", "")
+        decoder = config.vae or decoder_of(run.data, run.config)
         if not decoder:
-            raise UserError(
-                f"{run.data.latents.path} does not say what decodes it; pass --vae with a diffusers directory"
+            what = (
+                "a folder or hub id of diffusers' AutoencoderRAE" if run.data.of_features else "a diffusers directory"
             )
-        if not run.geometry.n_classes and recipe.sample.guidance > 1:
+            raise UserError(f"{run.data.latents.path} does not say what decodes it; pass --vae with {what}")
+        weaker = _weaker(config.weaker, run, recipe) if config.weaker is not None else None
+        if not run.geometry.n_classes and recipe.sample.guidance > 1 and weaker is None:
             raise UserError(
                 f"{config.run} was trained without labels, so there is no class to guide towards; leave --guidance at "
                 f"1, got {recipe.sample.guidance:g}"
             )
         settings = _settings(config, recipe, checkpoint, decoder, run.geometry.n_classes, world.device)
+        if weaker is not None:
+            settings["weaker_sha256"] = _sha256(weaker.checkpoint)
         folder = config.out or RunFolder(config.run).drawn(_name(recipe, config, step_of(checkpoint)))
         _refuse_other_settings(folder, settings)
         if world.is_main:
@@ -96,7 +101,8 @@ def generate(config: GenerateConfig) -> list[Path]:
                 _set_arithmetic(recipe, world.device)
                 source = _Source(
                     model=load_model(run, checkpoint, "ema", world.device),
-                    decoder=load_decoder(decoder, world.device),
+                    weaker=load_model(weaker.run, weaker.checkpoint, "ema", world.device) if weaker else None,
+                    decoder=load_decoder(decoder, world.device, of=run.data),
                     run=run,
                     recipe=recipe,
                     config=config,
@@ -111,6 +117,7 @@ class _Source:
     """What images come from."""
 
     model: nn.Module
+    weaker: nn.Module | None
     decoder: nn.Module
     run: OpenRun
     recipe: TrainConfig
@@ -120,13 +127,15 @@ class _Source:
     def pictures(self, images: Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, 3) of their numbers int64 (B,)."""
         labels = labels_of(images, self.run.geometry.n_classes, self.config.labels, self.config.seed)
-        latents = draw_latents(self.model, images, labels, self.run.geometry, self.recipe, self.config.seed)
+        latents = draw_latents(
+            self.model, images, labels, self.run.geometry, self.recipe, self.config.seed, self.weaker
+        )
         if not latents.isfinite().all():
             raise UserError(
                 f"the model of {self.run.path} gives NaN or infinity for images {images[0]} to {images[-1]}; generate "
                 "from an earlier --checkpoint, or with another --precision"
             )
-        return decode_latents(self.run.scale.stored(latents), self.decoder)
+        return decode_latents(to_decode(latents, self.run.scale, self.run.data), self.decoder)
 
 
 def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:
@@ -184,12 +193,43 @@ def _one_checkpoint(config: GenerateConfig) -> Path:
     return chosen[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Weaker:
+    """A run that guidance leads away from."""
+
+    run: OpenRun
+    checkpoint: Path
+
+
+def _weaker(path: Path, run: OpenRun, recipe: TrainConfig) -> _Weaker:
+    """Raises UserError where it is of other latents, classes or outputs than the run, or guides nothing."""
+    if recipe.sample.guidance == 1:
+        raise UserError(f"--weaker {path} has nothing to guide with --guidance 1; give a scale above 1")
+    weaker = open_run(path)
+    weaker.data.close()
+    ours, theirs = run.geometry, weaker.geometry
+    for what, a, b in (
+        ("latents", run.data.latents.identity_digest[:12], weaker.data.latents.identity_digest[:12]),
+        ("a map of latents", str(run.scale), str(weaker.scale)),
+        ("a state", ours.state_shape, theirs.state_shape),
+        ("classes", ours.n_classes, theirs.n_classes),
+    ):
+        if a != b:
+            raise UserError(f"--weaker {path} has {what} {b}, {run.path} has {a}; name a run like it")
+    if OBJECTIVES[ours.kind] is not OBJECTIVES[theirs.kind]:
+        raise UserError(
+            f"--weaker {path} is of --model.kind {theirs.kind}, whose outputs are not those of {ours.kind}; name a run "
+            "like it"
+        )
+    return _Weaker(run=weaker, checkpoint=checkpoints_of(path)[0])
+
+
 def _recipe(of_run: TrainConfig, config: GenerateConfig, device: torch.device) -> TrainConfig:
     """The run's configuration with the sampler and precision that are asked for."""
     precision = config.precision
     if precision == "auto":  # the published figures were sampled in float32 with TF32 matrix products
         precision = "tf32" if device.type == "cuda" else "fp32"
-    names = ("sampler", "steps", "guidance", "guidance_class", "labels")
+    names = ("sampler", "steps", "guidance", "guidance_class", "class_noise", "labels")
     asked = {f"sample.{name}": getattr(config, name) for name in names}
     if config.guidance is not None and config.guidance_class is None:  # whatever number the run was saved with
         asked["sample.guidance_class"] = AS_IMAGE
@@ -202,12 +242,10 @@ def _settings(
     config: GenerateConfig, recipe: TrainConfig, checkpoint: Path, decoder: str, n_classes: int, device: torch.device
 ) -> dict[str, Any]:
     """All that determines an image besides its number, as JSON has it."""
-    with open(checkpoint / EMA_WEIGHTS, "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "version": VERSION,
         "step": step_of(checkpoint),
-        "weights_sha256": weights,
+        "weights_sha256": _sha256(checkpoint),
         "decoder": decoder,
         "labels": config.labels,
         "classes": n_classes,
@@ -219,11 +257,21 @@ def _settings(
     }
 
 
+def _sha256(checkpoint: Path) -> str:
+    """Of the averaged weights."""
+    with open(checkpoint / EMA_WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
     sampler = recipe.sample
     guidance = f"guidance{sampler.guidance:g}"
     if recipe.model.class_token and sampler.class_guidance != sampler.guidance > 1:
         guidance += f"-class{sampler.class_guidance:g}"
+    if config.weaker is not None:
+        guidance += "-weaker"
+    if config.class_noise is not None:
+        guidance += f"-class-noise-{config.class_noise}"
     name = f"{step:07d}-{sampler.sampler}{sampler.steps}-{guidance}-seed{config.seed}"
     return f"{name}-{config.labels}" if config.labels != "balanced" else name
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from storage.base.errors import UserError
 from trainer.data.groups import TrainingData
-from trainer.evaluation.generate.decode import decode_latents, load_decoder, write_grid
+from trainer.evaluation.generate.decode import decode_latents, decoder_of, load_decoder, to_decode, write_grid
 from trainer.evaluation.generate.draw import draw_latents
 from trainer.loop.step import TrainingState
 from trainer.ranks.parallel import reshard
@@ -38,25 +38,26 @@ def write_preview(training: TrainingState, data: TrainingData, step: int) -> tup
     labels = images % n_classes if n_classes else torch.full_like(images, geometry.n_classes)  # the null label
     latents = draw_latents(training.ema.model, images, labels, geometry, config, config.seed)
     reshard(training.ema.model)
-    latents = training.scale.stored(world.gather(latents)[: config.log.samples])
+    latents = world.gather(latents)[: config.log.samples]
     if not world.is_main:
         return None
     path = RunFolder(config.run).preview(step)
-    return path, write_grid(_pictures(latents, data, world.device), path)
+    return path, write_grid(_pictures(latents, training, data), path)
 
 
-def _pictures(latents: Tensor, data: TrainingData, device: torch.device) -> np.ndarray:
-    """Images uint8 (N, H, W, 3), decoded if that is possible here."""
-    decoder = data.latents.attributes["provenance"].get("decoder", "")
+def _pictures(latents: Tensor, training: TrainingState, data: TrainingData) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of scaled latents, decoded if that is possible here."""
+    decoder, device = decoder_of(data, training.config), training.world.device
     try:
         if decoder:
-            return decode_latents(latents, load_decoder(decoder, device, fetch=False))
+            loaded = load_decoder(decoder, device, fetch=False, of=data)
+            return decode_latents(to_decode(latents, training.scale, data), loaded)
     except (UserError, ImportError, torch.OutOfMemoryError):
         pass  # the picture is a convenience, and no reason to end a run
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return latents_as_colours(latents)
+    return latents_as_colours(training.scale.stored(latents))
 
 
 def latents_as_colours(latents: Tensor) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from storage import GroupReader
+from trainer.data.feature_latents import read_latents
 from trainer.data.loader import Batch
 from trainer.loop import random_keys
 from trainer.loop.losses import sample_latents
@@ -42,17 +43,19 @@ def pooled_hidden_states(
     class_tokens: GroupReader | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> dict[int, Tensor]:
-    """Block (counted from 1) → float32 (len(rows), D) on `device`, of `latents`' rows at time t.
+    """Block (counted from 1, a head's last) → float32 (len(rows), D) on `device`, of `latents`' rows at time t.
 
-    A model that denoises class tokens is given those of `class_tokens`' rows; its first token is not averaged.
+    A model that denoises class tokens is given those of `class_tokens`' rows; tokens before the patches' are not
+    averaged.
     """
-    states = {block: torch.empty(len(rows), run.geometry.width, device=device) for block in blocks}
+    geometry = run.geometry
+    n_patches, widths = geometry.grid**2, [width for _, width in geometry.sequences]
+    states = {block: torch.empty(len(rows), widths[block - 1], device=device) for block in blocks}
     now = slice(0, 0)
-    n_before = 1 if run.geometry.class_width else 0
 
     def keep(block: int) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, arguments: object, tokens: Tensor) -> None:
-            states[block][now] = tokens[:, n_before:].float().mean(dim=1)
+            states[block][now] = tokens[:, -n_patches:].float().mean(dim=1)
 
         return hook
 
@@ -61,7 +64,7 @@ def pooled_hidden_states(
     try:
         for start in range(0, len(rows), batch):
             now = slice(start, min(start + batch, len(rows)))
-            stored = read_rows(latents, "moments", rows[now]).to(device)
+            stored = read_latents(latents, rows[now]).to(device)
             of_class = read_rows(class_tokens, "cls", rows[now]).to(device) if class_tokens is not None else None
             x_t, times = noisy_latents(stored, rows[now], t, run, seed, of_class)
             null = torch.full((len(x_t),), run.geometry.n_classes, dtype=torch.int64, device=device)
@@ -94,8 +97,11 @@ def noisy_latents(
     )
     noise = random_keys.normal(seed, "noise", 0, index, x.shape[1:])
     if class_tokens is not None:
-        x = join(x, class_tokens.float())
-        noise = join(noise, random_keys.normal(seed, "class-noise", 0, index, class_tokens.shape[1:]))
+        x = join(x, run.scale.normalised_class(class_tokens))
+        if run.config.loss.class_noise == "mean":
+            noise = join(noise, noise.mean((2, 3)))
+        else:
+            noise = join(noise, random_keys.normal(seed, "class-noise", 0, index, class_tokens.shape[1:]))
     objective = OBJECTIVES[run.config.model.kind]
     times = objective.model_times(torch.full((len(x),), t, device=x.device))
     return objective.perturb(x, noise, times, run.config.loss), times

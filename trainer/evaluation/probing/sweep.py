@@ -36,6 +36,7 @@ from trainer.ranks.world import device_named
 from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
 
 Measure = Literal["probe", "cknna"]
+FEATURE_FIELDS = ("encoder", "weights_sha256", "resolution", "layer", "token_grid", "width")
 LATENT_FIELDS = (
     "encoder",
     "weights_sha256",
@@ -89,7 +90,7 @@ def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collec
     device = device_named(config.device)
     if "probe" in measures and (samples.labels < 0).any():
         raise UserError(f"{samples.store.root} has samples without a label; a probe needs one for each, `cknna` none")
-    blocks = parse_blocks(config.blocks, run.geometry.depth)
+    blocks = parse_blocks(config.blocks, run.geometry.depth + run.geometry.head_depth)
     checkpoints = checkpoints_of(run.path, config.checkpoints)
     labels = samples.labels.to(device)
     n = len(samples.rows)
@@ -152,22 +153,26 @@ def open_samples(run: OpenRun, config: SweepConfig) -> Samples:
     """Open what is measured against, and choose the rows. Raises UserError when it does not fit the run."""
     store = open_store(config.store) if config.store else run.data.store
     mine = run.data.latents
-    latents = store.group(pick_group(store, "latents", mine.path.partition("/")[2]))
-    if differing := unlike(mine.identity, latents.identity, LATENT_FIELDS):
+    latents = store.group(pick_group(store, "latents", mine.path.removeprefix("latents/")))
+    fields, encoder = (FEATURE_FIELDS, "encoder") if run.data.of_features else (LATENT_FIELDS, "VAE")
+    if differing := unlike(mine.identity, latents.identity, fields):
         raise UserError(
             f"{store.root} has other latents than {run.path} was trained on ({differing}); precompute it with the "
-            "same VAE"
+            f"same {encoder}"
         )
     name = config.features.removeprefix("features/")
     if not name and run.data.features:
         name = run.data.features[0].path.partition("/")[2]
+    elif not name and run.data.of_features:
+        name = mine.path.partition("/")[2]
     features = store.group(_features_path(store, name))
     if TOKENS not in features.arrays:
         raise UserError(
             f"{features.path} of {store.root} holds {', '.join(features.arrays)} and no patch tokens, whose mean is "
             "compared; choose other --features"
         )
-    class_tokens = store.group(run.data.features[0].path) if run.geometry.class_width else None
+    of_class = run.data.class_tokens
+    class_tokens = store.group(of_class.path) if of_class is not None else None
     if class_tokens is not None:
         class_tokens.require("width", arrays=["cls"])
     groups = [group for group in (latents, features, class_tokens) if group is not None]

@@ -1,0 +1,227 @@
+"""An encoder's features as latents (RAE, arXiv 2510.11690): tokens on their grid, normalised by channel and place.
+
+    n = (f − bias) / weight                 the final norm without its affine part, where the group says what that was
+    x = (n − mean) / √(var + 1e-5)          mean and var (D, h, w) of all tokens of a place; class tokens by their own
+
+f is what is stored. Statistics are counted (`storage/places.py`) or those of a published file, which are of n. Both
+lines are one map of f (`LatentScale`), so what a model draws goes back to f, and to n for a decoder (`without_affine`).
+
+Codes lose a little. An error of deviation ε in x is as large as the noise from the noise level t = ε / (1 + ε) down:
+below it a model learns the codes, not the features. MOST_LEVEL is where RiT stops telling noise levels apart; codes
+whose error reaches it are refused. Measured on tokens of real photographs: `python -m benchmarks.feature_codes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage import GroupReader, Store, UserError, places
+from storage.codecs import TOKENS
+from storage.final_norm import AFFINE, FinalNorm, final_norm_of
+from storage.identity import FeaturesIdentity, LatentsIdentity
+from storage.order import ValidRows
+from storage.places import PlaceStatistics
+from trainer.data.latent_scale import LatentScale
+
+EPSILON = 1e-5  # added to a variance
+MOST_LEVEL = 0.05
+LOOKED_AT = 64  # rows, evenly spread
+LEAST, MOST, MOST_MEAN = 0.5, 2.0, 1.0  # of the deviation and the mean of any channel after the map
+OF_FEATURES = "features/"
+CLASS_TOKEN = "cls"
+
+
+def latents_identity(features: FeaturesIdentity) -> LatentsIdentity:
+    """What tokens on their grid are as latents: D channels of (rows, columns), without a posterior."""
+    return LatentsIdentity(
+        name=features.name,
+        encoder=features.encoder,
+        posterior=False,
+        latent_channels=features.width,
+        latent_size=features.token_grid,
+        latent_scale_factor=1.0,
+        latent_shift_factor=0.0,
+    )
+
+
+def on_grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens (B, T, D), row-major, as latents (B, D, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, size)
+
+
+def require_features(group: GroupReader[FeaturesIdentity], *, class_token: bool) -> None:
+    """Raise UserError or StoreError where a group cannot be latents: no patch tokens, or no class tokens."""
+    group.require("token_grid", "width", arrays=[TOKENS])
+    if class_token and CLASS_TOKEN not in group.arrays:
+        raise UserError(
+            f"{group.path} holds no class tokens, which --model.class-token needs; precompute the features with "
+            "tokens=both (--features ENCODER:tokens=both), or pass --model.class-token false"
+        )
+    group.codec  # noqa: B018 - is known, or says so
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Affine:
+    """Weight and bias, float64 (D,), of what was stored."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def of(cls, norm: FinalNorm | None, width: int) -> _Affine:
+        if norm is None:
+            return cls(weight=np.ones(width), bias=np.zeros(width))
+        return cls(weight=norm.weight.astype(np.float64), bias=norm.bias.astype(np.float64))
+
+
+def scale_of(group: GroupReader[FeaturesIdentity], statistics: PlaceStatistics, *, source: str) -> LatentScale:
+    """The map of a group's tokens, by statistics of n. Raises UserError or StoreError for a norm that says too little.
+
+    `source` says in words where the statistics are from.
+    """
+    affine = _affine(group)
+    weight, bias = (of[:, None, None] for of in (affine.weight, affine.bias))
+    scale = 1 / (weight * np.sqrt(statistics.var + EPSILON))
+    shift = weight * statistics.mean + bias
+    of_class: tuple[Tensor, Tensor] | None = None
+    if statistics.mean_class is not None and statistics.var_class is not None:
+        of_class = (
+            torch.from_numpy(1 / (affine.weight * np.sqrt(statistics.var_class + EPSILON))).float(),
+            torch.from_numpy(affine.weight * statistics.mean_class + affine.bias).float(),
+        )
+    return LatentScale(
+        scale=torch.from_numpy(scale)[None].float(),
+        shift=torch.from_numpy(shift)[None].float(),
+        has_posterior=False,
+        source=source,
+        of_class=of_class,
+    )
+
+
+def statistics_of(
+    store: Store, group: GroupReader[FeaturesIdentity], file: Path, *, class_token: bool
+) -> tuple[PlaceStatistics, str]:
+    """Statistics of n, and where they are from: those of a published file, or those that the store counted.
+
+    Raises UserError where there are none, or none of class tokens.
+    """
+    if file != Path():
+        from storage.weights.latent_statistics import read_place_statistics
+
+        if group.identity.layer == AFFINE and _final_norm(group) is None:
+            raise UserError(
+                f"{group.path} has the affine part of its final norm and does not say what that is, and {file} is of "
+                "tokens without; precompute with --features ENCODER:norm=plain, or leave --data.latent-statistics out"
+            )
+        statistics, source = read_place_statistics(file, places.shape_of(group)), str(file)
+    else:
+        counted = places.read(store.root, group)
+        if counted is None:
+            raise UserError(
+                f"{group.path} has no statistics of its places, by which latents are normalised; run "
+                f"`{places.command(store.root, group.path)}` once, or pass --data.latent-statistics FILE"
+            )
+        statistics, source = _of_plain(counted, _affine(group)), "all tokens of the group"
+    if class_token and statistics.mean_class is None:
+        raise UserError(
+            f"the statistics of {group.path} ({source}) have no class tokens, which --model.class-token needs; take a "
+            "file that has mean_cls_token and var_cls_token, or pass --model.class-token false"
+        )
+    return statistics, source
+
+
+def without_affine(tokens: Tensor, group: GroupReader[FeaturesIdentity]) -> Tensor:
+    """n of f (B, D, h, w), which decoders of features take. Raises UserError where the group does not say it."""
+    norm = _final_norm(group)
+    if norm is None:
+        if group.identity.layer == AFFINE:
+            raise UserError(
+                f"{group.path} has the affine part of its final norm and does not say what that is, and a decoder "
+                "takes tokens without; precompute it again"
+            )
+        return tokens
+    weight, bias = (
+        torch.tensor(of, dtype=tokens.dtype, device=tokens.device)[:, None, None] for of in (norm.weight, norm.bias)
+    )
+    return (tokens - bias) / weight
+
+
+def read_latents(group: GroupReader[Any], rows: np.ndarray) -> Tensor:
+    """Rows of a latents group as they are stored, or of a features group on their grid, float; the first view."""
+    if not group.path.startswith(OF_FEATURES):
+        return torch.from_numpy(group.gather(rows, 0, ["moments"])["moments"])
+    return on_grid(torch.from_numpy(group.tokens(rows)), group.identity.token_grid)
+
+
+def require_normal(
+    group: GroupReader[FeaturesIdentity], valid_rows: ValidRows, scale: LatentScale, *, accept: bool
+) -> str:
+    """Look at rows that are evenly spread: raise UserError where channels are far from mean 0 and deviation 1, or where
+    the codes' error would be felt; returns what there is to say of both. With `accept` nothing is refused.
+    """
+    places_of_rows = np.unique(np.linspace(0, len(valid_rows) - 1, LOOKED_AT).astype(np.int64))
+    rows = valid_rows.rows(places_of_rows)
+    stored, size = group.gather(rows, 0, group.codec_arrays), group.identity.token_grid
+    x = scale.normalised(read_latents(group, rows)).double()
+    mean, std = x.mean((0, 2, 3)).numpy(), x.std((0, 2, 3), correction=0).numpy()
+    error = np.broadcast_to(group.codec.error_variance(stored), (len(rows), size[0] * size[1], group.identity.width))
+    factors = torch.as_tensor(scale.scale).double().square()
+    of_x = on_grid(torch.from_numpy(np.array(error)).double(), size) * factors
+    deviation = float(of_x.mean().sqrt())
+    level = deviation / (1 + deviation)
+    in_words = f"deviation {np.sqrt(np.square(std).mean()):.3g} ({std.min():.3g} to {std.max():.3g} a channel)"
+    if deviation:
+        in_words += f", of which {group.codec.spelling} codes are {deviation:.2g}: noise up to level {level:.2g}"
+    if accept:
+        return in_words
+    if level > MOST_LEVEL:
+        raise UserError(
+            f"{group.path} is in {group.codec.spelling} codes, whose error in normalised tokens is {deviation:.2g}, as "
+            f"much as the noise at level {level:.2g}; at most {MOST_LEVEL:g} is not felt: store float16 or int8 "
+            "(rotated codes are for alignment), or pass --data.latent-deviation accept if it is meant"
+        )
+    far = (std < LEAST) | (std > MOST) | (np.abs(mean) > MOST_MEAN)
+    if far.any():
+        worst = int(np.argmax(np.abs(np.log(np.maximum(std, 1e-30))) + np.abs(mean)))
+        raise UserError(
+            f"{group.path} is normalised by {scale.source}, after which channel {worst} has mean {mean[worst]:.3g} and "
+            f"deviation {std[worst]:.3g}; each must have a mean within ±{MOST_MEAN:g} and a deviation of {LEAST:g} "
+            f"to {MOST:g}: use the statistics of these features, or pass --data.latent-deviation accept if it is meant"
+        )
+    return in_words
+
+
+def _of_plain(counted: PlaceStatistics, affine: _Affine) -> PlaceStatistics:
+    """Statistics of n, of those of f = weight · n + bias."""
+    weight, bias = (of[:, None, None] for of in (affine.weight, affine.bias))
+    of_class: dict[str, Any] = {}
+    if counted.mean_class is not None and counted.var_class is not None:
+        of_class = {
+            "mean_class": (counted.mean_class - affine.bias) / affine.weight,
+            "var_class": counted.var_class / np.square(affine.weight),
+        }
+    return PlaceStatistics(mean=(counted.mean - bias) / weight, var=counted.var / np.square(weight), **of_class)
+
+
+def _final_norm(group: GroupReader[FeaturesIdentity]) -> FinalNorm | None:
+    """Of a group whose tokens have it."""
+    if group.identity.layer != AFFINE:
+        return None
+    return final_norm_of(group.attributes, group.identity, group.path)
+
+
+def _affine(group: GroupReader[FeaturesIdentity]) -> _Affine:
+    affine = _Affine.of(_final_norm(group), group.identity.width)
+    without = np.flatnonzero(affine.weight == 0)
+    if len(without):
+        raise UserError(
+            f"the final norm of {group.path} has weight 0 in channel {without[0]}, so its tokens do not say what was "
+            "there; precompute with --features ENCODER:norm=plain"
+        )
+    return affine
