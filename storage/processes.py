@@ -45,9 +45,7 @@ def in_processes(
     with (
         one_blas_thread(),
         stop_on_signals(*INTERRUPTS) as stop,
-        ProcessPoolExecutor(
-            n, mp_context=context, initializer=_start_worker, initargs=(work, job)
-        ) as pool,
+        ProcessPoolExecutor(n, mp_context=context, initializer=_start_worker, initargs=(work, job)) as pool,
     ):
         running: set[Future[Result]] = set()
         try:
