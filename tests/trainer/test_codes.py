@@ -25,7 +25,7 @@ from tests.stores import FEATURES, decoded, encoded, make_store
 from tests.trainer.runs import assert_same_run, micro
 from trainer.alignment import ALIGNMENTS, alignment_named
 from trainer.alignment.cosine import Cosine
-from trainer.alignment.kind import Alignment
+from trainer.alignment.kind import LONGEST_ERROR, Alignment
 from trainer.data.groups import open_data
 from trainer.data.loader import Loader, behind_class_token
 from trainer.loop.train import train
@@ -140,6 +140,37 @@ def test_the_gradient_is_right_on_average_and_would_not_be_of_a_normalised_targe
     once = twin.decode(twin.encode(y, rows, 0), rows, 0)
     again = kind.prepared(Tokens(once.values))  # as if it were exact
     assert (again * kind.prepared(Tokens(y))).sum(-1).mean().item() < 1 - 0.3 * share**2 / 2
+
+
+@CODES
+def test_a_short_token_counts_as_much_as_its_error_allows(codec: Rotated) -> None:
+    """Zeros and a thousandth beside tokens of usual length: no direction, and a bounded one that points its way."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1, 64, 96, generator=generator) + torch.randn(96, generator=generator)
+    y[:, 3], y[:, 5] = 0, y[:, 5] / 1000
+    kind, n = Cosine(), 400
+    twin = twin_of(codec)
+    rows = torch.arange(n)
+    found = kind.prepared(twin.decode(twin.encode(y.expand(n, -1, -1), rows, 0), rows, 0))
+    assert not found[:, 3].any()
+    lengths = found[:, 5].norm(dim=-1)  # 62 to 508 were they taken over the token's own
+    assert lengths.mean() < LONGEST_ERROR * 1.1
+    assert lengths.max() < LONGEST_ERROR * 3
+    exact = kind.prepared(Tokens(y))
+    others = [token for token in range(64) if token not in (3, 5)]
+    assert found[:, others].norm(dim=-1).max() < 3
+    assert ((found[:, others].mean(0) - exact[0, others]).norm() / exact[0, others].norm()).item() < 0.08
+    along = (found[:, 5].mean(0) * exact[0, 5]).sum()
+    noise = LONGEST_ERROR / (n * 96) ** 0.5  # of a mean of n errors of that length, along one of 96 dimensions
+    assert abs(along - weight_of(twin, y, 5)) < 5 * noise
+
+
+def weight_of(twin: Any, y: Tensor, token: int) -> float:
+    """What a direction is shortened to."""
+    rows = torch.arange(1)
+    tokens = twin.decode(twin.encode(y, rows, 0), rows, 0)
+    error = (tokens.variance[0, token] * y.shape[-1]).sqrt()
+    return min(1.0, (LONGEST_ERROR * tokens.norms[0, token] / error).item())
 
 
 @CODES

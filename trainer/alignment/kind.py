@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storage.torch.codecs import Tokens
+
+LONGEST_ERROR = 4.0  # of a direction, in its lengths; at one bit it is 0.75 ‖r‖/‖y‖, r a token less its image's mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,17 @@ def directions(target: Tokens) -> Tensor:
 
     Tokens that are right on average are taken over the exact ones' lengths, which are stored: over their own they would
     be right no longer. Then a direction has length one on no token, and is the exact direction on average.
+
+    The error is relative to what differs from the image's mean, not to the token: one that is short beside the others
+    would have a direction that is nearly all error, as long as that is large. Where the error would be longer than
+    LONGEST_ERROR, the direction is shortened until it is not: the token counts less, and is right on average still. A
+    token of length zero has no direction, and counts nothing.
     """
     if target.norms is None:
         return F.normalize(target.values.float(), dim=-1)
-    return target.values.float() / target.norms.clamp(min=1e-12).unsqueeze(-1)
+    lengths = target.norms
+    if target.variance is not None:
+        error = (target.variance * target.values.shape[-1]).sqrt()
+        lengths = torch.maximum(lengths, error / LONGEST_ERROR)
+    over = torch.where(target.norms > 0, 1 / lengths, 0.0)  # 1 / 0 is not taken
+    return target.values.float() * over.unsqueeze(-1)
