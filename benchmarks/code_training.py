@@ -81,14 +81,12 @@ def command(log: Path, arguments: Sequence[str]) -> None:
 
 
 def groups(store: str, features: str, log: Path) -> dict[str, str]:
-    """Codec → name of the group below features/ of TRAIN, made where it is missing."""
+    """Codec → name of the group below features/ of TRAIN, made, or finished after a kill."""
     name = features.removeprefix("features/")
     names = {EXACT: name}
-    there = open_store(store).groups()
     for codec in CODES:
         names[codec] = f"{name}-{codec}"
-        if f"features/{names[codec]}" not in there:
-            command(log, ["storage", "derive", store, features, "--codec", codec, "--name", names[codec]])
+        command(log, ["storage", "derive", store, features, "--codec", codec, "--name", names[codec]])
     return names
 
 

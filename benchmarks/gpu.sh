@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that the open issues want measured on a machine with a GPU, in one call of at most ten minutes.
 #
-#   benchmarks/gpu.sh [tests] [train_step] [encoders] [methods] [profile]      default: tests train_step encoders
+#   benchmarks/gpu.sh [tests] [train_step] [encoders] [methods] [codes] [profile]
+#                                                       default: tests train_step encoders
 #
 # Each step has its own time limit, and goes on without those that failed; logs, tables and profiles are in $OUT (default
 # gpu-results). The status is 0 when every step passed. Variables:
@@ -53,7 +54,7 @@ for name in "${@:-tests train_step encoders}"; do
     case $each in
       tests)
         step tests 150 "$PYTHON" -m pytest -k "cuda or gpu or two_threads" --durations=5 tests/trainer/test_cuda.py \
-          tests/trainer/test_dequantise.py tests/trainer/test_random_keys.py tests/pipeline/test_quantise.py \
+          tests/trainer/test_dequantise.py tests/trainer/test_random_keys.py tests/trainer/test_codes.py tests/pipeline/test_quantise.py \
           tests/pipeline/test_encode.py tests/pipeline/test_precision.py ;;
       train_step)
         step train_step $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --presets sit-xl-2,sit-b-2,sit-l-2 \
@@ -62,12 +63,17 @@ for name in "${@:-tests train_step encoders}"; do
         step methods $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --batches 32 --compile yes --seconds 1.5 \
           --presets "sit-xl-2,sit-xl-2:irepa,sit-xl-2-reg,sit-xl-2:stopped,sit-xl-2-vanilla,sit-xl-1,lightningdit-xl-1" \
           --minutes $((MINUTES - 1)) "${COMMON[@]}" --out "$OUT/methods" ${ARGS:-} ;;
+      codes)  # a step of SiT-B/2 from codes beside one from float16: decoding may take 2 % of it
+        for dtype in float16 rotated1 rotated2 rotated4; do
+          step "codes-$dtype" $((MINUTES * 15)) "$PYTHON" -m benchmarks.train_step --presets sit-b-2 --batches 256 \
+            --compile yes --seconds 1.5 --dtype "$dtype" "${COMMON[@]}" --out "$OUT/codes-$dtype" ${ARGS:-}
+        done ;;
       encoders)
         step encoders 110 "$PYTHON" -m benchmarks.encoders --device cuda --seconds 1 --out "$OUT" ;;
       profile)
         step profile 150 "$PYTHON" -m benchmarks.train_step --presets sit-b-2,sit-xl-2 --batches 32 --compile yes \
           --profile store "${COMMON[@]}" ${ARGS:-} ;;
-      *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, methods, profile" >&2; exit 2 ;;
+      *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, methods, codes, profile" >&2; exit 2 ;;
     esac
   done
 done
