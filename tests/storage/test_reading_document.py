@@ -19,6 +19,7 @@ EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text
 # What each example names, looked at afterwards.
 AFTERWARDS = {
     "RowDataset": "assert (moments.shape, labels.shape, patches.shape[0]) == ((64, 8, 16, 16), (64,), 64)",
+    "rotated2": "assert directions.shape == (2, 64, 24); assert abs(lengths / 5 - 1).max() < 0.9",
     "basis_of": "assert nearest.shape == (2, 64, 24)",
     "iterate_batches": "assert (moments.shape, patches.shape[0]) == ((64, 8, 16, 16), 64)",
 }
@@ -36,6 +37,8 @@ def test_an_example_runs_as_printed(tmp_path: Path, example: str) -> None:
     if "pca8" in example:
         wanted = Request(components=8, sample_rows=128, seed=0, standardised=False)
         derive_group(tmp_path / "store", "tiny-vit", components=wanted, n_workers=1)
+    if "rotated2" in example:
+        derive_group(tmp_path / "store", "tiny-vit", "rotated2", n_workers=1)
     script = tmp_path / "example.py"
     checks = [check for name, check in AFTERWARDS.items() if name in example]
     script.write_text("\n".join([example.replace(PLACE, str(tmp_path / "store")), *checks, ""]))

@@ -11,8 +11,8 @@ Of rotated codes (`docs/codes.md`) the mean and each token's error variance v_n 
     std² = Σ_n (ẑ_n − mean)²/(T − 1) − Σ_n v_n/(T − 1)      the codes' own error taken off, a channel at a time
 
 and a token is taken over √(‖ẑ‖² − Σ_c v_n/(std_c + 10⁻⁶)²), not over its own length. Both differences are at least a
-standard error of what they are taken from, √(2/(T − 1)) and √(2/D) of it. That is consistent, and not unbiased: a channel
-that varies far less than the others is known no better than the codes' error (`benchmarks/code_bias.py` measures it).
+standard error of what they are taken from, √(2/(T − 1)) and √(2/D) of it. That is consistent, and not unbiased: a
+channel that varies far less than the others is known no better than the codes' error (`benchmarks/code_bias.py`).
 
 The paper's kernel is 3; the public code's default is 1.
 """
