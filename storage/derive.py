@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,7 +40,7 @@ from storage.base.options import argument, check_ranges, one_of, option
 from storage.codecs import CODECS, PLAIN, TOKENS, Codec, codec_of
 from storage.final_norm import ATTRIBUTE
 from storage.identity import FeaturesIdentity
-from storage.layout import METADATA, ArrayLayout, GroupLayout
+from storage.layout import METADATA, RECEIPTS_DIR, ArrayLayout, GroupLayout
 from storage.metadata import check_identity, read_attributes
 from storage.principal import BASIS, Basis, Request, fitted, stored_basis
 from storage.processes import in_processes
@@ -208,16 +208,37 @@ def _basis(
 
 
 def check_parent(parent: GroupReader[FeaturesIdentity], codec: Codec | None = None) -> None:
-    """Raise UserError where a group has no patch tokens, or is in codes, whose errors would add up, or in `codec`."""
+    """Raise UserError for a group without patch tokens, in codes, whose errors would add up, or in `codec` already.
+
+    And for components: their basis is of the tokens of the group that they were made of, and stays with them.
+    """
     if TOKENS not in parent.arrays:
         raise UserError(f"{parent.path} holds {', '.join(parent.arrays)} and no patch tokens; name another group")
     stored = parent.codec
-    if not stored.exact or (codec is not None and stored.name == codec.name):
-        why = "which are right on average only: errors would add up" if not stored.exact else "as asked for"
+    if not stored.exact:
         raise UserError(
-            f"{parent.path} is in {stored.spelling} codes, {why}; derive from the group of float16 or int8, or run "
-            "`make precompute` with --features-dtype"
+            f"{parent.path} is in {stored.spelling} codes, which are right on average only: errors would add up; "
+            "derive from the group of float16 or int8, or run `make precompute` with --features-dtype"
         )
+    pca = (parent.identity.derived_from or {}).get("pca")
+    if pca is not None:
+        source = parent.attributes.get("provenance", {}).get("derived_from", "the group that they are of")
+        raise UserError(
+            f"{parent.path} holds principal components, whose basis a group derived from it would not have; derive "
+            f"from {source} at once, with --pca K and --codec (those of {parent.path}: {_options(pca)})"
+        )
+    if codec is not None and stored.name == codec.name:
+        others = ", ".join(spelling for spelling in CODED if spelling != stored.spelling)
+        raise UserError(
+            f"{parent.path} is {stored.spelling} already, and nothing is to be done; use it, or choose another "
+            f"--codec: {others}"
+        )
+
+
+def _options(pca: Mapping[str, Any]) -> str:
+    """What was asked of components, as options of the command."""
+    asked = f"--pca {pca.get('components')} --pca-sample {pca.get('sample_rows')} --pca-seed {pca.get('seed')}"
+    return asked + (" --pca-standardise" if pca.get("standardised") else "")
 
 
 def derived(
@@ -313,7 +334,13 @@ def _encoded(job: Job, row: int, stored: dict[str, np.ndarray]) -> dict[str, np.
             return job.codec.encode(job.basis.project(tokens), rows, views)
         coded = job.codec.encode(tokens, rows, views)
     except UserError as error:
-        raise UserError(f"{job.parent.path}, row {row}, (view, token) in brackets: {error}") from None
+        unit = row // job.layout.store.shard_rows
+        parent, child = job.parent.path, job.layout.path
+        raise UserError(
+            f"{parent}, row {row}, (view, token) in brackets: {error}. {child} is unfinished and keeps the units that "
+            f"are done: encode the row again (remove {RECEIPTS_DIR}/{parent}/{unit:08d}.json, then run its "
+            f"`make precompute`) and run the same derive, or remove {child} and {RECEIPTS_DIR}/{child}"
+        ) from None
     return {**{name: stored[name] for name in stored if name not in job.parent.codec.names}, **coded}
 
 

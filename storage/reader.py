@@ -19,7 +19,7 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import DTypeLike
 
-from storage.base.errors import StoreError
+from storage.base.errors import StoreError, UserError
 from storage.base.shown import LONGEST, shown
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
@@ -38,6 +38,7 @@ from storage.layout import (
     ArrayLayout,
     GroupLayout,
     StoreLayout,
+    checked_rows,
 )
 from storage.metadata import (
     check_identity,
@@ -48,7 +49,7 @@ from storage.metadata import (
     typed_attributes,
 )
 from storage.opened_array import EmptyRows, OpenArray
-from storage.receipts import Failure, Receipt, check_metadata, rows_crc32c, scan
+from storage.receipts import Failure, Receipt, check_metadata, maker, rows_crc32c, scan
 from storage.roots import Root, absolute, open_root
 from storage.schema import GroupAttributes, StoreAttributes
 from storage.statistics import Sums, add_up
@@ -74,8 +75,10 @@ class GroupReader(Generic[AnyIdentity]):
         arrays: Mapping[str, ArrayReader],
         receipts: Sequence[Receipt] = (),
         rows_crc32c: int = 0,
+        where: str = "",
     ) -> None:
         self.path = layout.path
+        self.where = where or layout.path  # for messages: store and path
         self.layout = layout
         self.attributes = dict(attributes)
         self.identity = identity
@@ -92,7 +95,7 @@ class GroupReader(Generic[AnyIdentity]):
     @cached_property
     def codec(self) -> Codec:
         """How patch tokens are stored. Raises StoreError when this code does not know."""
-        return codec_of(self.identity)
+        return codec_of(self.identity, self.where)
 
     @cached_property
     def sums(self) -> tuple[dict[str, Sums], int]:
@@ -125,9 +128,17 @@ class GroupReader(Generic[AnyIdentity]):
     def tokens(
         self, rows: np.ndarray | Sequence[int], views: Views = 0, *, dtype: DTypeLike = np.float32
     ) -> np.ndarray:
-        """Patch tokens (B, T, D) as numbers, whatever the codec. Raises StoreError for a group without."""
+        """Patch tokens (B, T, D) as numbers, whatever the codec, of a floating-point `dtype`.
+
+        Raises StoreError for a group without, UserError for another dtype, ValueError for rows that are no sequence of
+        whole numbers, IndexError for those that are not in the group.
+        """
         self.require(arrays=[TOKENS])
-        rows = np.asarray(rows, dtype=np.int64)
+        rows, views = checked_rows(rows, views, self.arrays[TOKENS].shape)
+        if not is_floating(dtype):
+            raise UserError(
+                f"tokens are floating-point numbers, got dtype {dtype!r}; ask for float16, float32 or float64"
+            )
         stored = self.gather(rows, views, self.codec_arrays)
         return decoded(self.codec, stored, rows, views, dtype=dtype)[TOKENS]
 
@@ -271,7 +282,7 @@ class Store:
         if n_undone:
             raise StoreError(
                 f"{self.root.at(path)} is not complete: {n_undone} of {self.layout.n_units} units are not done "
-                f"({first_undone}); run the same `make precompute` again to finish it"
+                f"({first_undone}); run the same `{maker(attributes)}` again to finish it"
             )
         if n_threads is None:
             n_threads = DEFAULT_THREADS if self.root.path is not None else REMOTE_THREADS
@@ -294,7 +305,15 @@ class Store:
             for array in layout.arrays
         }
         identity = group_identity(path, attributes["identity"], self.root.at(path))
-        return GroupReader(layout, attributes, identity, failures, arrays, receipts, crc)
+        return GroupReader(layout, attributes, identity, failures, arrays, receipts, crc, self.root.at(path))
+
+
+def is_floating(dtype: DTypeLike) -> bool:
+    """Whether it is a type of floating-point numbers; None stands for one."""
+    try:
+        return np.dtype(dtype).kind == "f"
+    except TypeError:
+        return False
 
 
 def open_store(where: str | os.PathLike[str] | Root) -> Store:

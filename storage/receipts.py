@@ -31,7 +31,9 @@ from pydantic import FiniteFloat
 
 from storage.base.boundary import parse_json
 from storage.base.errors import StoreError
+from storage.base.shown import LONGEST
 from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, RECEIPTS_DIR, STORE_RECEIPT, GroupLayout
+from storage.metadata import read_attributes
 from storage.roots import Root
 from storage.schema import Base64, Count, Made, MetadataReceipt, PackedSums, Row, Version
 
@@ -192,7 +194,7 @@ def check_metadata(root: Root, key: str, *, only: str = "") -> tuple[list[str], 
     try:
         receipt = unseal(MetadataReceipt, root.read(key), root.at(key))
     except FileNotFoundError:
-        fix = "run the same `make precompute` again to restore it"
+        fix = f"run the same `{_maker_of(root, key)}` again to restore it"
         raise StoreError(f"receipt {root.at(key)} is missing; {fix}") from None
     stray = [name for name in receipt.files if not _is_metadata_of(name, key)]
     if stray or (only and only not in receipt.files):
@@ -215,6 +217,25 @@ def check_metadata(root: Root, key: str, *, only: str = "") -> tuple[list[str], 
         except StoreError as error:
             faults.append(str(error))
     return list(receipt.files), faults
+
+
+def maker(attributes: Mapping[str, Any]) -> str:
+    """The command that a group of these attributes was made by, and is finished by."""
+    identity = attributes.get("identity")
+    if not isinstance(identity, Mapping) or not identity.get("derived_from"):
+        return "make precompute"
+    provenance = attributes.get("provenance")
+    parent = provenance.get("derived_from") if isinstance(provenance, Mapping) else None
+    return f"python -m storage derive STORE {str(parent or 'GROUP')[:LONGEST]} …"
+
+
+def _maker_of(root: Root, key: str) -> str:
+    """`maker` of the group, or the store, that the receipt at `key` is of, whose metadata nothing vouches for."""
+    path = key.removeprefix(f"{RECEIPTS_DIR}/").rpartition("/")[0]
+    try:
+        return maker((read_attributes(root, f"{path}/{METADATA}") if path else None) or {})
+    except StoreError:
+        return maker({})
 
 
 def _is_metadata_of(name: str, key: str) -> bool:

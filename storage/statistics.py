@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.base.errors import StoreError
-from storage.codecs import Codec, decoded
+from storage.codecs import TOKENS, Codec, codec_of, decoded
 from storage.identity import Identity, LatentsIdentity
 from storage.layout import GroupLayout
 from storage.receipts import HEAL_RECEIPT, Receipt, scan
@@ -168,18 +168,28 @@ def latent_mean_std(moments: Sums, channels: int) -> tuple[np.ndarray, np.ndarra
 
 
 def describe(sums: Mapping[str, Sums], identity: Identity) -> list[str]:
-    """The statistics in a few lines."""
+    """The statistics in a few lines; of codes that are right on average only, deviations and norms say so."""
     lines = []
+    error = ", with the codes' error" if not _exact(identity) else ""
     for name, of in sums.items():
+        of_codes = error if name.removesuffix(NORM) == TOKENS else ""
         if name.endswith(NORM):
-            lines.append(f"{name.removesuffix(NORM)} norm of a token {of.mean[0]:.4g} ± {of.std[0]:.4g}")
+            lines.append(f"{name.removesuffix(NORM)} norm of a token {of.mean[0]:.4g} ± {of.std[0]:.4g}{of_codes}")
         elif name == "moments" and isinstance(identity, LatentsIdentity) and identity.latent_channels:
             mean, std = latent_mean_std(of, identity.latent_channels)
             lines += [f"latent mean a channel  {_listed(mean)}", f"latent std a channel   {_listed(std)}"]
         else:
             low, high = (f"from {x.min():.4g} to {x.max():.4g}" for x in (of.mean, of.std))
-            lines.append(f"{name} over {len(of.mean)} dimensions: mean {low}, std {high}")
+            lines.append(f"{name} over {len(of.mean)} dimensions: mean {low}, std {high}{of_codes}")
     return lines
+
+
+def _exact(identity: Identity) -> bool:
+    """Whether tokens stand for themselves; those of an unknown codec cannot be decoded and have no sums to speak of."""
+    try:
+        return codec_of(identity).exact
+    except StoreError:
+        return True
 
 
 def _add(sums: dict[str, Sums], name: str, new: Sums) -> None:

@@ -84,7 +84,9 @@ def train(command: TrainCommand) -> int:
     config.require_store()
     from trainer.loop.non_finite import NonFiniteError
     from trainer.loop.train import train
+    from trainer.ranks.world import require_gpu_of_resident
 
+    require_gpu_of_resident(config.device, config.data.resident)
     try:
         summary = train(config, given=command.given, accept_changes=command.resume_with_changes)
     except NonFiniteError as error:

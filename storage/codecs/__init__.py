@@ -41,16 +41,20 @@ def codec_named(spelling: str) -> Codec:
     return CODECS[spelling]
 
 
-def codec_of(identity: Identity) -> Codec:
-    """The codec that a group's identity names, plain where it names none. Raises StoreError for one unknown."""
+def codec_of(identity: Identity, where: str = "the group") -> Codec:
+    """The codec that a group's identity names, plain where it names none.
+
+    Raises StoreError for one unknown, naming the group by `where`.
+    """
     named = identity.codec
     if named is None:
         return PLAIN
     for codec in CODECS.values():
         if codec.identity is not None and codec.identity.keys() == named.keys() and codec.name == named["name"]:
-            return parse_json(type(codec), json.dumps(named), "the features' codec", "use another copy of the store")
+            return parse_json(type(codec), json.dumps(named), f"the codec of {where}", "use another copy of the store")
     raise StoreError(
-        f"the features are in a codec that this code does not know, {_short(named)}; use the code that wrote them"
+        f"the features of {where} are in a codec that this code does not know, {_short(named)}; use the code that "
+        "wrote them"
     )
 
 

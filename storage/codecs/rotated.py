@@ -19,7 +19,7 @@ Hadamard matrices QuIP's and QuIP#'s (arXiv 2307.13304, 2402.04396). Levels: Llo
 1982; Max, "Quantizing for minimum distortion", 1960.
 
 Codes are a function of (tokens, row, view). Two implementations agree on all but values within float32's rounding of a
-threshold. Cost of a row of 256 × 768, one core: about a millisecond either way.
+threshold. Encoding a row of 256 × 768 takes 4.5 to 5.5 ms of a core (`benchmarks/results/derive.md`).
 """
 
 from __future__ import annotations
@@ -181,10 +181,13 @@ class Rotated(Codec):
         return None
 
     def refusal(self, which: str) -> UserError:
-        """As of every codec."""
+        """As of every codec. f is ‖r‖/√D over ρ on average, and float16 like ‖y‖/√D: the former is the lower limit."""
+        limit = round(float(np.finfo(np.float16).max) * self.rho, -2)
+        others = [codec.spelling for codec in ROTATED if codec.bits > self.bits]
         return UserError(
-            f"{which} holds NaN, infinity or channels beyond float16 (65,504), which {self.spelling} features cannot "
-            "carry; look at the image and the encoder's weights"
+            f"{which} holds NaN, infinity or channels of a root mean square, less the image's mean token, above about "
+            f"{limit:,.0f}, which {self.spelling} features cannot carry; store {', '.join([*others, 'int8'])} or "
+            "float16, or look at the image and the encoder's weights"
         )
 
 

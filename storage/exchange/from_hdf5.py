@@ -78,7 +78,7 @@ def _exported(file: h5py.File, source: Path) -> Incoming:
         identity = group_identity(path, stored, f"attribute {ABOUT}, {path}")
         if about.decoded and identity.codec is not None:
             raise UserError(f"{path} was decoded, which its identity does not describe; export as stored")
-        if codec_of(identity).keyed and _whole_rows(file) != n_rows:
+        if codec_of(identity, path).keyed and _whole_rows(file) != n_rows:
             raise UserError(
                 f"{path} is in a codec that is keyed by the row, and the file has a part of the rows; export all rows, "
                 "or with --decode"

@@ -98,7 +98,7 @@ def import_store(where: str, incoming: Incoming, options: ImportOptions) -> None
             )
             layout = GroupLayout(path=group.path, arrays=arrays)
             identity = group.identity.of_samples(incoming.views, index.digest())
-            codec = codec_of(identity)
+            codec = codec_of(identity, group.path)
             digest = create_group(staging.root, layout, identity, {"source": dict(incoming.source)}, staging.run_id)
             staging.prepare(layout.path)
             missing = [unit for unit, _, reason in scan(staging.root, layout, digest) if reason is not None]

@@ -172,7 +172,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "s" / "receipts" / FEATURES / "00000001.json").unlink()
     with pytest.raises(StoreError, match=r"is not complete: 1 of 3 units"):
         derive("tiny-vit", "--codec", "rotated2")
-    for codec, said in (("rotated2", r"errors would add up; derive from the group of float16"), ("int8", "as asked")):
+    already = r"features/tiny-vit is int8 already, and nothing is to be done; .*: rotated1, rotated2, rotated4$"
+    for codec, said in (("rotated2", r"errors would add up; derive from the group of float16"), ("int8", already)):
         make_store(tmp_path / codec, codec=CODECS[codec])
         with pytest.raises(UserError, match=said):
             derive("tiny-vit", "--codec", codec, root=tmp_path / codec)
@@ -182,8 +183,28 @@ def test_a_token_that_cannot_be_encoded_is_named(tmp_path: Path) -> None:
     patches = np.ones((40, 1, 64, 24), dtype=np.float16)
     patches[21, 0, 5, 7] = np.nan
     make_store(tmp_path, features={"patches": patches})
-    with pytest.raises(UserError, match=rf"{FEATURES}, row 21, .* token \(0, 5\) holds NaN"):
+    with pytest.raises(UserError, match=rf"{FEATURES}, row 21, .* token \(0, 5\) holds NaN.*or remove {CHILD} and "):
         derive_group(tmp_path, FEATURES, "rotated2", n_workers=1)
+    assert 1 not in [receipt.unit for receipt in receipts(tmp_path, CHILD)]
+    (tmp_path / "receipts" / FEATURES / "00000001.json").unlink()  # as the message says
+    make_store(tmp_path, features={"patches": np.ones_like(patches)}, missing_only=True)
+    derive_group(tmp_path, FEATURES, "rotated2", n_workers=1)
+    assert list(verify(tmp_path, deep=True, n_workers=1)) == []
+
+
+def test_a_group_that_is_not_finished_names_the_command_that_finishes_it(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    derive_group(tmp_path, FEATURES, "rotated2", n_workers=1)
+    for group, command in ((CHILD, f"python -m storage derive STORE {FEATURES} …"), (FEATURES, "make precompute")):
+        unit, metadata = (tmp_path / "receipts" / group / f"{name}.json" for name in ("00000001", "metadata"))
+        unit.unlink()
+        with pytest.raises(
+            StoreError, match=f"is not complete: 1 of 3 .*; run the same `{command}` again to finish it"
+        ):
+            open_store(tmp_path).group(group)
+        metadata.unlink()
+        with pytest.raises(StoreError, match=f"is missing; run the same `{command}` again to restore it"):
+            open_store(tmp_path).group(group)
 
 
 def start(root: Path, n_workers: int) -> subprocess.Popen[str]:

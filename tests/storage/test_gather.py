@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,17 @@ from hypothesis import strategies as st
 import storage.checks
 import storage.offsets
 import storage.shard_files
-from storage import ArrayLayout, GroupLayout, Staging, StoreError, StoreLayout, create_store, gather_into, open_store
+from storage import (
+    ArrayLayout,
+    GroupLayout,
+    Staging,
+    StoreError,
+    StoreLayout,
+    UserError,
+    create_store,
+    gather_into,
+    open_store,
+)
 from storage.identity import FeaturesIdentity
 from storage.index import make_index
 from storage.offsets import IRREGULAR
@@ -133,6 +144,18 @@ def test_rows_views_and_buffers_outside_the_array_are_refused(shared_tiny_store:
     for wrong in (out.astype("f4"), out[:, :4], np.empty((2, *reader.row_shape), reader.dtype)):
         with pytest.raises(ValueError, match="out must be"):
             reader.read_into([0], 0, wrong)
+
+
+@pytest.mark.parametrize("rows", [[0.5], 0, [[0, 1]], ["0"], [True]])
+def test_rows_of_tokens_that_numpy_would_convert_are_refused(shared_tiny_store: Path, rows: Any) -> None:
+    with closing(open_store(shared_tiny_store).group(FEATURES)) as group:
+        with pytest.raises(ValueError, match=r"whole numbers|rows must be"):
+            group.tokens(rows)
+        for dtype in ("int8", "no such type"):
+            with pytest.raises(UserError, match=f"floating-point numbers, got dtype '{dtype}'; ask for float16"):
+                group.tokens([0], dtype=dtype)
+        assert group.tokens([]).shape == (0, 64, 24)
+        assert group.tokens(np.array([1, 0], dtype=np.uint8), dtype="float16").dtype == np.float16
 
 
 def test_rows_that_numpy_would_convert_are_refused(shared_tiny_store: Path) -> None:

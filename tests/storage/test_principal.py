@@ -211,6 +211,20 @@ def test_in_a_codec_and_of_int8(tmp_path: Path) -> None:
         derive_group(tmp_path, FEATURES, "rotated1", components=request(3), n_workers=1)
 
 
+def test_nothing_is_derived_from_components(tmp_path: Path) -> None:
+    """A further group would not have their basis; at once it does."""
+    make_store(tmp_path)
+    child = derive_group(tmp_path, FEATURES, components=request(8, sample_rows=7), n_workers=1)
+    asked = r"--pca 8 --pca-sample 7 --pca-seed 0\)"
+    said = rf"{child} holds principal components, .*; derive from {FEATURES} at once, .*{asked}"
+    for codec, components in (("rotated4", None), ("", request(4))):
+        with pytest.raises(UserError, match=said):
+            derive_group(tmp_path, child, codec, components=components, n_workers=1)
+    assert open_store(tmp_path).groups() == ["latents/tiny-vae", FEATURES, child]
+    at_once = derive_group(tmp_path, FEATURES, "rotated4", components=request(8, sample_rows=7), n_workers=1)
+    assert basis_of(open_store(tmp_path).group(at_once)).digest == basis_of(open_store(tmp_path).group(child)).digest
+
+
 def test_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path)
     assert main(["derive", str(tmp_path), "tiny-vit", "--pca", "4", "--pca-standardise", "--workers", "1"]) == EXIT_OK

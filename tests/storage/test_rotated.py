@@ -168,6 +168,20 @@ def test_a_token_that_cannot_be_encoded_is_named(codec: Rotated, bad: float) -> 
         codec.encode(y.astype(np.float64), np.arange(2), 0)
 
 
+def test_the_limit_is_the_bits_own_and_the_fix_is_named() -> None:
+    signs = np.sign(np.random.default_rng(0).standard_normal((1, 2, 768))).astype(np.float32)
+    signs[:, 1] = -signs[:, 0]
+    for bits, limit, others in (
+        (1, 41700, "rotated2, rotated4, int8"), (2, 57800, "rotated4, int8"), (4, 64900, "int8"),
+    ):  # fmt: skip
+        codec = Rotated(bits=bits)
+        decoded(codec, signs * 0.97 * limit, np.arange(1))
+        with pytest.raises(
+            UserError, match=rf"above about {limit:,}, which {codec.spelling} .*; store {others} or float"
+        ):
+            codec.encode(signs * np.float32(1.04 * limit), np.arange(1), 0)
+
+
 def test_widths_that_do_not_fit_are_refused_by_name() -> None:
     for spelling, width in (("rotated1", 36), ("rotated2", 30), ("rotated4", 33)):
         with pytest.raises(UserError, match=f"{spelling} packs .* do not divide {width} channels; store float16"):

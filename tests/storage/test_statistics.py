@@ -83,6 +83,18 @@ def test_the_latents_deviation_counts_the_posteriors() -> None:
     assert latent_mean_std(alone, 1)[1][0] == pytest.approx(mean.std())
 
 
+@pytest.mark.parametrize("spelling", ["int8", "rotated1"])
+def test_norms_of_codes_say_that_they_include_the_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str
+) -> None:
+    write(tmp_path, CODECS[spelling])
+    main(["info", f"{tmp_path}/{FEATURES}"])
+    lines = [line for line in capsys.readouterr().out.split("\n") if " dimensions: " in line or " norm of " in line]
+    marked = [line.partition(" ")[0] for line in lines if line.endswith(", with the codes' error")]
+    assert [line.partition(" ")[0] for line in lines] == ["cls", "cls", "patches", "patches"]
+    assert marked == (["patches", "patches"] if spelling == "rotated1" else [])
+
+
 def test_info_shows_them_and_says_what_has_none(
     tmp_path: Path, shared_tiny_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from storage.verify import verify
 from tests.pipeline.encoding import encode_store
 from tests.stores import FEATURES, make_store
 from tests.trainer.runs import micro
+from trainer.data.groups import open_data
 from trainer.loop.train import train
 from trainer.run.metrics import read_metrics
 
@@ -59,6 +60,15 @@ def test_the_pipeline_writes_it(tmp_path: Path, example: Codec) -> None:
     np.testing.assert_allclose(tokens[example.spelling], tokens["float16"], rtol=2**-8, atol=1e-6)
     with pytest.raises(UserError, match=r"--features-dtype must be one of float16, .*bfloat16, got 'fp4'"):
         PrecomputeConfig(**{**vars(asked), "features_dtype": "fp4"})
+
+
+def test_a_codec_right_on_average_only_needs_a_twin(
+    tmp_path: Path, example: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "s", codec=example)
+    monkeypatch.setattr(type(example), "exact", False)
+    with pytest.raises(UserError, match=rf"^{FEATURES} is in bfloat16 codes, .* no twin in .*; add one to TWINS, or"):
+        open_data(micro(tmp_path / "s", tmp_path / "run"))
 
 
 def test_everything_reads_it(tmp_path: Path, example: Codec, capsys: pytest.CaptureFixture[str]) -> None:

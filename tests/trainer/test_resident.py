@@ -24,6 +24,7 @@ from storage.derive import derived
 from tests.slow import slow_but
 from tests.stores import FEATURES, LATENTS, encoded, make_store, publish_all
 from tests.trainer.runs import assert_same_run, command, micro, start, start_ranks, train_on_ranks, wait_for_step
+from trainer.__main__ import main
 from trainer.config.data import DataConfig
 from trainer.config.presets import preset
 from trainer.config.tree import override
@@ -227,6 +228,13 @@ def test_by_the_command_a_run_equals_the_streamed_one(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "stream", tmp_path / "ram")
 
 
+def test_memory_of_a_gpu_without_one_is_refused(tmp_path: Path) -> None:
+    """By the command, before the store is opened; `train` itself takes the CPU for a device, as the tests here do."""
+    options = command(tmp_path / "s", tmp_path / "run", **{"data.resident": "gpu"})[3:]
+    with pytest.raises(UserError, match=r"^--data\.resident gpu needs a GPU, .*; pass --data\.resident ram, or mend"):
+        main(options)
+
+
 def test_any_kind_resumes_any_other(tmp_path: Path) -> None:
     make_store(tmp_path / "s", n_views=2, failed_rows=FAILED)
     for run, kinds in {"stream": ["stream"], "gpu": ["gpu"], "mixed": ["stream", "ram", "gpu"]}.items():
@@ -308,6 +316,8 @@ def slowly(self, *arguments):
     time.sleep(0.2)
     read(self, *arguments)
 resident._Stored.read, resident.BLOCK_BYTES = slowly, 1
+from trainer.ranks import world
+world.require_gpu_of_resident = lambda *asked: None  # the CPU stands for the device here
 import sys
 from storage.base.console import run_command
 from trainer.__main__ import main

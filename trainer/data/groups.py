@@ -15,6 +15,7 @@ from storage.index import far_apart
 from storage.order import ValidRows
 from storage.samples import REDO
 from storage.shard_files import raise_open_file_limit
+from storage.torch.codecs import TWINS
 from trainer.alignment import alignment_named
 from trainer.config.schema import TrainConfig
 from trainer.data.feature_latents import CLASS_TOKEN, OF_FEATURES, latents_identity, require_features
@@ -121,7 +122,13 @@ def open_data(config: TrainConfig) -> TrainingData:
         )
     for path in features:
         groups[path].require("token_grid", "width")
-        groups[path].codec  # noqa: B018 - is known, or says so
+        codec = groups[path].codec
+        if not codec.exact and codec.name not in TWINS:
+            raise UserError(
+                f"{path} is in {codec.spelling} codes, right on average only, which have no twin in "
+                "storage/torch/codecs/ to say what is known of the exact tokens; add one to TWINS, or choose features "
+                "as float16 or int8"
+            )
         if TOKENS not in groups[path].arrays:
             raise UserError(
                 f"{path} holds {', '.join(groups[path].arrays)} and no patch tokens, which the alignment needs; choose "

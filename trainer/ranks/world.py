@@ -80,6 +80,15 @@ def device_named(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def require_gpu_of_resident(device: str, resident: str) -> None:
+    """Raise UserError for data that is to lie in a GPU's memory, of a run that has none."""
+    if resident == "gpu" and device_named(device).type != "cuda":
+        raise UserError(
+            "--data.resident gpu needs a GPU, and the run's device is the CPU; pass --data.resident ram, or mend the "
+            "driver or --device"
+        )
+
+
 @contextmanager
 def world_of_ranks(device: str) -> Iterator[World]:
     """The world that the environment describes; `device` is auto, cpu or cuda. Raises UserError."""
