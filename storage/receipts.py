@@ -265,7 +265,8 @@ def why_not_done(
         return "it was begun again and not finished"  # `writer.publish_unit` says so before it replaces a shard
     wanted = [f"{array.name}/{array.shard_key(unit)}" for array in layout.arrays]
     if sorted(shard.path for shard in receipt.shards) != sorted(wanted):
-        return f"its receipt is of the files {[shard.path for shard in receipt.shards]}, not {wanted}"
+        named = [shard.path[:LONGEST] for shard in receipt.shards[: len(wanted) + 1]]
+        return f"its receipt is of the files {named}, not {wanted}"
     damage = _damage(layout, receipt)
     if damage is not None:
         return f"its receipt is damaged ({damage}); {HEAL_RECEIPT}"

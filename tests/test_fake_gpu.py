@@ -139,7 +139,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("size", "method", "accumulate"),
     [
-        *(("b", name, 2) for name in ("sit", "dit")),
+        ("b", "sit", 2),
+        pytest.param("b", "dit", 2, marks=pytest.mark.slow),
         *(("b", name, 1) for name in ("reg", "lightningdit", "stopped")),
         ("s", "ditdh", 1),
         *(pytest.param("b", name, 1, marks=pytest.mark.slow) for name in STEPS if name.startswith(("irepa", "patch"))),

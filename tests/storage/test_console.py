@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from storage.base.errors import MOST, StoreError
+
 SLEEPS = """
 def main(argv):
     print("ready", flush=True)
@@ -78,3 +80,13 @@ def test_a_signal_also_where_a_script_had_it_ignored(number: signal.Signals, ign
 @pytest.mark.parametrize("main", [SWALLOWED, SWALLOWED_BEFORE_THE_LOOP])
 def test_a_ctrl_c_that_was_swallowed_still_counts(main: str) -> None:
     require_interrupted(command(main))
+
+
+def test_a_message_longer_than_a_screen_keeps_its_rule_and_its_fix() -> None:
+    message = f"the name {'A' * 100_000} is not allowed; rename it"
+    said = str(StoreError(message))
+    assert len(said) <= MOST
+    assert said.startswith("the name AAA")
+    assert said.endswith("AAA is not allowed; rename it")
+    assert "characters) …" in said
+    assert str(StoreError("a" * MOST)) == "a" * MOST

@@ -31,7 +31,7 @@ from tests.stores import FEATURES, decoded, make_store
 
 DATA = Path(__file__).parents[1] / "data"
 N_TOKENS, WIDTH = 64, 24
-QUICK_KILLS, KILLS = 3, 20
+KILLS = 20
 
 
 def request(k: int, *, sample_rows: int = 1000, seed: int = 0, standardised: bool = False) -> Request:
@@ -343,10 +343,6 @@ def killed(tmp_path: Path, n_kills: int) -> None:
     assert open_store(tmp_path).group(child).identity == open_store(tmp_path).group("features/whole").identity
     assert list(verify(tmp_path, deep=True, n_workers=1)) == []
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or "partial" in path.name]
-
-
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    killed(tmp_path, QUICK_KILLS)
 
 
 @pytest.mark.slow

@@ -204,6 +204,13 @@ def test_some_fields(good: Path) -> None:
     some(good, edits.field_edits(good), 16)
 
 
+def test_a_receipt_that_names_endless_files_is_one_line(good: Path) -> None:
+    edit = edits.set_field("receipts/features/tiny-vit/00000000.json", ("shards", 0, "path"), "A" * 100_000)
+    said = check(good, "a long path", edit, only=["export", "train", "verify"])
+    assert "its receipt is of the files ['AAA" in said["export"]
+    assert len(said["verify"]) < LONGEST
+
+
 @settings(max_examples=examples(25), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_value_in_any_field(good: Path, data: st.DataObject) -> None:

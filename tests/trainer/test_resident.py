@@ -251,6 +251,7 @@ def test_a_run_that_is_over_reads_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert train(micro(tmp_path / "s", tmp_path / "run", **{"data.resident": "ram"}))["steps_now"] == 0
 
 
+@pytest.mark.slow
 def test_ranks_train_as_streamed_and_fail_together(tmp_path: Path) -> None:
     """Three ranks: parts of unequal length, and a device that gets more than it reads."""
     make_store(tmp_path / "s", n_views=2, failed_rows=FAILED)
