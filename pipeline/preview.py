@@ -145,11 +145,12 @@ class MadeOf:
         return bool(known[i]) and (isinstance(sample, Unreadable) or sample_crc32c(sample) != crcs[i])
 
     def _look_up(self, unit: int) -> tuple[np.ndarray, np.ndarray]:
-        n_rows = len(self._store.layout.unit_rows(unit))
+        rows = self._store.layout.unit_rows(unit)
+        n_rows = len(rows)
         crcs, known = np.zeros(n_rows, dtype=np.uint32), np.zeros(n_rows, dtype=bool)
         for path in self._store.groups():
             receipt = read_receipt(self._store.root, GroupLayout(path=path, arrays=()), unit)
-            if receipt is not None:
+            if receipt is not None and receipt.is_of(rows):  # one of other rows says nothing
                 theirs, stored = stored_samples(receipt)
                 crcs, known = np.where(stored & ~known, theirs, crcs), known | stored
         return crcs, known

@@ -98,6 +98,10 @@ class Receipt:
         """The record of the named array's shard."""
         return next((shard for shard in self.shards if shard.path.startswith(f"{array}/")), None)
 
+    def is_of(self, rows: range) -> bool:
+        """Whether it is of these rows, its failures too."""
+        return self.rows == (rows.start, rows.stop) and all(failure.row in rows for failure in self.failed)
+
     def sample_crcs(self) -> np.ndarray | None:
         """CRC-32C of each row's bytes as they were read, uint32 (n,), 0 where they could not be; None: not recorded.
 

@@ -211,6 +211,12 @@ def test_a_receipt_that_names_endless_files_is_one_line(good: Path) -> None:
     assert len(said["verify"]) < LONGEST
 
 
+@pytest.mark.parametrize(("end", "value"), [(0, 2**31 - 1), (1, 0), (1, 7), (1, 10**15)])
+def test_pictures_do_not_look_at_receipts_of_other_rows(good: Path, end: int, value: int) -> None:
+    edit = edits.set_field("receipts/latents/tiny-vae/00000000.json", ("rows", end), value)
+    assert check(good, f"rows.{end} = {value}", edit, only=["pictures"])["pictures"] == ""
+
+
 @settings(max_examples=examples(25), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_value_in_any_field(good: Path, data: st.DataObject) -> None:
