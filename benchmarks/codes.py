@@ -1,20 +1,22 @@
 """What codes lose, token by token, and what is left of it in a gradient.
 
-    python -m benchmarks.codes --store STORE --features features/A[,features/B] [--images 5421] [--steps 300]
+    python -m benchmarks.codes --stores STORE [MORE …] --features features/A[,features/B] [--images N] [--steps 300]
 
-STORE has latents and float16 patch tokens of real photographs, made by `python -m pipeline precompute`.
+A store has latents and float16 patch tokens of real photographs, made by `python -m pipeline precompute`.
 
-*Errors.* Every codec encodes and decodes the tokens of the first `--images` rows of each group, and synthetic ones of
-64 images of 256 × 768: Gaussian; one channel of fifteen times the others' size; Student's t of three degrees of
-freedom; an activation of 60 in one token of fifty. Given are the stored bytes of an image, mean and smallest cosine of
-a decoded token to the exact one, and the mean cosine of the two directions that iREPA makes of them (γ = 0.6).
+*Errors.* Every codec encodes and decodes the tokens of the first `--images` rows of each group of every store (rows of
+further stores are numbered on, so that each has keys of its own), and synthetic ones of 64 images of 256 × 768:
+Gaussian; one channel of fifteen times the others' size; Student's t of three degrees of freedom; an activation of 60 in
+one token of fifty. Given are the stored bytes of an image, mean and smallest cosine of a decoded token to the exact
+one, and the mean cosine of the two directions that iREPA makes of them (γ = 0.6).
 
-*Gradients.* A small SiT takes `--steps` real steps from exact targets of the first group, so that its gates have left
-zero. Then, for batches of 4, 32 and 256 images, the gradient of the whole loss, velocity + λ · alignment, by all
-parameters, is compared with the one from exact targets: ‖g − g*‖/‖g*‖, the root mean square over batches. Noise, times
-and everything else of a batch are equal. Rotated codes come with signs keyed by token, as they are stored, with those
-of an image's first token for all of its tokens, and with one key for all tokens of all images: the same codec but for
-its keys. An error that is independent from token to token falls with the square root of the batch.
+*Gradients* (not with `--steps 0`). A small SiT takes `--steps` real steps from exact targets of the first store's first
+group, so that its gates have left zero. Then, for batches of 4, 32 and 256 images, the gradient of the whole loss,
+velocity + λ · alignment, by all parameters, is compared with the one from exact targets: ‖g − g*‖/‖g*‖, the root mean
+square over batches. Noise, times and everything else of a batch are equal. Rotated codes come with signs keyed by
+token, as they are stored, with those of an image's first token for all of its tokens, and with one key for all tokens
+of all images: the same codec but for its keys. An error that is independent from token to token falls with the square
+root of the batch.
 
 Cost: some twenty minutes of one core and 4 GB for 5,421 images of 64 × 384.
 """
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import RESULTS, machine, table
-from storage import GroupReader, open_store
+from storage import Store, open_store
 from storage.base.console import progress_bar
 from storage.codecs import CODECS, Codec
 from storage.codecs.rotated import Rotated
@@ -136,13 +138,17 @@ def errors(name: str, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[li
     return lines
 
 
-def of_group(group: GroupReader, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows int64 (B,) and their tokens float32 (B, T, D), of the first `n` rows."""
-    with progress_bar(n, unit="row", description=group.path) as bar:
-        for start in range(0, n, AT_ONCE):
-            rows = np.arange(start, min(n, start + AT_ONCE), dtype=np.int64)
-            yield rows, group.tokens(rows)
-            bar.update(len(rows))
+def of_groups(stores: Sequence[Store], path: str, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows int64 (B,), numbered through all stores, and their tokens float32 (B, T, D)."""
+    counts = [min(limit or store.n_rows, store.n_rows) for store in stores]
+    with progress_bar(sum(counts), unit="row", description=path) as bar:
+        for store, n, before in zip(stores, counts, np.cumsum([0, *counts[:-1]]), strict=True):
+            group = store.group(path)
+            for start in range(0, n, AT_ONCE):
+                rows = np.arange(start, min(n, start + AT_ONCE), dtype=np.int64)
+                yield before + rows, group.tokens(rows)
+                bar.update(len(rows))
+            group.close()
 
 
 def batch_of(data: TrainingData, step: int, size: int, order: Order) -> Batch:
@@ -210,39 +216,43 @@ def gradients(config: TrainConfig, n_steps: int) -> list[list[str]]:
 
 
 def main() -> None:
-    """Measure; print both tables and write them to `results/codes.md`."""
+    """Measure; print both tables and write them to `results/codes.md` and `results/code_gradients.md`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True, help="store of real photographs")
+    parser.add_argument("--stores", nargs="+", required=True, help="stores of real photographs")
     parser.add_argument("--features", required=True, help="groups of float16 patch tokens, with commas")
-    parser.add_argument("--images", type=int, default=0, help="rows of each group (default: all)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps before gradients are compared")
+    parser.add_argument("--images", type=int, default=0, help="rows of each store (default: all)")
+    parser.add_argument("--steps", type=int, default=300, help="steps before gradients are compared; 0: errors only")
     args = parser.parse_args()
-    store = open_store(args.store)
+    stores = [open_store(store) for store in args.stores]
     lines = []
     for path in args.features.split(","):
-        group = store.group(path)
-        lines += errors(path.removeprefix("features/"), of_group(group, args.images or store.n_rows))
-        group.close()
+        lines += errors(path.removeprefix("features/"), of_groups(stores, path, args.images))
     for kind, tokens in synthetic():
         cuts = range(0, len(tokens), AT_ONCE)
         lines += errors(kind, ((np.arange(i, i + AT_ONCE), tokens[i : i + AT_ONCE]) for i in cuts))
-    first = args.features.split(",")[0]
-    config = override(
-        preset("sit-tiny-2"),
-        {"store": args.store, "precision": "fp32", "batch": 32, "data.features": (first.removeprefix("features/"),)},
-    )
-    measured = gradients(config, args.steps)
-    text = "\n".join([
+    n = sum(min(args.images or store.n_rows, store.n_rows) for store in stores)
+    write("codes.md", [
         "## What codes lose", "", machine(Path(), ("torch", "numpy")), "",
-        f"{args.images or store.n_rows} photographs; synthetic tokens of 64 images of 256 × 768.", "",
+        f"{n:,} photographs; synthetic tokens of 64 images of 256 × 768.", "",
         table(["tokens", "codec", "bytes an image", "mean cosine", "least", "mean after iREPA's normalisation"], lines),
-        "", "### The whole gradient's relative error, by images a batch", "",
-        f"sit-tiny-2 after {args.steps} steps from exact targets of {first}; float32.", "",
-        table(["codec", "signs keyed", *(str(size) for size in BATCHES)], measured), "",
     ])  # fmt: skip
+    if args.steps:
+        first = args.features.split(",")[0]
+        features = (first.removeprefix("features/"),)
+        options = {"store": args.stores[0], "precision": "fp32", "batch": 32, "data.features": features}
+        measured = gradients(override(preset("sit-tiny-2"), options), args.steps)
+        write("code_gradients.md", [
+            "## The whole gradient's relative error, by images a batch", "", machine(Path(), ("torch", "numpy")), "",
+            f"sit-tiny-2 after {args.steps} steps from exact targets of {first}; float32.", "",
+            table(["codec", "signs keyed", *(str(size) for size in BATCHES)], measured),
+        ])  # fmt: skip
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Print a result and keep it below `results/`."""
+    text = "\n".join([*lines, ""])
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "codes.md").write_text(text)
+    (RESULTS / name).write_text(text)
 
 
 if __name__ == "__main__":
