@@ -50,11 +50,14 @@ class StandIn:
 
         return lambda function: SimpleNamespace(remote=call)
 
-    def wait(self, refs: list[Any], *, num_returns: int, timeout: float, fetch_local: bool) -> tuple[list[Any], Any]:
+    def wait(
+        self, refs: list[Any], *, num_returns: int, timeout: float, fetch_local: bool = True
+    ) -> tuple[list[Any], Any]:
         return refs[:num_returns], refs[num_returns:]
 
     def get(self, ref: Any) -> Any:
-        return ([], {"read": 0.0, "decode": 0.0, "crop": 0.0}, None) if ref[0] == "decode" else 0.0
+        values = {"decode": ([], {"read": 0.0, "decode": 0.0, "crop": 0.0}, None), "encode": 0.0, "shares": {}}
+        return values[ref[0]]
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 1e6}
@@ -66,7 +69,8 @@ class StandIn:
 
     def actor(self) -> Any:
         method = self.remote()(None)
-        return SimpleNamespace(ready=method, encode_and_publish=method)
+        shares = SimpleNamespace(remote=lambda: ("shares", next(self._numbers)))
+        return SimpleNamespace(ready=method, encode_and_publish=method, shares=shares)
 
 
 def plan_of(n_units: int) -> Any:
@@ -141,6 +145,9 @@ class NoEncoder:
 
     def ready(self) -> str:
         return "none"
+
+    def shares(self) -> dict[int, float]:
+        return {}
 
     def encode_and_publish(self, images: np.ndarray, block: Any, sent_unix_s: float) -> float:
         return 0.0

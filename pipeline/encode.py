@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -84,6 +84,7 @@ class UnitEncoder:
         self._device = ""
         self._copying: torch.cuda.Stream | None = None  # on a GPU
         self._encoding = threading.Lock()
+        self._shares: dict[int, float] = {}  # of units in hand: how much of the encoding is done
         self._publishers = ThreadPoolExecutor(CALLS_IN_HAND, thread_name_prefix="publish")
 
     def ready(self) -> str:
@@ -92,6 +93,10 @@ class UnitEncoder:
             with self._encoding:
                 self._device = self._device or self.load()
         return self._device
+
+    def shares(self) -> dict[int, float]:
+        """Unit → share in [0, 1] of its encoding that is done (on a GPU: queued), of the units in hand."""
+        return dict(self._shares)
 
     def load(self) -> str:
         """Load every model onto the device; returns its name. Raises UserError when a GPU that was promised is none."""
@@ -120,7 +125,13 @@ class UnitEncoder:
         `sent_unix_s` dates the hand-over; between machines it is off by what their clocks differ. Raises UserError when
         the unit's images are others than those that a group of the store was made of.
         """
-        hand_over_s = max(0.0, time.time() - sent_unix_s)
+        self._shares[block.unit] = 0.0
+        try:
+            return self._encode_and_publish(images, block, max(0.0, time.time() - sent_unix_s))
+        finally:
+            self._shares.pop(block.unit, None)
+
+    def _encode_and_publish(self, images: np.ndarray, block: Block, hand_over_s: float) -> float:
         device = self.ready()
         self._refuse_other_samples(block)
         published: list[Future[None]] = []
@@ -128,7 +139,8 @@ class UnitEncoder:
         uploaded = self._upload_if_it_fits(images)
         with self._encoding:
             pixels = self.upload(images) if uploaded is None else uploaded
-            for path in block.paths:
+            for i, path in enumerate(block.paths):
+                self._shares[block.unit] = i / len(block.paths)
                 before, done = look_at(self._root, self._groups[path].layout, block.unit, self._digests[path])
                 if done and (path not in block.redo or is_of_samples(before, block.crcs, block.failures)):
                     continue
@@ -230,9 +242,14 @@ class UnitEncoder:
         first_row = self._groups[path].layout.store.unit_rows(block.unit).start
         failed = {failure.row - first_row for failure in block.failures}
         present = np.array([i for i in range(len(images)) if i not in failed], dtype=np.int64)
+        before = self._shares.get(block.unit, 0.0)
+
+        def note(share: float) -> None:
+            self._shares[block.unit] = before + share / len(block.paths)
+
         while True:
             try:
-                arrays = self.encode(path, images, present, self._batch[path], first_row)
+                arrays = self.encode(path, images, present, self._batch[path], first_row, note)
                 break
             except RuntimeError as error:
                 if not _out_of_gpu_memory(error) or self._batch[path] == 1:
@@ -241,10 +258,19 @@ class UnitEncoder:
             _release_gpu_memory()  # outside the handler, whose traceback holds the batch
         return arrays, present
 
-    def encode(self, path: str, images: Array, present: np.ndarray, batch: int, first_row: int) -> Mapping[str, Array]:
+    def encode(
+        self,
+        path: str,
+        images: Array,
+        present: np.ndarray,
+        batch: int,
+        first_row: int,
+        on_batch: Callable[[float], None] = lambda share: None,
+    ) -> Mapping[str, Array]:
         """Arrays (n, V, *row_shape) by name, where `images` are; rows that are not in `present` stay zero, not stored.
 
-        The images are those of rows from `first_row`. The arrays are complete when this returns.
+        The images are those of rows from `first_row`. `on_batch` is told the share that is done, in (0, 1], after every
+        batch. The arrays are complete when this returns.
         """
         import torch
 
@@ -271,6 +297,7 @@ class UnitEncoder:
                 assert dtypes == {array: values.dtype for array, values in encoded.items()}, encoded
                 for array, values in encoded.items():
                     arrays[array][rows[:n], view] = values[:n]
+                on_batch((view + (start + n) / len(present)) / len(layout.store.views))
         if device.type == "cuda":
             _wait_for(torch.cuda.current_stream(device))
         return arrays

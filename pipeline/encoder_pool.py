@@ -9,10 +9,11 @@ idle always, be handed every unit, and use up their attempts.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -43,6 +44,7 @@ class _Encoder:
     actor: Any
     up: bool = False
     in_hand: dict[Any, Decoded] = field(default_factory=dict)
+    shares: Mapping[int, float] = field(default_factory=dict)  # of units in hand, when it was last asked
     failed_loads: int = 0
     restarts: int = 0
 
@@ -65,6 +67,7 @@ class EncoderPool:
         self._encoders = [_Encoder(make()) for _ in range(n)]
         self._asked: dict[Any, _Encoder] = {}
         self._ask_at: list[tuple[float, _Encoder]] = []
+        self._asked_shares: dict[Any, _Encoder] = {}
         self._deadline_s: dict[Any, float] = {}
         self._holder: dict[Any, _Encoder] = {}  # of each call
         # Kept up to date by `_book`, so that a question costs the same for one encoder and for a hundred.
@@ -134,6 +137,27 @@ class EncoderPool:
             for other in encoder.in_hand:
                 self._deadline_s.pop(other, None)
             ray.kill(encoder.actor, no_restart=False)
+
+    def ask_shares(self) -> dict[int, float]:
+        """Unit → share of its encoding that is done, of units in hand, as the encoders last said; asks them again."""
+        done = (
+            ray.wait([*self._asked_shares], num_returns=len(self._asked_shares), timeout=0)[0]
+            if self._asked_shares
+            else []
+        )
+        for ref in done:
+            with contextlib.suppress(RayError):  # whoever is gone has no units in hand either
+                self._asked_shares[ref].shares = ray.get(ref)
+            del self._asked_shares[ref]
+        pending = set(self._asked_shares.values())
+        for encoder in self._up - pending:
+            if encoder.in_hand:
+                self._asked_shares[encoder.actor.shares.remote()] = encoder
+        return {
+            decoded.block.unit: encoder.shares.get(decoded.block.unit, 0.0)
+            for encoder in self._encoders
+            for decoded in encoder.in_hand.values()
+        }
 
     def fit(self, room: int) -> None:
         """Keep as many encoders as there is room for, up to those wanted; one with units in hand is never let go."""

@@ -98,7 +98,7 @@ def _encoders(
         num_gpus=resources.encoder_gpus,
         max_restarts=-1,
         max_task_retries=0,
-        max_concurrency=CALLS_IN_HAND + 1,  # and `ready`
+        max_concurrency=CALLS_IN_HAND + 1,  # and `ready`, later `shares`
     )(encoder)
 
     def make() -> Any:
@@ -172,6 +172,8 @@ class _Driver:
                     self.looked_s = now_s
                     self._end_overdue()
                     self._look_at_cluster()
+                    if display.is_still(now_s):
+                        display.in_hand(self._images_in_hand())
         return Outcome(
             n_images=self.meter.n_images,
             n_failed=self.n_failed,
@@ -182,6 +184,11 @@ class _Driver:
             bound=self.meter.bound,
             store_peak_bytes=self.store_peak_bytes,
         )
+
+    def _images_in_hand(self) -> int:
+        """Images that are encoded and not published, of units in hand."""
+        shares = self.pool.ask_shares()
+        return int(sum(share * len(self.plan.layout.unit_rows(unit)) for unit, share in shares.items()))
 
     def _why_waiting(self) -> str:
         free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
@@ -246,8 +253,9 @@ class _Driver:
         self.ledger.finish(block.unit)
         self.n_failed += len(block.failures)
         n_images = len(self.plan.layout.unit_rows(block.unit))
-        self.meter.unit_done(time.perf_counter(), n_images, sum(block.timings_s.values()), settled.encode_s)
-        display.unit_done(n_images, self.n_failed)
+        now_s = time.perf_counter()
+        self.meter.unit_done(now_s, n_images, sum(block.timings_s.values()), settled.encode_s)
+        display.unit_done(n_images, self.n_failed, now_s)
         self._check_budget()
 
     def _attempt_failed(self, unit: int, stage: str, error: RayError) -> None:

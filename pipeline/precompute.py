@@ -22,6 +22,7 @@ from storage.staging import refuse_foreign
 
 NOTHING = "none: everything was there"
 DRY = "none: a dry run"
+STOPPING = "stopping; what is published stays"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     # Nothing is made on disk before the cluster is there and an encoder has its weights. On Ctrl-C or SIGTERM the
     # cluster is left or stopped.
     with (
-        stop_on_signals(*INTERRUPTS) as stop,
+        stop_on_signals(*INTERRUPTS, answer=STOPPING) as stop,
         ray_cluster(address, verbose=config.verbose),
         Staging(root) as staging,
     ):

@@ -14,6 +14,7 @@ from collections import deque
 from storage.base.console import progress_bar
 
 STARVED = 0.1
+STILL_S = 2.0  # without a unit
 WORTH_SAYING_S = 60.0  # what is over sooner needs neither estimate nor advice
 RECENT_S = 120.0  # what "now" means for busy and starved
 MIN_UNITS_AN_ENCODER = 3  # before anything is concluded: the first ones load models and warm caches
@@ -113,14 +114,25 @@ class Display:
     def __init__(self, n_images: int, meter: Meter, decode_cpus: int, unit: str) -> None:
         self.meter, self._left, self._decode_cpus, self._unit = meter, n_images, decode_cpus, unit
         self._estimated = self._warned = False
+        self._moved_s, self._n_published = -math.inf, 0
         self.bar = progress_bar(n_images, unit="img", description="precompute")
 
-    def unit_done(self, n_images: int, n_failed: int) -> None:
+    def is_still(self, now_s: float) -> bool:
+        """Whether no unit was published lately, so that the encoders are worth asking how far they are."""
+        return now_s - self._moved_s > STILL_S
+
+    def in_hand(self, n_images: int) -> None:
+        """Show images that are encoded and not published; the bar never goes back."""
+        self.bar.update(max(0, self._n_published + n_images - self.bar.n))
+
+    def unit_done(self, n_images: int, n_failed: int, now_s: float = -math.inf) -> None:
         """Move the bar on."""
         meter = self.meter
         self._left -= n_images
+        self._moved_s = now_s
+        self._n_published += n_images
         self.bar.set_postfix_str(f"{n_failed} failed, {self._unit} busy {meter.busy:.0%}, {meter.bound}", refresh=False)
-        self.bar.update(n_images)
+        self.in_hand(0)
         if not meter.settled:
             return
         left_s = self._left / meter.images_per_s if meter.images_per_s else 0.0

@@ -25,6 +25,7 @@ Job = TypeVar("Job")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+ENDING = "stopping when what is in hand is finished; Ctrl-C again stops at once"
 LOOK_S = 0.2  # how often signals are looked for
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -44,7 +45,7 @@ def in_processes(
     n = min(n_workers or len(os.sched_getaffinity(0)), len(items))
     with (
         one_blas_thread(),
-        stop_on_signals(*INTERRUPTS) as stop,
+        stop_on_signals(*INTERRUPTS, answer=ENDING) as stop,
         ProcessPoolExecutor(n, mp_context=context, initializer=_start_worker, initargs=(work, job)) as pool,
     ):
         running: set[Future[Result]] = set()

@@ -8,11 +8,13 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.base.commands import Command
 from storage.base.console import EXIT_FAILED, EXIT_OK
+from storage.base.waiting import waiting
 
 if TYPE_CHECKING:
     from trainer.config.command_line import ImportCommand, TrainCommand
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         NoConfig,
         ReportConfig,
     )
+    from trainer.evaluation.probing.sweep import Measure
 
 PROG = "python -m trainer"
 OPTIONS = "trainer.evaluation.options"
@@ -76,15 +79,21 @@ COMMANDS = {
 }
 
 
+def loading() -> AbstractContextManager[None]:
+    """Says that libraries are being loaded, which takes seconds; ranks but the first say nothing."""
+    return waiting("loading PyTorch", hidden=os.environ.get("RANK", "0") != "0")
+
+
 def train(command: TrainCommand) -> int:
     """Train or resume; what came of it goes to stdout, from the main rank."""
     from trainer.config.command_line import train_config
 
     config = train_config(command.settings)  # before torch is loaded, which takes longer than an error
     config.require_store()
-    from trainer.loop.non_finite import NonFiniteError
-    from trainer.loop.train import train
-    from trainer.ranks.world import require_gpu_of_resident
+    with loading():
+        from trainer.loop.non_finite import NonFiniteError
+        from trainer.loop.train import train
+        from trainer.ranks.world import require_gpu_of_resident
 
     require_gpu_of_resident(config.device, config.data.resident)
     try:
@@ -111,9 +120,11 @@ def alignments(config: NoConfig) -> None:
 def import_run(command: ImportCommand) -> None:
     """Make a run of a public checkpoint."""
     from trainer.config.command_line import train_config
-    from trainer.run.folder import RunFolder
-    from trainer.run.published import starting_point
-    from trainer.run.releases import import_checkpoint, shapes_of
+
+    with loading():
+        from trainer.run.folder import RunFolder
+        from trainer.run.published import starting_point
+        from trainer.run.releases import import_checkpoint, shapes_of
 
     settings = command.settings
     base: TrainConfig | None = None
@@ -128,14 +139,16 @@ def import_run(command: ImportCommand) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Draw images."""
-    from trainer.evaluation.generate.generate import generate
+    with loading():
+        from trainer.evaluation.generate.generate import generate
 
     _print_paths(generate(config))
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure images against a reference."""
-    from trainer.evaluation.quality.evaluate import Description, evaluate, table
+    with loading():
+        from trainer.evaluation.quality.evaluate import Description, evaluate, table
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}
@@ -144,35 +157,47 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def probe(config: MeasureConfig) -> None:
     """Measure one run by linear probing."""
-    from trainer.evaluation.probing.analyse import write_measure
-
-    _print_paths(write_measure(config.run, config, "probe", config.out))
+    _measure(config, "probe")
 
 
 def cknna(config: MeasureConfig) -> None:
     """Measure one run by CKNNA."""
-    from trainer.evaluation.probing.analyse import write_measure
+    with loading():
+        _measure(config, "cknna")
 
-    _print_paths(write_measure(config.run, config, "cknna", config.out))
+
+def _measure(config: MeasureConfig, measure: Measure) -> None:
+    with loading():
+        from trainer.evaluation.probing.analyse import write_measure
+        from trainer.evaluation.probing.outcome import best_blocks
+
+    paths = write_measure(config.run, config, measure, config.out)
+    record = next(path for path in paths if path.suffix == ".json")
+    print(best_blocks(json.loads(record.read_text()), measure))
+    _print_paths(paths)
+    print(f"next: {PROG} report {shlex.quote(str(config.run))}")
 
 
 def analyse(config: AnalyseConfig) -> None:
     """Draw the paper's figures."""
-    from trainer.evaluation.probing.analyse import write_analysis
+    with loading():
+        from trainer.evaluation.probing.analyse import write_analysis
 
     _print_paths(write_analysis(config.runs, config, config.out))
 
 
 def report(config: ReportConfig) -> None:
     """Write the page."""
-    from trainer.evaluation.report.page import write_report
+    with loading():
+        from trainer.evaluation.report.page import write_report
 
     _print_paths(write_report(config.runs, config.out, config.title))
 
 
 def export(config: ExportConfig) -> None:
     """Write weights for other programs."""
-    from trainer.evaluation.export.export import export
+    with loading():
+        from trainer.evaluation.export.export import export
 
     _print_paths(export(config.run, config.to, config.out, config.checkpoint))
 

@@ -25,6 +25,7 @@ from pipeline.cluster.environment import LOOPBACK
 from pipeline.cluster.folder import ray_folder
 from pipeline.cluster.resources import cores
 from storage.base.errors import UserError
+from storage.base.waiting import waiting
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -70,7 +71,8 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
         stack.callback(ray.shutdown)  # what it has started before it failed, too
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options)
+            with waiting(f"joining the Ray cluster at {address}" if address else "starting Ray"):
+                ray.init(**options)
         except Exception as error:  # Ray raises it as such where a process of its own does not come up
             raise UserError(f"{failed}: {' '.join(str(error).split())[:400]}; {fix}") from error
         if threading.current_thread() is threading.main_thread():

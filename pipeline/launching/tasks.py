@@ -26,6 +26,7 @@ from storage.base.console import EXIT_FAILED, EXIT_OK, INTERRUPTS, progress_bar,
 from storage.base.errors import UserError
 
 POLL_S = 0.5
+STOPPING = "stopping the tasks, which save their state"
 END_BYTES = 1 << 16  # of a file of metrics, of which only the last line is looked at
 
 
@@ -87,7 +88,7 @@ def _run(tasks: list[Task], stop_file: Path) -> int:
     }
     total, failed = sum(task.steps for task in tasks), 0
     with (
-        stop_on_signals(*INTERRUPTS) as stop,
+        stop_on_signals(*INTERRUPTS, answer=STOPPING) as stop,
         progress_bar(total, unit="step", done=sum(t.steps_done for t in tasks), description="tasks") as bar,
     ):
         while running:

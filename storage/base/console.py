@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -159,8 +159,10 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signals(*numbers: int) -> Iterator[Stop]:
+def stop_on_signals(*numbers: int, answer: str = "") -> Iterator[Stop]:
     """Note the first of these signals instead of raising wherever it happens to arrive; a second Ctrl-C raises at once.
+
+    `answer` is printed on stderr at once, since what is in hand may take a while to end.
 
     An exception raised inside a library's callback can be swallowed there, and the signal with it; a note cannot. A
     signal that was swallowed before is noted at once, as a Ctrl-C.
@@ -169,6 +171,9 @@ def stop_on_signals(*numbers: int) -> Iterator[Stop]:
 
     def note(number: int, frame: object) -> None:
         stop.signal = number
+        if answer:  # written past Python's buffers, in which the signal may have arrived
+            with suppress(OSError):
+                os.write(2, f"\n{answer}\n".encode())
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set

@@ -43,7 +43,8 @@ def option(default: Any, help_text: str, **metadata: Any) -> Any:
     """A field that `--name` sets. `also` adds spellings, `flag` replaces the spelling, `metavar` names the value.
 
     `at_least`, `above` and `at_most` bound its numbers, and `check_ranges` refuses others, infinity too unless it is
-    `unbounded`. The type is Any, as that of `dataclasses.field` is.
+    `unbounded`. `often` is for a class of many options: a short help shows those alone. The type is Any, as that of
+    `dataclasses.field` is.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
@@ -108,11 +109,17 @@ def options_of(config_class: type, topic: str = "", *, topics: bool = True) -> I
 
 
 def add_options(
-    parser: argparse.ArgumentParser, config_class: type, *, defaults: object = None, topics: bool = True
+    parser: argparse.ArgumentParser,
+    config_class: type,
+    *,
+    defaults: object = None,
+    topics: bool = True,
+    short: bool = False,
 ) -> None:
     """Add an option for each field, with its help text and default.
 
-    `defaults`, an object of the class, has the defaults to show where these are not those of the class.
+    `defaults`, an object of the class, has the defaults to show where these are not those of the class. `short` keeps
+    all but the options that are declared `often` out of the help; they are options all the same.
     """
     groups: dict[str, Any] = {}
     for each in options_of(config_class, topics=topics):
@@ -120,7 +127,8 @@ def add_options(
         if topic and topic not in groups:
             heading = typing.get_type_hints(config_class)[topic].__doc__.splitlines()[0].rstrip(".")
             groups[topic] = parser.add_argument_group(heading)
-        _add(groups.get(topic, parser), each, _help(each, defaults))
+        is_shown = not short or each.field.metadata.get("often")
+        _add(groups.get(topic, parser), each, _help(each, defaults) if is_shown else argparse.SUPPRESS)
 
 
 def _add(parser: Any, each: Option, help_text: str) -> None:

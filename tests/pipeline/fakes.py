@@ -103,7 +103,7 @@ class NumpyEncoder(UnitEncoder):
         return "numpy"
 
     def encode(
-        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int = 0
+        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int = 0, *_: object
     ) -> dict[str, np.ndarray]:
         for i in present.tolist():
             first = images[i, 0, 0].tolist()

@@ -30,7 +30,7 @@ class PixelEncoder(UnitEncoder):
         return "cpu"
 
     def encode(
-        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int
+        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int, *_: object
     ) -> dict[str, np.ndarray]:
         pixels = images[:, ::8, ::8].reshape(len(images), -1).astype(np.float16)
         arrays = self._groups[path].layout.arrays

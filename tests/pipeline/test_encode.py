@@ -74,7 +74,7 @@ def test_out_of_gpu_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
 
     class Small(NumpyEncoder):
         def encode(
-            self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int
+            self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int, *_: object
         ) -> dict[str, np.ndarray]:
             asked.append((path, batch))
             if path == FEATURES and batch > 2:
@@ -243,3 +243,41 @@ def test_what_another_run_published_meanwhile_is_left_alone(tmp_path: Path) -> N
         late, _, _ = make(Never, tmp_path, staging)
         assert late.encode_and_publish(images, BLOCK, 0.0) == 0.0
     assert images.shape == (N, RESOLUTION, RESOLUTION, 3)
+
+
+def test_the_share_of_a_unit_grows_by_batches_and_is_gone_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    class Watched(Slow):
+        def encode(self, images: Tensor) -> dict[str, Tensor]:
+            seen.append(encoder.shares()[0])
+            return super().encode(images)
+
+    monkeypatch.setattr(registry, "load", lambda *_, device, **__: Watched(device))
+    with Staging(tmp_path) as staging:
+        encoder, images, _ = make(UnitEncoder, tmp_path, staging)
+        encoder.encode_and_publish(images, dataclasses.replace(BLOCK, paths=(FEATURES,)), 0.0)
+    assert seen == [0, 8 / N], "batches of 8 of N images"
+    assert encoder.shares() == {}
+
+
+def test_groups_share_a_unit_and_a_failure_leaves_no_share(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Halves(NumpyEncoder):
+        def encode(self, path: str, *rest: Any) -> dict[str, np.ndarray]:
+            for share in (0.5, 1.0):
+                rest[-1](share)
+                seen.append(self.shares()[0])
+            if path == FEATURES and len(seen) == 4:
+                raise OSError(5, "Input/output error")
+            return super().encode(path, *rest)
+
+    with Staging(tmp_path) as staging:
+        encoder, images, _ = make(Halves, tmp_path, staging)
+        with pytest.raises(OSError, match="Input/output"):
+            encoder.encode_and_publish(images, BLOCK, 0.0)
+        assert encoder.shares() == {}
+    assert seen == [0.25, 0.5, 0.75, 1.0]

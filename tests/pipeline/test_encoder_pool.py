@@ -29,9 +29,17 @@ class Answers:
 
     def __init__(self) -> None:
         self.numbers, self.answer = itertools.count(), "fine"
+        self.shares: dict[int, dict[int, float]] = {}  # by ref
 
     def make(self) -> Any:
-        return SimpleNamespace(ready=self, encode_and_publish=self)
+        def ask() -> int:
+            self.shares[ref := next(self.numbers)] = dict.fromkeys(range(40), 0.5)
+            return ref
+
+        return SimpleNamespace(ready=self, encode_and_publish=self, shares=SimpleNamespace(remote=ask))
+
+    def wait(self, refs: list[int], *, num_returns: int, timeout: float) -> tuple[list[int], list[int]]:
+        return refs[: num_returns // 2 + 1], refs[num_returns // 2 + 1 :]
 
     def remote(self, *arguments: Any) -> int:
         return next(self.numbers)
@@ -43,7 +51,7 @@ class Answers:
             raise RayActorError()
         if self.answer != "fine":
             raise RayTaskError("encode", self.answer, RuntimeError(self.answer))
-        return 1.0
+        return self.shares.get(ref, 1.0)
 
     def kill(self, actor: Any, no_restart: bool = True) -> None:
         pass
@@ -78,7 +86,7 @@ def test_the_books_agree_with_the_encoders(n: int, data: st.DataObject) -> None:
         pool = EncoderPool(ray.make, n, 3600.0)
         out: set[int] = set()
         for unit in range(data.draw(st.integers(0, 40))):
-            match data.draw(st.sampled_from(["offer", "offer", "settle", "settle", "tick", "fit"])):
+            match data.draw(st.sampled_from(["offer", "offer", "settle", "settle", "ask", "tick", "fit"])):
                 case "offer":
                     suspect = data.draw(st.booleans())
                     may, before = room(pool, suspect), {e: len(e.in_hand) for e in pool._encoders}
@@ -97,6 +105,13 @@ def test_the_books_agree_with_the_encoders(n: int, data: st.DataObject) -> None:
                     if settled is not None:
                         out.remove(settled.decoded.block.unit)
                         assert (settled.error is None) == (ray.answer == "fine")
+                case "ask":
+                    ray.answer = data.draw(ANSWERS)
+                    shares = pool.ask_shares()
+                    assert shares.keys() == out, "those in hand, of whatever was answered"
+                    assert set(shares.values()) <= {0.0, 0.5}
+                    asked = list(pool._asked_shares.values())
+                    assert len(asked) == len({id(encoder) for encoder in asked}), "nobody is asked twice at once"
                 case "tick":
                     pool.tick()
                 case "fit":

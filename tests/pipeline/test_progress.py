@@ -122,3 +122,33 @@ def test_an_empty_window_leaves_nothing_behind() -> None:
         meter.unit_done(i * 0.1, 7, 0.1, 0.1)
     meter.step(1e6, 0, 0)
     assert (meter.busy, meter.starved, meter.images_per_s) == (0, 0, 0)
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=20))
+def test_the_bar_shows_what_is_encoded_never_goes_back_and_ends_where_it_should(steps: list[tuple[int, bool]]) -> None:
+    """Shares in hand come and go, with units that fail, while units of 10 images are published."""
+    n_published = sum(is_done for _, is_done in steps)
+    display = Display(10 * n_published + 30, Meter(1, 1), decode_cpus=1, unit="encoder")
+    shown = [display.bar.n]
+    done = 0
+    for in_hand, is_done in steps:
+        display.in_hand(in_hand)
+        assert display.bar.n >= done + in_hand
+        shown.append(display.bar.n)
+        if is_done:
+            done += 10
+            display.unit_done(10, 0)
+            shown.append(display.bar.n)
+            assert display.bar.n >= done
+    assert shown == sorted(shown)
+    assert shown[-1] <= done + max([n for n, _ in steps], default=0)
+    display.bar.close()
+
+
+def test_encoders_are_asked_when_no_unit_came_lately() -> None:
+    display = Display(100, Meter(1, 1), decode_cpus=1, unit="encoder")
+    assert display.is_still(0.0), "before the first unit"
+    display.unit_done(10, 0, now_s=100.0)
+    assert not display.is_still(100.0 + progress.STILL_S)
+    assert display.is_still(100.1 + progress.STILL_S)
+    display.bar.close()

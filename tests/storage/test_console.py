@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from storage.base.console import stop_on_signals
 from storage.base.errors import MOST, StoreError
 
 SLEEPS = """
@@ -80,6 +83,21 @@ def test_a_signal_also_where_a_script_had_it_ignored(number: signal.Signals, ign
 @pytest.mark.parametrize("main", [SWALLOWED, SWALLOWED_BEFORE_THE_LOOP])
 def test_a_ctrl_c_that_was_swallowed_still_counts(main: str) -> None:
     require_interrupted(command(main))
+
+
+def _interrupted_sleep() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+
+
+def test_ctrl_c_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with stop_on_signals(signal.SIGINT, answer="stopping after this step") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        while stop.signal is None:
+            time.sleep(0.001)
+        assert capfd.readouterr().err == "\nstopping after this step\n", "before the work has ended"
+        with pytest.raises(KeyboardInterrupt):  # a second one does not wait
+            _interrupted_sleep()
 
 
 def test_a_message_longer_than_a_screen_keeps_its_rule_and_its_fix() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from storage.base.console import Parser
 from storage.base.errors import UserError
+from storage.base.options import flag_of
 from tests.slow import slow_but
 from trainer.config.command_line import add_train_options, train_config
 from trainer.config.presets import PRESETS, SIZES, preset
@@ -211,12 +212,23 @@ def test_every_option_has_help_and_what_is_free_is_not_what_determines_numbers()
     assert not free & {"batch", "seed", "precision", "optim.lr", "model.depth", "loss.projection_weight"}
 
 
-def test_help_lists_every_option() -> None:
-    done = run_cli("train", "--help")
-    assert done.returncode == 0
-    for name, _, _ in leaves(preset("sit-b-2")):
-        assert f"--{name.replace('_', '-')}" in done.stdout
-    assert "\nThe diffusion transformer:\n  --model.kind" in done.stdout
+def test_the_whole_help_lists_every_option_and_the_short_one_what_most_runs_set() -> None:
+    whole, short = run_cli("train", "--help-all"), run_cli("train", "--help")
+    assert (whole.returncode, short.returncode) == (0, 0)
+    options = [flag_of(name) for name, _, _ in leaves(preset("sit-b-2"))]
+    assert [flag for flag in options if f"\n  {flag} " not in whole.stdout] == []
+    assert "\nThe diffusion transformer:\n  --model.kind" in whole.stdout
+    shown = {flag for flag in options if f"\n  {flag} " in short.stdout}
+    assert {"--store", "--run", "--steps", "--loss.projection-weight", "--data.features", "--optim.lr"} <= shown
+    assert len(shown) < 30
+    assert "--help-all" in short.stdout
+    assert short.stdout.count("\n") < 100
+
+
+def test_what_the_short_help_leaves_out_is_an_option_all_the_same() -> None:
+    done = run_cli("train", "--optim.beta1", "1.5")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--optim.beta1 must be" in done.stderr
 
 
 def test_an_unknown_option_is_one_line_with_the_nearest_name() -> None:

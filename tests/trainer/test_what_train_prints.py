@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.commands import run_here
 from tests.trainer.runs import command, micro
 from trainer.__main__ import main
 from trainer.commands import PROG
 from trainer.config.command_line import train_config
+from trainer.loop.opening import least_time
+from trainer.ranks.arithmetic import product_flops
 from trainer.run.summary import MOST_SHOWN, settings_line
 
 
@@ -49,3 +52,28 @@ def test_settings_are_named_as_options_where_they_differ_from_the_preset(tmp_pat
     many = settings_line(micro(tmp_path / "s", tmp_path / "r", seed=4, **{"data.threads": 3, "data.prefetch": 5}))
     assert many.count("--") == MOST_SHOWN
     assert ", and " in many
+
+
+def test_the_least_time_is_said_where_it_is_more_than_a_minute() -> None:
+    assert least_time(59e12, 1e12) == ""
+    assert least_time(1.8e15, 1e12).startswith("at least 30 minutes, if a step ran at the 1,000 GFLOP/s")
+    assert least_time(7.2e16, 1e13).startswith("at least 2.0 hours, if a step ran at the 10 TFLOP/s")
+    assert least_time(1.728e18, 1e11).startswith("at least 4,800 hours, ")
+
+
+def test_a_long_run_says_so_before_it_starts(
+    shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.loop.opening.product_flops", lambda *_: 1e6)
+    line = command(shared_tiny_store, tmp_path / "run", steps=1)[3:]
+    status, out, err = run_here(main, PROG, line, capsys)
+    assert status == 0, err
+    assert "\ntime       at least " in out
+    assert "align" in err, "the bar has the losses from the first step"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_products_are_timed_without_a_random_number(precision: str) -> None:
+    before = torch.get_rng_state()
+    assert 1e8 < product_flops(torch.device("cpu"), precision) < 1e14
+    assert torch.equal(torch.get_rng_state(), before)

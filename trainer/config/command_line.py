@@ -30,6 +30,8 @@ from trainer.config.schema import DEFAULT_PRESET, TrainConfig
 from trainer.config.tree import field_type, override
 from trainer.run.published import Release
 
+HELP_ALL = "--help-all"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _WithSettings:
@@ -71,9 +73,15 @@ class ImportCommand(_WithSettings):
 
 
 def add_train_options(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
-    """Every setting of a run, with help text and the defaults of the preset that `argv` names; and --config."""
+    """Every setting of a run, with help text and the defaults of the preset that `argv` names; and --config.
+
+    `--help` shows the settings that most runs set, `--help-all` the whole.
+    """
+    short = HELP_ALL not in argv
+    n_settings = sum(1 for _ in options_of(TrainConfig))
+    parser.add_argument(HELP_ALL, action="help", help=f"help on all {n_settings} settings and exit")
     parser.add_argument("--config", metavar="PATH", help="run again what RUN/config.yaml says")
-    add_options(parser, TrainConfig, defaults=preset(_preset_in(argv)))
+    add_options(parser, TrainConfig, defaults=preset(_preset_in(argv)), short=short)
 
 
 def _preset_in(argv: Sequence[str]) -> str:

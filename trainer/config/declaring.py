@@ -14,15 +14,22 @@ AS_NOW = object()
 
 
 def option(
-    default: object, help_text: str, *, free: bool = False, before: object = AS_NOW, of_alignment: bool = False
+    default: object,
+    help_text: str,
+    *,
+    free: bool = False,
+    before: object = AS_NOW,
+    of_alignment: bool = False,
+    often: bool = False,
 ) -> Any:
     """A setting (`storage.base.options`); a *free* one may change when a run is resumed.
 
     `before`: what runs did that were saved before the setting existed, where that is not today's default.
     `of_alignment`: a run without alignment does not depend on it, so an ablation does not vary it there.
+    `often`: in the short help.
     """
     before = default if before is AS_NOW else before
-    return options.option(default, help_text, free=free, before=before, of_alignment=of_alignment)
+    return options.option(default, help_text, free=free, before=before, of_alignment=of_alignment, often=often)
 
 
 def section(default: type) -> Any:

@@ -14,7 +14,7 @@ from trainer.config.declaring import at_least, flag, option
 class OptimConfig:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
 
-    lr: float = option(1e-4, "learning rate, after the warm-up and before the decay")
+    lr: float = option(1e-4, "learning rate, after the warm-up and before the decay", often=True)
     warmup: int = option(0, "steps over which the learning rate rises linearly to --optim.lr; 0: none")
     decay: Literal["none", "linear", "cosine"] = option("none", "how the learning rate falls to --optim.final-lr")
     decay_from: int = option(0, "step at which the decay begins")

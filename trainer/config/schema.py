@@ -54,11 +54,14 @@ class ModelConfig:
     head_heads: int = option(0, "ditdh: attention heads of the head; must divide its width")
     context: int = option(0, "rit: tokens of the label that join the sequence; 0: none")
     context_block: int = option(1, "rit: block before which they join, counted from 1")
-    classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
+    classes: int = option(
+        0, "classes of the label embedding; 0: as many as the store's index names, if any", often=True
+    )
     align_block: tuple[int, ...] = option(
         (8,),
         "block after which hidden states are aligned with the features, counted from 1; one, or one a target",
         of_alignment=True,
+        often=True,
     )
     projector_width: int = option(2048, "hidden width of the projectors", of_alignment=True)
 
@@ -109,6 +112,7 @@ class LossConfig:
         "how projections are compared with features, one or one a target: NAME, or NAME:option=value; "
         "`python -m trainer alignments` lists them",
         of_alignment=True,
+        often=True,
     )
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance")
     direction_weight: float = option(
@@ -127,7 +131,9 @@ class LossConfig:
         "own", "rit: noise of the class token, drawn for itself or the mean of the latents' noise over their places"
     )
     projection_weight: tuple[float, ...] = option(
-        (0.5,), "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read"
+        (0.5,),
+        "λ of the alignment loss, one or one a target, which add up; 0: vanilla, no features are read",
+        often=True,
     )
 
     def __post_init__(self) -> None:
@@ -155,7 +161,7 @@ class LossConfig:
 class CheckpointConfig:
     """When the state is saved, and how much of it stays on disk."""
 
-    every: int = option(10_000, "steps between checkpoints; the last step is always saved", free=True)
+    every: int = option(10_000, "steps between checkpoints; the last step is always saved", free=True, often=True)
     keep: int = option(2, "newest checkpoints kept", free=True)
     milestone_every: int = option(0, "checkpoints of multiples of so many steps are kept for good; 0: none", free=True)
 
@@ -174,10 +180,10 @@ class CheckpointConfig:
 class LogConfig:
     """What is written while training."""
 
-    every: int = option(50, "steps between lines of metrics.jsonl and TensorBoard points", free=True)
+    every: int = option(50, "steps between lines of metrics.jsonl and TensorBoard points", free=True, often=True)
     tensorboard: bool = option(True, "write TensorBoard events below RUN/tensorboard", free=True)
-    wandb: str = option("", "Weights & Biases project to log to as well; empty: none", free=True)
-    samples_every: int = option(10_000, "steps between grids of samples in RUN/samples; 0: none", free=True)
+    wandb: str = option("", "Weights & Biases project to log to as well; empty: none", free=True, often=True)
+    samples_every: int = option(10_000, "steps between grids of samples in RUN/samples; 0: none", free=True, often=True)
     samples: int = option(16, "images in a grid of samples", free=True)
 
     def __post_init__(self) -> None:
@@ -190,30 +196,38 @@ class LogConfig:
 class TrainConfig:
     """The run."""
 
-    store: str = option("", "store with latents/ and, for the alignment, features/: a directory or a URL", free=True)
+    store: str = option(
+        "", "store with latents/ and, for the alignment, features/: a directory or a URL", free=True, often=True
+    )
     run: Path = option(
-        Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True
+        Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True, often=True
     )
     preset: str = option(
-        "", f"recipe that the other defaults come from: {PRESET_NAMES} (default {DEFAULT_PRESET})", free=True
+        "",
+        f"recipe that the other defaults come from: {PRESET_NAMES} (default {DEFAULT_PRESET})",
+        free=True,
+        often=True,
     )
-    steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True)
-    batch: int = option(256, "samples a step over all ranks and micro-batches (global batch)")
-    seed: int = option(0, "seed of weights, order, noise, times and label dropout")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda when there is one", free=True)
+    steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True, often=True)
+    batch: int = option(256, "samples a step over all ranks and micro-batches (global batch)", often=True)
+    seed: int = option(0, "seed of weights, order, noise, times and label dropout", often=True)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda when there is one", free=True, often=True)
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
         "auto",
         "arithmetic of the model, whose weights are float32: bf16 and fp16 (with a loss scale) by autocast, tf32 in "
         "matrix products only; auto: bf16 on cuda, fp32 on cpu",
+        often=True,
     )
     deterministic: bool = option(False, "only kernels that repeat bit for bit; slower on cuda")
-    compile: bool = option(False, "compile the transformer blocks, the draws and the losses", free=True)
+    compile: bool = option(False, "compile the transformer blocks, the draws and the losses", free=True, often=True)
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "on several ranks: weights and optimiser on each (ddp), or sharded over them (fsdp)", free=True
     )
-    accumulate: int = option(1, "micro-batches that a rank's part of a batch is computed in, to save memory", free=True)
+    accumulate: int = option(
+        1, "micro-batches that a rank's part of a batch is computed in, to save memory", free=True, often=True
+    )
     max_skipped: int = option(10, "steps with a non-finite loss or gradient left out before the run stops", free=True)
-    ema_decay: float = option(0.9999, "decay of the averaged weights, which samples are drawn from")
+    ema_decay: float = option(0.9999, "decay of the averaged weights, which samples are drawn from", often=True)
     model: ModelConfig = section(ModelConfig)
     loss: LossConfig = section(LossConfig)
     data: DataConfig = section(DataConfig)

@@ -41,7 +41,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,20 +51,20 @@ from torch import Tensor
 from storage.base.console import INTERRUPTS, Stop, progress_bar, stop_on_signals
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
+from storage.base.waiting import waiting
 from trainer.config.saved import to_save
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data, require_guided_channels
 from trainer.data.loader import Loader
 from trainer.data.resident import open_rows
 from trainer.data.rows import Rows, Streamed
-from trainer.evaluation.generate.draw import in_words
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
 from trainer.loop.losses import Losses
 from trainer.loop.non_finite import NonFiniteSteps
+from trainer.loop.opening import STOPPED, opening_lines
 from trainer.loop.readback import Readback
 from trainer.loop.step import StepNumbers, TrainingState, build, train_step, without_alignment
-from trainer.models.flops import forward_flops_per_image
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
 from trainer.run.checkpoint import RunState, save_checkpoint
@@ -74,9 +74,8 @@ from trainer.run.lock import only_writer
 from trainer.run.metrics import MetricsLog, read_metrics
 from trainer.run.resume import resume
 from trainer.run.settings import remember, resolve
-from trainer.run.summary import settings_line
 
-STOPPED = "no features are read for it, projectors rest"
+STOPPING = "stopping after this step, with the state saved; Ctrl-C again stops at once, without"
 
 
 def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: bool = False) -> dict[str, Any]:
@@ -85,7 +84,8 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
     `given` are the settings that were chosen explicitly: a younger setting than the run applies to it only then. Raises
     UserError for what the user can mend, KeyboardInterrupt after Ctrl-C with the state saved.
     """
-    with world_of_ranks(config.device) as world:
+    with world_of_ranks(config.device) as world, ExitStack() as opening:
+        opening.enter_context(waiting("opening the store, building the model", hidden=not world.is_main))
         if config.batch % (world.size * config.accumulate):
             raise UserError(
                 f"--batch {config.batch} must be a multiple of the {world.size} ranks times --accumulate "
@@ -104,6 +104,7 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
                 new = build(config, geometry, scale, world)
                 run = _Run(*resume(new, data.identities, accept_changes), data)
                 del new  # which the run may replace, and a replica that is kept would take part in its gradients
+                opening.close()
                 return run.run()
         finally:
             data.close()
@@ -144,14 +145,14 @@ class _Run:
         if self.world.is_main:
             keep_statistics(config, self.data)
             RunFolder(config.run).write_config(config, self.saved_before)
-            print(self._opening(), flush=True)
+            print(opening_lines(self.training, self.data, self.first_step), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
         self.training.model.train()
         step = self.first_step
         with (
             closing(self.log) if self.log is not None else nullcontext(),
             closing(self._rows()) as rows,
-            stop_on_signals(*INTERRUPTS) as stop,
+            stop_on_signals(*INTERRUPTS, answer=STOPPING if self.world.is_main else "") as stop,
             progress_bar(
                 config.steps, unit="step", done=step, description="train", hidden=not self.world.is_main
             ) as self.bar,
@@ -223,11 +224,14 @@ class _Run:
             logs = is_last or done % config.log.every == 0
             saves = is_last or done % config.checkpoint.every == 0
             samples = config.log.samples_every > 0 and done % config.log.samples_every == 0
-            stopping = self._settle(keep=0 if logs or saves or samples else 1)
-            self.bar.set_description_str("train", refresh=False)  # which a wait for data may have changed
+            is_first = batch.step == self.first_step
+            stopping = self._settle(keep=0 if logs or saves or samples or is_first else 1)
+            self.bar.set_description_str("train", refresh=False)  # which a wait may have changed
             self.bar.update()
             if logs:
                 self._log(done)
+            elif is_first:
+                self.bar.set_postfix_str(progress_text(self._line(done)))
             if saves or stopping:
                 self._settle(keep=0)
                 self._save(done)
@@ -254,11 +258,14 @@ class _Run:
         return stopping
 
     def _log(self, step: int) -> None:
-        line = self.window.line(step, self.config, self.training.geometry, self.world, self.non_finite.skipped)
+        line = self._line(step)
         self.window = LogWindow.empty(self.training.geometry)
         self.bar.set_postfix_str(progress_text(line))
         if self.log is not None:
             self.log.write(line)
+
+    def _line(self, step: int) -> dict[str, Any]:
+        return self.window.line(step, self.config, self.training.geometry, self.world, self.non_finite.skipped)
 
     def _save(self, step: int) -> None:
         state = RunState(
@@ -290,12 +297,16 @@ class _Run:
         self.world.end_together(failure, f"the main rank could not save step {step}, and says why")
 
     def _sample(self, step: int) -> None:
-        drawn = write_preview(self.training, self.data, step)
+        drawn = write_preview(self.training, self.data, step, self._show_drawing)
         if self.log is not None and drawn is not None:
             self.log.picture(*drawn, step)
 
     def _show_wait(self, seconds: float) -> None:
         self.bar.set_description_str(f"train, waiting for data for {seconds:.0f} s")
+
+    def _show_drawing(self, n_calls: int) -> None:
+        self.bar.set_description_str(f"train, drawing samples, {n_calls} calls of the model", refresh=False)
+        self.bar.update(0)  # shows it, if it is time to
 
     def _summary(self, step: int, seconds: float) -> dict[str, Any]:
         lines = read_metrics(self.config.run)
@@ -315,47 +326,6 @@ class _Run:
             "first": lines[0] if lines else {},
             "last": lines[-1] if lines else {},
         }
-
-    def _opening(self) -> str:
-        config, geometry, world, data = self.config, self.training.geometry, self.world, self.data
-        n_parameters = sum(parameter.numel() for parameter in self.training.model.parameters())
-        groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
-        gflop = 3 * forward_flops_per_image(geometry, config.aligns_at(self.first_step)) / 1e9
-        share = config.batch // world.size
-        ranks = f"{world.size} rank(s) of {share} images"
-        if config.accumulate > 1:
-            ranks += f" in {config.accumulate} micro-batches"
-        if world.size > 1:
-            ranks += f", {config.parallel}"
-        lines = [
-            f"settings   {settings_line(config)}",
-            f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
-            f"{geometry.grid**2} tokens",
-            f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
-            f"latents    {self.training.scale}, {require_normalised(config, data, self.training.scale)}",
-            *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
-            *([f"alignment  {_stop(config, self.first_step)}"] if config.loss.stop_alignment_at else []),
-            f"samples    {in_words(config)}",
-            f"device     {world.device}, {ranks}",
-            f"start      step {self.first_step} of {config.steps}",
-        ]
-        return "\n".join(lines)
-
-
-def _stop(config: TrainConfig, step: int) -> str:
-    """What --loss.stop-alignment-at means for a run that goes on from `step`."""
-    stop = config.loss.stop_alignment_at
-    if stop >= config.steps:
-        return f"never stops in this run of {config.steps} steps (--loss.stop-alignment-at {stop})"
-    if stop <= step:
-        return f"has stopped, by --loss.stop-alignment-at {stop}: {STOPPED}"
-    return f"stops after step {stop} of {config.steps}"
-
-
-def _without(n_classes: int) -> str:
-    if n_classes:
-        return f"every sample under the null label of --model.classes {n_classes}"
-    return "without label dropout or guidance"
 
 
 def _device_name(device: torch.device) -> str:

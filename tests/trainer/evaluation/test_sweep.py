@@ -148,7 +148,9 @@ def test_blocks_are_named_in_any_order() -> None:
     assert parse_blocks("3, 1,3", 3) == [1, 3]
 
 
-def test_the_commands_write_json_and_a_picture(micro_run: Path, tmp_path: Path) -> None:
+def test_the_commands_write_json_and_a_picture_and_print_the_best_block(
+    micro_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for measure in ("probe", "cknna"):
         out = tmp_path / f"{measure}-0.5"
         assert (
@@ -162,6 +164,12 @@ def test_the_commands_write_json_and_a_picture(micro_run: Path, tmp_path: Path) 
             f"step {n}, t = 0.5" for n in (1, 2, 3)
         ]
         assert (tmp_path / f"{out.name}.png").read_bytes().startswith(b"\x89PNG")
+        best = max((p for p in record["points"] if p["step"] == 3), key=lambda p: float(p[measure]))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].endswith(f"step 3, {record['n']} images")
+        assert lines[1].split()[:4] == ["t", "=", "0.5", f"{best[measure]:.4f}"]
+        assert lines[1].endswith(f"after block {best['block']} of {record['depth']}")
+        assert lines[-1] == f"next: python -m trainer report {micro_run}"
 
 
 def points_of(record: RunRecord, measure: str) -> list[dict[str, object]]:

@@ -6,6 +6,9 @@ step k. What else its last bits depend on is the batch that it is computed in, w
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,12 +42,14 @@ def draw_latents(
     config: TrainConfig,
     seed: int,
     weaker: nn.Module | None = None,
+    on_call: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Scaled latents float64 (B, C, h, w) of image numbers and labels int64 (B,), by `config`'s sampler.
 
     Guidance leads away from what the `weaker` model says of the same label, where there is one.
 
-    A model with class tokens draws these beside the images, and they are let go.
+    A model with class tokens draws these beside the images, and they are let go. `on_call` is given the number of calls
+    of the model that have begun, for a progress bar; a call is what is queued, so on a GPU it runs ahead.
     """
     shape = (geometry.channels, geometry.input_size, geometry.input_size)
 
@@ -56,10 +61,18 @@ def draw_latents(
             return join(of_image, of_image.mean((2, 3)))
         return join(of_image, random_keys.normal(seed, "class-sample", step, images, (geometry.class_width,)))
 
+    calls = itertools.count(1)
+
+    def output_of(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if on_call is not None:
+            on_call(next(calls))
+        output: Tensor = model(x, t, y, with_projections=False)[0]
+        return output
+
     half = autocast_dtype(config.precision)
     with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
         drawn = sample(
-            lambda x, t, y: model(x, t, y, with_projections=False)[0],
+            output_of,
             noise(0),
             labels,
             geometry.n_classes,

@@ -7,6 +7,7 @@ themselves are shown, their first three channels as colours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,19 @@ LATENT_ZOOM = 4
 
 
 @torch.no_grad()
-def write_preview(training: TrainingState, data: TrainingData, step: int) -> tuple[Path, np.ndarray] | None:
+def write_preview(
+    training: TrainingState, data: TrainingData, step: int, on_call: Callable[[int], None] | None = None
+) -> tuple[Path, np.ndarray] | None:
     """Draw and write the grid of `step`; returns path and pixels uint8 (H, W, 3) on the main rank.
 
-    Every rank must call it.
+    Every rank must call it. `on_call` is told of each call of the model, as `draw_latents` says.
     """
     config, geometry, world = training.config, training.geometry, training.world
     share = -(-config.log.samples // world.size)  # as many on each rank, since sharded weights are gathered together
     images = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
     n_classes = len(data.class_names)
     labels = images % n_classes if n_classes else torch.full_like(images, geometry.n_classes)  # the null label
-    latents = draw_latents(training.ema.model, images, labels, geometry, config, config.seed)
+    latents = draw_latents(training.ema.model, images, labels, geometry, config, config.seed, on_call=on_call)
     reshard(training.ema.model)
     latents = world.gather(latents)[: config.log.samples]
     if not world.is_main:

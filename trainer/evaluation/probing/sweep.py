@@ -118,7 +118,8 @@ def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collec
                     class_tokens=samples.class_tokens,
                     progress=bar.update,
                 )
-                for block, x in states.items():
+                for i, (block, x) in enumerate(states.items(), 1):
+                    bar.set_postfix_str(f"step {step_of(checkpoint)}, t = {t:g}: measuring {i} of {len(states)} blocks")
                     point: dict[str, Any] = {"step": step_of(checkpoint), "t": t, "block": block}
                     if "probe" in measures:
                         result = probe(x, labels, config.c)
@@ -126,6 +127,7 @@ def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collec
                     if target_neighbours is not None:
                         point["cknna"] = cknna.alignment(cknna.nearest(x, config.k), target_neighbours)
                     points.append(point)
+                bar.set_postfix_str("")
     return {
         "run": str(run.path.absolute()),
         "name": run.path.name,

@@ -1,0 +1,70 @@
+"""What a run says before its first step: how it differs from its preset, on what data, how long it takes at least."""
+
+from __future__ import annotations
+
+from trainer.config.schema import TrainConfig
+from trainer.data.groups import TrainingData
+from trainer.evaluation.generate.draw import in_words
+from trainer.loop.step import TrainingState
+from trainer.models.flops import forward_flops_per_image
+from trainer.ranks.arithmetic import product_flops
+from trainer.run.latent_map import require_normalised
+from trainer.run.summary import settings_line
+
+STOPPED = "no features are read for it, projectors rest"
+
+
+def opening_lines(training: TrainingState, data: TrainingData, first_step: int) -> str:
+    """A line a subject, of a run that goes on from `first_step`."""
+    config, geometry, world = training.config, training.geometry, training.world
+    n_parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
+    gflop = 3 * forward_flops_per_image(geometry, config.aligns_at(first_step)) / 1e9
+    share = config.batch // world.size
+    ranks = f"{world.size} rank(s) of {share} images"
+    if config.accumulate > 1:
+        ranks += f" in {config.accumulate} micro-batches"
+    if world.size > 1:
+        ranks += f", {config.parallel}"
+    left = (config.steps - first_step) * config.batch * gflop * 1e9
+    time_left = least_time(left, world.size * product_flops(world.device, config.precision))
+    lines = [
+        f"settings   {settings_line(config)}",
+        f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
+        f"{geometry.grid**2} tokens",
+        f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
+        f"latents    {training.scale}, {require_normalised(config, data, training.scale)}",
+        *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
+        *([f"alignment  {_stop(config, first_step)}"] if config.loss.stop_alignment_at else []),
+        f"samples    {in_words(config)}",
+        f"device     {world.device}, {ranks}",
+        f"start      step {first_step} of {config.steps}",
+        *([f"time       {time_left}"] if time_left else []),
+    ]
+    return "\n".join(lines)
+
+
+def least_time(flop: float, flops: float) -> str:
+    """How long arithmetic takes at least, in words; nothing where that is below a minute."""
+    hours = flop / flops / 3600
+    if hours < 1 / 60:
+        return ""
+    span = f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours" if hours < 100 else f"{hours:,.0f} hours"
+    rate = f"{flops / 1e12:,.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:,.0f} GFLOP/s"
+    return f"at least {span}, if a step ran at the {rate} that products of large matrices reach here"
+
+
+def _stop(config: TrainConfig, step: int) -> str:
+    """What --loss.stop-alignment-at means for a run that goes on from `step`."""
+    stop = config.loss.stop_alignment_at
+    if stop >= config.steps:
+        return f"never stops in this run of {config.steps} steps (--loss.stop-alignment-at {stop})"
+    if stop <= step:
+        return f"has stopped, by --loss.stop-alignment-at {stop}: {STOPPED}"
+    return f"stops after step {stop} of {config.steps}"
+
+
+def _without(n_classes: int) -> str:
+    if n_classes:
+        return f"every sample under the null label of --model.classes {n_classes}"
+    return "without label dropout or guidance"
