@@ -198,6 +198,7 @@ class _Description:
         record = {
             **self.images.record,
             "n": len(keys),
+            "size": list(self.size),  # height and width, as the encoder is given them
             "n_failed": len(self.failed),
             "failed": [list(pair) for pair in self.failed],
             "digest": hashlib.sha256(arrays[DIGESTS].tobytes()).hexdigest(),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
     from trainer.evaluation.options import (
         AnalyseConfig,
+        CompareConfig,
         EvaluateConfig,
         ExportConfig,
         GenerateConfig,
@@ -44,9 +45,14 @@ COMMANDS = {
         "trainer.commands:generate",
     ),
     "evaluate": Command(
-        "FID, sFID, Inception Score, precision and recall; or a Fréchet distance in another encoder's features",
+        "FID, sFID, Inception Score, KID, precision, recall and more; or distances in another encoder's features",
         f"{OPTIONS}:EvaluateConfig",
         "trainer.commands:evaluate",
+    ),
+    "compare": Command(
+        "two results side by side, with every setting of the protocol in which they differ",
+        f"{OPTIONS}:CompareConfig",
+        "trainer.commands:compare",
     ),
     "probe": Command(
         "linear probing of hidden states over blocks, times and checkpoints",
@@ -135,11 +141,21 @@ def generate(config: GenerateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure images against a reference."""
-    from trainer.evaluation.quality.evaluate import Description, evaluate, table
+    from trainer.evaluation.quality.evaluate import Description, evaluate
+    from trainer.evaluation.quality.measures import table
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}
     print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
+
+
+def compare(config: CompareConfig) -> int:
+    """Print two results and how they differ; status 1 where they were not measured alike."""
+    from trainer.evaluation.quality.compare import as_json, compared, load, text
+
+    a, b = (load(path, config.encoder) for path in (config.a, config.b))
+    print(as_json(a, b) if config.json else text(a, b))
+    return EXIT_OK if compared(a, b)["alike"] else EXIT_FAILED
 
 
 def probe(config: MeasureConfig) -> None:

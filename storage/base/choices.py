@@ -7,3 +7,4 @@ from typing import Literal
 Device = Literal["auto", "cpu", "cuda"]
 Token = Literal["cls", "mean"]  # a vision encoder's vector of an image
 INCEPTION = "inception"  # the describing network of the published FIDs
+CMMD = "cmmd-clip"  # the describing network of CMMD (arXiv 2401.09603)

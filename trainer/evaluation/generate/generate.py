@@ -36,7 +36,15 @@ from storage.base.shown import LONGEST, shown
 from trainer.config.sample import AS_IMAGE
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, leaves, override
-from trainer.evaluation.generate.decode import decode_latents, decoder_of, load_decoder, to_decode, write_grid
+from trainer.evaluation.generate.decode import (
+    Rounding,
+    decode_latents,
+    decoder_of,
+    decoder_sha256,
+    load_decoder,
+    to_decode,
+    write_grid,
+)
 from trainer.evaluation.generate.draw import draw_latents, in_words
 from trainer.evaluation.generate.image_files import (
     SETTINGS_FILE,
@@ -47,7 +55,9 @@ from trainer.evaluation.generate.image_files import (
     read_image,
     write_image,
 )
+from trainer.evaluation.generate.noted import NOTED, Drawn, card_of, kept
 from trainer.evaluation.options import GenerateConfig, LabelsDrawn
+from trainer.evaluation.protocols import WEAKER, Protocol, of_sample, protocol_named
 from trainer.loop import random_keys
 from trainer.objectives import OBJECTIVES
 from trainer.ranks.arithmetic import set_arithmetic
@@ -56,6 +66,7 @@ from trainer.run.checkpoint import EMA_WEIGHTS
 from trainer.run.folder import RunFolder
 from trainer.run.lock import only_writer
 from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
+from trainer.run.settings import with_shifts
 
 VERSION = 1
 LABELS_FILE = "labels.txt"
@@ -68,8 +79,10 @@ def generate(config: GenerateConfig) -> list[Path]:
         run = open_run(config.run)
         run.data.close()  # only what it says is needed, not its rows
         checkpoint = _one_checkpoint(config)
-        recipe = _recipe(run.config, config, world.device)
-        config = dataclasses.replace(config, labels=recipe.sample.labels)
+        protocol = protocol_named(config.protocol) if config.protocol else None
+        recipe = _recipe(run, config, protocol, world.device)
+        rounding = config.rounding or (protocol.rounding if protocol else "round")
+        config = dataclasses.replace(config, labels=recipe.sample.labels, rounding=rounding)
         decoder = config.vae or decoder_of(run.data, run.config)
         if not decoder:
             what = (
@@ -85,8 +98,21 @@ def generate(config: GenerateConfig) -> list[Path]:
         settings = _settings(config, recipe, checkpoint, decoder, run.geometry.n_classes, world.device)
         if weaker is not None:
             settings["weaker_sha256"] = _sha256(weaker.checkpoint)
+        drawn = Drawn(
+            run=config.run,
+            step=settings["step"],
+            checkpoint_sha256=settings["weights_sha256"],
+            classes=run.geometry.n_classes,
+            seed=config.seed,
+            decoder=decoder,
+            decoder_sha256=decoder_sha256(decoder),
+            weaker_sha256=settings.get("weaker_sha256", ""),
+            rounding=rounding,
+            device=world.device,
+            protocol=config.protocol,
+        )
         folder = config.out or RunFolder(config.run).drawn(_name(recipe, config, step_of(checkpoint)))
-        _refuse_other_settings(folder, settings)
+        settings[NOTED] = kept(card_of(recipe, drawn), _earlier(folder, settings), folder).plain()
         if world.is_main:
             print(f"images by {in_words(recipe)}", file=sys.stderr)  # stdout has the paths
         with only_writer(folder, world, "generating"):
@@ -99,10 +125,15 @@ def generate(config: GenerateConfig) -> list[Path]:
             world.any(False)
             if missing:
                 _set_arithmetic(recipe, world.device)
+                loaded = load_decoder(decoder, world.device, of=run.data)
+                if world.is_main and settings[NOTED]["decoder_sha256"] is None and not n_written(folder):
+                    settings[NOTED]["decoder_sha256"] = decoder_sha256(decoder)  # which may have been fetched just now
+                    write_atomic(folder / SETTINGS_FILE, json.dumps(settings, indent=1).encode(), "generate")
+                world.any(False)
                 source = _Source(
                     model=load_model(run, checkpoint, "ema", world.device),
                     weaker=load_model(weaker.run, weaker.checkpoint, "ema", world.device) if weaker else None,
-                    decoder=load_decoder(decoder, world.device, of=run.data),
+                    decoder=loaded,
                     run=run,
                     recipe=recipe,
                     config=config,
@@ -135,7 +166,8 @@ class _Source:
                 f"the model of {self.run.path} gives NaN or infinity for images {images[0]} to {images[-1]}; generate "
                 "from an earlier --checkpoint, or with another --precision"
             )
-        return decode_latents(to_decode(latents, self.run.scale, self.run.data), self.decoder)
+        rounding: Rounding = self.config.rounding or "round"
+        return decode_latents(to_decode(latents, self.run.scale, self.run.data), self.decoder, rounding)
 
 
 def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:
@@ -224,18 +256,35 @@ def _weaker(path: Path, run: OpenRun, recipe: TrainConfig) -> _Weaker:
     return _Weaker(run=weaker, checkpoint=checkpoints_of(path)[0])
 
 
-def _recipe(of_run: TrainConfig, config: GenerateConfig, device: torch.device) -> TrainConfig:
-    """The run's configuration with the sampler and precision that are asked for."""
+IN_NAME = ("guidance_low", "guidance_high", "guidance_channels", "heun", "shift", "end")  # where they are given
+SAMPLE_OPTIONS = (
+    "sampler", "steps", "heun", "shift", "end", "guidance", "guidance_low", "guidance_high", "guidance_channels",
+    "guidance_class", "class_noise", "labels",
+)  # fmt: skip
+
+
+def _recipe(run: OpenRun, config: GenerateConfig, protocol: Protocol | None, device: torch.device) -> TrainConfig:
+    """The run's configuration with the sampler and precision that the protocol has, and those that are asked for."""
     precision = config.precision
     if precision == "auto":  # the published figures were sampled in float32 with TF32 matrix products
-        precision = "tf32" if device.type == "cuda" else "fp32"
-    names = ("sampler", "steps", "guidance", "guidance_class", "class_noise", "labels")
-    asked = {f"sample.{name}": getattr(config, name) for name in names}
+        on_gpu = protocol.precision if protocol else "tf32"
+        precision = on_gpu if device.type == "cuda" else "fp32"
+    asked = {f"sample.{name}": getattr(config, name) for name in SAMPLE_OPTIONS}
     if config.guidance is not None and config.guidance_class is None:  # whatever number the run was saved with
         asked["sample.guidance_class"] = AS_IMAGE
-    if config.guidance_class is not None and not of_run.model.class_token:
+    if config.guidance_class is not None and not run.config.model.class_token:
         raise UserError(f"--guidance-class {config.guidance_class:g} is of a class token; {config.run} has none")
-    return override(of_run, {"precision": precision, **{k: v for k, v in asked.items() if v is not None}})
+    if config.sampler not in (None, "ode"):
+        asked |= {n: v for n, v in (("sample.heun", False), ("sample.end", 0.0)) if asked[n] is None}
+    of_protocol = of_sample(protocol) if protocol else {}
+    named = {name: value for name, value in asked.items() if value is not None}
+    recipe = override(run.config, {"precision": precision, **of_protocol, **named})
+    if protocol and protocol.guidance_by == WEAKER and recipe.sample.guidance > 1 and config.weaker is None:
+        raise UserError(
+            f"--protocol {protocol.name} guides away from a weaker model; pass --weaker RUN, or take "
+            f"--protocol {protocol.name}-unguided"
+        )
+    return with_shifts(recipe, run.geometry.channels * run.geometry.input_size**2)
 
 
 def _settings(
@@ -252,6 +301,7 @@ def _settings(
         "seed": config.seed,
         "batch": config.batch,
         "arithmetic": f"{recipe.precision} on {device.type}",
+        "rounding": config.rounding,
         **{n: value for n, value in flatten(recipe).items() if n.startswith("sample.") and n != "sample.labels"},
         "sample.guidance_class": recipe.class_guidance,
     }
@@ -270,28 +320,35 @@ def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
         guidance += f"-class{sampler.class_guidance:g}"
     if config.weaker is not None:
         guidance += "-weaker"
+    if config.rounding != "round":
+        guidance += f"-{config.rounding}"
     if config.class_noise is not None:
         guidance += f"-class-noise-{config.class_noise}"
     name = f"{step:07d}-{sampler.sampler}{sampler.steps}-{guidance}-seed{config.seed}"
-    return f"{name}-{config.labels}" if config.labels != "balanced" else name
+    name += f"-{config.labels}" if config.labels != "balanced" else ""
+    name += f"-{config.protocol}" if config.protocol else ""
+    named = {each: getattr(config, each) for each in IN_NAME}
+    return name + "".join(f"-{each.replace('_', '-')}{value}" for each, value in named.items() if value is not None)
 
 
-def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError when the folder holds images of other settings, or files of something else.
+def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What the images that are there were drawn by; None where there are none.
 
-    Settings under which nothing was drawn bind nobody: a mistyped --vae would keep its folder for good.
+    Raises UserError when the folder holds images of other settings, or files of something else. Settings under which
+    nothing was drawn bind nobody: a mistyped --vae would keep its folder for good.
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
         if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder} holds files that are not of this command; name another --out")
-        return
+        return None
     if not n_written(folder):
-        return
+        return None
     drawn_by = parse_json(dict[str, Any], read_regular(path), str(path), "name another --out")
     # A setting that is younger than the images was as its declaration says of before.
-    before = {name: item.metadata["before"] for name, _, item in leaves(TrainConfig()) if name in settings} | drawn_by
-    names = sorted({*before, *settings})
+    before = {name: item.metadata["before"] for name, _, item in leaves(TrainConfig()) if name in settings}
+    before |= {"rounding": "round"} | drawn_by
+    names = sorted({*before, *settings} - {NOTED})
     differing = [
         f"{shown(n)}: were {shown(str(before.get(n)))[:LONGEST]}, are {settings.get(n)}"
         for n in names
@@ -299,6 +356,7 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     ]
     if differing:
         raise UserError(f"{folder} holds images of other settings ({'; '.join(differing)}); name another --out")
+    return drawn_by
 
 
 def _set_arithmetic(recipe: TrainConfig, device: torch.device) -> None:
