@@ -69,6 +69,8 @@ def write_features(jobs: Sequence[Job], config: FeaturesConfig) -> list[str]:
         compared.append((str(config.like), open_feature_file(config.like).identity))
     for where, identity in compared[1:]:
         _require_alike(*compared[0], where, identity)
+    if config.check:
+        return []
     loaded: list[Encode] = []
 
     def encode(images: np.ndarray) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         MeasureConfig,
         NoConfig,
         ReportConfig,
+        ScoreConfig,
     )
 
 PROG = "python -m trainer"
@@ -48,6 +49,11 @@ COMMANDS = {
         "FID, sFID, Inception Score, KID, precision, recall and more; or distances in another encoder's features",
         f"{OPTIONS}:EvaluateConfig",
         "trainer.commands:evaluate",
+    ),
+    "score": Command(
+        "from a run to its numbers: draw what is missing, evaluate it, record and report; run it again to go on",
+        f"{OPTIONS}:ScoreConfig",
+        "trainer.commands:score",
     ),
     "compare": Command(
         "two results side by side, with every setting of the protocol in which they differ",
@@ -147,6 +153,16 @@ def evaluate(config: EvaluateConfig) -> None:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}
     print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
+
+
+def score(config: ScoreConfig) -> None:
+    """Draw, evaluate, record, report, print."""
+    from trainer.evaluation.score import score
+
+    lines = score(config)
+    if lines:  # of the main rank
+        print("\n".join(lines))
+        print(f"next: {PROG} compare {shlex.quote(str(config.run))} ANOTHER_RUN")
 
 
 def compare(config: CompareConfig) -> int:

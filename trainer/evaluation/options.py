@@ -120,6 +120,22 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig(GenerateConfig):
+    """`generate` and `evaluate` in one: what is drawn, and what it is compared with."""
+
+    reference: Path | str = option("", "as of evaluate (default: the originals of the run's store)")
+    encoder: str = option(INCEPTION, "inception, or a vision encoder")
+    weights: Path | None = option(None, "the encoder's weight file", also=("--inception-weights",))
+    token: Token = option("cls", "a vision encoder's vector: class token, or mean of patches")
+    n_reference: int = option(0, "at most so many reference images, evenly spread; 0: all", at_least=0)
+    cache: Path | None = option(
+        None, "folder that keeps a reference's features (default reference-features, by the runs)"
+    )
+    resamples: int = option(1000, "draws that an interval is of; 0: no intervals and no FID_inf", at_least=0)
+    report: bool = option(True, "write the run's page, RUN/report.html, again")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Two results."""
 

@@ -1,8 +1,8 @@
 """`python -m trainer compare A B`: the metrics of two results side by side, and in what they were not measured alike.
 
-A result is the JSON that `evaluate` wrote, the folder that it lies in, or a run, whose newest result counts. Numbers are
-never printed without what their cards differ in: a setting of the protocol that one of two has otherwise, or that is
-not known of one or of both. The status is 0 for results that were measured alike, 1 for others, as of `diff`.
+A result is the JSON that `evaluate` wrote, the folder that it lies in, or a run, whose newest result counts. Numbers
+are never printed without what their cards differ in: a setting of the protocol that one of two has otherwise, or that
+is not known of one or of both. The status is 0 for results that were measured alike, 1 for others, as of `diff`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def load(path: Path, encoder: str = "") -> Named:
         if len(files) != 1:
             names = ", ".join(file.stem for file in files)
             raise UserError(
-                f"{path} holds {len(files)} results{f' ({shown(names)})' if files else ''}; name one with --encoder, or "
-                "its file"
+                f"{path} holds {len(files)} results{f' ({shown(names)})' if files else ''}; name one with --encoder, "
+                "or its file"
             )
         path = files[0]
     try:
@@ -90,7 +90,7 @@ def _plain(named: Named) -> dict[str, Any]:
 
 
 def text(a: Named, b: Named) -> str:
-    """Both results for a person: what differs first, the numbers after it."""
+    """Both results for a person: the numbers, and under them in what they were not measured alike."""
     found = compared(a, b)
     names = [_name(found[side]) for side in "ab"]
     rows = [("", *names)]

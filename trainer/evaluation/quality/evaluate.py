@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -71,10 +72,10 @@ class Description:
         """As `FeatureFile.label`."""
         return f"{self.encoder}-mean" if self.token == "mean" and self.encoder != INCEPTION else self.encoder
 
-    def describe(self, sets: Sequence[tuple[Path | str, Path, int]], like: Path | None) -> None:
+    def describe(self, sets: Sequence[tuple[Path | str, Path, int]], like: Path | None, *, check: bool = False) -> None:
         """Run the command on sets (images, feature file, at most so many), to be comparable with the file `like`.
 
-        Ends with its status when it fails, having said why itself.
+        With `check` it only looks whether it can. Ends with its status when it fails, having said why itself.
         """
         needed = "torch_fidelity" if self.encoder == INCEPTION else "timm"
         if find_spec(needed) is None:
@@ -89,6 +90,8 @@ class Description:
             command += [f"--weights={self.weights}"]
         if like is not None:
             command += [f"--like={like}"]
+        if check:
+            command += ["--check"]
         status = subprocess.run(command).returncode
         if status:
             sys.exit(status)
@@ -147,7 +150,34 @@ def evaluate(
     against = _opened(reference, features, statistics, generated)
     file = open_feature_file(generated)
     card = card_of_result(read_noted(drawn), file, against, run=run, step=step, protocol=protocol)
-    return _result(file, against, card, device, folder, run, step, resamples)
+    asked = {"reference": absolute(reference), "n_reference": n_reference}
+    return _result(file, against, card, asked, device, folder, run, step, resamples)
+
+
+def require_ready(
+    reference: Path | str, description: Description, *, images: Path, side: int, n_reference: int = 0,
+    run: Path | None = None, cache: Path | None = None,
+) -> None:  # fmt: skip
+    """Whether images of `side` pixels that are yet to be drawn at `images` could be compared with a reference.
+
+    Ends as `evaluate` would where weights or the reference are missing or do not fit, in seconds and with nothing made.
+    """
+    device_named(description.device)
+    of_reference = contents(reference)
+    _statistics(reference, of_reference, None, description.label)
+    folder = images.with_name(f"{images.name}-evaluation")
+    where = cache or _cache(images, run, None, folder)
+    features = _reference_file(reference, of_reference, where, description, n_reference)
+    with tempfile.TemporaryDirectory() as aside:
+        blank = Path(aside) / "blank.npz"
+        np.savez(blank, arr_0=np.zeros((NEIGHBOURS + 1, side, side, 3), dtype=np.uint8))
+        sets: list[tuple[Path | str, Path, int]] = [(blank, Path(aside) / "out.npz", 0)]
+        like = features if features is not None and features.is_file() else None
+        if like is not None:
+            open_feature_file(like).read(FEATURES)
+        elif features is not None:
+            sets.append((reference, features, n_reference))
+        description.describe(sets, like, check=True)
 
 
 def _argument(value: Path | str) -> str:
@@ -209,8 +239,8 @@ def _statistics(
 
 
 def _result(
-    generated: FeatureFile, against: Reference, card: Card, device: torch.device, folder: Path, run: Path | None,
-    step: int | None, resamples: int,
+    generated: FeatureFile, against: Reference, card: Card, asked: dict[str, Any], device: torch.device,
+    folder: Path, run: Path | None, step: int | None, resamples: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure and write."""
     metrics, bias = measure(generated, against, device, resamples)
@@ -219,16 +249,27 @@ def _result(
         "encoder": generated.identity.plain(),
         "generated": generated.images,
         "reference": against.record,
+        "asked": asked,
         "metrics": metrics,
         "bias": bias,
         "card": card.plain(),
         "warnings": _warnings(generated, against),
     }
-    write_atomic(folder / f"{_file_name(generated.label)}.json", json.dumps(result, indent=1).encode(), "evaluate")
+    write_atomic(result_file(folder, generated.label), json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
-        few = {name: _few_named(result[name]) for name in ("generated", "reference")}
-        append_line(RunFolder(run).evaluations, json.dumps({"step": step, **result, **few}))
+        record(run, step, result)
     return result
+
+
+def result_file(folder: Path, label: str) -> Path:
+    """Where a result lies."""
+    return folder / f"{_file_name(label)}.json"
+
+
+def record(run: Path, step: int | None, result: dict[str, Any]) -> None:
+    """Add a result to a run's record, with no more names of what could not be read than a person looks at."""
+    few = {name: _few_named(result[name]) for name in ("generated", "reference")}
+    append_line(RunFolder(run).evaluations, json.dumps({"step": step, **result, **few}))
 
 
 def _few_named(record: dict[str, Any]) -> dict[str, Any]:
