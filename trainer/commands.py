@@ -147,12 +147,17 @@ def generate(config: GenerateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure images against a reference."""
+    from trainer.evaluation.quality import measures, spaces
     from trainer.evaluation.quality.evaluate import Description, evaluate
-    from trainer.evaluation.quality.measures import table
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}
-    print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
+    images, reference, description = values.pop("images"), values.pop("reference"), Description(**described)
+    if config.encoder == spaces.NAME:
+        print(spaces.table(spaces.evaluate_spaces(images, reference, description, **values)))
+        return
+    del values["held_out"]
+    print(measures.table(evaluate(images, reference, description, **values)))
 
 
 def score(config: ScoreConfig) -> None:

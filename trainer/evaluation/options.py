@@ -97,7 +97,7 @@ class EvaluateConfig:
 
     images: Path = argument("folder of images, an .npz with arr_0, or a feature file")
     reference: Path | str = required("ADM reference .npz, folder of images, store (or its URL), or feature file")
-    encoder: str = option(INCEPTION, "inception, or a vision encoder")
+    encoder: str = option(INCEPTION, "inception, cmmd-clip, fdr6 (six spaces and their mean), or a vision encoder")
     weights: Path | None = option(None, "the encoder's weight file", also=("--inception-weights",))
     token: Token = option("cls", "a vision encoder's vector: class token, or mean of patches")
     resolution: int = option(0, "side to crop folders' images to; 0: do not", at_least=0)
@@ -111,12 +111,17 @@ class EvaluateConfig:
     )
     run: Path | None = option(None, "record the result in this run, for analyse and the report")
     step: int | None = option(None, "step that the images are of (default: what generate noted)", at_least=0)
+    held_out: Path | None = option(
+        None, "fdr6: real images that are not of the reference, to divide by (default: the published divisors)"
+    )
     protocol: str = option("", "published protocol to hold the card against (default: that of generate)")
     resamples: int = option(1000, "draws that an interval is of; 0: no intervals and no FID_inf", at_least=0)
     device: Device = option("auto", "auto: cuda when there is one")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.held_out is not None and self.encoder != "fdr6":
+            raise UserError(f"--held-out goes with --encoder fdr6, not {self.encoder}")
 
 
 @dataclass(frozen=True, kw_only=True)
