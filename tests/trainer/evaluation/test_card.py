@@ -24,7 +24,8 @@ from trainer.evaluation.quality.evaluate import Description, Evaluation, Metric,
 VIT = VectorsIdentity(name="vit", encoder="test", weights_sha256="0", vector="cls", preprocessing="x/255")
 WHOLE: dict[str, Any] = {
     "run": "/runs/a", "step": 400_000, "checkpoint_sha256": "c", "images_by": "x", "weights": "ema",
-    "ema_decay": 0.9999, "labels": "random", "classes": 1000, "seed": 0, "sampler": "euler-maruyama", "equation": "sde", "steps": 250,
+    "ema_decay": 0.9999, "labels": "random", "classes": 1000, "seed": 0, "sampler": "euler-maruyama",
+    "equation": "sde", "steps": 250,
     "calls": 250, "guided_calls": 0, "last_step_from": 0.04, "times_end": 0.0, "shift": 1.0, "guidance": 1.0,
     "guidance_low": 0.0, "guidance_high": 1.0, "guidance_channels": 0, "guidance_by": "nothing", "weaker_sha256": "",
     "guidance_class": 0.0, "guidance_class_low": 0.0, "guidance_class_high": 1.0, "class_noise": "",

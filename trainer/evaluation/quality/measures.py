@@ -121,7 +121,7 @@ def _of_kernel(found: Discrepancy, counts: dict[str, Any], resamples: int) -> di
 
 
 def _interval(value: float, added: np.ndarray, of: str, resamples: int) -> dict[str, Any]:
-    if not resamples:
+    if not resamples or not np.any(added):  # all images alike, of which draws say nothing: no ball holds one, say
         return {}
     found = interval_of(value, added, resamples=resamples)
     return {

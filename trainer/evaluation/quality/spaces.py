@@ -95,9 +95,7 @@ def evaluate_spaces(
         **first,
         "name": NAME,
         "encoder": {"name": NAME, "weights_sha256": card.extractor_sha256, "held_out": str(held_out or "published")},
-        "metrics": {
-            NAME: {"value": mean_ratio(ratios), **{n: fid[n] for n in ("n_generated", "n_reference")}}
-        },
+        "metrics": {NAME: {"value": mean_ratio(ratios), **{n: fid[n] for n in ("n_generated", "n_reference")}}},
         "bias": {},
         "spaces": {name: {"fd": r.fd, "held_out": r.held_out, "fdr": r.ratio} for name, r in ratios.items()},
         "card": card.plain(),
