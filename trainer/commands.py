@@ -167,7 +167,8 @@ def score(config: ScoreConfig) -> None:
     lines = score(config)
     if lines:  # of the main rank
         print("\n".join(lines))
-        print(f"next: {PROG} compare {shlex.quote(str(config.run))} ANOTHER_RUN")
+        beside = config.run.absolute().parent
+        print(f"next: {PROG} report {shlex.quote(str(beside))} --out {shlex.quote(str(beside / 'report.html'))}")
 
 
 def compare(config: CompareConfig) -> int:
