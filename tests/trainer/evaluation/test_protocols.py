@@ -145,6 +145,17 @@ def test_a_protocol_sets_all_at_once_and_what_is_named_goes_before_it(micro_run:
     )
 
 
+def test_the_page_has_every_protocol_and_the_largest_seed_is_noted(micro_run: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    assert [name for name in PROTOCOLS if name not in page] == []
+    folder, *_ = generate(
+        GenerateConfig(
+            run=micro_run, n=1, out=tmp_path / "a", batch=1, steps=1, seed=2**63 - 1, vae=str(TINY_VAE), device="cpu"
+        )
+    )
+    assert read_noted(folder).seed == 2**63 - 1
+
+
 def test_a_protocol_that_cannot_be_is_refused(micro_run: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"protocol": "rapa"}, "--protocol rapa is not known; did you mean repa"),

@@ -42,7 +42,7 @@ class Card:
     ema_decay: Number | None = _of(PROTOCOL, "decay of the average")
     labels: str | None = _of(PROTOCOL, "random, balanced, given, or none (a model without classes)")
     classes: Count | None = _of(PROTOCOL, "how many classes labels are of")
-    seed: Count | None = _of(PROTOCOL, "of noise and labels")
+    seed: int | None = _of(PROTOCOL, "of noise and labels")
     sampler: str | None = _of(PROTOCOL, "euler-maruyama, euler, heun, or ddpm")
     equation: str | None = _of(PROTOCOL, "sde, ode, or chain (ddpm)")
     steps: Count | None = _of(PROTOCOL, "steps of the sampler")
