@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,11 @@ def test_a_protocol_that_cannot_be_is_refused(micro_run: Path, tmp_path: Path) -
 
 
 def test_default_folders_of_other_settings_are_others(micro_run: Path, tmp_path: Path) -> None:
-    folders = set()
-    for options in ({}, {"protocol": "repa", "steps": 2}, {"rounding": "truncate"}, {"guidance_high": 0.5}):
-        config = GenerateConfig(run=micro_run, n=1, batch=1, vae=str(TINY_VAE), device="cpu", **options)  # type: ignore[arg-type]
-        folders.add(generate(dataclasses.replace(config, steps=2))[0])
-    assert len(folders) == 4
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    base = GenerateConfig(run=run, n=1, batch=1, steps=2, vae=str(TINY_VAE), device="cpu")
+    changes: list[dict[str, Any]] = [{}, {"protocol": "repa"}, {"rounding": "truncate"}, {"guidance_high": 0.5}]
+    assert len({generate(dataclasses.replace(base, **each))[0] for each in changes}) == 4
 
 
 def test_images_of_before_cards_are_read_and_gone_on_with(micro_run: Path, tmp_path: Path) -> None:
