@@ -20,6 +20,7 @@ IMAGES   ?=
 REFERENCE ?=
 ENCODER  ?= inception
 RUNS     ?=
+PROTOCOL ?=
 ARGS     ?=
 export RAY_ADDRESS ?=
 
@@ -29,7 +30,7 @@ quote = '$(subst ','\'',$(value $(1)))'
 named = $(strip $(foreach name,$(1),$(if $(filter command environment,$(firstword $(origin $(name)))),$(name))))
 on_line = $(strip $(foreach name,$(1),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
 
-.PHONY: help env demo precompute train generate evaluate analyse ablate report export test test-quick test-all bench-env bench lint format clean
+.PHONY: help env demo precompute train generate evaluate score analyse ablate report export test test-quick test-all bench-env bench lint format clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
@@ -75,6 +76,15 @@ endif
 evaluate: $(STAMP)  ## FID and more: IMAGES=folder or .npz REFERENCE=.npz, folder or store [ENCODER RUN ARGS]
 	$(PY) -m trainer evaluate $(call quote,IMAGES) --reference $(call quote,REFERENCE) \
 	  --encoder $(call quote,ENCODER) $(if $(value RUN),--run $(call quote,RUN)) $(ARGS)
+
+SCORE = score $(call quote,RUN) --n $(N) --encoder $(call quote,ENCODER) \
+  $(if $(value PROTOCOL),--protocol $(call quote,PROTOCOL)) $(if $(value REFERENCE),--reference $(call quote,REFERENCE)) $(ARGS)
+score: $(STAMP)  ## draw what is missing, evaluate, record, report: RUN=folder [PROTOCOL=repa REFERENCE N GPUS ENCODER ARGS]
+ifeq ($(GPUS),1)
+	$(PY) -m trainer $(SCORE)
+else
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m -- trainer $(SCORE)
+endif
 
 analyse: $(STAMP)  ## the paper's analysis figures: RUNS="runs/a runs/b" [ARGS]
 	$(PY) -m trainer analyse $(RUNS) $(ARGS)

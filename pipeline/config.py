@@ -170,6 +170,7 @@ class FeaturesConfig:
     )
     like: Path | None = option(None, "a feature file that the new ones are to be comparable with")
     at_least: int = option(1, "fewer images are refused", at_least=0)
+    check: bool = option(False, "describe nothing, but say what of images and weights is missing or does not fit")
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -1,7 +1,8 @@
 """`python -m pipeline features`: one vector an image from a named encoder, for `python -m trainer evaluate`.
 
-Encoders are Inception (FID) and every vision encoder a store can be made with: a Fréchet distance in DINOv2's features
-(Stein et al., arXiv 2306.04675) uses the same code, weights and preprocessing as the alignment does.
+Encoders are Inception (FID), the extractors of FDr⁶ and CMMD, and every vision encoder a store can be made with: a
+Fréchet distance in DINOv2's features (Stein et al., arXiv 2306.04675) uses the same code, weights and preprocessing as
+the alignment does.
 
 Several sets of images are described by one command, all of which are looked at before the first is described. An image
 that cannot be read is left out and named, up to the limit that `precompute` has. What was described is kept whatever
@@ -31,7 +32,7 @@ from pipeline.encoders import registry
 from pipeline.failures import allowed_failures
 from pipeline.images import KEY_BYTES, Images, open_images, spread
 from pipeline.sources.protocol import Unreadable
-from storage.base.choices import INCEPTION, Token
+from storage.base.choices import INCEPTION, SPACES, Token
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.base.shown import shown
@@ -69,6 +70,8 @@ def write_features(jobs: Sequence[Job], config: FeaturesConfig) -> list[str]:
         compared.append((str(config.like), open_feature_file(config.like).identity))
     for where, identity in compared[1:]:
         _require_alike(*compared[0], where, identity)
+    if config.check:
+        return []
     loaded: list[Encode] = []
 
     def encode(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -198,6 +201,7 @@ class _Description:
         record = {
             **self.images.record,
             "n": len(keys),
+            "size": list(self.size),  # height and width, as the encoder is given them
             "n_failed": len(self.failed),
             "failed": [list(pair) for pair in self.failed],
             "digest": hashlib.sha256(arrays[DIGESTS].tobytes()).hexdigest(),
@@ -287,10 +291,16 @@ def resolve(
         return inception.describe(weights), lambda device: partial(
             registry.encode_images, inception.Inception(weights, _device(device))
         )
+    if name in SPACES:
+        from pipeline.encoders import spaces
+
+        return spaces.describe(name, weights), lambda device: partial(
+            registry.encode_images, spaces.Extractor(name, weights, _device(device))
+        )
     try:
         spec = registry.resolve_features(name, weights)
     except UserError as error:
-        raise UserError(f"{error}, and {INCEPTION}") from None
+        raise UserError(f"{error}, and {', '.join((INCEPTION, *SPACES))}") from None
     if size[0] != size[1]:
         raise UserError(f"{name} takes square images, these are {size[1]}×{size[0]}; pass --resolution to crop them")
     described = registry.describe(spec, resolution=size[0])

@@ -140,10 +140,22 @@ def test_next_commands_can_be_pasted_whatever_the_path(tmp_path: Path) -> None:
     assert shlex.split(done.stdout)[-2:] == ["export", str(run)]
 
 
+def test_score_hands_over_what_is_named_and_no_more() -> None:
+    shown = make("--dry-run", "score", "RUN=a b").stdout
+    assert shlex.split(shown)[1:] == [
+        *("-m", "trainer", "score", "a b", "--n", "50000", "--encoder", "inception"),
+    ]
+    shown = make("--dry-run", "score", "RUN=r", "PROTOCOL=repa", "REFERENCE=/x y.npz", "N=8", "GPUS=2", "ARGS=--seed 1")
+    assert shlex.split(shown.stdout)[1:] == [
+        *("--standalone", "--nproc-per-node", "2", "-m", "--", "trainer", "score", "r", "--n", "8"),
+        *("--encoder", "inception", "--protocol", "repa", "--reference", "/x y.npz", "--seed", "1"),
+    ]
+
+
 def test_help_names_every_target() -> None:
     printed = make("help").stdout
     for target in (
-        *("demo", "precompute", "train", "generate", "evaluate", "analyse", "ablate", "report", "export"),
+        *("demo", "precompute", "train", "generate", "evaluate", "score", "analyse", "ablate", "report", "export"),
         *("test", "test-all", "lint", "env"),
     ):
         assert f"\n{target} " in f"\n{printed}"

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
     from trainer.evaluation.options import (
         AnalyseConfig,
+        CompareConfig,
         EvaluateConfig,
         ExportConfig,
         GenerateConfig,
         MeasureConfig,
         NoConfig,
         ReportConfig,
+        ScoreConfig,
     )
     from trainer.evaluation.probing.sweep import Measure
 
@@ -47,9 +49,19 @@ COMMANDS = {
         "trainer.commands:generate",
     ),
     "evaluate": Command(
-        "FID, sFID, Inception Score, precision and recall; or a Fréchet distance in another encoder's features",
+        "FID, sFID, Inception Score, KID, precision, recall and more; or distances in another encoder's features",
         f"{OPTIONS}:EvaluateConfig",
         "trainer.commands:evaluate",
+    ),
+    "score": Command(
+        "from a run to its numbers: draw what is missing, evaluate it, record and report; run it again to go on",
+        f"{OPTIONS}:ScoreConfig",
+        "trainer.commands:score",
+    ),
+    "compare": Command(
+        "two results side by side, with every setting of the protocol in which they differ",
+        f"{OPTIONS}:CompareConfig",
+        "trainer.commands:compare",
     ),
     "probe": Command(
         "linear probing of hidden states over blocks, times and checkpoints",
@@ -148,11 +160,38 @@ def generate(config: GenerateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> None:
     """Measure images against a reference."""
     with loading():
-        from trainer.evaluation.quality.evaluate import Description, evaluate, table
+        from trainer.evaluation.quality import measures, spaces
+        from trainer.evaluation.quality.evaluate import Description, evaluate
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}
-    print(table(evaluate(values.pop("images"), values.pop("reference"), Description(**described), **values)))
+    images, reference, description = values.pop("images"), values.pop("reference"), Description(**described)
+    if config.encoder == spaces.NAME:
+        print(spaces.table(spaces.evaluate_spaces(images, reference, description, **values)))
+        return
+    del values["held_out"]
+    print(measures.table(evaluate(images, reference, description, **values)))
+
+
+def score(config: ScoreConfig) -> None:
+    """Draw, evaluate, record, report, print."""
+    with loading():
+        from trainer.evaluation.score import score
+
+    lines = score(config)
+    if lines:  # of the main rank
+        print("\n".join(lines))
+        beside = config.run.absolute().parent
+        print(f"next: {PROG} report {shlex.quote(str(beside))} --out {shlex.quote(str(beside / 'report.html'))}")
+
+
+def compare(config: CompareConfig) -> int:
+    """Print two results and how they differ; status 1 where they were not measured alike."""
+    from trainer.evaluation.quality.compare import as_json, compared, load, text
+
+    a, b = (load(path, config.encoder) for path in (config.a, config.b))
+    print(as_json(a, b) if config.json else text(a, b))
+    return EXIT_OK if compared(a, b)["alike"] else EXIT_FAILED
 
 
 def probe(config: MeasureConfig) -> None:
@@ -162,8 +201,7 @@ def probe(config: MeasureConfig) -> None:
 
 def cknna(config: MeasureConfig) -> None:
     """Measure one run by CKNNA."""
-    with loading():
-        _measure(config, "cknna")
+    _measure(config, "cknna")
 
 
 def _measure(config: MeasureConfig, measure: Measure) -> None:

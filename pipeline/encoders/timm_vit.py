@@ -85,11 +85,16 @@ def build(known: VisionModel, resolution: int, **settings: Any) -> Any:
     )
 
 
-def load_state(model: Any, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load timm's or an original layout into a timm model of any input size. Raises UserError."""
+def load_state(
+    model: Any, state: Mapping[str, Tensor], path: Path, without: tuple[str, ...] = NOT_OF_THE_ENCODER
+) -> None:
+    """Load timm's or an original layout into a timm model of any input size, but names that begin as `without` says.
+
+    Raises UserError.
+    """
     try:
         converted = sys.modules[type(model).__module__].checkpoint_filter_fn(dict(state), model)
-        model.load_state_dict({k: v for k, v in converted.items() if not k.startswith(NOT_OF_THE_ENCODER)})
+        model.load_state_dict({k: v for k, v in converted.items() if not k.startswith(without)})
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold the weights of this model ({first}…); pass the right file") from error

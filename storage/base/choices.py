@@ -7,3 +7,6 @@ from typing import Literal
 Device = Literal["auto", "cpu", "cuda"]
 Token = Literal["cls", "mean"]  # a vision encoder's vector of an image
 INCEPTION = "inception"  # the describing network of the published FIDs
+CMMD = "cmmd-clip"  # the describing network of CMMD (arXiv 2401.09603)
+FDR6 = ("fdr-convnext", "fdr-dinov2", "fdr-mae", "fdr-siglip", "fdr-clip")  # of FDr⁶, beside Inception
+SPACES = (*FDR6, CMMD)  # networks at a size of their own, `pipeline/encoders/spaces.py`

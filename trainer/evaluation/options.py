@@ -21,10 +21,15 @@ CHECKPOINT_HELP = "latest, or a step"
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """What is drawn. A sampler setting that is None is the run's."""
+    """What is drawn. A sampler setting that is None is the protocol's, else the run's."""
 
     run: Path = argument("folder of the run")
     n: int = option(50_000, "how many images", at_least=1)
+    protocol: str = option(
+        "",
+        "draw as a paper's release did: repa, reg, adm, lightningdit, rae (docs/evaluation.md has all); what is named "
+        "besides goes before it, and the card says so",
+    )
     out: Path | None = option(None, "folder of the images (default RUN/samples-…, named after settings)")
     checkpoint: str = option("latest", CHECKPOINT_HELP)
     labels: LabelsDrawn | None = option(
@@ -43,16 +48,27 @@ class GenerateConfig:
         "run's)",
         at_least=0,
     )
+    guidance_low: float | None = option(None, "guidance from this noise level (default: the run's)", at_least=0)
+    guidance_high: float | None = option(None, "guidance up to this noise level (default: the run's)", at_least=0)
+    guidance_channels: int | None = option(
+        None, "latent channels guided, the first ones; 0: all (default: the run's)", at_least=0
+    )
     weaker: Path | None = option(
         None, "run of a weaker model on the same latents, that guidance leads away from instead of the null label"
     )
     class_noise: Literal["own", "mean"] | None = option(
         None, "what a class token starts from (RiT), draws of its own or the latents' mean (default: the run's)"
     )
+    heun: bool | None = option(None, "Heun's correction of the ode sampler (default: the run's)")
+    shift: float | None = option(None, "of noise levels, 0: as in training (default: the run's)", at_least=0)
+    end: float | None = option(None, "noise level at which ode ends (default: the run's)", at_least=0)
     vae: str = option("", "VAE to decode with (default: as the store says)")
+    rounding: Literal["round", "truncate"] | None = option(
+        None, "from pixels to uint8; the public scripts of REPA, REG, RAE and ADM truncate (default: round)"
+    )
     batch: int = option(64, "images a block, computed together", at_least=1)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
-        "auto", "arithmetic of the model; auto: tf32 on cuda, fp32 on cpu"
+        "auto", "arithmetic of the model; auto: the protocol's, or tf32, on cuda, fp32 on cpu"
     )
     device: Device = option("auto", "auto: cuda when there is one")
 
@@ -81,7 +97,7 @@ class EvaluateConfig:
 
     images: Path = argument("folder of images, an .npz with arr_0, or a feature file")
     reference: Path | str = required("ADM reference .npz, folder of images, store (or its URL), or feature file")
-    encoder: str = option(INCEPTION, "inception, or a vision encoder")
+    encoder: str = option(INCEPTION, "inception, cmmd-clip, fdr6 (six spaces and their mean), or a vision encoder")
     weights: Path | None = option(None, "the encoder's weight file", also=("--inception-weights",))
     token: Token = option("cls", "a vision encoder's vector: class token, or mean of patches")
     resolution: int = option(0, "side to crop folders' images to; 0: do not", at_least=0)
@@ -95,10 +111,43 @@ class EvaluateConfig:
     )
     run: Path | None = option(None, "record the result in this run, for analyse and the report")
     step: int | None = option(None, "step that the images are of (default: what generate noted)", at_least=0)
+    held_out: Path | None = option(
+        None, "fdr6: real images that are not of the reference, to divide by (default: the published divisors)"
+    )
+    protocol: str = option("", "published protocol to hold the card against (default: that of generate)")
+    resamples: int = option(1000, "draws that an interval is of; 0: no intervals and no FID_inf", at_least=0)
     device: Device = option("auto", "auto: cuda when there is one")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.held_out is not None and self.encoder != "fdr6":
+            raise UserError(f"--held-out goes with --encoder fdr6, not {self.encoder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(GenerateConfig):
+    """`generate` and `evaluate` in one: what is drawn, and what it is compared with."""
+
+    reference: Path | str = option("", "as of evaluate (default: the originals of the run's store)")
+    encoder: str = option(INCEPTION, "inception, or a vision encoder")
+    weights: Path | None = option(None, "the encoder's weight file", also=("--inception-weights",))
+    token: Token = option("cls", "a vision encoder's vector: class token, or mean of patches")
+    n_reference: int = option(0, "at most so many reference images, evenly spread; 0: all", at_least=0)
+    cache: Path | None = option(
+        None, "folder that keeps a reference's features (default reference-features, by the runs)"
+    )
+    resamples: int = option(1000, "draws that an interval is of; 0: no intervals and no FID_inf", at_least=0)
+    report: bool = option(True, "write the run's page, RUN/report.html, again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Two results."""
+
+    a: Path = argument("result of evaluate (JSON, or its folder), or a run, whose newest counts")
+    b: Path = argument("another one")
+    encoder: str = option("", "of several, the result of this extractor")
+    json: bool = option(False, "print JSON")
 
 
 @dataclass(frozen=True, kw_only=True)

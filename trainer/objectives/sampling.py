@@ -83,10 +83,14 @@ class Drawing:
         return conditional, other
 
     def _guides(self, t: float, low: float, high: float) -> bool:
-        """Whether a noise level lies in an interval."""
-        if self.objective.each_slope_guided:
-            return (low < t or low == 0) and (t < high or high == 1)
-        return low <= t <= high
+        return guides(self.objective, t, low, high)
+
+
+def guides(objective: Objective, t: float, low: float, high: float) -> bool:
+    """Whether guidance in an interval acts at a noise level t."""
+    if objective.each_slope_guided:
+        return (low < t or low == 0) and (t < high or high == 1)
+    return low <= t <= high
 
 
 def _towards(other: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -120,8 +124,7 @@ def sample(
 
 def _euler(state: Tensor, drawing: Drawing) -> Tensor:
     config = drawing.config
-    times = shifted(torch.linspace(1, config.end, config.steps + 1, dtype=torch.float64), config.shift).tolist()
-    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(noise_levels(config))):
         slope = drawing.velocity(state, t, t)
         proposal = state + (t_next - t) * slope
         if config.heun and i < config.steps - 1:
@@ -132,10 +135,7 @@ def _euler(state: Tensor, drawing: Drawing) -> Tensor:
 
 
 def _euler_maruyama(state: Tensor, drawing: Drawing) -> Tensor:
-    config = drawing.config
-    even = torch.linspace(1, LAST_SDE_TIME, config.steps, dtype=torch.float64)
-    times = [*shifted(even, config.shift).tolist(), 0.0]
-    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(noise_levels(drawing.config))):
         v = drawing.velocity(state, t, t)
         diffusion = 2 * t
         score = score_from_velocity(v, state, state.new_full((len(state),), t), drawing.path)
@@ -148,15 +148,51 @@ def _euler_maruyama(state: Tensor, drawing: Drawing) -> Tensor:
 def _ancestral(state: Tensor, drawing: Drawing) -> Tensor:
     n_steps = drawing.config.steps
     visited = schedule(n_steps, state.device)
-    times = unit_times(visited.timesteps).tolist()
+    times = noise_levels(drawing.config)
     for i, place in enumerate(reversed(range(n_steps))):
         index = torch.full((len(state),), place, device=state.device)
-        output = drawing.output(state, visited.timesteps[index], times[place])
+        output = drawing.output(state, visited.timesteps[index], times[i])
         step = reverse(output, state, index, visited)
         state = step.mean
         if place > 0:
             state = state + (0.5 * step.log_variance).exp() * drawing.noise(i).double()
     return state
+
+
+def noise_levels(config: SampleConfig) -> list[float]:
+    """The levels that a sampler visits, from the noise to where it ends: one more than it has steps."""
+    if config.sampler == "ddpm":
+        return [*unit_times(schedule(config.steps, torch.device("cpu")).timesteps).flip(0).tolist(), 0.0]
+    if config.sampler == "sde":
+        even = torch.linspace(1, LAST_SDE_TIME, config.steps, dtype=torch.float64)
+        return [*shifted(even, config.shift).tolist(), 0.0]
+    even = torch.linspace(1, config.end, config.steps + 1, dtype=torch.float64)
+    levels: list[float] = shifted(even, config.shift).tolist()
+    return levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """How often the model is asked for an image, and how often of these guidance asks a second time."""
+
+    total: int
+    guided: int
+
+
+def calls_of(config: SampleConfig, objective: Objective, *, class_token: bool) -> Calls:
+    """Counted over the levels that the sampler visits."""
+    asked_of = []
+    for i, (t, t_next) in enumerate(itertools.pairwise(noise_levels(config))):
+        asked_of.append(t)
+        if config.sampler == "ode" and config.heun and i < config.steps - 1:
+            asked_of.append(t_next if objective.each_slope_guided else t)
+    guided = 0
+    if config.guidance > 1:
+        intervals = [(config.guidance_low, config.guidance_high)]
+        if class_token and config.class_guidance not in (0, 1):
+            intervals.append(config.class_interval)
+        guided = sum(any(guides(objective, t, *interval) for interval in intervals) for t in asked_of)
+    return Calls(total=len(asked_of), guided=guided)
 
 
 SAMPLERS = {"ode": _euler, "sde": _euler_maruyama, "ddpm": _ancestral}

@@ -11,7 +11,8 @@ samples/step-0000100.png        grids of images drawn while training
 samples-0000100-….{png,npz}     what `generate` drew, beside a folder of the same name
 export-FORMAT/                  what `export` wrote
 analysis/MEASURE.{json,png}     what `probe` and `cknna` measured
-evaluations.jsonl               what `evaluate --run` measured
+evaluations.jsonl               what `evaluate --run` and `score` measured
+report.html                     the page that `score` writes
 .lock                           held by the process that writes here (`lock.py`)
 """
 
@@ -128,6 +129,11 @@ class RunFolder:
     def evaluations(self) -> Path:
         """A line a measurement of `evaluate --run`."""
         return self.path / "evaluations.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page about this run alone."""
+        return self.path / "report.html"
 
 
 def runs_in(path: Path) -> list[Path]:

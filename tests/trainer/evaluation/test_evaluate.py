@@ -23,9 +23,10 @@ from tests.inception import write_random_inception
 from tests.stores import make_store
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import SETTINGS_FILE, step_drawn_at
-from trainer.evaluation.quality.evaluate import Description, evaluate, read_record, table
+from trainer.evaluation.quality.evaluate import Description, evaluate, read_record
 from trainer.evaluation.quality.frechet import frechet_distance, gaussian_of
 from trainer.evaluation.quality.inception_score import inception_score
+from trainer.evaluation.quality.measures import table
 from trainer.evaluation.quality.precision_recall import precision_recall
 
 VIT = VectorsIdentity(name="vit", encoder="test", weights_sha256="0", vector="cls")
@@ -49,7 +50,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_feature_files_are_compared_and_counts_are_published(files: tuple[Path, Path], tmp_path: Path) -> None:
-    result = evaluate(*files, Description(encoder="ignored"), out=tmp_path / "out")
+    result = evaluate(*files, Description(encoder="ignored"), out=tmp_path / "out", resamples=0)
     x, y = numbers(0, 60, 5) + 1, numbers(1, 80, 5)
     assert result["metrics"]["fd"] == {
         "value": frechet_distance(gaussian_of(x), gaussian_of(y)),
@@ -81,7 +82,7 @@ def test_an_adm_reference_gives_its_statistics(tmp_path: Path) -> None:
     np.savez(tmp_path / "adm.npz", **statistics)
     result = evaluate(generated, tmp_path / "adm.npz", Description(encoder="inception"), out=tmp_path)
     metrics = result["metrics"]
-    assert set(metrics) == {"fid", "sfid", "inception_score"}
+    assert set(metrics) == {"fid", "sfid", "inception_score"}  # the others need images
     assert metrics["fid"]["value"] == pytest.approx(by_hand(x, mu, statistics["sigma"]), rel=1e-5)
     assert metrics["sfid"]["value"] == pytest.approx(by_hand(spatial, mu_s, statistics["sigma_s"]), rel=1e-5)
     assert metrics["inception_score"]["value"] == inception_score(logits)
@@ -340,7 +341,9 @@ def test_inception_against_a_reference_batch_with_images_and_statistics(tmp_path
     options = ["--weights", str(weights), "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["evaluate", str(tmp_path / "generated.npz"), "--reference", str(tmp_path / "adm.npz"), *options]) == 0
     result = json.loads((tmp_path / "out" / "inception.json").read_text())
-    assert list(result["metrics"]) == ["fid", "sfid", "inception_score", "precision", "recall"]
+    assert list(result["metrics"]) == [
+        *("fid", "sfid", "inception_score", "kid", "precision", "recall", "density", "coverage")
+    ]
     generated = open_feature_file(tmp_path / "out" / "generated-inception.npz")
     (path,) = (tmp_path / "out").glob("adm-*-inception.npz")
     reference = open_feature_file(path)

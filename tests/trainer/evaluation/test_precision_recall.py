@@ -12,6 +12,7 @@ from torch import Tensor
 
 from storage.base.errors import UserError
 from tests.examples import examples
+from trainer.evaluation.quality import neighbours
 from trainer.evaluation.quality import precision_recall as module
 from trainer.evaluation.quality.inception_score import inception_score
 from trainer.evaluation.quality.precision_recall import precision_recall
@@ -73,14 +74,15 @@ def test_a_common_offset_costs_no_digits() -> None:
 def test_memory_is_a_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """No distance matrix has more rows than a block."""
     shapes: list[tuple[int, ...]] = []
-    distances2 = module._distances2
+    distances2 = neighbours.distances2
 
     def noting(*arguments: Tensor) -> Tensor:
         found = distances2(*arguments)
         shapes.append(tuple(found.shape))
         return found
 
-    monkeypatch.setattr(module, "_distances2", noting)
+    for each in (module, neighbours):
+        monkeypatch.setattr(each, "distances2", noting)
     rng = np.random.default_rng(0)
     precision_recall(rng.standard_normal((500, 4)), rng.standard_normal((300, 4)), block_rows=64)
     assert max(rows for rows, _ in shapes) == 64

@@ -42,9 +42,14 @@ def image_path(folder: Path, i: int) -> Path:
     return folder / f"{i:0{NAME_DIGITS}d}.png"
 
 
+def settings_file_of(images: Path) -> Path:
+    """Where `generate` notes how images were drawn, of their folder or its `.npz`."""
+    return (images if images.is_dir() else images.with_name(images.stem)) / SETTINGS_FILE
+
+
 def step_drawn_at(images: Path) -> int | None:
     """The step of the run that generated images, a folder or its `.npz`, are of; None where nothing says so."""
-    settings = (images if images.is_dir() else images.with_name(images.stem)) / SETTINGS_FILE
+    settings = settings_file_of(images)
     try:
         return parse_json(_Drawn, read_regular(settings), str(settings), "pass --step, or remove the file").step
     except (FileNotFoundError, NotADirectoryError):

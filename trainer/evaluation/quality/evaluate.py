@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -31,20 +32,24 @@ from storage.base.choices import INCEPTION
 from storage.base.errors import UserError
 from storage.base.files import append_line, write_atomic
 from storage.base.shown import shown
-from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile, open_feature_file
+from storage.feature_file import FEATURES, SPATIAL, FeatureFile, open_feature_file
 from storage.identity import unlike
 from storage.roots import absolute
 from trainer.evaluation.generate.image_files import step_drawn_at
-from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
-from trainer.evaluation.quality.inception_score import SPLIT, inception_score
-from trainer.evaluation.quality.precision_recall import NEIGHBOURS, precision_recall
-from trainer.evaluation.quality.reference import Contents, contents, read_statistics
+from trainer.evaluation.generate.noted import read_noted
+from trainer.evaluation.protocols import protocol_named
+from trainer.evaluation.quality.card import Card
+from trainer.evaluation.quality.frechet import Gaussian, gaussian_of
+from trainer.evaluation.quality.intervals import RESAMPLES
+from trainer.evaluation.quality.measured_card import card_of_result
+from trainer.evaluation.quality.measures import PUBLISHED_IMAGES, Reference, measure
+from trainer.evaluation.quality.precision_recall import NEIGHBOURS
+from trainer.evaluation.quality.reference import Contents, contents, is_named_for, read_statistics
 from trainer.ranks.world import device_named
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import parsed
 
-PUBLISHED_IMAGES = 50_000
 INCEPTION_WIDTH = 2048
 CACHE = "reference-features"  # beside the runs
 NAMED = 10  # images that could not be read, in a run's record; the result has them all
@@ -67,10 +72,10 @@ class Description:
         """As `FeatureFile.label`."""
         return f"{self.encoder}-mean" if self.token == "mean" and self.encoder != INCEPTION else self.encoder
 
-    def describe(self, sets: Sequence[tuple[Path | str, Path, int]], like: Path | None) -> None:
+    def describe(self, sets: Sequence[tuple[Path | str, Path, int]], like: Path | None, *, check: bool = False) -> None:
         """Run the command on sets (images, feature file, at most so many), to be comparable with the file `like`.
 
-        Ends with its status when it fails, having said why itself.
+        With `check` it only looks whether it can. Ends with its status when it fails, having said why itself.
         """
         needed = "torch_fidelity" if self.encoder == INCEPTION else "timm"
         if find_spec(needed) is None:
@@ -85,20 +90,11 @@ class Description:
             command += [f"--weights={self.weights}"]
         if like is not None:
             command += [f"--like={like}"]
+        if check:
+            command += ["--check"]
         status = subprocess.run(command).returncode
         if status:
             sys.exit(status)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Statistics and, where there are images, features."""
-
-    pooled: Gaussian
-    spatial: Gaussian | None
-    features: FeatureFile | None
-    statistics_given: bool
-    record: dict[str, Any]
 
 
 def evaluate(
@@ -111,11 +107,16 @@ def evaluate(
     run: Path | None = None,
     step: int | None = None,
     cache: Path | None = None,
+    resamples: int = RESAMPLES,
+    protocol: str = "",
 ) -> dict[str, Any]:
     """Measure, write OUT/ENCODER.json (and a line of the run's record), and return what is in it. Raises UserError.
 
-    A reference that is no path is the URL of a store. `cache` is where its features are kept.
+    A reference that is no path is the URL of a store. `cache` is where its features are kept, `resamples` how many
+    draws an interval is of (0: none), `protocol` what the card is held against (default: that of the images).
     """
+    if protocol:
+        protocol_named(protocol)
     device = device_named(description.device)
     of_images, of_reference = contents(images), contents(reference)
     drawn = Path(open_feature_file(images).images["path"]) if of_images.features else images
@@ -146,7 +147,37 @@ def evaluate(
         open_feature_file(path).read(FEATURES)
     if sets:
         description.describe(sets, known[0] if known else None)
-    return _result(generated, _opened(reference, features, statistics, generated), device, folder, run, step)
+    against = _opened(reference, features, statistics, generated)
+    file = open_feature_file(generated)
+    card = card_of_result(read_noted(drawn), file, against, run=run, step=step, protocol=protocol)
+    asked = {"reference": absolute(reference), "n_reference": n_reference}
+    return _result(file, against, card, asked, device, folder, run, step, resamples)
+
+
+def require_ready(
+    reference: Path | str, description: Description, *, images: Path, side: int, n_reference: int = 0,
+    run: Path | None = None, cache: Path | None = None,
+) -> None:  # fmt: skip
+    """Whether images of `side` pixels that are yet to be drawn at `images` could be compared with a reference.
+
+    Ends as `evaluate` would where weights or the reference are missing or do not fit, in seconds and with nothing made.
+    """
+    device_named(description.device)
+    of_reference = contents(reference)
+    _statistics(reference, of_reference, None, description.label)
+    folder = images.with_name(f"{images.name}-evaluation")
+    where = cache or _cache(images, run, None, folder)
+    features = _reference_file(reference, of_reference, where, description, n_reference)
+    with tempfile.TemporaryDirectory() as aside:
+        blank = Path(aside) / "blank.npz"
+        np.savez(blank, arr_0=np.zeros((NEIGHBOURS + 1, side, side, 3), dtype=np.uint8))
+        sets: list[tuple[Path | str, Path, int]] = [(blank, Path(aside) / "out.npz", 0)]
+        like = features if features is not None and features.is_file() else None
+        if like is not None:
+            open_feature_file(like).read(FEATURES)
+        elif features is not None:
+            sets.append((reference, features, n_reference))
+        description.describe(sets, like, check=True)
 
 
 def _argument(value: Path | str) -> str:
@@ -186,83 +217,63 @@ def _reference_file(
 def _statistics(
     reference: Path | str, against: Contents, generated: Path | None, label: str
 ) -> tuple[Gaussian, Gaussian | None] | None:
-    """What a reference gives of Inception's statistics. Raises UserError when they do not fit."""
-    if not against.statistics or label != INCEPTION:
+    """What a reference gives of statistics: Inception's, or those of the extractor that its name ends in.
+
+    Raises UserError when they do not fit.
+    """
+    if not against.statistics or (label != INCEPTION and not is_named_for(Path(reference), _file_name(label))):
         if against.images or against.features:
             return None
         raise UserError(
-            f"{reference} holds Inception's statistics and no images; {shown(label)} needs them, or a feature file"
+            f"{reference} holds Inception's statistics and no images; {shown(label)} needs them, or a feature file, or "
+            f"its own statistics in a file whose name ends in -{_file_name(label)}.npz"
         )
     pooled, spatial = read_statistics(Path(reference))
-    width = INCEPTION_WIDTH if generated is None else open_feature_file(generated).read(FEATURES).shape[1]
+    width = INCEPTION_WIDTH if label == INCEPTION else len(pooled.mean)
+    if generated is not None:
+        width = open_feature_file(generated).read(FEATURES).shape[1]
     if len(pooled.mean) != width:
-        raise UserError(f"{reference} has a mean of {len(pooled.mean)} numbers, Inception's features have {width}")
-    return pooled, spatial
+        what = "Inception's" if label == INCEPTION else f"{shown(label)}'s"
+        raise UserError(f"{reference} has a mean of {len(pooled.mean)} numbers, {what} features have {width}")
+    return pooled, spatial if label == INCEPTION else None
 
 
 def _result(
-    generated_file: Path, against: Reference, device: torch.device, folder: Path, run: Path | None, step: int | None
-) -> dict[str, Any]:
+    generated: FeatureFile, against: Reference, card: Card, asked: dict[str, Any], device: torch.device,
+    folder: Path, run: Path | None, step: int | None, resamples: int,
+) -> dict[str, Any]:  # fmt: skip
     """Measure and write."""
-    generated = open_feature_file(generated_file)
+    metrics, bias = measure(generated, against, device, resamples)
     result: dict[str, Any] = {
         "name": generated.label,
         "encoder": generated.identity.plain(),
         "generated": generated.images,
         "reference": against.record,
-        "metrics": measure(generated, against, device),
+        "asked": asked,
+        "metrics": metrics,
+        "bias": bias,
+        "card": card.plain(),
         "warnings": _warnings(generated, against),
     }
-    write_atomic(folder / f"{_file_name(generated.label)}.json", json.dumps(result, indent=1).encode(), "evaluate")
+    write_atomic(result_file(folder, generated.label), json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
-        few = {name: _few_named(result[name]) for name in ("generated", "reference")}
-        append_line(RunFolder(run).evaluations, json.dumps({"step": step, **result, **few}))
+        record(run, step, result)
     return result
+
+
+def result_file(folder: Path, label: str) -> Path:
+    """Where a result lies."""
+    return folder / f"{_file_name(label)}.json"
+
+
+def record(run: Path, step: int | None, result: dict[str, Any]) -> None:
+    """Add a result to a run's record, with no more names of what could not be read than a person looks at."""
+    few = {name: _few_named(result[name]) for name in ("generated", "reference")}
+    append_line(RunFolder(run).evaluations, json.dumps({"step": step, **result, **few}))
 
 
 def _few_named(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "failed": record["failed"][:NAMED]} if record.get("failed") else record
-
-
-def measure(generated: FeatureFile, against: Reference, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Every metric that the files allow: name → value and the counts it was made from."""
-    features = generated.read(FEATURES)
-    n, n_real = len(features), against.features.images["n"] if against.features else None
-    statistics_n = None if against.statistics_given else n_real
-    inception = LOGITS in generated.arrays
-    distance = frechet_distance(gaussian_of(features), against.pooled)
-    metrics = {"fid" if inception else "fd": {"value": distance, "n_generated": n, "n_reference": statistics_n}}
-    if SPATIAL in generated.arrays and against.spatial is not None:
-        distance = frechet_distance(gaussian_of(generated.read(SPATIAL)), against.spatial)
-        metrics["sfid"] = {"value": distance, "n_generated": n, "n_reference": statistics_n}
-    if inception:
-        score = inception_score(generated.read(LOGITS))
-        metrics["inception_score"] = {"value": score, "n_generated": n, "split": SPLIT}
-    if against.features is not None:
-        shares = precision_recall(against.features.read(FEATURES), features, device=device)
-        for name in ("precision", "recall"):
-            metrics[name] = {
-                "value": getattr(shares, name),
-                "n_generated": n,
-                "n_reference": n_real,
-                "k": NEIGHBOURS,
-            }
-    return metrics
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for a person."""
-    titles = {"fid": "FID", "sfid": "sFID", "fd": f"Fréchet distance ({shown(result['name'])})"}
-    rows = []
-    for name, metric in result["metrics"].items():
-        counts = f"{metric['n_generated']:,} generated"
-        if "n_reference" in metric:
-            n_reference = metric["n_reference"]
-            counts += ", given statistics" if n_reference is None else f", {n_reference:,} reference"
-        rows.append((titles.get(name, name.replace("_", " ")), f"{metric['value']:.4f}", counts))
-    width = max(len(title) for title, _, _ in rows)
-    lines = [f"{title:<{width}}  {value:>10}  {counts}" for title, value, counts in rows]
-    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +284,8 @@ class Metric:
     n_generated: Count | None = None
     n_reference: Count | None = None
     k: Count | None = None
+    interval: tuple[Number, Number] | None = None
+    deviation: Number | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +310,7 @@ class Evaluation:
     encoder: dict[str, Any] = field(default_factory=dict)
     generated: ImagesRecord = field(default_factory=ImagesRecord)
     reference: ImagesRecord = field(default_factory=ImagesRecord)
+    card: Card = field(default_factory=Card)  # of a line from before there were cards, nothing is known
 
 
 def read_record(run: Path) -> list[Evaluation]:

@@ -16,6 +16,7 @@ Cost: two eigendecompositions and one singular value decomposition: for 2048 fea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,11 @@ class Gaussian:
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise UserError("a mean or covariance holds NaN or infinity; check the features that it was made from")
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """R (D, rank) with R Rᵀ = covariance."""
+        return _root(self.covariance)
 
 
 class GaussianSum:
@@ -80,9 +86,27 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         raise UserError(
             f"features of widths {len(a.mean)} and {len(b.mean)} cannot be compared; use one encoder for both"
         )
-    overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    overlap = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     shift = a.mean - b.mean
     return max(0.0, float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
+
+
+def influence(features: np.ndarray, a: Gaussian, b: Gaussian, block: int = 4096) -> np.ndarray:
+    """What each image adds to the distance from b of features (N, D), whose Gaussian a is: float64 (N,), mean 0.
+
+    d² changes with μ₁ by 2 (μ₁ − μ₂) and with Σ₁ by 1 − T, where T = R₂ (R₂ᵀ Σ₁ R₂)^(−½) R₂ᵀ carries one Gaussian onto
+    the other (its optimal transport map). With c the image less the mean, that is 2 (μ₁ − μ₂)·c + cᵀ (1 − T) c.
+    Only where N > D: the square root has no derivative in directions that no image has.
+    """
+    values, vectors = np.linalg.eigh(b.root.T @ a.covariance @ b.root)
+    significant = values > values.max() * len(values) * np.finfo(np.float64).eps
+    half = b.root @ (vectors[:, significant] * values[significant] ** -0.25)  # T = half halfᵀ
+    shift = 2 * (a.mean - b.mean)
+    added = np.empty(len(features))
+    for start in range(0, len(features), block):
+        c = features[start : start + block].astype(np.float64) - a.mean
+        added[start : start + block] = c @ shift + np.square(c).sum(1) - np.square(c @ half).sum(1)
+    return added - added.mean()
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

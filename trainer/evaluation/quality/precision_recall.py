@@ -4,9 +4,8 @@ A set of features spans the union of balls around its members, each reaching to 
 within the set. Precision is the share of generated features in the real set's balls; recall the share of real features
 in the generated set's.
 
-Distances are float32 (squared, from norms and one matrix product), a block at a time: blocks of B rows against N take
-4·B·N bytes, 400 MB for N = 50,000, whatever the number of images. ADM's evaluator computes the same in float16 first,
-so its third digit may differ.
+Distances are those of `neighbours.py`. ADM's evaluator computes the same in float16 first, so its third digit may
+differ.
 """
 
 from __future__ import annotations
@@ -17,18 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.base.errors import UserError
+from trainer.evaluation.quality.neighbours import BLOCK_ROWS, centred, distances2, radii2, require_neighbours
 
 NEIGHBOURS = 3
-BLOCK_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionRecall:
-    """Shares in [0, 1]."""
+    """Which generated images (M,) lie in the real set's balls, and which real ones (N,) in the generated set's."""
 
-    precision: float
-    recall: float
+    generated_inside: np.ndarray
+    real_inside: np.ndarray
+
+    @property
+    def precision(self) -> float:
+        """Share in [0, 1]."""
+        return float(self.generated_inside.mean())
+
+    @property
+    def recall(self) -> float:
+        """Share in [0, 1]."""
+        return float(self.real_inside.mean())
 
 
 def precision_recall(
@@ -43,42 +51,16 @@ def precision_recall(
 
     Raises UserError when there are too few for a k-th neighbour.
     """
-    for name, features in (("reference", real), ("generated", generated)):
-        if len(features) <= k:
-            raise UserError(f"precision and recall with k = {k} need more than {k} {name} images, got {len(features)}")
-    # A shift changes no distance, and small norms lose fewer digits in ‖x‖² − 2xy + ‖y‖².
-    centre = real.mean(axis=0, dtype=np.float64).astype(np.float32)
-    x, y = (
-        torch.from_numpy(features.astype(np.float32) - centre).to(device or "cpu") for features in (real, generated)
-    )
+    require_neighbours(real, generated, k, "precision and recall")
+    x, y = centred(real, generated, device)
     return PrecisionRecall(
-        precision=_share_inside(y, x, _radii2(x, k, block_rows), block_rows),
-        recall=_share_inside(x, y, _radii2(y, k, block_rows), block_rows),
+        generated_inside=_inside(y, x, radii2(x, k, block_rows), block_rows),
+        real_inside=_inside(x, y, radii2(y, k, block_rows), block_rows),
     )
 
 
-def _distances2(x: Tensor, y: Tensor, y_norms2: Tensor) -> Tensor:
-    """Squared distances (B, N)."""
-    products = torch.addmm(y_norms2[None, :].expand(len(x), -1), x, y.T, alpha=-2)
-    return products.add_(x.square().sum(1)[:, None]).clamp_(min=0)
-
-
-def _radii2(x: Tensor, k: int, block_rows: int) -> Tensor:
-    """Squared distance (N,) of each member to its k-th nearest other."""
-    norms2 = x.square().sum(1)
-    radii = []
-    for start in range(0, len(x), block_rows):
-        distances = _distances2(x[start : start + block_rows], x, norms2)
-        own = torch.arange(len(distances), device=x.device)
-        distances[own, start + own] = torch.inf
-        radii.append(distances.topk(k, largest=False).values[:, -1])
-    return torch.cat(radii)
-
-
-def _share_inside(x: Tensor, members: Tensor, radii2: Tensor, block_rows: int) -> float:
-    """Share of x (M, D) that lies in the ball of at least one member."""
+def _inside(x: Tensor, members: Tensor, of_members: Tensor, block_rows: int) -> np.ndarray:
+    """Whether each of x (M, D) lies in the ball of at least one member, bool (M,)."""
     norms2 = members.square().sum(1)
-    n_inside = 0
-    for part in x.split(block_rows):
-        n_inside += int((_distances2(part, members, norms2) <= radii2).any(dim=1).sum())
-    return n_inside / len(x)
+    inside = [(distances2(part, members, norms2) <= of_members).any(dim=1) for part in x.split(block_rows)]
+    return torch.cat(inside).cpu().numpy()

@@ -5,7 +5,8 @@
     feature file                       what `python -m pipeline features` wrote, for this encoder
     .npz with `arr_0`, folder, store   images; they are described by the encoder first
 
-Statistics in a reference batch are Inception's; another encoder uses its images.
+Statistics in a reference batch are Inception's; another encoder uses its images, unless the file is named for it:
+NAME-ENCODER.npz holds that encoder's own `mu` and `sigma`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def contents(where: Path | str) -> Contents:
     if in_file == Contents():
         raise UserError(f"{path} holds {held(names)}; {_choices()}")
     return in_file
+
+
+def is_named_for(path: Path, encoder: str) -> bool:
+    """Whether statistics are of an encoder, by the file's name."""
+    return path.stem == encoder or path.stem.endswith(f"-{encoder}")
 
 
 def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None]:

@@ -1,0 +1,96 @@
+"""What each setting of a protocol does to a number: one model, one reference, one setting changed at a time.
+
+    python -m benchmarks.protocol_effects runs/demo/repa --n 2048
+
+Every row is drawn from the same seeds, so that the rows' common part of the noise cancels between them; the interval is
+of the first row's choice of images. Described by the built-in encoder unless another is named, against the originals of
+the run's store. Images are kept below the output folder, and a second call measures what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import table
+from trainer.evaluation.generate.generate import generate
+from trainer.evaluation.options import GenerateConfig
+from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.run.folder import RunFolder
+
+BASE = {"sampler": "sde", "labels": "balanced", "rounding": "round", "guidance": 1.0}
+DRAWN: dict[str, dict[str, Any]] = {
+    "base: SDE, balanced labels, rounded, no guidance": {},
+    "random labels": {"labels": "random"},
+    "ODE (Euler)": {"sampler": "ode"},
+    "half the steps": {"steps": 0.5},
+    "truncated": {"rounding": "truncate"},
+    "guidance 1.8 up to 0.7": {"guidance": 1.8, "guidance_high": 0.7},
+    "guidance 1.8 everywhere": {"guidance": 1.8, "guidance_low": 0.0, "guidance_high": 1.0},
+    "another seed": {"seed": 1},
+}
+METRICS = ("fid", "fd", "kid", "kd", "precision", "recall", "density", "coverage")
+
+
+def measured(folder: Path, where: Path, reference: str, description: Description, **options: Any) -> dict[str, Any]:
+    """The metrics of a folder of images, read where they were measured before."""
+    file = where / f"{description.label}.json"
+    if not file.is_file():
+        evaluate(folder, reference, description, out=where, resamples=1000, **options)
+    found: dict[str, Any] = json.loads(file.read_text())["metrics"]
+    return found
+
+
+def rows(run: Path, out: Path, n: int, steps: int, description: Description) -> dict[str, dict[str, Any]]:
+    """Metrics by what was changed."""
+    reference = RunFolder(run).read_config().config.store
+    base = GenerateConfig(run=run, n=n, steps=steps, device=description.device, **BASE)  # type: ignore[arg-type]
+    found = {}
+    for number, (name, changes) in enumerate(DRAWN.items()):
+        wanted = {**changes, **({"steps": max(2, int(steps * changes["steps"]))} if "steps" in changes else {})}
+        folder, *_ = generate(replace(base, out=out / f"images-{number}", **wanted))
+        found[name] = measured(folder, out / f"numbers-{number}", reference, description)
+    fewer, *_ = generate(replace(base, n=n // 5, out=out / "images-fewer"))
+    found[f"{n // 5:,} images, not {n:,}"] = measured(fewer, out / "numbers-fewer", reference, description)
+    images = out / "images-0"
+    half = next(iter(found["base: SDE, balanced labels, rounded, no guidance"].values()))["n_reference"] // 2
+    found[f"{half:,} of the reference"] = measured(
+        images, out / "numbers-half", reference, description, n_reference=half
+    )
+    return found
+
+
+def lines(found: dict[str, dict[str, Any]]) -> str:
+    """Values of the first row with their intervals, of the others with what they are more."""
+    first = next(iter(found.values()))
+    names = [name for name in METRICS if name in first]
+    cells = []
+    for i, (title, metrics) in enumerate(found.items()):
+        row = [title]
+        for name in names:
+            value, ends = metrics[name]["value"], metrics[name].get("interval")
+            spread = f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
+            row.append(f"{value:.4g}{spread}" if i == 0 else f"{value:.4g} ({value - first[name]['value']:+.3g})")
+        cells.append(row)
+    return table(["", *names], cells)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--n", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--encoder", default="tiny-vit")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/protocol-effects"))
+    options = parser.parse_args()
+    description = Description(encoder=options.encoder, device=options.device)
+    print(lines(rows(options.run, options.out, options.n, options.steps, description)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Cards: two that differ in one setting are never side by side without it, and what is not known says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from storage.base.errors import UserError
+from storage.feature_file import write_feature_file
+from storage.identity import VectorsIdentity
+from tests.commands import run_here
+from trainer.__main__ import main
+from trainer.evaluation.generate.image_files import SETTINGS_FILE
+from trainer.evaluation.quality.card import PROTOCOL, Card, differences, names_of, unknown_to_both, words_of
+from trainer.evaluation.quality.compare import compared, load, text
+from trainer.evaluation.quality.epochs import epochs_until
+from trainer.evaluation.quality.evaluate import Description, Evaluation, Metric, evaluate, read_record
+
+VIT = VectorsIdentity(name="vit", encoder="test", weights_sha256="0", vector="cls", preprocessing="x/255")
+WHOLE: dict[str, Any] = {
+    "run": "/runs/a", "step": 400_000, "checkpoint_sha256": "c", "images_by": "x", "weights": "ema",
+    "ema_decay": 0.9999, "labels": "random", "classes": 1000, "seed": 0, "sampler": "euler-maruyama",
+    "equation": "sde", "steps": 250,
+    "calls": 250, "guided_calls": 0, "last_step_from": 0.04, "times_end": 0.0, "shift": 1.0, "guidance": 1.0,
+    "guidance_low": 0.0, "guidance_high": 1.0, "guidance_channels": 0, "guidance_by": "nothing", "weaker_sha256": "",
+    "guidance_class": 0.0, "guidance_class_low": 0.0, "guidance_class_high": 1.0, "class_noise": "",
+    "precision": "tf32 on cuda", "decoder": "vae", "decoder_sha256": "d", "rounding": "truncate", "images": "/i",
+    "images_format": "npz", "n_images": 50_000, "resolution": "256×256", "crop": 0, "reference": "/adm.npz",
+    "reference_sha256": "r", "n_reference": 0, "extractor": "inception", "extractor_sha256": "e",
+    "extractor_vector": "pool_3", "extractor_resize": "299", "extractor_precision": "", "metrics_version": 2,
+    "project_version": "0.1.0", "protocol": "", "departures": None,
+}  # fmt: skip
+
+
+def other(value: Any) -> Any:
+    return f"not {value}" if isinstance(value, str) else value + 1
+
+
+def result(folder: Path, name: str, **changes: Any) -> Path:
+    card = Card(**{**WHOLE, **changes})
+    line = {"name": "inception", "step": card.step, "metrics": {"fid": {"value": 8.3}}, "card": card.plain()}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(line))
+    return path
+
+
+@pytest.mark.parametrize("field", names_of(PROTOCOL))
+def test_two_cards_that_differ_in_one_setting_are_never_side_by_side_without_it(
+    field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = other(WHOLE[field])
+    a, b = result(tmp_path, "a"), result(tmp_path, "b", **{field: changed})
+    assert differences(load(a).card, load(b).card) == [(field, WHOLE[field], changed)]
+    status, out, _ = run_here(main, "python -m trainer", ["compare", a, b], capsys)
+    assert status == 1
+    assert "not measured alike" in out
+    assert any(line.split()[:1] == [field] for line in out.splitlines()), out
+    assert words_of(field) in out
+    status, out, _ = run_here(main, "python -m trainer", ["compare", a, b, "--json"], capsys)
+    assert status == 1
+    assert json.loads(out)["differences"] == [{"field": field, "a": WHOLE[field], "b": changed}]
+    assert json.loads(out)["alike"] is False
+
+
+@pytest.mark.parametrize("field", ["labels", "decoder_sha256", "n_images"])
+def test_what_one_or_both_do_not_know_is_named(field: str, tmp_path: Path) -> None:
+    a, b, c = result(tmp_path, "a"), result(tmp_path, "b", **{field: None}), result(tmp_path, "c", **{field: None})
+    assert differences(load(a).card, load(b).card) == [(field, WHOLE[field], None)]
+    assert "known of one only" in text(load(a), load(b))
+    assert unknown_to_both(load(b).card, load(c).card) == [field]
+    assert f"known of neither, and so perhaps different: {field}" in text(load(b), load(c))
+    assert not compared(load(b), load(c))["alike"]
+
+
+def test_results_alike_are_told_so_whatever_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subject = {"run": "/runs/b", "step": 7, "checkpoint_sha256": "z", "images": "/j", "reference": "/elsewhere/adm.npz"}
+    a, b = result(tmp_path, "a"), result(tmp_path, "b", **subject)
+    status, out, _ = run_here(main, "python -m trainer", ["compare", a, b], capsys)
+    assert status == 0
+    assert "measured alike" in out
+    assert "a, step 400,000" in out
+    assert "b, step 7" in out
+    (tmp_path / "old.json").write_text(json.dumps({"name": "inception", "metrics": {"fid": {"value": 1.0}}}))
+    shown = text(load(a), load(tmp_path / "old.json"))
+    assert "old: samples of another program, or of before cards; how they were drawn is unknown" in shown
+    assert "unknown" in shown
+    status, _, err = run_here(main, "python -m trainer", ["compare", a, tmp_path / "nowhere.json"], capsys)
+    assert status == 2
+    assert "does not exist; name a JSON file that `evaluate` wrote, its folder, or a run" in err
+    with pytest.raises(UserError, match="holds 3 results"):
+        load(tmp_path)
+    assert load(tmp_path, "b").card.step == 7
+    (tmp_path / "later.json").write_text(json.dumps({"name": "x", "metrics": {}, "card": {"version": 2}}))
+    with pytest.raises(UserError, match="version"):
+        load(tmp_path / "later.json")
+
+
+def test_every_field_has_words_a_kind_and_null_as_its_default() -> None:
+    assert set(WHOLE) == {each.name for each in dataclasses.fields(Card)} - {"version"}
+    for each in dataclasses.fields(Card):
+        if each.name != "version":
+            assert each.default is None
+            assert each.metadata["kind"] in ("subject", "protocol", "note")
+            assert each.metadata["words"]
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    assert not [name for name in WHOLE if f"`{name}`" not in page], "docs/evaluation.md lacks fields"
+
+
+def measured(tmp_path: Path, n: int = 60, run: Path | None = None, **options: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    for name, rows in (("generated", n), ("reference", 80)):
+        features = rng.standard_normal((rows, 5)).astype(np.float32)
+        path = str(tmp_path / "drawn") if name == "generated" else "reference"
+        record = {"path": path, "n": rows, "kind": "folder", "resolution": 0, "size": [256, 128], "digest": name}
+        write_feature_file(tmp_path / f"{name}.npz", {"features": features}, VIT, record)
+    files = (tmp_path / "generated.npz", tmp_path / "reference.npz")
+    return evaluate(*files, Description(encoder="vit"), out=tmp_path / "out", run=run, **options)
+
+
+def test_samples_of_another_program_have_a_card_of_what_was_measured_alone(tmp_path: Path) -> None:
+    card = Card(**measured(tmp_path)["card"])
+    assert card.of_another_program
+    assert {"labels", "steps", "rounding", "decoder_sha256", "guidance", "seed"} <= set(card.unknown)
+    assert (card.n_images, card.n_reference, card.extractor, card.resolution, card.crop) == (
+        60,
+        80,
+        "vit",
+        "128×256",
+        0,
+    )
+    assert (card.reference_sha256, card.extractor_resize, card.metrics_version) == ("reference", "x/255", 2)
+    assert (card.protocol, card.departures) == (None, None)
+
+
+def test_departures_name_what_is_not_as_published(tmp_path: Path) -> None:
+    (tmp_path / "drawn").mkdir()
+    noted = {name: WHOLE[name] for name in WHOLE if name not in ("departures",)}
+    noted |= {"labels": "balanced", "protocol": "repa-unguided", "decoder": "/models/sd-vae-ft-ema", "ema_decay": None}
+    (tmp_path / "drawn" / SETTINGS_FILE).write_text(json.dumps({"card": noted}))
+    departures = measured(tmp_path)["card"]["departures"]
+    assert departures == [
+        "labels: balanced, not random",
+        "n_images: 60, not 50000",
+        "extractor: vit, not inception",
+        "reference: reference, not VIRTUAL_imagenet256_labeled.npz",
+    ]
+    guided = measured(tmp_path, protocol="repa")["card"]["departures"]
+    assert {"guidance: 1, not 1.8", "guidance_high: 1, not 0.7", "guidance_by: nothing, not null label"} <= set(guided)
+    with pytest.raises(UserError, match="--protocol nope is not known"):
+        measured(tmp_path, protocol="nope")
+
+
+def test_a_run_s_record_has_the_cards_and_older_lines_are_read(tmp_path: Path, micro_run: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "latest", "checkpoints"):
+        (run / name).symlink_to(micro_run / name)
+    (run / "evaluations.jsonl").write_text(json.dumps({"name": "vit", "metrics": {"fd": {"value": 1.0}}}) + "\n")
+    found = measured(tmp_path, run=run)
+    old, new = read_record(run)
+    assert old.card == Card()
+    assert new.card.plain() == json.loads(json.dumps(found["card"]))
+    assert new.metrics["fd"].interval == pytest.approx(tuple(found["metrics"]["fd"]["interval"]))
+    assert load(run).card == new.card
+    with pytest.raises(UserError, match=r"has no result by inception; measure it with `python -m trainer score"):
+        load(run, "inception")
+
+
+def test_epochs_until_an_unguided_fid_of_two() -> None:
+    def line(step: int | None, fid: float, **card: Any) -> Evaluation:
+        return Evaluation(name="inception", step=step, metrics={"fid": Metric(value=fid)}, card=Card(**card))
+
+    lines = [
+        line(400_000, 1.9, guidance=1.8),
+        line(100_000, 1.0),  # nothing says that it is unguided
+        line(None, 1.0, guidance=1.0),
+        line(4_000_000, 1.7, guidance=1.0),
+        line(2_000_000, 1.99, guidance=1.0),
+        line(1_000_000, 2.4, guidance=1.0),
+    ]
+    found = epochs_until(lines, batch=256, n_images=1_281_167)
+    assert found is not None
+    assert (found.step, found.fid) == (2_000_000, 1.99)
+    assert found.epochs == pytest.approx(2_000_000 * 256 / 1_281_167)
+    assert epochs_until(lines[:3], batch=256, n_images=1_281_167) is None

@@ -1,0 +1,125 @@
+"""FDr⁶: the published divisors, the mean over six spaces, references by name, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.base.choices import FDR6
+from storage.base.errors import UserError
+from storage.feature_file import write_feature_file
+from storage.identity import VectorsIdentity
+from trainer.evaluation.options import EvaluateConfig
+from trainer.evaluation.quality import spaces
+from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
+
+WIDTH = 5
+
+
+def test_divisors_are_the_published_ones() -> None:
+    """arXiv 2604.28190; the release's scripts/README.md, table of valFD."""
+    assert spaces.PUBLISHED == {
+        "inception": 1.68, "fdr-convnext": 56.87, "fdr-dinov2": 14.19, "fdr-mae": 0.04, "fdr-siglip": 0.60,
+        "fdr-clip": 5.60,
+    }  # fmt: skip
+
+
+def test_it_is_the_mean_of_ratios_and_of_all_six() -> None:
+    ratios = {name: spaces.Ratio(fd=2.0 * i, held_out=float(i)) for i, name in enumerate(spaces.PUBLISHED, 1)}
+    assert spaces.mean_ratio(ratios) == 2
+    ratios["inception"] = spaces.Ratio(fd=14.0, held_out=1.0)
+    assert spaces.mean_ratio(ratios) == pytest.approx((14 + 5 * 2) / 6)
+    with pytest.raises(UserError, match="mean over six spaces, and fdr-clip are missing"):
+        spaces.mean_ratio({name: each for name, each in ratios.items() if name != "fdr-clip"})
+    with pytest.raises(UserError, match="at distance 0 in fdr-mae"):
+        spaces.mean_ratio(ratios | {"fdr-mae": spaces.Ratio(fd=1.0, held_out=0.0)})
+
+
+def numbers(name: str, what: str, n: int = 40) -> np.ndarray:
+    seed = list(spaces.PUBLISHED).index(name) * 10 + len(what)
+    return np.random.default_rng(seed).standard_normal((n, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are described by numbers of their name and their space."""
+
+    def describe(self: Description, sets: list[tuple[Path, Path, int]], like: Path | None, **_: bool) -> None:
+        for where, out, _limit in sets:
+            identity = VectorsIdentity(name=self.encoder, vector="cls", weights_sha256=self.encoder)
+            features = numbers(self.encoder, where.stem)
+            arrays = {"features": features}
+            if self.encoder == "inception":
+                identity = replace(identity, vector="pool_3", published_weights=True)
+                arrays |= {"spatial": features[:, :2], "logits": features[:, :3]}
+            write_feature_file(out, arrays, identity, {"path": str(where), "n": len(features), "digest": str(where)})
+
+    monkeypatch.setattr(Description, "describe", describe)
+    monkeypatch.setattr("trainer.evaluation.quality.evaluate.INCEPTION_WIDTH", WIDTH)
+
+
+def statistics(folder: Path) -> dict[str, Gaussian]:
+    """A folder with a file for each space."""
+    folder.mkdir()
+    found = {}
+    for name in spaces.PUBLISHED:
+        found[name] = gaussian_of(numbers(name, "the reference", 90))
+        np.savez(folder / f"in256-{name}.npz", mu=found[name].mean, sigma=found[name].covariance)
+    return found
+
+
+@pytest.mark.usefixtures("described")
+def test_six_results_and_their_mean_against_statistics_named_for_each_space(tmp_path: Path) -> None:
+    np.savez(tmp_path / "drawn.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "held.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    references = statistics(tmp_path / "stats")
+    description = Description(encoder="fdr6")
+    options = {"out": tmp_path / "out", "resamples": 0}
+    result = spaces.evaluate_spaces(tmp_path / "drawn.npz", tmp_path / "stats", description, **options)  # type: ignore[arg-type]
+    distances = {n: frechet_distance(gaussian_of(numbers(n, "drawn")), references[n]) for n in spaces.PUBLISHED}
+    for name, distance in distances.items():
+        assert result["spaces"][name]["fd"] == pytest.approx(distance)
+    expected = np.mean([distances[name] / divisor for name, divisor in spaces.PUBLISHED.items()])
+    assert result["metrics"]["fdr6"]["value"] == pytest.approx(expected)
+    assert json.loads((tmp_path / "out" / "fdr6.json").read_text())["card"]["extractor"] == "fdr6"
+    assert {path.stem for path in (tmp_path / "out").glob("*.json")} == {"fdr6", *spaces.PUBLISHED}
+    assert "FDr⁶" in spaces.table(result)
+    own = spaces.evaluate_spaces(
+        tmp_path / "drawn.npz",
+        tmp_path / "stats",
+        description,
+        held_out=tmp_path / "held.npz",
+        **options,  # type: ignore[arg-type]
+    )
+    divisors = {n: frechet_distance(gaussian_of(numbers(n, "held")), references[n]) for n in spaces.PUBLISHED}
+    assert own["metrics"]["fdr6"]["value"] == pytest.approx(np.mean([distances[n] / divisors[n] for n in distances]))
+    assert own["encoder"]["held_out"] == str(tmp_path / "held.npz")
+
+
+@pytest.mark.usefixtures("described")
+def test_statistics_are_taken_for_the_extractor_that_their_file_is_named_for(tmp_path: Path) -> None:
+    np.savez(tmp_path / "drawn.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    references = statistics(tmp_path / "stats")
+    how = Description(encoder="fdr-mae")
+    found = evaluate(tmp_path / "drawn.npz", tmp_path / "stats" / "in256-fdr-mae.npz", how, out=tmp_path, resamples=0)
+    expected = frechet_distance(gaussian_of(numbers("fdr-mae", "drawn")), references["fdr-mae"])
+    assert found["metrics"]["fd"]["value"] == pytest.approx(expected)
+    assert found["card"]["n_reference"] == 0
+    with pytest.raises(UserError, match=r"fdr-mae needs them, .* whose name ends in -fdr-mae\.npz"):
+        evaluate(tmp_path / "drawn.npz", tmp_path / "stats" / "in256-fdr-clip.npz", how, out=tmp_path)
+    np.savez(tmp_path / "x-fdr-mae.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UserError, match="mean of 3 numbers, fdr-mae's features have 5"):
+        evaluate(tmp_path / "generated-fdr-mae.npz", tmp_path / "x-fdr-mae.npz", how, out=tmp_path)
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="six networks; leave --weights out"):
+        spaces.evaluate_spaces(tmp_path, tmp_path, Description(encoder="fdr6", weights=tmp_path))
+    with pytest.raises(UserError, match="--held-out goes with --encoder fdr6, not inception"):
+        EvaluateConfig(images=tmp_path, reference=tmp_path, held_out=tmp_path)
+    assert len(FDR6) == 5

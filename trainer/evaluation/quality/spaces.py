@@ -1,0 +1,136 @@
+"""FDr⁶ (Yang et al., arXiv 2604.28190): the Fréchet distance in six spaces, each over that of held-out real images.
+
+    FDr⁶ = 1/6 Σ_s FD_s(generated, reference) / FD_s(held-out, reference)
+
+over Inception, ConvNeXt V2-B, DINOv2-L, MAE-L, SigLIP 2-so400m and CLIP-L. A value of 1 is as near to the reference as
+held-out images are. The published divisors are those of ImageNet's 50,000 validation images against its training set
+at 256 px, and hold for that reference alone; for another, name the `held_out` images, and they are measured.
+
+Two of the published divisors have one digit (MAE's 0.04), so that the mean is known to some 5 % at best.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from storage.base.boundary import parse_json
+from storage.base.choices import FDR6, INCEPTION
+from storage.base.errors import UserError
+from storage.base.files import write_atomic
+from trainer.evaluation.quality.card import Card
+from trainer.evaluation.quality.evaluate import Description, evaluate, record
+from trainer.evaluation.quality.reference import is_named_for
+
+NAME = "fdr6"
+PUBLISHED = {  # the paper's evaluation, appendix B; release: eval_all_fds.py, scripts/README.md
+    INCEPTION: 1.68,  # against ADM's statistics
+    "fdr-convnext": 56.87,
+    "fdr-dinov2": 14.19,
+    "fdr-mae": 0.04,
+    "fdr-siglip": 0.60,
+    "fdr-clip": 5.60,
+}
+assert set(PUBLISHED) == {INCEPTION, *FDR6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A distance, that of held-out images, and what the one is of the other."""
+
+    fd: float
+    held_out: float
+
+    @property
+    def ratio(self) -> float:
+        """FDr."""
+        return self.fd / self.held_out
+
+
+def mean_ratio(ratios: dict[str, Ratio]) -> float:
+    """FDr⁶ of the six spaces. Raises UserError where one is missing, or a divisor is not positive."""
+    missing = sorted(set(PUBLISHED) - set(ratios))
+    if missing:
+        raise UserError(f"{NAME} is the mean over six spaces, and {', '.join(missing)} are missing")
+    bad = sorted(name for name, each in ratios.items() if not each.held_out > 0)
+    if bad:
+        raise UserError(f"held-out images are at distance 0 in {', '.join(bad)}; name other images than the reference")
+    return sum(each.ratio for each in ratios.values()) / len(ratios)
+
+
+def evaluate_spaces(
+    images: Path, reference: Path, description: Description, *, held_out: Path | None = None, out: Path | None = None,
+    run: Path | None = None, step: int | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure in all six spaces, and write OUT/fdr6.json beside the six results. Raises UserError.
+
+    A reference that is a folder of statistics has a file named for each space, NAME-fdr-clip.npz say.
+    """
+    if description.weights is not None:
+        raise UserError(f"--encoder {NAME} is of six networks; leave --weights out, and have theirs in the caches")
+    folder = out or images.absolute().with_name(f"{images.name if images.is_dir() else images.stem}-evaluation")
+    described = {name: replace(description, encoder=name, token="cls") for name in PUBLISHED}
+    against = {name: _reference_of(reference, name) for name in PUBLISHED}
+    results, ratios = {}, {}
+    for name, how in described.items():
+        results[name] = evaluate(images, against[name], how, out=folder, run=run, step=step, **options)
+        divisor = PUBLISHED[name]
+        if held_out is not None:
+            beside = folder / "held-out"
+            divisor = _distance(evaluate(held_out, against[name], how, out=beside, **options | {"resamples": 0}))
+        ratios[name] = Ratio(fd=_distance(results[name]), held_out=divisor)
+    first, fid = results[INCEPTION], results[INCEPTION]["metrics"]["fid"]
+    digests = "".join(str(each["encoder"].get("weights_sha256")) for each in results.values())
+    card = replace(
+        parse_json(Card, json.dumps(first["card"]), "the card", "measure again"),
+        extractor=NAME,
+        extractor_sha256=hashlib.sha256(digests.encode()).hexdigest(),
+        extractor_vector="as each space has it",
+        extractor_resize="as each space has it",
+    )
+    result = {
+        **first,
+        "name": NAME,
+        "encoder": {"name": NAME, "weights_sha256": card.extractor_sha256, "held_out": str(held_out or "published")},
+        "metrics": {NAME: {"value": mean_ratio(ratios), **{n: fid[n] for n in ("n_generated", "n_reference")}}},
+        "bias": {},
+        "spaces": {name: {"fd": r.fd, "held_out": r.held_out, "fdr": r.ratio} for name, r in ratios.items()},
+        "card": card.plain(),
+    }
+    write_atomic(folder / f"{NAME}.json", json.dumps(result, indent=1).encode(), "evaluate")
+    if run is not None:
+        record(run, card.step, result)
+    return result
+
+
+def _distance(result: dict[str, Any]) -> float:
+    metrics = result["metrics"]
+    return float((metrics.get("fid") or metrics["fd"])["value"])
+
+
+def _reference_of(reference: Path, name: str) -> Path:
+    """The file of a folder of statistics that is named for a space; the reference itself where it is no such folder."""
+    if not isinstance(reference, Path) or not reference.is_dir():
+        return reference
+    files = [file for file in sorted(reference.glob("*.npz")) if is_named_for(file, name)]
+    if not files:
+        return reference
+    if len(files) > 1:
+        raise UserError(f"{reference} has {len(files)} files of {name} ({files[0].name}, {files[1].name}); keep one")
+    return files[0]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The six distances and their mean, for a person."""
+    rows = [("space", "FD", "held-out", "FDr")]
+    rows += [
+        (name, f"{each['fd']:.4f}", f"{each['held_out']:.4f}", f"{each['fdr']:.4f}")
+        for name, each in result["spaces"].items()
+    ]
+    rows.append(("FDr⁶", "", "", f"{result['metrics'][NAME]['value']:.4f}"))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{a:<{width}}  {b:>10}  {c:>10}  {d:>10}" for a, b, c, d in rows]
+    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
