@@ -222,7 +222,7 @@ def test_the_whole_help_lists_every_option_and_the_short_one_what_most_runs_set(
     assert {"--store", "--run", "--steps", "--loss.projection-weight", "--data.features", "--optim.lr"} <= shown
     assert len(shown) < 30
     assert "--help-all" in short.stdout
-    assert short.stdout.count("\n") < 100
+    assert short.stdout.count("\n") < 120, "the whole has some 400 lines"
 
 
 def test_what_the_short_help_leaves_out_is_an_option_all_the_same() -> None:
