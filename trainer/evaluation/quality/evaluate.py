@@ -267,9 +267,10 @@ def table(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A value and the counts it was made from, as far as they are known."""
+    """A value and the counts it was made from, as far as they are known; `interval` is low and high."""
 
     value: Number
+    interval: tuple[Number, Number] | None = None
     n_generated: Count | None = None
     n_reference: Count | None = None
     k: Count | None = None
@@ -289,7 +290,7 @@ class ImagesRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A line of a run's record: what was measured of which step, by which encoder."""
+    """A line of a run's record: what was measured of which step, by which encoder; `card` is its protocol."""
 
     name: str
     metrics: dict[str, Metric]
@@ -297,6 +298,7 @@ class Evaluation:
     encoder: dict[str, Any] = field(default_factory=dict)
     generated: ImagesRecord = field(default_factory=ImagesRecord)
     reference: ImagesRecord = field(default_factory=ImagesRecord)
+    card: dict[str, Any] | None = None
 
 
 def read_record(run: Path) -> list[Evaluation]:
