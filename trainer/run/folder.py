@@ -108,6 +108,10 @@ class RunFolder:
         """The folder of images that `generate` calls `name`; their grid lies beside it."""
         return self.path / f"samples-{name}"
 
+    def all_drawn(self) -> list[Path]:
+        """The folders of images that `generate` named, whatever lies in them."""
+        return sorted(path for path in self.path.glob("samples-*") if path.is_dir())
+
     def exported(self, to: str) -> Path:
         """The folder of an export, named after its format."""
         return self.path / f"export-{to}"

@@ -39,6 +39,7 @@ from trainer.config.tree import flatten, leaves, override
 from trainer.evaluation.generate.decode import decode_latents, decoder_of, load_decoder, to_decode, write_grid
 from trainer.evaluation.generate.draw import draw_latents, in_words
 from trainer.evaluation.generate.image_files import (
+    LABELS_FILE,
     SETTINGS_FILE,
     image_path,
     is_whole,
@@ -58,7 +59,6 @@ from trainer.run.lock import only_writer
 from trainer.run.opened import OpenRun, checkpoints_of, load_model, open_run, step_of
 
 VERSION = 1
-LABELS_FILE = "labels.txt"
 GRID_IMAGES = 64
 
 

@@ -80,10 +80,9 @@ def dash(number: int) -> str:
     return DASHES[number // N_COLOURS % len(DASHES)]
 
 
-def swatch(number: int) -> str:
+def swatch(number: int, dashes: str) -> str:
     """A piece of a run's line."""
-    style = f"stroke:{colour(number)}"
-    line = f'<line x1="1" x2="19" y1="5" y2="5" style="{style}" stroke-dasharray="{dash(number)}"/>'
+    line = f'<line x1="1" x2="19" y1="5" y2="5" style="stroke:{colour(number)}" stroke-dasharray="{dashes}"/>'
     return f'<svg class="swatch" viewBox="0 0 20 10" aria-hidden="true">{line}</svg>'
 
 
@@ -98,7 +97,7 @@ def drawn(chart: Chart, paint: Paint = colour) -> str:
         if line.low:
             edge = [at(x, y) for x, y in zip(line.x, line.high, strict=True)]
             edge += reversed([at(x, y) for x, y in zip(line.x, line.low, strict=True)])
-            parts.append(f'<path class="band" d="M{_path(edge)}Z" style="fill:{paint(line.number)}"/>')
+            parts.append(f'<path class="band"{_mark(line)} d="M{_path(edge)}Z" style="fill:{paint(line.number)}"/>')
     for value, label in chart.levels:
         _, down = at(x_axis.low, value)
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down:.1f}" y2="{down:.1f}"/>')
@@ -108,10 +107,12 @@ def drawn(chart: Chart, paint: Paint = colour) -> str:
         places, own = [at(x, y) for x, y in zip(line.x, line.y, strict=True)], paint(line.number)
         dashes = dash(line.number) if line.dashes is None else line.dashes
         style = f'style="stroke:{own}" stroke-dasharray="{dashes}"' if line.joined else 'style="stroke:none"'
-        parts.append(f'<path class="line" data-line="{i}" d="M{_path(places)}" {style}/>')
+        parts.append(f'<path class="line"{_mark(line)} data-line="{i}" d="M{_path(places)}" {style}/>')
         if len(places) < MARKED or not line.joined:
             radius = 2.4 if line.joined else 4
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" style="fill:{own}"/>' for x, y in places]
+            parts += [
+                f'<circle{_mark(line)} cx="{x:.1f}" cy="{y:.1f}" r="{radius}" style="fill:{own}"/>' for x, y in places
+            ]
     return "".join(parts)
 
 
@@ -127,6 +128,11 @@ def _placing(x_axis: Axis, y_axis: Axis) -> Callable[[float, float], tuple[float
         return LEFT + right * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     return at
+
+
+def _mark(line: Line) -> str:
+    """By which the page's legend hides a line and all that belongs to it."""
+    return f' data-n="{line.number}"'
 
 
 def _path(places: Sequence[tuple[float, float]]) -> str:
@@ -160,15 +166,19 @@ def figure(title: str, note: str, charts: Mapping[tuple[str, str], Chart]) -> st
 
     The page's controls choose another; a figure that lacks what they choose shows the nearest that it has.
     """
-    pictures, values = [], {}
+    pictures: list[str] = []
+    values: dict[str, dict[str, object]] = {}
     for (axis, look), chart in charts.items():
         few = replace(chart, lines=[thinned(line, most_points(len(chart.lines))) for line in chart.lines])
-        described = f"{escaped(title)} over {escaped(chart.x_label)}, {len(few.lines)} lines; arrow keys read the values"
+        described = (
+            f"{escaped(title)} over {escaped(chart.x_label)}, {len(few.lines)} lines; arrow keys read the values"
+        )
         hidden = " hidden" if pictures else ""
+        how = f"<small>{escaped(chart.note)}</small>" if chart.note else ""
         pictures.append(
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{described}" '
-            f'data-axis="{axis}" data-look="{look}"{hidden}>{drawn(few)}'
-            f'<line class="guide" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
+            f'<div class="look" data-axis="{axis}" data-look="{look}"{hidden}>{how}'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{described}">{drawn(few)}'
+            f'<line class="guide" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg></div>'
         )
         values.setdefault(look, _values(few))
     heading, small = escaped(title), f"<small>{escaped(note)}</small>" if note else ""
@@ -235,7 +245,9 @@ def strip(values: Sequence[float], axis: Axis, number: int, interval: tuple[floa
         line = f'x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" style="stroke:{own}"'
         parts.append(f'<line class="range" {line}/>')
     mean = at(sum(values) / len(values))
-    parts.append(f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="3" y2="{STRIP_HEIGHT - 3}" style="stroke:{own}"/>')
+    parts.append(
+        f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="3" y2="{STRIP_HEIGHT - 3}" style="stroke:{own}"/>'
+    )
     if len(values) > 1:
         parts += [f'<circle cx="{at(v):.1f}" cy="{middle}" r="3.6" style="fill:{own}"/>' for v in values]
     return f'<svg class="strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" aria-hidden="true">{"".join(parts)}</svg>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ def _names(records: Sequence[RunRecord], groups: Sequence[Sequence[int]]) -> lis
     shared = []
     for group in groups:
         names = [records[i].name for i in group]
-        common = END.sub("", os.path.commonprefix(names)) if len(group) > 1 else names[0]
+        common = END.sub("", _shared_start(names)) if len(group) > 1 else names[0]
         shared.append(common)
     if all(shared) and len(set(shared)) == len(groups):
         return shared
@@ -53,7 +52,13 @@ def _names(records: Sequence[RunRecord], groups: Sequence[Sequence[int]]) -> lis
     return [run.name for run in firsts]
 
 
-def dashes(methods: Sequence[Method], run: int) -> tuple[int, str]:
+def _shared_start(names: Sequence[str]) -> str:
+    """The characters that all names begin with."""
+    first, last = min(names), max(names)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def style_of(methods: Sequence[Method], run: int) -> tuple[int, str]:
     """Colour and dashes of a run: its method's colour, and dashes that tell its seeds apart."""
     method = next(method for method in methods if run in method.runs)
     return method.number, DASHES[(method.number // N_COLOURS + method.runs.index(run)) % len(DASHES)]

@@ -16,6 +16,7 @@ from storage.base.boundary import Count, parse_json, read_regular
 from storage.base.errors import UserError
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, free_fields
+from trainer.evaluation.generate.image_files import Drawn, sets_drawn
 from trainer.evaluation.probing.measured import MEASURES, Measured, read_measured
 from trainer.evaluation.quality.evaluate import Evaluation, read_record
 from trainer.run.checkpoint import latest_checkpoint, read_state
@@ -60,6 +61,7 @@ class RunRecord:
     measured: dict[str, Measured | None]
     evaluations: list[Evaluation]
     picture: Path | None
+    drawn: list[Drawn] = field(default_factory=list)
     summary: Summary = field(default_factory=Summary)
 
     @property
@@ -169,6 +171,7 @@ def _read(run: Path, name: str) -> RunRecord:
         measured={measure: read_measured(run, measure) for measure in MEASURES},
         evaluations=read_record(run),
         picture=RunFolder(run).newest_picture(),
+        drawn=sets_drawn(RunFolder(run).all_drawn()),
         summary=_summary(run),
     )
 
