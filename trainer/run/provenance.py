@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
+import re
 from pathlib import Path
 
 DISTRIBUTION = "offline-repa"
 HERE = Path(__file__).resolve().parents[2]
-GIT_S = 10.0
+REFERENCE = "ref: "
+HASH = re.compile(r"[0-9a-f]{40,64}")
 
 
 def provenance() -> dict[str, str | None]:
-    """Version, commit (with a + where files differ from it) and machine of this process."""
+    """Version, commit and machine of this process."""
     return {"version": version(), "commit": commit(), "machine": machine()}
 
 
@@ -30,20 +31,28 @@ def version() -> str | None:
 
 
 def commit(root: Path = HERE) -> str | None:
-    """Of the clone at `root`; None where it is none, or there is no git."""
-    if not (root / ".git").exists():  # a clone around an environment says nothing of what is installed in it
-        return None
-    head, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
-    return f"{head}{'+' if changed else ''}" if head else None
+    """What is checked out in the clone at `root`, read from git's files; None where it is none.
 
-
-def _git(root: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(root), "--no-optional-locks", *arguments]
+    Whether files differ from it is not known without a process of git's, which a training does not start.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_S, check=True)
-    except (OSError, subprocess.SubprocessError, UnicodeError):
+        folder = root / ".git"
+        if folder.is_file():  # a work tree beside its clone
+            folder = root / folder.read_text(encoding="utf-8").partition(":")[2].strip()
+        common = folder / "commondir"
+        clone = folder / common.read_text(encoding="utf-8").strip() if common.is_file() else folder
+        head = (folder / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith(REFERENCE):
+            return head if HASH.fullmatch(head) else None
+        name = head.removeprefix(REFERENCE)
+        for path in (folder / name, clone / name):
+            if path.is_file():
+                found = path.read_text(encoding="utf-8").strip()
+                return found if HASH.fullmatch(found) else None
+        packed = (clone / "packed-refs").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError):
         return None
-    return done.stdout.strip()
+    return next((line.split()[0] for line in packed if line.endswith(f" {name}") and HASH.match(line)), None)
 
 
 def machine() -> str:

@@ -239,7 +239,7 @@ def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
     assert not (micro_run / "analysis").exists()
     same = SweepConfig(device="cpu", store=str(shared_tiny_store), times=(0.5,), blocks="1")
     write_analysis([micro_run, elsewhere], same, tmp_path / "out")
-    assert (tmp_path / "out" / "motivation.png").is_file()
+    assert (tmp_path / "out" / "motivation.svg").is_file()
 
 
 def test_a_dit_is_measured_at_the_steps_of_its_own(shared_tiny_store: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from trainer.evaluation.report.verdict import Verdict, verdict
 
 HERE = Path(__file__).parent
 PART = re.compile(r"<!--(\w+)-->")
+LONGEST_VALUES = 33
 MOST_COMMANDS = 6
 STACKED = """
 @, @ tbody, @ tr, @ th, @ td { display: block; }
@@ -86,7 +87,8 @@ def named_shortly(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Runs whose names are too long for a legend under the settings that tell them apart, which are in such names."""
     columns = differing(records)
     values = [" · ".join(setting(run, name) or NOTHING for name in columns) for run in records]
-    if max(len(run.name) for run in records) <= LONGEST_NAME or len(set(values)) < len(records):
+    longest, longest_value = max(len(run.name) for run in records), max(map(len, values))
+    if longest <= LONGEST_NAME or longest_value >= min(longest, LONGEST_VALUES) or len(set(values)) < len(records):
         return list(records)
     return [dataclasses.replace(run, name=value) for run, value in zip(records, values, strict=True)]
 

@@ -34,7 +34,7 @@ def _jpeg(pixels: np.ndarray, side: int) -> bytes:
     image: Any = Image.fromarray(pixels)
     image.thumbnail((side, side))
     raw = io.BytesIO()
-    image.save(raw, format="jpeg", quality=QUALITY, subsampling=0, optimize=True)
+    image.save(raw, format="jpeg", quality=QUALITY, subsampling=0)
     return raw.getvalue()
 
 

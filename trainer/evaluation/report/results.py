@@ -25,6 +25,8 @@ from trainer.evaluation.report.spread import LEVEL, deviation, mean
 from trainer.evaluation.report.table import NOTHING, Cell, number_cell, table
 from trainer.evaluation.report.verdict import Ranked, Verdict
 
+STEPS = "Steps"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
@@ -118,7 +120,7 @@ def columns_of(records: Sequence[RunRecord]) -> dict[str, list[Cell]]:
         *(column for name, metric in measured(records) for column in _metric_columns(records, name, metric)),
         *(column for measure, text in ANALYSES.items() for column in _measure_columns(records, measure, text)),
         *(_loss_column(name, text) for name, text in LOSSES.items()),
-        Column(title="Steps", cell=lambda run: number_cell(run.steps, ",", note=_unfinished(run))),
+        Column(title=STEPS, cell=lambda run: number_cell(run.steps, ",", note=_unfinished(run))),
     ]
     kept: dict[str, list[Cell]] = {}
     for column in columns:
@@ -149,10 +151,19 @@ def methods_table(records: Sequence[RunRecord], methods: Sequence[Method]) -> st
         for method in methods
     ]
     of_methods = {
-        heading: [_mean_cell([cells[i] for i in method.runs]) for method in methods]
+        heading: [
+            (_span_cell if heading == STEPS else _mean_cell)([cells[i] for i in method.runs]) for method in methods
+        ]
         for heading, cells in columns_of(records).items()
     }
     return table({"Method": first, **of_methods}, label="Methods")
+
+
+def _span_cell(cells: Sequence[Cell]) -> Cell:
+    """From the least to the most."""
+    found = sorted(cells, key=lambda cell: float(cell.key or 0))
+    texts = list(dict.fromkeys((found[0].text, found[-1].text)))
+    return Cell(text=" to ".join(texts), key=found[-1].key, note=found[0].note)
 
 
 def _mean_cell(cells: Sequence[Cell]) -> Cell:

@@ -54,8 +54,6 @@ def shared(records: Sequence[RunRecord]) -> str:
 def provenance(records: Sequence[RunRecord], names: Sequence[Cell]) -> str:
     """HTML: which code trained each run, where, and what that took."""
     summaries = [record.summary for record in records]
-    commits = [(summary.commit or "")[:SHOWN_OF_HASH] for summary in summaries]
-    changed = ["with changes" if (summary.commit or "").endswith("+") else "" for summary in summaries]
     columns = {
         "Run": list(names),
         "Parameters": [_counted(summary.parameters) for summary in summaries],
@@ -70,10 +68,10 @@ def provenance(records: Sequence[RunRecord], names: Sequence[Cell]) -> str:
         ],
         "Machine": [_known(summary.machine) for summary in summaries],
         "Version": [_known(summary.version) for summary in summaries],
-        "Commit": [
-            Cell(text=commit or UNKNOWN, key=commit, note=note) for commit, note in zip(commits, changed, strict=True)
-        ],
+        "Commit": [_known((summary.commit or "")[:SHOWN_OF_HASH]) for summary in summaries],
     }
+    if all(time.key == device.key for time, device in zip(columns["Time"], columns["Device time"], strict=True)):
+        columns.pop("Time" if all(record.on_gpu for record in records) else "Device time")
     return table(columns, label="Where the runs are from")
 
 

@@ -19,9 +19,11 @@ from trainer.evaluation.report.measures import better, decides, measured, place,
 from trainer.evaluation.report.methods import Method
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean
+from trainer.run.folder import RunFolder
 
 Outcome = Literal["clear", "open", "within", "unknown", "missing", "alone"]
 BUILT_IN = "tiny-"  # encoders that need no weights
+FEW_IMAGES = 512  # where such an encoder will do
 ALMOST = 0.005  # two methods saw as many images where these differ by less
 
 
@@ -262,11 +264,13 @@ def evaluation_command(records: Sequence[RunRecord], run: RunRecord) -> str:
     """The command lines that evaluate a run against its own store, drawing images first where none are there."""
     tiny = [name for record in records for name in record.config.data.features if name.startswith(BUILT_IN)]
     options = ["--encoder", tiny[0]] if tiny else []
-    images, commands = "IMAGES", []
+    commands = []
     if run.drawn:
         images = str(run.drawn[-1].folder)
     else:
-        commands.append(shlex.join([*PROG.split(), "generate", str(run.path), "--n", str(PUBLISHED_IMAGES)]))
+        n = str(FEW_IMAGES if tiny else PUBLISHED_IMAGES)
+        images = str(RunFolder(run.path).drawn(f"of-{n}"))
+        commands.append(shlex.join([*PROG.split(), "generate", str(run.path), "--n", n, "--out", images]))
     reference = run.config.store or "REFERENCE"
     evaluate = [*PROG.split(), "evaluate", images, "--reference", reference, *options, "--run", str(run.path)]
     return " && ".join([*commands, shlex.join(evaluate)])
