@@ -109,9 +109,7 @@ def test_two_ways_of_two_runs_each_have_a_chart_and_a_column_each(
         change(run, "cknna", n=600, rows="b" * 64)
     records = read_runs(runs)
     assert sorted(curves(records, "CKNNA")) == [["run-1", "run-2"], ["run-3", "run-4"]]
-    assert notes(records, "CKNNA").keys() == {
-        f"{n} samples, k = 10, t = 0.5, with tiny-vit" for n in ("1,000", "600")
-    }
+    assert notes(records, "CKNNA").keys() == {f"{n} samples, k = 10, t = 0.5, with tiny-vit" for n in ("1,000", "600")}
     table = runs_table(records)
     assert "CKNNA [number of samples" in table
     assert len(not_compared(records)) == 2

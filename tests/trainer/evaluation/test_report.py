@@ -284,7 +284,9 @@ needs_browser = pytest.mark.skipif(BINARY is None, reason="no Chromium here (apt
 def test_in_a_browser(report: Path, tmp_path: Path) -> None:
     with Browser(tmp_path / "profile") as browser:
         browser.open(report, 1280)
-        assert browser.run("[...document.querySelectorAll('main img')].every(image => image.complete && image.naturalWidth > 0)")
+        assert browser.run(
+            "[...document.querySelectorAll('main img')].every(image => image.complete && image.naturalWidth > 0)"
+        )
         click(browser, "[...document.querySelectorAll('.controls button')].find(b => b.dataset.value === 'logged')")
         shown = "[...document.querySelectorAll('.chart .look:not([hidden]) .line')]"
         assert browser.run(f"{shown}.map(path => path.getBBox().width > 100)") == [True] * (10 + 9 + 9 + 9)
@@ -297,7 +299,9 @@ def test_in_a_browser(report: Path, tmp_path: Path) -> None:
             click(browser, f"{head}.querySelector('button')")
             assert browser.run(f"{head}.ariaSort") == order
             assert browser.run(names) == [*expected, "run-4"], "what was not measured is last either way"
-        assert browser.run(f"[...{table}.querySelectorAll('thead th')].filter(th => th.ariaSort !== 'none').length") == 1
+        assert (
+            browser.run(f"[...{table}.querySelectorAll('thead th')].filter(th => th.ariaSort !== 'none').length") == 1
+        )
 
         browser.run("document.querySelector('.chart').scrollIntoView({block: 'center'})")
         box = bounds(browser, "document.querySelector('.chart .look:not([hidden]) svg')")
@@ -319,11 +323,13 @@ def test_no_table_is_wider_than_the_page(study: Path, tmp_path: Path) -> None:
     (out,) = write_report([study], tmp_path / "page.html", "")
     wider = (
         "[...document.querySelectorAll('main *')].filter(e => !e.closest('svg') && e.getClientRects().length &&"
-        "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + e.className + e.textContent.slice(0, 40))"
+        "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + e.className + e.textContent)"
     )
     scrolls = "[...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
     scrolls += "['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX)).length"
-    spills = "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > t.parentElement.clientWidth + 1).length"
+    spills = (
+        "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > t.parentElement.clientWidth + 1).length"
+    )
     with Browser(tmp_path / "profile") as browser:
         for width in WIDTHS:
             browser.open(out, width)
@@ -349,7 +355,12 @@ def test_the_answer_is_on_the_first_screen_and_readable_light_and_dark(study: Pa
                 assert box["y"] + box["height"] < 500
                 if width > 390:
                     assert bounds(browser, "document.querySelector('.tablebox')")["bottom"] < 844
-            for text, ground in (("--ink", "--ground"), ("--soft", "--ground"), ("--soft", "--card"), ("--ink", "--card")):
+            for text, ground in (
+                ("--ink", "--ground"),
+                ("--soft", "--ground"),
+                ("--soft", "--card"),
+                ("--ink", "--card"),
+            ):
                 assert contrast(browser, text, ground) >= 4.5
             for colour in range(8):
                 assert contrast(browser, f"--c{colour}", "--card") >= 3

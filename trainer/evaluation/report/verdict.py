@@ -15,6 +15,7 @@ from typing import Literal
 from storage.base.choices import INCEPTION
 from trainer.evaluation.quality.evaluate import PUBLISHED_IMAGES, Evaluation
 from trainer.evaluation.report.alike import PROG, Evaluated, Group, evaluate_command, evaluated_alike
+from trainer.evaluation.report.cards import unlike
 from trainer.evaluation.report.measures import better, decides, measured, place, spelled, title
 from trainer.evaluation.report.methods import Method
 from trainer.evaluation.report.run_record import RunRecord
@@ -67,7 +68,12 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
     ranking = rank(group, methods)
     missing = _missing(records, methods, group)
     metric = title(group.protocol.metric, group.protocol.name)
-    how = [_how(records, group, ranking), *_training(records, group, ranking), *_others(records, group, ranking)]
+    how = [
+        _how(records, group, ranking),
+        *_unlike(group),
+        *_training(records, group, ranking),
+        *_others(records, group, ranking),
+    ]
     if len(ranking) < 2:
         one = ranking[0]
         said = f"{one.method.name} has {metric} {_stated(one)}"
@@ -185,6 +191,13 @@ def _how(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], rank
     if way.n_generated is not None and way.n_generated < PUBLISHED_IMAGES:
         few = f"; fewer than the {PUBLISHED_IMAGES:,} of published figures, which are not to be compared"
     return f"{title(way.metric, way.name)} of {images}{against}{after}; {word} is better{few}"
+
+
+def _unlike(group: Group[Evaluated, Evaluation]) -> list[str]:
+    """In what the cards of the evaluations differ."""
+    differing = unlike(list(group.values.values()))
+    values = "; ".join(f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in differing.items())
+    return [f"Measured differently: {values}"] if values else []
 
 
 def _training(
