@@ -50,8 +50,8 @@ def test_a_difference_beyond_the_seeds_spread(make) -> None:  # type: ignore[no-
     assert said.outcome == "clear"
     reach = stats.t.ppf(0.975, 4) * 0.2 * np.sqrt(2 / 3)
     assert said.sentence == (
-        "repa is better than vanilla: FID 20.20 ± 0.200 against 30.20 ± 0.200, 10.00 lower, which is more than seeds "
-        f"differ (0.200; 3 seeds each, 95% interval {10 - reach:.2f} to {10 + reach:.2f})."
+        "repa is better than vanilla: FID 20.20 ± 0.20 against 30.20 ± 0.20, 10.00 lower "
+        f"(95% interval {10 - reach:.2f} to {10 + reach:.2f}, of 3 seeds each), which is more than the seeds' spread of 0.200."
     )
     assert said.missing == []
 
@@ -85,7 +85,7 @@ def test_one_seed_a_method_says_nothing_of_the_spread(make) -> None:  # type: ig
 def test_seeds_of_one_method_tell_the_spread_of_another(make) -> None:  # type: ignore[no-untyped-def]
     said = answer(make({"repa": [20.0, 20.1, 20.2, 20.3], "vanilla": [30.0]}))
     assert said.outcome == "clear"
-    assert "4 and 1 seeds" in said.sentence
+    assert "of 4 seeds and 1 seed" in said.sentence
 
 
 def test_the_best_of_three_is_held_against_each_other_one(make) -> None:  # type: ignore[no-untyped-def]
@@ -140,7 +140,7 @@ def test_a_single_run_and_a_single_method(make) -> None:  # type: ignore[no-unty
     records = make({"repa": [20.0, 21.0]})
     one, both = answer(records[:1]), answer(records)
     assert one.sentence == "repa-seed0 has FID 20.00 (one seed); there is no other method to compare it with."
-    assert both.sentence.startswith("repa has FID 20.50 ± 0.707 (mean and deviation of 2 seeds)")
+    assert both.sentence.startswith("repa has FID 20.50 ± 0.71 (mean and deviation of 2 seeds)")
 
 
 def test_higher_is_better_where_it_is(make) -> None:  # type: ignore[no-untyped-def]

@@ -110,6 +110,7 @@ def _axes(panel: Panel) -> str:
         lines=lines,
         levels=levels,
         whole_x=panel.whole_x,
+        from_zero=False,
     )
     return drawn(chart, paint)
 

@@ -1,7 +1,7 @@
 """Axes of charts: where they begin and end, so that a small difference looks small, and the numbers along them.
 
-An axis begins at zero unless all values are far from it; then it covers at least a tenth of the largest value, so that
-a difference of 1 % is at most a tenth of the chart's height. Positive values that span a factor of LOG_FROM or more
+An axis begins at zero unless all values are far from it; then it covers at least a quarter of the largest value, so
+that a difference of 1 % is at most 4 % of the chart's height. Positive values that span a factor of LOG_FROM or more
 are drawn on a logarithmic axis where that is asked for.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 TICKS = 5
 FROM_ZERO = 0.6  # a smallest value below this share of the largest is shown from zero
-LEAST_SHARE = 0.1  # of the largest value, that an axis away from zero covers
+LEAST_SHARE = 0.25  # of the largest value, that an axis away from zero covers
 MARGIN = 0.05
 LOG_FROM = 30.0
 TINY = 1e-90  # differences below it are none; their logarithms would overflow
@@ -70,9 +70,12 @@ def axis_of(values: Iterable[float], *, log: bool = False, zero: bool = False) -
     return Axis(low=low - margin, high=high + margin)
 
 
-def counted_axis(values: Sequence[float]) -> Axis:
-    """The axis of what is counted along x, from the first to the last."""
+def counted_axis(values: Sequence[float], *, from_zero: bool = True) -> Axis:
+    """The axis of what is counted along x, from the first to the last; without `from_zero`, with room at either end."""
     low, high = min(values), max(values)
+    if not from_zero:
+        room = max(0.04 * (high - low), 0.1)
+        return Axis(low=low - room, high=high + room)
     if low <= FROM_ZERO * high:
         return Axis(low=0.0, high=high) if high > 0 else Axis(low=0.0, high=1.0)
     return Axis(low=low, high=high) if high > low else Axis(low=low - 1, high=high + 1)

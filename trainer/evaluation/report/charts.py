@@ -61,6 +61,7 @@ class Chart:
     note: str = ""
     levels: Sequence[tuple[float, str]] = ()
     whole_x: bool = True
+    from_zero: bool = True  # along x
     log: bool = False
     zero: bool = False
 
@@ -88,7 +89,9 @@ def swatch(number: int, dashes: str) -> str:
 
 def drawn(chart: Chart, paint: Paint = colour) -> str:
     """The inside of an SVG WIDTH × HEIGHT: axes, their labels, bands, lines."""
-    x_axis = counted_axis([x for line in chart.lines for x in line.x] or [1.0]) if chart.whole_x else None
+    x_axis = None
+    if chart.whole_x:
+        x_axis = counted_axis([x for line in chart.lines for x in line.x] or [1.0], from_zero=chart.from_zero)
     x_axis = x_axis or axis_of(x for line in chart.lines for x in line.x)
     y_axis = y_axis_of(chart)
     parts = [*_rules(x_axis, y_axis, chart)]

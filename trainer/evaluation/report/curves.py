@@ -303,7 +303,9 @@ def _of_depth(records: Sequence[RunRecord], methods: Sequence[Method]) -> list[F
             if any(sum(i in curves for i in method.runs) > 1 for method in methods):
                 lines = {"methods": _method_lines(methods, curves), **lines}
             charts = {
-                ("block", look): Chart(title=text, x_label="block", y_label=ANALYSIS_LABELS[measure], lines=of)
+                ("block", look): Chart(
+                    title=text, x_label="block", y_label=ANALYSIS_LABELS[measure], lines=of, from_zero=False
+                )
                 for look, of in lines.items()
             }
             drawn.append(Figure(title=f"{text} over depth", note=str(group.protocol), charts=charts))

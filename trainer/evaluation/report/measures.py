@@ -70,4 +70,17 @@ def spelled(value: float) -> str:
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-4:
         return f"{value:.3g}"
-    return f"{value:.{1 if size >= 100 else 2 if size >= 1 else 3 if size >= 0.01 else 5}f}"
+    return f"{value:.{_decimals(size)}f}"
+
+
+def with_spread(value: float, spread: float | None) -> str:
+    """A mean and its deviation, to the same digits unless these would show nothing of it."""
+    if spread is None:
+        return spelled(value)
+    decimals = _decimals(abs(value))
+    alike = spread == 0 or (1e-4 < abs(value) < 1e6 and spread >= 0.5 * 10**-decimals)
+    return f"{spelled(value)} ± {f'{spread:.{decimals}f}' if alike else spelled(spread)}"
+
+
+def _decimals(size: float) -> int:
+    return 1 if size >= 100 else 2 if size >= 1 else 3 if size >= 0.01 else 5

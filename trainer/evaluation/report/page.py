@@ -116,7 +116,12 @@ def answered(answer: Verdict) -> str:
         f'<p class="verdict {answer.outcome}">{escaped(answer.sentence)}</p>'
         + (f'<ul class="how">{how}</ul>' if how else "")
         + results.ranking_table(answer)
-        + results.commands("What would answer it:", answer.missing, MOST_COMMANDS)
+        + results.commands(
+            f"What is still missing ({len(answer.missing)})" if answer.is_answered else "What would answer it:",
+            answer.missing,
+            MOST_COMMANDS,
+            folded=answer.is_answered,
+        )
     )
 
 

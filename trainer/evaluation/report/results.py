@@ -18,7 +18,7 @@ from trainer.evaluation.report.alike import (
 from trainer.evaluation.report.axes import axis_of
 from trainer.evaluation.report.charts import dash, escaped, strip, swatch
 from trainer.evaluation.report.curves import ANALYSES, LOSSES, compared
-from trainer.evaluation.report.measures import better, measured, spelled, title
+from trainer.evaluation.report.measures import better, measured, spelled, title, with_spread
 from trainer.evaluation.report.methods import Method, style_of
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, deviation, mean
@@ -63,10 +63,10 @@ def ranking_table(answer: Verdict) -> str:
         f"{title(way.metric, way.name)}, {better(way.metric)} is better": [
             Cell(text=ranked.text, key=ranked.mean, note=_interval(answer, ranked)) for ranked in answer.ranking
         ],
-        "from 0" if axis.begins_at_zero else f"from {spelled(axis.low)} to {spelled(axis.high)}": [
+        "Seeds, from 0" if axis.begins_at_zero else f"Seeds, {spelled(axis.low)} to {spelled(axis.high)}": [
             Cell(text="", key=ranked.mean, svg=_strip(answer, ranked, axis)) for ranked in answer.ranking
         ],
-        "Seeds": [number_cell(len(ranked.values), "d") for ranked in answer.ranking],
+        "Number of seeds": [number_cell(len(ranked.values), "d") for ranked in answer.ranking],
         "Behind the best": [_behind(ranked) for ranked in answer.ranking],
     }
     if len(answer.ranking) == 1 or not spreads:
@@ -175,8 +175,8 @@ def _mean_cell(cells: Sequence[Cell]) -> Cell:
         return Cell(text=found.text, key=found.key, note=_of(values, cells))
     percent = any(cell.text.endswith("%") for cell in cells)
     spread = deviation(values) or 0.0
-    form: Callable[[float], str] = (lambda value: f"{value:.1%}") if percent else spelled
-    return Cell(text=f"{form(mean(values))} ± {form(spread)}", key=mean(values), note=_of(values, cells))
+    text = f"{mean(values):.1%} ± {spread:.1%}" if percent else with_spread(mean(values), spread)
+    return Cell(text=text, key=mean(values), note=_of(values, cells))
 
 
 def _of(values: Sequence[float], cells: Sequence[Cell]) -> str:
@@ -274,11 +274,16 @@ def apart(records: Sequence[RunRecord]) -> str:
     return commands(heading, not_compared(records))
 
 
-def commands(heading: str, rows: Sequence[tuple[str, str]], most: int = 1000) -> str:
+def commands(heading: str, rows: Sequence[tuple[str, str]], most: int = 1000, *, folded: bool = False) -> str:
     """HTML: a list of what there is to run, and why; "" for none."""
     items = "".join(f"<li>{escaped(what)}<br><code>{escaped(line)}</code></li>" for what, line in rows[:most])
     more = f"<li>and {len(rows) - most} more</li>" if len(rows) > most else ""
-    return f'<p class="apart">{heading}</p><ul class="apart">{items}{more}</ul>' if items else ""
+    if not items:
+        return ""
+    listed = f'<ul class="apart">{items}{more}</ul>'
+    if folded:
+        return f"<details><summary>{heading}</summary>{listed}</details>"
+    return f'<p class="apart">{heading}</p>{listed}'
 
 
 def legend(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
@@ -291,5 +296,6 @@ def legend(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
             if len(method.runs) > 1
         )
         line = swatch(method.number, dash(method.number))
-        parts.append(f"<li>{line}<b>{escaped(method.name)}</b>{runs}</li>")
+        shows = f'<button type="button" data-n="{method.number}" aria-pressed="true" title="show or hide">'
+        parts.append(f"<li>{shows}{line}<b>{escaped(method.name)}</b></button>{runs}</li>")
     return f'<ul class="legend">{"".join(parts)}</ul>'

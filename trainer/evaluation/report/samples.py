@@ -8,20 +8,19 @@ source of the store; where they cannot be had the page says so.
 
 from __future__ import annotations
 
-import html
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from storage import StoreError, UserError, open_store
 from storage.base.shown import LONGEST
-from trainer.evaluation.generate.draw import in_words
 from trainer.evaluation.generate.image_files import Drawn, image_path, read_image
 from trainer.evaluation.report.charts import escaped
 from trainer.evaluation.report.pictures import encoded, spread_over
@@ -59,7 +58,9 @@ def samples(records: Sequence[RunRecord], *, real: bool = True) -> str:
         return "<p>No run has drawn images yet: <code>python -m trainer generate RUN --n 64</code></p>"
     if real and labels is not None and store and any(strip.images for strip in strips):
         strips.insert(0, _real(store, [labels[i] for i in numbers], names, n_rows_of))
-    return _shown(strips, _alike(chosen))
+    none = [strip.title for strip in strips if not strip.images and strip.whole is None and not strip.note]
+    without = f" No images yet: {', '.join(none)}." if none else ""
+    return _shown([strip for strip in strips if strip.title not in none], _alike(chosen) + without)
 
 
 def _usual_recipe(records: Sequence[RunRecord]) -> str:
@@ -123,7 +124,7 @@ def _strip(record: RunRecord, drawn: Drawn | None, numbers: Sequence[int], names
     captions = ["" if labels is None else _class_name(labels[i], names) for i in numbers]
     return Strip(
         title=record.name,
-        note=_in_words(record, drawn),
+        note=_in_words(drawn.settings),
         images=images,
         captions=captions,
         whole=whole,
@@ -134,16 +135,15 @@ def _strip(record: RunRecord, drawn: Drawn | None, numbers: Sequence[int], names
 def _preview(record: RunRecord) -> Strip:
     if record.picture is None:
         return Strip(title=record.name, note="")
-    words = f"while training, {in_words(record.config)}"
-    if record.picture.parent == record.path:
-        words = "drawn from it"
+    sample = record.config.sample
+    settings = {"sample.sampler": sample.sampler, "sample.steps": sample.steps, "sample.guidance": sample.guidance}
+    words = "drawn from it" if record.picture.parent == record.path else f"while it trained, {_in_words(settings)}"
     note = f"{words} ({record.picture.name})"
     return Strip(title=record.name, note=note, whole=read_image(record.picture), whole_title=record.name)
 
 
-def _in_words(record: RunRecord, drawn: Drawn) -> str:
-    """How a set was drawn."""
-    settings = drawn.settings
+def _in_words(settings: Mapping[str, Any]) -> str:
+    """How images were drawn."""
     step, steps, guidance = settings.get("step"), settings.get("sample.steps"), settings.get("sample.guidance")
     parts = [f"after {step:,} steps" if isinstance(step, int) else ""]
     if settings.get("sample.sampler") and isinstance(steps, int):
@@ -193,7 +193,7 @@ def _shown(strips: Sequence[Strip], note: str) -> str:
         if strip.whole is not None:
             pixels[f"{s}-all"], most[f"{s}-all"] = strip.whole, GRID_SIDE
     uris = encoded(pixels, most)
-    parts = [f"<p>{html.escape(note)}</p>", '<div class="strips">']
+    parts = [f"<p>{escaped(note)}</p>", '<div class="strips">']
     for s, strip in enumerate(strips):
         whole = uris.get(f"{s}-all")
         parts.append(f'<section class="strip-row"><h3>{breakable(strip.title)}<small>{escaped(strip.note)}</small>')

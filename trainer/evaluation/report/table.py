@@ -71,7 +71,7 @@ def _width(title: str, cells: Sequence[Cell]) -> float:
     words = max((len(word) for word in re.split(r"[\s._\-/]+", title)), default=0) + 2
     text = max((min(len(cell.text), LONGEST_LINE) for cell in cells), default=0)
     note = max((len(word) for cell in cells for word in cell.note.split()), default=0)
-    picture = 130.0 if any(cell.svg for cell in cells) else 0.0
+    picture = 200.0 if any(cell.svg for cell in cells) else 0.0
     swatch = 27.0 if any(cell.before for cell in cells) else 0.0
     note_width = min(note, LONGEST_LINE) * SMALL
     return max(words * SMALL + 6, text * LETTER + swatch, note_width, picture) + PADDING

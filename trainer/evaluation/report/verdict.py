@@ -16,7 +16,7 @@ from storage.base.choices import INCEPTION
 from trainer.evaluation.quality.evaluate import PUBLISHED_IMAGES, Evaluation
 from trainer.evaluation.report.alike import PROG, Evaluated, Group, evaluate_command, evaluated_alike
 from trainer.evaluation.report.cards import unlike
-from trainer.evaluation.report.measures import better, decides, measured, place, spelled, title
+from trainer.evaluation.report.measures import better, decides, measured, place, spelled, title, with_spread
 from trainer.evaluation.report.methods import Method
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean
@@ -44,8 +44,7 @@ class Ranked:
     @property
     def text(self) -> str:
         """Mean, and deviation where there is one."""
-        spread = deviation(list(self.values.values()))
-        return spelled(self.mean) + (f" ± {spelled(spread)}" if spread is not None else "")
+        return with_spread(self.mean, deviation(list(self.values.values())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,11 @@ class Verdict:
     missing: list[tuple[str, str]] = field(default_factory=list)
     ranking: list[Ranked] = field(default_factory=list)
     group: Group[Evaluated, Evaluation] | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the sentence says which method is best, or that seeds do not tell them apart."""
+        return self.outcome in ("clear", "open", "within")
 
 
 def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
@@ -84,7 +88,9 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
     else:
         sentence, outcome = _compared(ranking, metric, better(group.protocol.metric) == "lower")
         if len(ranking) < len(methods):
-            how.append(f"{len(methods) - len(ranking)} of the {len(methods)} methods not measured alike, left out")
+            ranked = {each.method for each in ranking}
+            left = [method.name for method in methods if method not in ranked]
+            how.append(f"Left out, not measured alike: {', '.join(left)}")
         if outcome == "unknown":
             missing += _other_seeds(records, ranking)
     return Verdict(outcome=outcome, sentence=sentence, how=how, missing=missing, ranking=ranking, group=group)  # type: ignore[arg-type]
@@ -155,8 +161,8 @@ def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str,
     spread = spelled(behind.spread)
     low, high = sorted(abs(end) for end in behind.interval)
     if behind.is_settled:
-        sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}"
-        return f"{best}: {both}, which is more than seeds differ ({spread}; {seeds}, {sure}).", "clear"
+        sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}, of {seeds}"
+        return f"{best}: {both} ({sure}), which is more than the seeds' spread of {spread}.", "clear"
     if behind.is_within:
         return (
             f"No method is best beyond the seeds' spread: {metric} {first.text} of {first.method.name} and "
@@ -164,15 +170,16 @@ def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str,
             "within",
         )
     return (
-        f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, more than seeds differ "
-        f"({spread}), yet {seeds} are too few to be {LEVEL:.0%} sure.",
+        f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, more than the seeds' spread "
+        f"of {spread}, yet {seeds} are too few to be {LEVEL:.0%} sure.",
         "open",
     )
 
 
 def _seeds(first: Ranked, second: Ranked) -> str:
     n, m = len(first.values), len(second.values)
-    return f"{n} seeds each" if n == m else f"{n} and {m} seed{'s' if m > 1 or n > 1 else ''}"
+    each = [f"{k} seed{'s' if k > 1 else ''}" for k in (n, m)]
+    return f"{n} seeds each" if n == m else " and ".join(each)
 
 
 def _how(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]) -> str:
