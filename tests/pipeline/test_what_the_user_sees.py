@@ -20,8 +20,8 @@ from pipeline.__main__ import main
 from pipeline.encode import Block
 from pipeline.encoders.tiny import TINY_VAE
 from pipeline.failures import FAILURES_FILE, allowed_failures, write_failures
-from pipeline.plan import create
 from pipeline.originals import write_originals
+from pipeline.plan import create
 from pipeline.preview import find_decoder, open_originals, psnr, write_preview
 from pipeline.status import rate
 from pipeline.status import status as status_lines

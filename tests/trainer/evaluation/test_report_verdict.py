@@ -51,7 +51,8 @@ def test_a_difference_beyond_the_seeds_spread(make) -> None:  # type: ignore[no-
     reach = stats.t.ppf(0.975, 4) * 0.2 * np.sqrt(2 / 3)
     assert said.sentence == (
         "repa is better than vanilla: FID 20.20 ± 0.20 against 30.20 ± 0.20, 10.00 lower "
-        f"(95% interval {10 - reach:.2f} to {10 + reach:.2f}, of 3 seeds each), which is more than the seeds' spread of 0.200."
+        f"(95% interval {10 - reach:.2f} to {10 + reach:.2f}, of 3 seeds each), "
+        "which is more than the seeds' spread of 0.200."
     )
     assert said.missing == []
 
