@@ -185,7 +185,7 @@ def test_a_difference_is_taken_at_equal_seeds(records: list[RunRecord]) -> None:
     assert line.label == "repa − vanilla"
     assert list(line.y) == pytest.approx([-0.01] * len(line.y))  # 0.5 of −0.02, at either seed
     assert np.subtract(line.high, line.low) == pytest.approx(0, abs=1e-12)
-    assert "less that of vanilla" in chart.y_label
+    assert "minus that of vanilla" in chart.y_label
     alone = [record for record in records if record.name in ("repa-seed0", "vanilla-seed1")]
     assert not any(look == "difference" for _, look in loss(alone).charts)
 

@@ -141,8 +141,8 @@ def _charts(
         looks[look] = (lines, note if look == "smooth" else "", y_label)
     differing, base = _differences(records, methods, smooth)
     if differing:
-        note = "each method less another at the same seed and step; below 0 is lower"
-        looks["difference"] = (differing, note, f"{y_label}, less that of {base}")
+        note = f"a method's minus that of {base}, at the same seed and step: below 0 it is the lower one"
+        looks["difference"] = (differing, note, f"{y_label}, minus that of {base}")
     charts = {}
     for look, (lines, note, label) in looks.items():
         for key, axis in over.items():

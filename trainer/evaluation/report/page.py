@@ -113,7 +113,7 @@ def answered(answer: Verdict) -> str:
     """HTML: the sentence, how it was measured, the ranking, and what to run for what is missing."""
     how = "".join(f"<li>{escaped(line)}</li>" for line in answer.how)
     return (
-        f'<p class="verdict {answer.outcome}">{escaped(answer.sentence)}</p>'
+        f'<p class="verdict {answer.outcome}">{escaped(answer.sentence).replace(" ± ", "&nbsp;±&nbsp;")}</p>'
         + (f'<ul class="how">{how}</ul>' if how else "")
         + results.ranking_table(answer)
         + results.commands(

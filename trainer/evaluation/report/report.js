@@ -21,6 +21,19 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// A table that needs more room than its box has becomes blocks, whatever its cells were estimated to need.
+const fit = () => {
+  for (const box of document.querySelectorAll(".tablebox")) {
+    const table = box.querySelector("table");
+    if (table.dataset.stacked) table.classList.remove("fit-always");
+    const spills = table.scrollWidth > box.clientWidth + 1;
+    table.dataset.stacked = spills ? "1" : "";
+    if (spills) table.classList.add("fit-always");
+  }
+};
+fit();
+window.addEventListener("resize", fit);
+
 // The controls choose over which axis and in which look curves are shown; a figure without it shows the nearest it has.
 const controls = document.querySelector(".controls");
 const chosen = {};

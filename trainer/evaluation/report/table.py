@@ -1,9 +1,10 @@
 """A table of HTML that is never wider than the page: cells with a smaller line below, a swatch before a run's name.
 
-How wide its cells have to be is estimated from their texts. Where its box is narrower than that, each row becomes a
-block: its name on top, which stays in view, and below it a line a column, "heading … value". Columns sort by the page's
-script. Every text is escaped, for HTML and for what a terminal or a reader would obey; a name may be broken after its
-points, signs and slashes, and in the middle of a word only where nothing else fits.
+How wide its cells have to be is estimated from their texts, and the page's script sees where a font is wider. Where its
+box is narrower than that, each row becomes a block: its name on top, which stays in view, and below it a line a column,
+"heading … value". Columns sort by the page's script. Every text is escaped, for HTML and for what a terminal or a
+reader would obey; a long name may be broken after its points, signs and slashes, and in the middle of a word only where
+nothing else fits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from trainer.evaluation.report.charts import escaped
 
 NOTHING = "–"
-LETTER, SMALL, PADDING = 8.0, 6.6, 24.0  # pixels: a letter, one of a smaller line, what is around a cell
+LETTER, SMALL, PADDING = 9.0, 7.4, 26.0  # pixels: a letter, one of a smaller line, what is around a cell
 LONGEST_LINE = 30  # letters of a cell that stay on one line; longer ones wrap
 STEPS = (480, 720, 960, 1200)  # widths of a box, in pixels, below which a table turns into blocks
 ALWAYS = "always"
@@ -103,6 +104,7 @@ def _cell(cell: Cell, alignment: str, title: str) -> str:
 
 
 def _shown(cell: Cell) -> str:
-    line = " long" if len(cell.text) > LONGEST_LINE else ""
-    text = f'<span class="value{line}">{cell.before}{breakable(cell.text)}</span>' if cell.text else ""
+    long = len(cell.text) > LONGEST_LINE  # a short one has no place at which to break: even unwrapped, it would
+    value = f'<span class="value{" long" if long else ""}">{cell.before}'
+    text = f"{value}{breakable(cell.text) if long else escaped(cell.text)}</span>" if cell.text else ""
     return text + cell.svg + (f"<small>{breakable(cell.note)}</small>" if cell.note else "")

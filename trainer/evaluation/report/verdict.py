@@ -196,7 +196,7 @@ def _how(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], rank
     word = better(way.metric)
     few = ""
     if way.n_generated is not None and way.n_generated < PUBLISHED_IMAGES:
-        few = f"; fewer than the {PUBLISHED_IMAGES:,} of published figures, which are not to be compared"
+        few = f"; too few images to compare with published figures, which are of {PUBLISHED_IMAGES:,}"
     return f"{title(way.metric, way.name)} of {images}{against}{after}; {word} is better{few}"
 
 
