@@ -161,7 +161,7 @@ def test_the_commands_write_json_and_a_picture(micro_run: Path, tmp_path: Path) 
         assert [series["label"] for series in record["panels"][0]["series"]] == [
             f"step {n}, t = 0.5" for n in (1, 2, 3)
         ]
-        assert (tmp_path / f"{out.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{out.name}.svg").read_text().startswith("<svg ")
 
 
 def points_of(record: RunRecord, measure: str) -> list[dict[str, object]]:
