@@ -10,7 +10,7 @@ train.log                       what training printed, where `ablate` started it
 samples/step-0000100.png        grids of images drawn while training
 samples-0000100-….{png,npz}     what `generate` drew, beside a folder of the same name
 export-FORMAT/                  what `export` wrote
-analysis/MEASURE.{json,png}     what `probe` and `cknna` measured
+analysis/MEASURE.{json,svg}     what `probe` and `cknna` measured
 evaluations.jsonl               what `evaluate --run` measured
 .lock                           held by the process that writes here (`lock.py`)
 """

@@ -170,6 +170,18 @@ def test_a_card_in_which_what_is_compared_differs_is_named(make) -> None:  # typ
         evaluate(record.path, 5.0 + len(labels), card={"labels": labels, "n": 512, "checkpoint": record.name})
     said = answer(read_runs([record.path for record in records]))
     assert "Measured differently: labels balanced, random" in said.how
+    assert said.outcome == "unlike"
+    assert said.sentence.startswith("Which is better is not known: FID is 11.00 of vanilla-seed0")
+    assert said.sentence.endswith("but the two were measured differently (labels).")
+
+
+def test_a_card_that_differs_in_what_changes_no_number_does_not_stand_in_the_way(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for record, value in zip(records, (1.0, 2.0), strict=True):
+        evaluate(record.path, value, card={"labels": "random", "images": str(record.path), "reference": f"/{value}"})
+    said = answer(read_runs([record.path for record in records]))
+    assert said.outcome == "unknown"
+    assert not any(line.startswith("Measured differently") for line in said.how)
 
 
 def test_names_are_escaped_in_the_sentence(make) -> None:  # type: ignore[no-untyped-def]

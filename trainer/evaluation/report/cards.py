@@ -16,7 +16,8 @@ from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.table import Cell, table
 
 UNKNOWN = "unknown"
-OF_THE_RUN = ("run", "checkpoint", "weights", "weights_sha256", "step", "metrics")  # which differ from run to run
+OF_THE_RUN = ("run", "checkpoint", "checkpoint_sha256", "step", "images", "metrics")  # which differ from run to run
+NOTES = ("version", "images_by", "images_format", "decoder", "reference", "project_version", "protocol", "departures")
 HASH = 64  # letters of a SHA-256, of which a table shows the first
 SHOWN_OF_HASH = 12
 MOST_NAMED = 6
@@ -34,8 +35,9 @@ class Card:
 
 def of_evaluation(line: Evaluation) -> dict[str, str]:
     """Field → text of what is not the run's own."""
-    if line.card is not None:
-        return {name: text for name, text in _flat(line.card).items() if name not in OF_THE_RUN}
+    card = _plain(line.card)
+    if card is not None:
+        return {name: text for name, text in _flat(card).items() if name not in OF_THE_RUN}
     known: dict[str, Any] = {
         "extractor": line.encoder.get("name", line.name),
         "extractor weights": line.encoder.get("weights_sha256"),
@@ -45,6 +47,12 @@ def of_evaluation(line: Evaluation) -> dict[str, str]:
         "resize": line.generated.resolution or None,
     }
     return {**dict.fromkeys(AT_LEAST, UNKNOWN), **_flat(known)}
+
+
+def _plain(card: Any) -> dict[str, Any] | None:
+    """The fields of a record's card; None where there is none, or it knows nothing."""
+    fields = card if card is None or isinstance(card, dict) else card.plain()
+    return fields if fields and any(fields[name] is not None for name in fields if name != "version") else None
 
 
 def _flat(tree: Mapping[str, Any], topic: str = "") -> dict[str, str]:
@@ -84,9 +92,12 @@ def cards_of(records: Sequence[RunRecord]) -> list[Card]:
 
 
 def unlike(lines: Sequence[Evaluation]) -> dict[str, list[str]]:
-    """Fields in which cards differ that are known, and their values, of evaluations that are compared."""
-    cards = [of_evaluation(line) for line in lines if line.card is not None]
-    names = dict.fromkeys(name for card in cards for name in card)
+    """Fields that change a number, in which cards of evaluations that are compared differ; and their values.
+
+    What names the same thing otherwise changes none (NOTES): the path of a reference, say, beside its digest.
+    """
+    cards = [of_evaluation(line) for line in lines if _plain(line.card) is not None]
+    names = dict.fromkeys(name for card in cards for name in card if name not in NOTES)
     values = {name: list(dict.fromkeys(card.get(name, UNKNOWN) for card in cards)) for name in names}
     return {name: of for name, of in values.items() if len(of) > 1}
 

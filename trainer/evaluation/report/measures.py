@@ -26,6 +26,7 @@ TITLES = {  # in the order in which they decide, and in which they are shown
     "fd": Title(text="Fréchet distance", better="lower"),
     "cmmd": Title(text="CMMD", better="lower"),
     "kid": Title(text="KID", better="lower"),
+    "kd": Title(text="Kernel distance", better="lower"),
     "sfid": Title(text="sFID", better="lower"),
     "inception_score": Title(text="Inception Score", better="higher"),
     "precision": Title(text="Precision", better="higher", decides=False),

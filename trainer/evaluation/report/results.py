@@ -67,7 +67,7 @@ def ranking_table(answer: Verdict) -> str:
             Cell(text="", key=ranked.mean, svg=_strip(answer, ranked, axis)) for ranked in answer.ranking
         ],
         "Number of seeds": [number_cell(len(ranked.values), "d") for ranked in answer.ranking],
-        "Behind the best": [_behind(ranked) for ranked in answer.ranking],
+        "Behind the best": [_behind(ranked, answer) for ranked in answer.ranking],
     }
     if len(answer.ranking) == 1 or not spreads:
         columns.pop("Behind the best")
@@ -96,10 +96,12 @@ def _span(interval: tuple[float, float]) -> str:
     return f"{spelled(interval[0])} to {spelled(interval[1])}"
 
 
-def _behind(ranked: Ranked) -> Cell:
+def _behind(ranked: Ranked, answer: Verdict) -> Cell:
     if ranked.behind is None:
         return Cell(text="best", key=0.0)
     value = abs(ranked.behind.value)
+    if answer.outcome == "unlike":
+        return Cell(text=spelled(value), key=value, note="measured differently")
     if ranked.behind.interval is None:
         return Cell(text=spelled(value), key=value, note="spread of seeds unknown")
     what = "more than seeds differ" if ranked.behind.is_settled else "within what seeds differ"

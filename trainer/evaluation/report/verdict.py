@@ -22,7 +22,7 @@ from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean
 from trainer.run.folder import RunFolder
 
-Outcome = Literal["clear", "open", "within", "unknown", "missing", "alone"]
+Outcome = Literal["clear", "open", "within", "unknown", "unlike", "missing", "alone"]
 BUILT_IN = "tiny-"  # encoders that need no weights
 FEW_IMAGES = 512  # where such an encoder will do
 ALMOST = 0.005  # two methods saw as many images where these differ by less
@@ -86,7 +86,11 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
         else:
             sentence, outcome = f"Which is better is not known: {said}, and no other was measured alike.", "missing"
     else:
-        sentence, outcome = _compared(ranking, metric, better(group.protocol.metric) == "lower")
+        lower = better(group.protocol.metric) == "lower"
+        differing = unlike([group.values[i] for ranked in ranking[:2] for i in ranked.values])
+        sentence, outcome = _compared(ranking, metric, lower)
+        if differing:
+            sentence, outcome = _measured_differently(ranking, metric, differing), "unlike"
         if len(ranking) < len(methods):
             ranked = {each.method for each in ranking}
             left = [method.name for method in methods if method not in ranked]
@@ -173,6 +177,15 @@ def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str,
         f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, more than the seeds' spread "
         f"of {spread}, yet {seeds} are too few to be {LEVEL:.0%} sure.",
         "open",
+    )
+
+
+def _measured_differently(ranking: Sequence[Ranked], metric: str, differing: dict[str, list[str]]) -> str:
+    first, second = ranking[:2]
+    names = ", ".join(name.replace("_", " ") for name in differing)
+    return (
+        f"Which is better is not known: {metric} is {first.text} of {first.method.name} and {second.text} of "
+        f"{second.method.name}, but the two were measured differently ({names})."
     )
 
 
