@@ -264,7 +264,7 @@ def test_a_figure_is_a_file_of_its_own_whose_legend_covers_no_curve(tmp_path: Pa
     begins = float(re.findall(r"translate\(0 (\d+)\)", axes.get("transform") or "")[0])
     assert down >= begins + HEIGHT, "below the axes"
     lowest = max(float(text.get("y") or 0) for text in legend.findall(f"{name}text"))
-    assert down + lowest < height
+    assert 4 + down + lowest + 6 < height, "what hangs below the last line is inside too"
     assert json.loads(paths[1].read_text())["panels"][0]["title"] == "A <title>"
     assert write_figure(panels, tmp_path / "x.svg", {})[0].name == "x.svg"
 

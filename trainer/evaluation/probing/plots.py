@@ -70,7 +70,7 @@ def svg(panels: list[Panel]) -> str:
     """The file's text."""
     legends = [_legend(panel) for panel in panels]
     width = len(panels) * (WIDTH + GAP) - GAP + 16
-    height = TITLE + HEIGHT + 8 + max(rows for _, rows in legends) * ROW
+    height = TITLE + HEIGHT + 20 + max(rows for _, rows in legends) * ROW
     parts = []
     for i, (panel, (legend, _)) in enumerate(zip(panels, legends, strict=True)):
         title = f'<text class="title" x="4" y="14">{_text(panel.title)}</text>'
