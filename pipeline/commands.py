@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         IndexConfig,
         LaunchConfig,
         NoConfig,
+        OriginalsConfig,
         PrecomputeConfig,
         PreviewConfig,
         StoreConfig,
@@ -47,6 +48,7 @@ COMMANDS = {
     "preview": command(
         "pictures of what a store holds: reconstructions and principal components", "PreviewConfig", "preview"
     ),
+    "originals": command("the images that rows of a store were made of, as PNGs", "OriginalsConfig", "originals"),
     "features": command(
         "one vector an image from Inception or a vision encoder, for `python -m trainer evaluate`",
         "FeaturesCommand",
@@ -122,6 +124,14 @@ def preview(config: PreviewConfig) -> None:
 
     for picture in write_preview(config.store, config.out, n_images=config.images, vae=config.vae):
         say(f"{picture.path}  {picture.caption}")
+
+
+def originals(config: OriginalsConfig) -> None:
+    """Write the images of rows."""
+    from pipeline.originals import write_originals
+
+    for image in write_originals(config.store, config.rows, config.out):
+        say(str(image.path) if image.path else f"row {image.row} left out: {image.reason}")
 
 
 def features(config: FeaturesCommand) -> None:

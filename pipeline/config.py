@@ -156,6 +156,15 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OriginalsConfig:
+    """`originals`: the images that rows were made of."""
+
+    store: str = argument("store root or URL")
+    rows: tuple[int, ...] = required("rows, from 0", spaced=True)
+    out: Path = required("folder for the pictures")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
     """How images are described."""
 

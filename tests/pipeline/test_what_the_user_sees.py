@@ -20,8 +20,9 @@ from pipeline.__main__ import main
 from pipeline.encode import Block
 from pipeline.encoders.tiny import TINY_VAE
 from pipeline.failures import FAILURES_FILE, allowed_failures, write_failures
+from pipeline.originals import write_originals
 from pipeline.plan import create
-from pipeline.preview import find_decoder, psnr, write_preview
+from pipeline.preview import find_decoder, open_originals, psnr, write_preview
 from pipeline.status import rate
 from pipeline.status import status as status_lines
 from storage import Staging, UserError, open_store
@@ -202,6 +203,13 @@ def test_several_groups_have_a_picture_each(tmp_path: Path, capsys: pytest.Captu
         )
         assert decibels is not None
         assert float(decibels[1]) > 15
+    originals = write_originals(config.store, [5, 0], tmp_path / "originals")
+    expected = open_originals(open_store(config.store))(np.array([5, 0]))
+    for original, pixels in zip(originals, expected, strict=True):
+        assert original.path == tmp_path / "originals" / f"{original.row}.png"
+        np.testing.assert_array_equal(np.asarray(Image.open(original.path)), pixels)
+    with pytest.raises(UserError, match=r"--rows must be of the store's \d+ rows, from 0, got -1"):
+        write_originals(config.store, [-1], tmp_path / "originals")
 
 
 def test_latents_are_decoded_by_the_first_decoder_that_is_there(

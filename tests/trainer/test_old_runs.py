@@ -121,7 +121,7 @@ def test_it_is_reported_and_measured(old: Path, tmp_path: Path) -> None:
     recorded = json.loads((DATA / "run" / "analysis" / "cknna.json").read_text())["points"]
     [record] = read_runs([old])
     assert record.config.model.width == 8
-    assert (record.steps, record.checkpoint_step, record.device) == (6, 3, "cpu")
+    assert (record.steps, record.checkpoint_step, record.summary.device) == (6, 3, "cpu")
     measured = record.measured["cknna"]
     assert measured is not None
     assert [point.cknna for point in measured.points] == [point["cknna"] for point in recorded]

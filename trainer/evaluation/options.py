@@ -179,7 +179,7 @@ class MeasureConfig(SweepConfig):
 
     run: Path = argument("folder of the run")
     checkpoints: str = option("latest", "latest, all, or steps: 1000,2000")
-    out: Path | None = option(None, "PNG and JSON to write (default RUN/analysis/ and the command's name)")
+    out: Path | None = option(None, "SVG and JSON to write (default RUN/analysis/ and the command's name)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.latent_map import keep_statistics, map_of, require_normalised
 from trainer.run.lock import only_writer
 from trainer.run.metrics import MetricsLog, read_metrics
+from trainer.run.provenance import provenance
 from trainer.run.resume import resume
 from trainer.run.settings import remember, resolve
 
@@ -323,6 +324,8 @@ class _Run:
             "images_per_s": round(n_new * self.config.batch / seconds, 1) if n_new else 0.0,
             "device": _device_name(self.world.device),
             "parameters": sum(parameter.numel() for parameter in self.training.model.parameters()),
+            "classes": self.training.geometry.n_classes,
+            **provenance(),
             "first": lines[0] if lines else {},
             "last": lines[-1] if lines else {},
         }

@@ -10,7 +10,7 @@ train.log                       what training printed, where `ablate` started it
 samples/step-0000100.png        grids of images drawn while training
 samples-0000100-….{png,npz}     what `generate` drew, beside a folder of the same name
 export-FORMAT/                  what `export` wrote
-analysis/MEASURE.{json,png}     what `probe` and `cknna` measured
+analysis/MEASURE.{json,svg}     what `probe` and `cknna` measured
 evaluations.jsonl               what `evaluate --run` and `score` measured
 report.html                     the page that `score` writes
 .lock                           held by the process that writes here (`lock.py`)
@@ -108,6 +108,10 @@ class RunFolder:
     def drawn(self, name: str) -> Path:
         """The folder of images that `generate` calls `name`; their grid lies beside it."""
         return self.path / f"samples-{name}"
+
+    def all_drawn(self) -> list[Path]:
+        """The folders of images that `generate` named, whatever lies in them."""
+        return sorted(path for path in self.path.glob("samples-*") if path.is_dir())
 
     def exported(self, to: str) -> Path:
         """The folder of an export, named after its format."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from storage.base.errors import UserError
 from tests.archives import write_npz
 from tests.examples import examples
-from tests.trainer.evaluation.test_report import Structure, make_run, parsed
+from tests.trainer.evaluation.report_runs import Structure, make_run, parsed
 from trainer.config.saved import read_config
 from trainer.evaluation.generate.image_files import step_drawn_at
 from trainer.evaluation.quality.evaluate import Description, evaluate

@@ -163,7 +163,7 @@ def test_the_commands_write_json_and_a_picture_and_print_the_best_block(
         assert [series["label"] for series in record["panels"][0]["series"]] == [
             f"step {n}, t = 0.5" for n in (1, 2, 3)
         ]
-        assert (tmp_path / f"{out.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{out.name}.svg").read_text().startswith("<svg ")
         best = max((p for p in record["points"] if p["step"] == 3), key=lambda p: float(p[measure]))
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].endswith(f"step 3, {record['n']} images")
@@ -247,7 +247,7 @@ def test_runs_that_do_not_compare_are_refused_before_anything_is_measured(
     assert not (micro_run / "analysis").exists()
     same = SweepConfig(device="cpu", store=str(shared_tiny_store), times=(0.5,), blocks="1")
     write_analysis([micro_run, elsewhere], same, tmp_path / "out")
-    assert (tmp_path / "out" / "motivation.png").is_file()
+    assert (tmp_path / "out" / "motivation.svg").is_file()
 
 
 def test_a_dit_is_measured_at_the_steps_of_its_own(shared_tiny_store: Path, tmp_path: Path) -> None:

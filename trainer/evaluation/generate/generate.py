@@ -41,6 +41,7 @@ from trainer.evaluation.generate.decode import (
 )
 from trainer.evaluation.generate.draw import draw_latents, in_words
 from trainer.evaluation.generate.image_files import (
+    LABELS_FILE,
     SETTINGS_FILE,
     image_path,
     is_whole,
@@ -59,7 +60,6 @@ from trainer.run.lock import only_writer
 from trainer.run.opened import OpenRun, load_model
 
 VERSION = 1
-LABELS_FILE = "labels.txt"
 GRID_IMAGES = 64
 
 

@@ -11,12 +11,14 @@ the PNGs one at a time: 50,000 images of 256 px are 10 GB, of which one is in me
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,10 @@ from storage.base.files import partial_name, publish, write_atomic
 from storage.base.shown import shown
 
 SETTINGS_FILE = "settings.json"
+LABELS_FILE = "labels.txt"
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
+OF_WEIGHTS = ("version", "step", "weights_sha256", "weaker_sha256")  # settings that differ from run to run
+LABEL_DIGITS = 11
 NAME_DIGITS = 6
 PICTURES = ("PNG",)  # what is written here, and all that is read: of others, EPS would start a program
 MAX_PICTURE_BYTES = 256 << 20
@@ -35,6 +40,31 @@ MAX_PICTURE_BYTES = 256 << 20
 @dataclass(frozen=True)
 class _Drawn:
     step: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A folder of generated images: what determines them, and how many there are."""
+
+    folder: Path
+    settings: dict[str, Any]
+    n: int
+
+    @property
+    def recipe(self) -> str:
+        """What makes image i of one run comparable with image i of another: all settings but the weights."""
+        return json.dumps({k: v for k, v in self.settings.items() if k not in OF_WEIGHTS}, sort_keys=True)
+
+    def labels(self) -> list[int] | None:
+        """The classes of the images, where they are written down. Raises StoreError for a damaged file."""
+        path = self.folder / LABELS_FILE
+        try:
+            words = read_regular(path).split()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if len(words) < self.n or not all(word.isdigit() and len(word) < LABEL_DIGITS for word in words):
+            return None
+        return [int(word) for word in words]
 
 
 def image_path(folder: Path, i: int) -> Path:
@@ -54,6 +84,21 @@ def step_drawn_at(images: Path) -> int | None:
         return parse_json(_Drawn, read_regular(settings), str(settings), "pass --step, or remove the file").step
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def sets_drawn(folders: Sequence[Path]) -> list[Drawn]:
+    """Of folders, those that `generate` wrote images into, the newest last. Raises StoreError for damaged settings."""
+    sets = []
+    for folder in folders:
+        path = folder / SETTINGS_FILE
+        try:
+            raw, age = read_regular(path), path.stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        settings = parse_json(dict[str, Any], raw, str(path), "remove the folder, and generate again")
+        if n := n_written(folder):
+            sets.append((age, Drawn(folder=folder, settings=settings, n=n)))
+    return [drawn for _, drawn in sorted(sets, key=lambda pair: pair[0])]
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:

@@ -32,9 +32,7 @@ STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 
 
 def write_measure(run: Path, config: SweepConfig, measure: Measure, out: Path | None) -> list[Path]:
-    """`probe` and `cknna`: RUN/analysis/MEASURE.{json,png}; returns the paths. Raises UserError."""
-    import matplotlib  # noqa: F401 — whoever lacks it learns so before hours of measuring
-
+    """`probe` and `cknna`: RUN/analysis/MEASURE.{json,svg}; returns the paths. Raises UserError."""
     return _write_measure(run, {**sweep(run, config, [measure]), "by": measure}, measure, config.times, out)
 
 
@@ -53,13 +51,11 @@ def _write_measure(
 
 
 def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list[Path]:
-    """Measure every run and write OUT/motivation.{json,png} and OUT/key-idea.{json,png}; returns the paths.
+    """Measure every run and write OUT/motivation.{json,svg} and OUT/key-idea.{json,svg}; returns the paths.
 
     What was measured of a run is written beside it too, as `write_measure` does, where the report finds it; but what
     `probe` or `cknna` wrote there stays. Raises UserError.
     """
-    import matplotlib  # noqa: F401 — as above
-
     if len(set(runs)) < len(runs):
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))

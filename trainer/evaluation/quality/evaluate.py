@@ -278,7 +278,7 @@ def _few_named(record: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A value and the counts it was made from, as far as they are known."""
+    """A value and the counts it was made from, as far as they are known; `interval` is low and high."""
 
     value: Number
     n_generated: Count | None = None
@@ -302,7 +302,7 @@ class ImagesRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A line of a run's record: what was measured of which step, by which encoder."""
+    """A line of a run's record: what was measured of which step, by which encoder; `card` is its protocol."""
 
     name: str
     metrics: dict[str, Metric]

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from trainer.evaluation.probing.measured import Measured, Point
-from trainer.evaluation.quality.evaluate import Evaluation
+from trainer.evaluation.quality.evaluate import PUBLISHED_IMAGES, Evaluation
 from trainer.evaluation.report.run_record import RunRecord
+from trainer.run.folder import RunFolder
 
 PROG = "python -m trainer"
 NOT_KNOWN = "not known"
@@ -254,11 +255,11 @@ def evaluated_alike(records: Sequence[RunRecord], name: str, metric: str) -> lis
 
 def evaluate_command(run: RunRecord, line: Evaluation, like: Evaluation, way: Evaluated) -> str:
     """The command lines that evaluate a run's images as `way` says, of which `like` is an example."""
-    images = line.generated.path or "IMAGES"
-    commands = []
-    if way.n_generated is not None and line.generated.n != way.n_generated:
-        commands.append(shlex.join([*PROG.split(), "generate", str(run.path), "--n", str(way.n_generated)]))
-        images = "IMAGES"
+    commands, images = [], line.generated.path
+    if images is None or (way.n_generated is not None and line.generated.n != way.n_generated):
+        n = way.n_generated or PUBLISHED_IMAGES
+        images = str(RunFolder(run.path).drawn(f"of-{n}"))
+        commands.append(shlex.join([*PROG.split(), "generate", str(run.path), "--n", str(n), "--out", images]))
     vector = like.encoder.get("vector")
     options = ["--encoder", str(like.encoder.get("name", way.name))] + ["--token", "mean"] * (vector == "mean")
     if way.resolution:

@@ -1,19 +1,22 @@
 """What a run left behind, read without a model, a device or its store: settings, curves, measurements, pictures.
 
-Hours are those of the log: each line's share of the steps over its images a second, times its ranks.
+Times are those of the log: each line's share of the images over its images a second; device time is that times ranks.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from storage.base.boundary import parse_json, read_regular
+from storage.base.boundary import Count, parse_json, read_regular
 from storage.base.errors import UserError
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, free_fields
+from trainer.evaluation.generate.image_files import Drawn, sets_drawn
 from trainer.evaluation.probing.measured import MEASURES, Measured, read_measured
 from trainer.evaluation.quality.evaluate import Evaluation, read_record
 from trainer.run.checkpoint import latest_checkpoint, read_state
@@ -21,6 +24,28 @@ from trainer.run.folder import RunFolder, runs_in
 from trainer.run.metrics import Logged, read_logged
 
 ALWAYS_COMPARED = ("preset", "steps", "store")  # free to change on resume, and part of what a run is
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary.json` says of how the run was trained; a field that it does not have is not known."""
+
+    device: str = ""
+    parameters: Count | None = None
+    classes: Count | None = None
+    version: str | None = None
+    commit: str | None = None
+    machine: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a run has taken up to a step: images seen, seconds on the clock, seconds of all devices together."""
+
+    step: float
+    images: float
+    seconds: float
+    device_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +56,13 @@ class RunRecord:
     path: Path
     config: TrainConfig
     lines: list[Logged]
-    device: str
     checkpoint_step: int
     identities: dict[str, str]
     measured: dict[str, Measured | None]
     evaluations: list[Evaluation]
     picture: Path | None
+    drawn: list[Drawn] = field(default_factory=list)
+    summary: Summary = field(default_factory=Summary)
 
     @property
     def steps(self) -> int:
@@ -51,15 +77,53 @@ class RunRecord:
         return {n: v for n, v in flat.items() if n not in free or n.startswith("sample.")}
 
     @property
+    def on_gpu(self) -> bool | None:
+        """Whether it was trained on a GPU; None where nothing says so."""
+        return None if not self.summary.device else self.summary.device != "cpu"
+
+    @cached_property
+    def spent(self) -> list[Spent]:
+        """After every line of the log, from nothing at step 0."""
+        so_far = [Spent(step=0, images=0, seconds=0.0, device_seconds=0.0)]
+        for line in self.lines:
+            before = so_far[-1]
+            images = max(0.0, line.step - before.step) * self.config.batch
+            seconds = images / line.images_per_s if line.images_per_s else 0.0
+            so_far.append(
+                Spent(
+                    step=line.step,
+                    images=before.images + images,
+                    seconds=before.seconds + seconds,
+                    device_seconds=before.device_seconds + seconds * line.ranks,
+                )
+            )
+        return so_far
+
+    def spent_at(self, step: float) -> Spent:
+        """Up to any step: between lines of the log in proportion, beyond the last as far as the log knows."""
+        after = bisect_left(self.spent, step, key=lambda spent: spent.step)
+        if after == len(self.spent):
+            last = self.spent[-1]
+            return Spent(
+                step=step,
+                images=step * self.config.batch,
+                seconds=last.seconds,
+                device_seconds=last.device_seconds,
+            )
+        high = self.spent[after]
+        low = self.spent[max(0, after - 1)]
+        share = (step - low.step) / (high.step - low.step) if high.step > low.step else 1.0
+        return Spent(
+            step=step,
+            images=low.images + share * (high.images - low.images),
+            seconds=low.seconds + share * (high.seconds - low.seconds),
+            device_seconds=low.device_seconds + share * (high.device_seconds - low.device_seconds),
+        )
+
+    @property
     def hours(self) -> float | None:
         """Hours of all its devices together; None before the first line."""
-        seconds, before = 0.0, 0
-        for line in self.lines:
-            if line.images_per_s:
-                images = (line.step - before) * self.config.batch
-                seconds += images / line.images_per_s * line.ranks
-            before = line.step
-        return seconds / 3600 if self.lines else None
+        return self.spent[-1].device_seconds / 3600 if self.lines else None
 
     @property
     def images_per_s(self) -> float | None:
@@ -102,24 +166,20 @@ def _read(run: Path, name: str) -> RunRecord:
         path=run,
         config=RunFolder(run).read_config().config,
         lines=[line for line in read_logged(run) if line.images_per_s and line.images_per_s > 0],
-        device=_device(run),
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
         measured={measure: read_measured(run, measure) for measure in MEASURES},
         evaluations=read_record(run),
         picture=RunFolder(run).newest_picture(),
+        drawn=sets_drawn(RunFolder(run).all_drawn()),
+        summary=_summary(run),
     )
 
 
-@dataclass(frozen=True)
-class _Summary:
-    device: str = ""
-
-
-def _device(run: Path) -> str:
-    """What the run was trained on, as its summary says. Raises StoreError when that is damaged."""
+def _summary(run: Path) -> Summary:
+    """How the run was trained, as its summary says. Raises StoreError when that is damaged."""
     path = RunFolder(run).summary
     try:
-        return parse_json(_Summary, read_regular(path), str(path), "remove it; training writes it again").device
+        return parse_json(Summary, read_regular(path), str(path), "remove it; training writes it again")
     except FileNotFoundError:
-        return ""
+        return Summary()

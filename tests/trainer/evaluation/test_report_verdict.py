@@ -1,0 +1,243 @@
+"""What the report says first: which method is best, and how sure that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tests.trainer.evaluation.report_runs import STEPS, draw, evaluate, evaluation, make_run, plain
+from trainer.__main__ import main
+from trainer.evaluation.report.methods import equal_seeds, methods_of
+from trainer.evaluation.report.page import page
+from trainer.evaluation.report.run_record import RunRecord, read_runs
+from trainer.evaluation.report.spread import difference, pooled, quantile, within
+from trainer.evaluation.report.verdict import Verdict, verdict
+
+WEIGHTS = {"repa": 0.5, "vanilla": 0.0, "half": 0.25}
+
+
+@pytest.fixture
+def make(shared_tiny_store: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A folder of runs, a run a value of FID, by method; None is not evaluated."""
+
+    def runs(of: dict[str, list[float | None]]) -> list[RunRecord]:
+        for name, values in of.items():
+            for seed, value in enumerate(values):
+                run = make_run(
+                    tmp_path, shared_tiny_store, seed, WEIGHTS[name], measured=False, name=f"{name}-seed{seed}"
+                )
+                if value is not None:
+                    evaluate(run, value)
+        return read_runs([tmp_path])
+
+    return runs
+
+
+def answer(records: list[RunRecord]) -> Verdict:
+    return verdict(records, methods_of(records))
+
+
+def test_a_difference_beyond_the_seeds_spread(make) -> None:  # type: ignore[no-untyped-def]
+    said = answer(make({"repa": [20.0, 20.2, 20.4], "vanilla": [30.0, 30.2, 30.4]}))
+    assert said.outcome == "clear"
+    reach = stats.t.ppf(0.975, 4) * 0.2 * np.sqrt(2 / 3)
+    assert said.sentence == (
+        "repa is better than vanilla: FID 20.20 ± 0.20 against 30.20 ± 0.20, 10.00 lower "
+        f"(95% interval {10 - reach:.2f} to {10 + reach:.2f}, of 3 seeds each), "
+        "which is more than the seeds' spread of 0.200."
+    )
+    assert said.missing == []
+
+
+def test_a_difference_within_the_seeds_spread(make) -> None:  # type: ignore[no-untyped-def]
+    said = answer(make({"repa": [20.0, 24.0], "vanilla": [21.0, 25.0]}))
+    assert said.outcome == "within"
+    assert said.sentence.startswith("No method is best beyond the seeds' spread: FID 22.00")
+    assert "differ by 1.00, seeds of one method by 2.83 (2 seeds each)" in said.sentence
+
+
+def test_a_difference_that_so_few_seeds_do_not_settle(make) -> None:  # type: ignore[no-untyped-def]
+    said = answer(make({"repa": [20.0, 21.0], "vanilla": [22.0, 23.0]}))
+    assert said.outcome == "open"
+    assert "but not surely" in said.sentence
+    assert "2 seeds each are too few" in said.sentence
+
+
+def test_one_seed_a_method_says_nothing_of_the_spread(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [20.0], "vanilla": [30.0]})
+    said = answer(records)
+    assert said.outcome == "unknown"
+    assert said.sentence.startswith("repa-seed0 has the lower FID, 20.00 against 30.00 of vanilla-seed0 (10.00 lower)")
+    assert "how much seeds differ is unknown" in said.sentence
+    assert "better" not in said.sentence
+    (what, line), _ = said.missing
+    assert what == "repa-seed0: another seed"
+    assert shlex.split(line)[3:6] == ["train", "--config", str(records[0].path / "config.yaml")]
+
+
+def test_seeds_of_one_method_tell_the_spread_of_another(make) -> None:  # type: ignore[no-untyped-def]
+    said = answer(make({"repa": [20.0, 20.1, 20.2, 20.3], "vanilla": [30.0]}))
+    assert said.outcome == "clear"
+    assert "of 4 seeds and 1 seed" in said.sentence
+
+
+def test_the_best_of_three_is_held_against_each_other_one(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [20.0, 20.4], "vanilla": [30.0, 30.4], "half": [25.0, 25.4]})
+    said = answer(records)
+    assert said.sentence.startswith("repa is the best of 3 methods, before half: FID")
+    assert [ranked.method.name for ranked in said.ranking] == ["repa", "half", "vanilla"]
+    behind = said.ranking[1].behind
+    assert behind is not None
+    assert behind.interval is not None
+    reach = stats.t.ppf(1 - 0.05 / 2 / 2, 3) * behind.spread
+    assert behind.interval == pytest.approx((5 - reach, 5 + reach))
+    assert "more than seeds differ" in plain(page(records, "x"))
+
+
+def test_nothing_evaluated_says_what_is_missing_and_the_commands(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    said = answer(records)
+    assert said.outcome == "missing"
+    assert said.sentence.startswith("Which of the 2 methods is better is not known: no images of theirs were measured")
+    assert [what for what, _ in said.missing] == ["repa-seed0: not evaluated", "vanilla-seed0: not evaluated"]
+    for record, (_, line) in zip(records, said.missing, strict=True):
+        assert shlex.split(line)[3:5] == ["score", str(record.path)], "which draws first"
+    folder = draw(records[0].path)
+    assert shlex.split(answer(read_runs([tmp_path])).missing[0][1])[4] == str(folder), "images that are there are taken"
+
+
+def test_one_method_evaluated_is_no_comparison(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [20.0], "vanilla": [None]})
+    said = answer(records)
+    assert said.outcome == "missing"
+    assert "no other was measured alike" in said.sentence
+    ((what, line),) = said.missing
+    assert what == "vanilla-seed0: not measured"
+    assert "--n 512" in line
+    assert "--reference /reference" in line
+
+
+def test_what_was_measured_otherwise_is_no_comparison(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [20.0], "vanilla": [None]})
+    fid = {"fid": {"value": 1.0, "n_generated": 64, "n_reference": 1152}}
+    evaluate(records[1].path, 1.0, metrics=fid)
+    said = answer(read_runs([record.path for record in records]))
+    assert said.outcome == "missing"
+    assert "1.00" not in said.sentence.replace("has FID 1.00", "")
+    assert len(said.ranking) == 1
+
+
+def test_a_single_run_and_a_single_method(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [20.0, 21.0]})
+    one, both = answer(records[:1]), answer(records)
+    assert one.sentence == "repa-seed0 has FID 20.00 (one seed); there is no other method to compare it with."
+    assert both.sentence.startswith("repa has FID 20.50 ± 0.71 (mean and deviation of 2 seeds)")
+
+
+def test_higher_is_better_where_it_is(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for record, value in zip(records, (5.0, 9.0), strict=True):
+        metrics = {"inception_score": {"value": value, "n_generated": 512}}
+        evaluate(record.path, 0, metrics=metrics)
+    said = answer(read_runs([record.path for record in records]))
+    assert said.sentence.startswith("vanilla-seed0 has the higher Inception Score, 9.00 against 5.00")
+
+
+def test_measures_of_another_order_and_unlike_training_are_said(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for record, fid, recall in zip(records, (5.0, 9.0), (0.3, 0.6), strict=True):
+        counts = {"n_generated": 512, "n_reference": 1152}
+        metrics = {"fid": {"value": fid, **counts}, "recall": {"value": recall, **counts, "k": 3}}
+        evaluate(record.path, 0, metrics=metrics, step=STEPS if fid == 5 else STEPS // 2)
+    said = answer(read_runs([record.path for record in records]))
+    assert "Of another order: Recall 0.300 against 0.600" in said.how
+    assert "Not trained alike: images seen by repa-seed0 2,400, vanilla-seed0 1,200" in said.how
+
+
+def test_a_card_in_which_what_is_compared_differs_is_named(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for record, labels in zip(records, ("balanced", "random"), strict=True):
+        evaluate(
+            record.path, 5.0 + len(labels), card={"labels": labels, "n_images": 512, "checkpoint_sha256": record.name}
+        )
+    said = answer(read_runs([record.path for record in records]))
+    assert "Measured differently: labels balanced, random" in said.how
+    assert said.outcome == "unlike"
+    assert said.sentence.startswith("Which is better is not known: FID is 11.00 of vanilla-seed0")
+    assert said.sentence.endswith("but the two were measured differently (labels).")
+
+
+def test_a_card_that_differs_in_what_changes_no_number_does_not_stand_in_the_way(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for record, value in zip(records, (1.0, 2.0), strict=True):
+        evaluate(record.path, value, card={"labels": "random", "images": str(record.path), "reference": f"/{value}"})
+    said = answer(read_runs([record.path for record in records]))
+    assert said.outcome == "unknown"
+    assert not any(line.startswith("Measured differently") for line in said.how)
+
+
+def test_names_are_escaped_in_the_sentence(make) -> None:  # type: ignore[no-untyped-def]
+    odd = "<script>x</script>\u202e"
+    records = make({"repa": [20.0], "vanilla": [30.0]})
+    records = [dataclasses.replace(record, name=f"{odd}{i}") for i, record in enumerate(records)]
+    html = page(records, "x")
+    assert "<script>x" not in html
+    assert "\u202e" not in html
+    assert "&lt;script&gt;x&lt;/script&gt;\\u202e0 has the lower FID" in html
+
+
+def test_the_commands_of_the_sentence_are_commands(make, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    for _, line in answer(make({"repa": [20.0], "vanilla": [30.0]})).missing:
+        with pytest.raises(SystemExit) as ended:
+            main([*shlex.split(line)[3:], "--help"])
+        assert ended.value.code == 0
+
+
+# ---- grouping, statistics ---------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_the_seed_alone_are_a_method(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [1.0, 2.0], "vanilla": [3.0, 4.0], "half": [5.0]})
+    methods = methods_of(records)
+    assert [(method.name, len(method.runs)) for method in methods] == [("half-seed0", 1), ("repa", 2), ("vanilla", 2)]
+    assert sorted(run for method in methods for run in method.runs) == list(range(5))
+    repa, vanilla = methods[1:]
+    assert equal_seeds(records, repa, vanilla) == list(zip(repa.runs, vanilla.runs, strict=True))
+
+
+def test_methods_are_named_by_their_settings_where_names_share_nothing(shared_tiny_store: Path, tmp_path: Path) -> None:
+    for name, seed, weight in (("x", 0, 0.5), ("y", 1, 0.5), ("z", 0, 0.0)):
+        make_run(tmp_path, shared_tiny_store, seed, weight, measured=False, name=name)
+    assert [method.name for method in methods_of(read_runs([tmp_path]))] == ["0.5", "0.0"]
+
+
+@given(st.floats(0, 50), st.integers(1, 60))
+def test_students_t(t: float, freedom: int) -> None:
+    assert within(t, freedom) == pytest.approx(1 - 2 * stats.t.sf(t, freedom), abs=1e-12)
+    assert quantile(0.95, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+def test_the_interval_is_that_of_a_t_test_with_pooled_variance() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(3, 1, 5).tolist(), rng.normal(1, 1, 4).tolist()
+    reference = stats.ttest_ind(a, b).confidence_interval(0.95)
+    found = difference(a, b, [a, b])
+    assert found.interval == pytest.approx((reference.low, reference.high))
+    assert pooled([[1.0], [2.0]]) is None
+    assert difference([1.0], [2.0], [[1.0], [2.0]]).interval is None
+
+
+def test_a_record_with_a_damaged_interval_is_refused(make) -> None:  # type: ignore[no-untyped-def]
+    (record,) = make({"repa": [1.0]})
+    metrics = {"fid": {"value": 1.0, "interval": [1.0]}}
+    (record.path / "evaluations.jsonl").write_text(json.dumps(evaluation(1.0, metrics=metrics)) + "\n")
+    with pytest.raises(Exception, match=r"evaluations\.jsonl line 1"):
+        read_runs([record.path])

@@ -1,0 +1,303 @@
+"""The tables of numbers: methods ranked, every measure of every run, and what is not compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trainer.evaluation.probing.measured import Point
+from trainer.evaluation.quality.evaluate import Metric
+from trainer.evaluation.report.alike import (
+    Group,
+    Protocol,
+    command,
+    evaluate_command,
+    evaluated_alike,
+    measured_alike,
+)
+from trainer.evaluation.report.axes import axis_of
+from trainer.evaluation.report.charts import dash, escaped, strip, swatch
+from trainer.evaluation.report.curves import ANALYSES, LOSSES, compared
+from trainer.evaluation.report.measures import better, measured, spelled, title, with_spread
+from trainer.evaluation.report.methods import Method, style_of
+from trainer.evaluation.report.run_record import RunRecord
+from trainer.evaluation.report.spread import LEVEL, deviation, mean
+from trainer.evaluation.report.table import NOTHING, Cell, number_cell, table
+from trainer.evaluation.report.verdict import Ranked, Verdict
+
+STEPS = "Steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A heading, what it shows of a run, and how a number is spelled."""
+
+    title: str
+    cell: Callable[[RunRecord], Cell]
+
+
+def names(records: Sequence[RunRecord], methods: Sequence[Method]) -> list[Cell]:
+    """The first column of tables of runs."""
+    return [
+        Cell(text=record.name, key=record.name, before=swatch(*style_of(methods, i)))
+        for i, record in enumerate(records)
+    ]
+
+
+# ---- the answer -------------------------------------------------------------------------------------------------
+
+
+def ranking_table(answer: Verdict) -> str:
+    """HTML: the methods that were measured alike, the best first; "" where there is none."""
+    if answer.group is None or not answer.ranking:
+        return ""
+    way = answer.group.protocol
+    values = [value for ranked in answer.ranking for value in ranked.values.values()]
+    axis = axis_of(values, zero=min(values) >= 0)
+    spreads = [ranked.behind.spread for ranked in answer.ranking if ranked.behind is not None]
+    columns = {
+        "Method": [
+            Cell(text=ranked.method.name, key=ranked.method.name, before=swatch(ranked.method.number, ""))
+            for ranked in answer.ranking
+        ],
+        f"{title(way.metric, way.name)}, {better(way.metric)} is better": [
+            Cell(text=ranked.text, key=ranked.mean, note=_interval(answer, ranked)) for ranked in answer.ranking
+        ],
+        "Seeds, from 0" if axis.begins_at_zero else f"Seeds, {spelled(axis.low)} to {spelled(axis.high)}": [
+            Cell(text="", key=ranked.mean, svg=_strip(answer, ranked, axis)) for ranked in answer.ranking
+        ],
+        "Number of seeds": [number_cell(len(ranked.values), "d") for ranked in answer.ranking],
+        "Behind the best": [_behind(ranked, answer) for ranked in answer.ranking],
+    }
+    if len(answer.ranking) == 1 or not spreads:
+        columns.pop("Behind the best")
+    return table(columns, label="Methods, the best first", sortable=False)
+
+
+def _strip(answer: Verdict, ranked: Ranked, axis: object) -> str:
+    values = list(ranked.values.values())
+    found = _metrics(answer, ranked)
+    interval = found[0].interval if len(found) == 1 else None
+    return strip(values, axis, ranked.method.number, interval)  # type: ignore[arg-type]
+
+
+def _metrics(answer: Verdict, ranked: Ranked) -> list[Metric]:
+    assert answer.group is not None
+    return [answer.group.values[i].metrics[answer.group.protocol.metric] for i in ranked.values]
+
+
+def _interval(answer: Verdict, ranked: Ranked) -> str:
+    """The interval of the images drawn, which of several seeds each has its own."""
+    found = [metric.interval for metric in _metrics(answer, ranked) if metric.interval is not None]
+    return f"{_span(found[0])} by its images" if len(found) == 1 == len(ranked.values) else ""
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{spelled(interval[0])} to {spelled(interval[1])}"
+
+
+def _behind(ranked: Ranked, answer: Verdict) -> Cell:
+    if ranked.behind is None:
+        return Cell(text="best", key=0.0)
+    value = abs(ranked.behind.value)
+    if answer.outcome == "unlike":
+        return Cell(text=spelled(value), key=value, note="measured differently")
+    if ranked.behind.interval is None:
+        return Cell(text=spelled(value), key=value, note="spread of seeds unknown")
+    what = "more than seeds differ" if ranked.behind.is_settled else "within what seeds differ"
+    if not ranked.behind.is_settled and not ranked.behind.is_within:
+        what = "not settled by so few seeds"
+    low, high = sorted(ranked.behind.interval, key=abs)
+    low = low if ranked.behind.is_settled else -abs(low)
+    ends = f"{spelled(abs(low) if ranked.behind.is_settled else low)} to {spelled(abs(high))}"
+    return Cell(text=spelled(value), key=value, note=f"{what} ({LEVEL:.0%} interval {ends})")
+
+
+# ---- every measure ----------------------------------------------------------------------------------------------
+
+
+def columns_of(records: Sequence[RunRecord]) -> dict[str, list[Cell]]:
+    """Every measure of every run; columns that say nothing of any run are left out."""
+    columns = [
+        *(column for name, metric in measured(records) for column in _metric_columns(records, name, metric)),
+        *(column for measure, text in ANALYSES.items() for column in _measure_columns(records, measure, text)),
+        *(_loss_column(name, text) for name, text in LOSSES.items()),
+        Column(title=STEPS, cell=lambda run: number_cell(run.steps, ",", note=_unfinished(run))),
+    ]
+    kept: dict[str, list[Cell]] = {}
+    for column in columns:
+        cells, heading = [column.cell(record) for record in records], column.title
+        while heading in ("Run", "Method", *kept):  # told apart by what a heading does not say
+            heading += " ′"
+        if any(cell.text != NOTHING for cell in cells):
+            kept[heading] = cells
+    return kept
+
+
+def runs_table(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
+    """HTML: a row a run."""
+    return table({"Run": names(records, methods), **columns_of(records)}, label="Every run")
+
+
+def methods_table(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
+    """HTML: a row a method, means and deviations over seeds; "" where no method has two runs."""
+    if all(len(method.runs) < 2 for method in methods):
+        return ""
+    first = [
+        Cell(
+            text=method.name,
+            key=method.name,
+            note=f"{len(method.runs)} seed{'s' if len(method.runs) > 1 else ''}",
+            before=swatch(method.number, ""),
+        )
+        for method in methods
+    ]
+    of_methods = {
+        heading: [
+            (_span_cell if heading == STEPS else _mean_cell)([cells[i] for i in method.runs]) for method in methods
+        ]
+        for heading, cells in columns_of(records).items()
+    }
+    return table({"Method": first, **of_methods}, label="Methods")
+
+
+def _span_cell(cells: Sequence[Cell]) -> Cell:
+    """From the least to the most."""
+    found = sorted(cells, key=lambda cell: float(cell.key or 0))
+    texts = list(dict.fromkeys((found[0].text, found[-1].text)))
+    return Cell(text=" to ".join(texts), key=found[-1].key, note=found[0].note)
+
+
+def _mean_cell(cells: Sequence[Cell]) -> Cell:
+    values = [float(cell.key) for cell in cells if isinstance(cell.key, int | float)]
+    if not values:
+        return Cell(text=NOTHING)
+    if len(set(values)) == 1:
+        found = next(cell for cell in cells if isinstance(cell.key, int | float))
+        return Cell(text=found.text, key=found.key, note=_of(values, cells))
+    percent = any(cell.text.endswith("%") for cell in cells)
+    spread = deviation(values) or 0.0
+    text = f"{mean(values):.1%} ± {spread:.1%}" if percent else with_spread(mean(values), spread)
+    return Cell(text=text, key=mean(values), note=_of(values, cells))
+
+
+def _of(values: Sequence[float], cells: Sequence[Cell]) -> str:
+    return f"of {len(values)} of {len(cells)} runs" if len(values) < len(cells) else ""
+
+
+def _unfinished(run: RunRecord) -> str:
+    return "" if run.steps >= run.config.steps else f"of {run.config.steps:,}"
+
+
+def _loss_column(name: str, text: str) -> Column:
+    def cell(run: RunRecord) -> Cell:
+        applies = run.config.aligns or name != "alignment_loss"
+        return number_cell(getattr(run.lines[-1], name) if run.lines and applies else None, ".4f")
+
+    return Column(title=text, cell=cell)
+
+
+def _measure_columns(records: Sequence[RunRecord], measure: str, text: str) -> list[Column]:
+    places = {id(record): i for i, record in enumerate(records)}
+
+    def column(group: Group[Protocol, list[Point]], heading: str) -> Column:
+        def cell(run: RunRecord) -> Cell:
+            points = group.values.get(places[id(run)])
+            if points is None:
+                return Cell(text=NOTHING)
+            best = max(points, key=lambda point: point.value(measure) or 0)
+            late = "" if best.step == run.checkpoint_step else f", step {best.step:,}"
+            features = f" with {group.protocol.features}" if group.protocol.features else ""
+            note = f"block {best.block}, t = {best.t:g}{features}{late}"
+            return number_cell(best.value(measure), ".1%" if measure == "probe" else ".3f", note=note)
+
+        return Column(title=heading, cell=cell)
+
+    groups = compared(records, measure)
+    how = ["", *(f" [{group.protocol.apart(groups[0].protocol)}]" for group in groups[1:])]
+    return [column(group, text + suffix) for group, suffix in zip(groups, how, strict=False)]
+
+
+def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> list[Column]:
+    text = title(metric, name)
+    first, *others = evaluated_alike(records, name, metric)
+    groups = [first, *(group for group in others if len(group.values) > 1)]
+    places = {id(record): i for i, record in enumerate(records)}
+
+    def column(number: int) -> Column:
+        def cell(run: RunRecord) -> Cell:
+            line = groups[number].values.get(places[id(run)])
+            if line is None:
+                return Cell(text=NOTHING)
+            figures = line.metrics[metric]
+            late = "" if line.step == run.checkpoint_step else f", step {line.step or 0:,}"
+            images = "number of images not known" if figures.n_generated is None else f"{figures.n_generated:,} images"
+            interval = f"{_span(figures.interval)}; " if figures.interval is not None else ""
+            return number_cell(figures.value, ".3f", note=f"{interval}{images}{late}")
+
+        other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""
+        return Column(title=f"{text}{other}", cell=cell)
+
+    return [column(number) for number in range(len(groups))]
+
+
+# ---- what does not compare --------------------------------------------------------------------------------------
+
+
+def not_compared(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """What was measured otherwise than that of most runs: what and how, and the command that measures it alike."""
+    rows = []
+    for measure, text in ANALYSES.items():
+        groups = measured_alike(records, measure)
+        for main, group in [(groups[0], group) for group in groups[1:]]:
+            for i, points in group.values.items():
+                best = max(point.value(measure) or 0 for point in points)
+                value = f"{best:.1%}" if measure == "probe" else f"{best:.3f}"
+                differs = main.protocol.apart(group.protocol) if main.protocol.not_known else ""
+                why = differs or group.protocol.apart(main.protocol)
+                rows.append((f"{records[i].name}: {text} {value} ({why})", command(records[i], main.protocol)))
+    for name, metric in measured(records):
+        main_way, *others = evaluated_alike(records, name, metric)
+        like = next(iter(main_way.values.values()))
+        for way in others:
+            for i, line in way.values.items():
+                if i in main_way.values:
+                    continue
+                value = f"{title(metric, 'inception')} {line.metrics[metric].value:.3f} by {name}"
+                why = way.protocol.apart(main_way.protocol) or main_way.protocol.apart(way.protocol)
+                alike = evaluate_command(records[i], line, like, main_way.protocol)
+                rows.append((f"{records[i].name}: {value} ({why})", alike))
+    return rows
+
+
+def apart(records: Sequence[RunRecord]) -> str:
+    """HTML: what does not compare with the first column or chart of its kind, and what to run so that it does."""
+    heading = "Measured otherwise than most runs, and so not compared with them; measured alike by"
+    return commands(heading, not_compared(records))
+
+
+def commands(heading: str, rows: Sequence[tuple[str, str]], most: int = 1000, *, folded: bool = False) -> str:
+    """HTML: a list of what there is to run, and why; "" for none."""
+    items = "".join(f"<li>{escaped(what)}<br><code>{escaped(line)}</code></li>" for what, line in rows[:most])
+    more = f"<li>and {len(rows) - most} more</li>" if len(rows) > most else ""
+    if not items:
+        return ""
+    listed = f'<ul class="apart">{items}{more}</ul>'
+    if folded:
+        return f"<details><summary>{heading}</summary>{listed}</details>"
+    return f'<p class="apart">{heading}</p>{listed}'
+
+
+def legend(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
+    """HTML: which colour is which method, and which line is which run of it."""
+    parts = []
+    for method in methods:
+        runs = "".join(
+            f'<span class="run">{swatch(*style_of(methods, i))}{escaped(records[i].name)}</span>'
+            for i in method.runs
+            if len(method.runs) > 1
+        )
+        line = swatch(method.number, dash(method.number))
+        shows = f'<button type="button" data-n="{method.number}" aria-pressed="true" title="show or hide">'
+        parts.append(f"<li>{shows}{line}<b>{escaped(method.name)}</b></button>{runs}</li>")
+    return f'<ul class="legend">{"".join(parts)}</ul>'

@@ -1,0 +1,326 @@
+"""What the page says first: which method is best, by how much, and whether that is more than its seeds differ.
+
+Methods are compared by the first measure (`measures.TITLES`) that most of them have, measured alike (`alike.py`). What
+cannot be said is not: with one seed a method the spread is unknown, and where nothing compares, the sentence says what
+is missing and `missing` has the command lines that get it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from storage.base.choices import INCEPTION
+from trainer.evaluation.quality.evaluate import PUBLISHED_IMAGES, Evaluation
+from trainer.evaluation.report.alike import PROG, Evaluated, Group, evaluate_command, evaluated_alike
+from trainer.evaluation.report.cards import MOST_NAMED, unlike
+from trainer.evaluation.report.measures import better, decides, measured, place, spelled, title, with_spread
+from trainer.evaluation.report.methods import Method
+from trainer.evaluation.report.run_record import RunRecord
+from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean
+
+Outcome = Literal["clear", "open", "within", "unknown", "unlike", "missing", "alone"]
+BUILT_IN = "tiny-"  # encoders that need no weights
+FEW_IMAGES = 512  # where such an encoder will do
+ALMOST = 0.005  # two methods saw as many images where these differ by less
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A method with its values by run; `behind` is its mean less the best one's, None for the best."""
+
+    method: Method
+    values: dict[int, float]
+    behind: Difference | None = None
+
+    @property
+    def mean(self) -> float:
+        """Over its runs."""
+        return mean(list(self.values.values()))
+
+    @property
+    def text(self) -> str:
+        """Mean, and deviation where there is one."""
+        return with_spread(self.mean, deviation(list(self.values.values())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The sentence, how its numbers were measured, and what to run for what is missing."""
+
+    outcome: Outcome
+    sentence: str
+    how: list[str] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    ranking: list[Ranked] = field(default_factory=list)
+    group: Group[Evaluated, Evaluation] | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the sentence says which method is best, or that seeds do not tell them apart."""
+        return self.outcome in ("clear", "open", "within")
+
+
+def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
+    """The answer for runs in methods."""
+    group = deciding(records, methods)
+    if group is None:
+        return _nothing(records, methods)
+    ranking = rank(group, methods)
+    missing = _missing(records, methods, group)
+    metric = title(group.protocol.metric, group.protocol.name)
+    how = [
+        _how(records, group, ranking),
+        *_unlike(group),
+        *_training(records, group, ranking),
+        *_others(records, group, ranking),
+    ]
+    if len(ranking) < 2:
+        one = ranking[0]
+        said = f"{one.method.name} has {metric} {_stated(one)}"
+        if len(methods) == 1:
+            sentence, outcome = f"{said}; there is no other method to compare it with.", "alone"
+        else:
+            sentence, outcome = f"Which is better is not known: {said}, and no other was measured alike.", "missing"
+    else:
+        lower = better(group.protocol.metric) == "lower"
+        differing = unlike([group.values[i] for ranked in ranking[:2] for i in ranked.values])
+        sentence, outcome = _compared(ranking, metric, lower)
+        if differing:
+            sentence, outcome = _measured_differently(ranking, metric, differing), "unlike"
+        if len(ranking) < len(methods):
+            ranked = {each.method for each in ranking}
+            left = [method.name for method in methods if method not in ranked]
+            how.append(f"Left out, not measured alike: {', '.join(left)}")
+        if outcome == "unknown":
+            missing += _other_seeds(records, ranking)
+    return Verdict(outcome=outcome, sentence=sentence, how=how, missing=missing, ranking=ranking, group=group)  # type: ignore[arg-type]
+
+
+def deciding(records: Sequence[RunRecord], methods: Sequence[Method]) -> Group[Evaluated, Evaluation] | None:
+    """The measure, and how it was measured, by which methods are compared: of most methods, then of most runs."""
+    groups = [
+        group
+        for name, metric in measured(records)
+        if decides(metric)
+        for group in evaluated_alike(records, name, metric)
+    ]
+
+    def weight(group: Group[Evaluated, Evaluation]) -> tuple[int, int, bool, int]:
+        way = group.protocol
+        n_methods = sum(any(i in group.values for i in method.runs) for method in methods)
+        return n_methods, len(group.values), way.name == INCEPTION, -place(way.metric)
+
+    return max(groups, key=weight, default=None)
+
+
+def rank(group: Group[Evaluated, Evaluation], methods: Sequence[Method]) -> list[Ranked]:
+    """The methods that have a value, the best first, and how far each is behind it."""
+    metric = group.protocol.metric
+    found = []
+    for method in methods:
+        values = {i: group.values[i].metrics[metric].value for i in method.runs if i in group.values}
+        if values:
+            found.append(Ranked(method=method, values=values))
+    found.sort(key=lambda ranked: ranked.mean, reverse=better(metric) == "higher")
+    of_all = [list(ranked.values.values()) for ranked in found]
+    return [
+        Ranked(
+            method=ranked.method,
+            values=ranked.values,
+            behind=difference(of_all[i], of_all[0], of_all, len(found) - 1) if i else None,
+        )
+        for i, ranked in enumerate(found)
+    ]
+
+
+def _stated(ranked: Ranked) -> str:
+    n = len(ranked.values)
+    return f"{ranked.text} (mean and deviation of {n} seeds)" if n > 1 else f"{ranked.text} (one seed)"
+
+
+def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str, Outcome]:
+    first, second = ranking[0], ranking[1]
+    behind = second.behind
+    assert behind is not None
+    apart = spelled(abs(behind.value))
+    word = "lower" if lower else "higher"
+    best = f"{first.method.name} is better than {second.method.name}"
+    if len(ranking) > 2:
+        best = f"{first.method.name} is the best of {len(ranking)} methods, before {second.method.name}"
+    both = f"{metric} {first.text} against {second.text}, {apart} {word}"
+    seeds = _seeds(first, second)
+    if behind.spread is None or behind.interval is None:
+        said = f"{first.method.name} has the {'lowest' if lower else 'highest'} {metric}"
+        if len(ranking) == 2:
+            said = f"{first.method.name} has the {word} {metric}"
+        return (
+            f"{said}, {first.text} against {second.text} of {second.method.name} ({apart} {word}); with one seed a "
+            "method, how much seeds differ is unknown, so it may be luck.",
+            "unknown",
+        )
+    spread = spelled(behind.spread)
+    low, high = sorted(abs(end) for end in behind.interval)
+    if behind.is_settled:
+        sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}, of {seeds}"
+        return f"{best}: {both} ({sure}), which is more than the seeds' spread of {spread}.", "clear"
+    if behind.is_within:
+        return (
+            f"No method is best beyond the seeds' spread: {metric} {first.text} of {first.method.name} and "
+            f"{second.text} of {second.method.name} differ by {apart}, seeds of one method by {spread} ({seeds}).",
+            "within",
+        )
+    return (
+        f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, more than the seeds' spread "
+        f"of {spread}, yet {seeds} are too few to be {LEVEL:.0%} sure.",
+        "open",
+    )
+
+
+def _measured_differently(ranking: Sequence[Ranked], metric: str, differing: dict[str, list[str]]) -> str:
+    first, second = ranking[:2]
+    names = ", ".join(name.replace("_", " ") for name in differing)
+    return (
+        f"Which is better is not known: {metric} is {first.text} of {first.method.name} and {second.text} of "
+        f"{second.method.name}, but the two were measured differently ({names})."
+    )
+
+
+def _seeds(first: Ranked, second: Ranked) -> str:
+    n, m = len(first.values), len(second.values)
+    each = [f"{k} seed{'s' if k > 1 else ''}" for k in (n, m)]
+    return f"{n} seeds each" if n == m else " and ".join(each)
+
+
+def _how(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]) -> str:
+    """How the deciding measure was measured."""
+    way = group.protocol
+    images = "a number of images that is not known" if way.n_generated is None else f"{way.n_generated:,} images a run"
+    against = ""
+    if way.n_reference is not None:
+        against = f" against {way.n_reference:,} real ones"
+    elif way.metric != "inception_score":
+        against = " against given statistics"
+    steps = sorted({line.step for i, line in group.values.items() if line.step is not None})
+    after = f", after {steps[0]:,} steps" if len(steps) == 1 else ""
+    word = better(way.metric)
+    few = ""
+    if way.n_generated is not None and way.n_generated < PUBLISHED_IMAGES:
+        few = f"; too few images to compare with published figures, which are of {PUBLISHED_IMAGES:,}"
+    return f"{title(way.metric, way.name)} of {images}{against}{after}; {word} is better{few}"
+
+
+def _unlike(group: Group[Evaluated, Evaluation]) -> list[str]:
+    """In what the cards of the evaluations differ."""
+    differing = unlike(list(group.values.values()))
+    values = [f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in differing.items()]
+    more = [f"and {len(values) - MOST_NAMED} more fields of the cards"] if len(values) > MOST_NAMED else []
+    return [f"Measured differently: {'; '.join([*values[:MOST_NAMED], *more])}"] if values else []
+
+
+def _training(
+    records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]
+) -> list[str]:
+    """Whether the methods saw as many images, where that is known."""
+    seen = {}
+    for ranked in ranking:
+        images = {
+            round(step * records[i].config.batch) for i in ranked.values if (step := group.values[i].step) is not None
+        }
+        if images:
+            seen[ranked.method.name] = (min(images), max(images))
+    ends = [end for pair in seen.values() for end in pair]
+    if not ends or max(ends) - min(ends) <= ALMOST * max(ends):
+        return []
+    spans = ", ".join(f"{name} {low:,}" + (f" to {high:,}" if high > low else "") for name, (low, high) in seen.items())
+    return [f"Not trained alike: images seen by {spans}"]
+
+
+def _others(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]) -> list[str]:
+    """Which other measures put the same method first of the two that lead, and which do not."""
+    if len(ranking) < 2:
+        return []
+    agree: list[str] = []
+    otherwise: list[str] = []
+    a, b = ranking[0].method, ranking[1].method
+    for name, metric in measured(records):
+        sense = better(metric)
+        if sense is None or (name, metric) == (group.protocol.name, group.protocol.metric):
+            continue
+        for other in evaluated_alike(records, name, metric)[:1]:
+            found = {ranked.method: ranked.mean for ranked in rank(other, [a, b])}
+            if len(found) == 2:
+                first = found[a] < found[b] if sense == "lower" else found[a] > found[b]
+                word = f"{title(metric, name)} {spelled(found[a])} against {spelled(found[b])}"
+                (agree if first else otherwise).append(word)
+    said = [f"Of the same order: {', '.join(agree)}"] if agree else []
+    return [*said, *([f"Of another order: {', '.join(otherwise)}"] if otherwise else [])]
+
+
+# ---- what is missing --------------------------------------------------------------------------------------------
+
+
+def _nothing(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
+    missing = [(f"{run.name}: not evaluated", evaluation_command(records, run)) for run in records]
+    if len(methods) == 1:
+        what = f"{len(records)} runs" if len(records) > 1 else "the run"
+        sentence = f"How good {methods[0].name} is, is not known: no images of {what} were measured."
+    else:
+        sentence = (
+            f"Which of the {len(methods)} methods is better is not known: no images of theirs were measured "
+            "(a loss or an alignment does not say how good images are)."
+        )
+    return Verdict(outcome="missing", sentence=sentence, missing=missing)
+
+
+def _missing(
+    records: Sequence[RunRecord], methods: Sequence[Method], group: Group[Evaluated, Evaluation]
+) -> list[tuple[str, str]]:
+    """Runs that lack the deciding measure, and the commands that get it."""
+    way, like = group.protocol, next(iter(group.values.values()))
+    rows = []
+    for i, run in enumerate(records):
+        if i in group.values:
+            continue
+        lines = [line for line in run.evaluations if line.name == way.name and way.metric in line.metrics]
+        if lines:
+            rows.append((f"{run.name}: measured otherwise", evaluate_command(run, lines[-1], like, way)))
+        else:
+            of_run = Evaluation(name=way.name, metrics={})
+            rows.append((f"{run.name}: not measured", evaluate_command(run, of_run, like, way)))
+    return rows
+
+
+def evaluation_command(records: Sequence[RunRecord], run: RunRecord) -> str:
+    """The command line that evaluates a run against its own store, drawing images first where none are there."""
+    tiny = [name for record in records for name in record.config.data.features if name.startswith(BUILT_IN)]
+    options = ["--encoder", tiny[0]] if tiny else []
+    reference = ["--reference", run.config.store or "REFERENCE"]
+    if not run.drawn:
+        n = str(FEW_IMAGES if tiny else PUBLISHED_IMAGES)
+        return shlex.join([*PROG.split(), "score", str(run.path), "--n", n, *reference, *options])
+    images = str(run.drawn[-1].folder)
+    return shlex.join([*PROG.split(), "evaluate", images, *reference, *options, "--run", str(run.path)])
+
+
+def _other_seeds(records: Sequence[RunRecord], ranking: Sequence[Ranked]) -> list[tuple[str, str]]:
+    """How the two that lead are trained with another seed."""
+    rows = []
+    for ranked in ranking[:2]:
+        run = records[ranked.method.runs[0]]
+        seed = max(records[i].config.seed for i in ranked.method.runs) + 1
+        to = run.path.with_name(f"{run.path.name}-seed{seed}")
+        line = [
+            *PROG.split(),
+            "train",
+            "--config",
+            str(run.path / "config.yaml"),
+            "--seed",
+            str(seed),
+            "--run",
+            str(to),
+        ]
+        rows.append((f"{ranked.method.name}: another seed", shlex.join(line)))
+    return rows
