@@ -55,7 +55,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Images are described in this process; the command lines that did."""
     lines: list[list[str]] = []
 
-    def describing(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    run_process = subprocess.run
+
+    def describing(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        if command[3] != "features":  # the report asks for original images
+            return run_process(command, **options)
         lines.append(command)
         with pytest.raises(SystemExit) as end:
             run_command(describe, "python -m pipeline", command[3:])
