@@ -190,13 +190,12 @@ def _siglip2(size: str, width: int, depth: int, mlp: float = 8.0) -> VisionModel
 
 
 def _glyphs(directory: Path, width: int) -> VisionModel:
-    preprocessing = Preprocessing(normalisation=HALF, patch=8)
     return VisionModel(
         family="tiny_vit",
         model=str(directory),
         width=width,
         depth=4,
-        preprocessing=preprocessing,
+        preprocessing=Preprocessing(normalisation=HALF),
         original="",
         resolution=64,
     )

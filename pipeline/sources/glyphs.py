@@ -1,12 +1,12 @@
-"""The demo's images: capital letters of matplotlib's fonts, in bright colours over the built-in photographs.
+"""The demo's images: digits in the fonts of matplotlib's wheel, over the built-in photographs.
 
-They need no network, and they are written out as PNG files in an ImageFolder tree, a class a letter, so that listing,
+They need no network, and they are written out as PNG files in an ImageFolder tree, a class a digit, so that listing,
 reading and decoding run as they do on ImageNet. What varies is what varies in photographs of objects: shape (a font),
 size, place, rotation, slant, colours, light, and a background of low contrast that says nothing of the class.
 
-Every image is a function of (seed, split, letter, number). The splits share no pixel of a background, which are those
+Every image is a function of (seed, split, digit, number). The splits share no pixel of a background, which are those
 of `photos.py`, and no draw. FONTS are the demo's; ENCODER_FONTS are others, from which the built-in encoders learn
-(`pipeline/encoders/glyph/`), so that these have seen letters and none of those that the demo trains on.
+(`pipeline/encoders/glyph/`), so that these have seen digits and none of those that the demo trains on.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from storage.base.files import write_atomic
 
 RECIPE_VERSION = 1
 RESOLUTION = 64  # pixels a side
-CLASSES = tuple(string.ascii_uppercase)
+CLASSES = tuple(string.digits)
 SANS, SERIF, MONO, STIX = "DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral"
 FONTS = (SANS, f"{SANS}-Bold", f"{SANS}-BoldOblique", f"{SERIF}-Bold", f"{SERIF}-BoldItalic", f"{STIX}Bol")
 ENCODER_FONTS = (
     *(MONO, f"{MONO}-Bold", f"{MONO}-BoldOblique", SERIF, STIX, f"{STIX}BolIta", "cmb10", "cmr10", "cmss10", "cmtt10"),
 )
-EM = 96  # pixels of the font that a letter is drawn with, before it is scaled
+EM = 96  # pixels of the font that a digit is drawn with, before it is scaled
 CANVAS = 2 * EM
 OVERSAMPLED = 3  # pixels a side that are drawn for one of an image, whose mean makes smooth edges
-HEIGHT = (0.6, 0.85)  # of the longer side of a letter's box, in images
+HEIGHT = (0.6, 0.85)  # of the longer side of a digit's box, in images
 BRIGHT = ((0.95, 0.94, 0.9), (1.0, 0.65, 0.4), (0.5, 0.68, 1.0))  # white, orange, sky
 DARK = ((0.08, 0.08, 0.08), (0.32, 0.12, 0.05), (0.08, 0.14, 0.3))  # black, brown, navy
 DARK_PAPER, BRIGHT_PAPER = (0.05, 0.22), (0.8, 0.95)  # mean grey of a background
@@ -63,18 +63,18 @@ def photograph(name: str) -> Image.Image:
 
 
 @cache
-def upright(letter: str, font_name: str) -> tuple[Image.Image, int]:
-    """A letter in the middle of a canvas, and the longer side of its box in pixels."""
-    left, top, right, bottom = (int(side) for side in font(font_name).getbbox(letter))
+def upright(digit: str, font_name: str) -> tuple[Image.Image, int]:
+    """A digit in the middle of a canvas, and the longer side of its box in pixels."""
+    left, top, right, bottom = (int(side) for side in font(font_name).getbbox(digit))
     canvas = Image.new("L", (CANVAS, CANVAS))
     place = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
-    ImageDraw.Draw(canvas).text(place, letter, fill=255, font=font(font_name))
+    ImageDraw.Draw(canvas).text(place, digit, fill=255, font=font(font_name))
     return canvas, max(right - left, bottom - top)
 
 
-def mask(letter: str, font_name: str, rng: np.random.Generator) -> np.ndarray:
-    """How much of each pixel a letter covers, of random size, place, rotation and slant: float32 (side, side)."""
-    canvas, longest = upright(letter, font_name)
+def mask(digit: str, font_name: str, rng: np.random.Generator) -> np.ndarray:
+    """How much of each pixel a digit covers, of random size, place, rotation and slant: float32 (side, side)."""
+    canvas, longest = upright(digit, font_name)
     side = OVERSAMPLED * RESOLUTION
     scale = longest / (rng.uniform(*HEIGHT) * side)  # the canvas's pixels a pixel
     angle = math.radians(rng.uniform(-ROTATION_DEG, ROTATION_DEG))
@@ -89,7 +89,7 @@ def mask(letter: str, font_name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(covered: np.ndarray, split: str, rng: np.random.Generator) -> np.ndarray:
-    """A letter that covers `covered` of each pixel, on a photograph of low contrast: uint8 (side, side, 3).
+    """A digit that covers `covered` of each pixel, on a photograph of low contrast: uint8 (side, side, 3).
 
     Bright on dark or dark on bright; the inks are colours that `tiny-vae` keeps, which knows the photographs.
     """
@@ -108,14 +108,14 @@ def draw(covered: np.ndarray, split: str, rng: np.random.Generator) -> np.ndarra
 def glyph(
     split: str, label: int, number: int, *, seed: int = 0, fonts: Sequence[str] = FONTS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One image of a split, uint8 (side, side, 3), and what its letter covers, float32 (side, side)."""
+    """One image of a split, uint8 (side, side, 3), and what its digit covers, float32 (side, side)."""
     rng = np.random.default_rng([seed, list(photos.SPLITS).index(split), label, number])
     covered = mask(CLASSES[label], fonts[rng.integers(len(fonts))], rng)
     return draw(covered, split, rng), covered
 
 
 def write_glyphs(directory: Path, *, n_per_class: int, split: str = "train") -> int:
-    """Write `directory/<letter>/<letter>_<number>.png`; returns how many images there are.
+    """Write `directory/<digit>/<digit>_<number>.png`; returns how many images there are.
 
     Does nothing when a complete set of the same recipe is there; completes an interrupted one. Raises OSError.
     """
@@ -123,10 +123,10 @@ def write_glyphs(directory: Path, *, n_per_class: int, split: str = "train") -> 
     manifest = directory / OWN_FILE
     if not manifest.exists() or json.loads(manifest.read_text()) != recipe:
         for label, number in itertools.product(range(len(CLASSES)), range(n_per_class)):
-            letter, (image, _) = CLASSES[label], glyph(split, label, number)
+            digit, (image, _) = CLASSES[label], glyph(split, label, number)
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
-            path = directory / letter / f"{letter}_{number:04d}.png"
+            path = directory / digit / f"{digit}_{number:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(buffer.getvalue())
         write_atomic(manifest, json.dumps(recipe).encode(), "glyphs")

@@ -1,11 +1,11 @@
 """Train the demo's vision encoders: `python -m pipeline.encoders.glyph.train glyph-vit|glyph-namer`.
 
-Both learn from labels, on letters in ENCODER_FONTS over the left part of the built-in photographs, and are measured on
-the demo's fonts over the right part: of a font, a letter's drawing or a background that is measured they saw nothing.
+Both learn from labels, on digits in ENCODER_FONTS over the left part of the built-in photographs, and are measured on
+the demo's fonts over the right part: of a font, a digit's drawing or a background that is measured they saw nothing.
 
-    glyph-vit     names the letter from the mean of its patch tokens (cross-entropy), and says from each token which
-                  of its patch's 4×4 parts the letter covers (binary cross-entropy): tokens carry what and where
-    glyph-namer   names the letter, nothing else; another width, depth and seed
+    glyph-vit     names the digit from the mean of its patch tokens (cross-entropy), and says from each token which
+                  of its patch's 4×4 parts the digit covers (binary cross-entropy): tokens carry what and where
+    glyph-namer   names the digit, nothing else; another width, depth and seed
 
 A training is a function of its seed: steps are counted, not timed, and images are drawn by number. The committed
 weights took MINUTES on one busy core of two.
@@ -29,8 +29,8 @@ from pipeline.encoders.glyph import GLYPH_NAMER, GLYPH_VIT
 from pipeline.encoders.tiny.train import learning_rate, probe_accuracy, to_float
 from pipeline.sources.glyphs import CLASSES, ENCODER_FONTS, FONTS, RESOLUTION, glyph
 
-N_PER_CLASS, BATCH, STEPS = 400, 32, 2500
-PATCH, PARTS = 8, 4  # a patch's side in pixels, and in the parts that glyph-vit looks at
+N_PER_CLASS, BATCH, STEPS = 600, 64, 1200
+PATCH, PARTS = 16, 4  # a patch's side in pixels, and in the parts that glyph-vit looks at
 FOLDERS = {"glyph-vit": GLYPH_VIT, "glyph-namer": GLYPH_NAMER}
 CONFIGS: dict[str, dict[str, Any]] = {
     name: {"img_size": RESOLUTION, "patch_size": PATCH, "num_classes": 0, **size}
@@ -42,10 +42,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SEEDS = {"glyph-vit": 1, "glyph-namer": 2}  # of weights and images; the demo's images have 0
 
 
-def letters(
+def digits(
     split: str, n_per_class: int, seed: int, fonts: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images uint8 (N, side, side, 3), labels (N,), and what letters cover, float32 (N, side, side)."""
+    """Images uint8 (N, side, side, 3), labels (N,), and what digits cover, float32 (N, side, side)."""
     drawn = [
         (*glyph(split, label, number, seed=seed, fonts=fonts), label)
         for label in range(len(CLASSES))
@@ -56,7 +56,7 @@ def letters(
 
 
 def of_patches(covered: Tensor) -> Tensor:
-    """What a letter covers (B, side, side) as means of each patch's parts: (B, tokens, PARTS²)."""
+    """What a digit covers (B, side, side) as means of each patch's parts: (B, tokens, PARTS²)."""
     b, side = len(covered), RESOLUTION // PATCH
     parts = F.avg_pool2d(covered[:, None], PATCH // PARTS).reshape(b, side, PARTS, side, PARTS)
     return parts.transpose(2, 3).reshape(b, side**2, PARTS**2)
@@ -72,7 +72,7 @@ def train(name: str, steps: int) -> None:
     names, covers = torch.nn.Linear(vit.embed_dim, len(CLASSES)), torch.nn.Linear(vit.embed_dim, PARTS**2)
     modules = torch.nn.ModuleList([vit, names, covers])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=0.0, weight_decay=0.05)
-    images, labels, covered = letters("train", N_PER_CLASS, SEEDS[name], ENCODER_FONTS)
+    images, labels, covered = digits("train", N_PER_CLASS, SEEDS[name], ENCODER_FONTS)
     rng = np.random.default_rng(SEEDS[name])
     bar = tqdm(range(steps), unit="step")
     for step in bar:
@@ -115,11 +115,11 @@ def pooled(name: str, images: np.ndarray) -> np.ndarray:
 
 
 def measure(name: str, n_per_class: int = 24) -> float:
-    """Share of held-out letters in the demo's fonts that a linear probe of others in these fonts names; prints it."""
-    images, labels, _ = letters("train", n_per_class, 0, FONTS)
-    others, their_labels, _ = letters("heldout", n_per_class // 3, 0, FONTS)
+    """Share of held-out digits in the demo's fonts that a linear probe of others in these fonts names; prints it."""
+    images, labels, _ = digits("train", n_per_class, 0, FONTS)
+    others, their_labels, _ = digits("heldout", n_per_class // 3, 0, FONTS)
     accuracy = probe_accuracy(pooled(name, images), labels, pooled(name, others), their_labels)
-    print(f"{name}: linear probe on held-out letters in fonts that it was not trained on {accuracy:.1%}")
+    print(f"{name}: linear probe on held-out digits in fonts that it was not trained on {accuracy:.1%}")
     return accuracy
 
 
