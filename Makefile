@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## both stages on the built-in photographs, five minutes
+demo: $(STAMP)  ## both stages on digits over photographs, five minutes
 	$(PY) -m pipeline demo --out $(call quote,OUT) $(ARGS)
 
 precompute: $(STAMP)  ## stage one: DATA=folder STORE=root [LATENTS FEATURES RESOLUTION RAY_ADDRESS ARGS]
