@@ -31,7 +31,7 @@ FEATURES, JUDGE = "glyph-vit", "glyph-namer"
 PRESET, STEPS = "sit-tiny-2", 800
 TRAINING = ["--batch", "64", "--optim.decay", "cosine", "--optim.decay-until"]
 RUNS = {"repa": ["--data.features", FEATURES], "vanilla": ["--loss.projection-weight", "0"]}
-IMAGES, PROBED = 200, 1000
+IMAGES, SAMPLING_STEPS, PROBED = 120, 25, 1000
 PAGE = "report.html"
 
 
@@ -77,7 +77,10 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
 def _chain(run: Path, store: str, steps: int) -> list[list[str]]:
     """The commands of one run."""
     train = ["train", "--store", store, "--preset", PRESET, "--run", str(run), "--steps", str(steps)]
-    return [[*train, *TRAINING, str(steps), *RUNS[run.name]], ["generate", str(run), "--n", str(IMAGES)]]
+    return [
+        [*train, *TRAINING, str(steps), *RUNS[run.name]],
+        ["generate", str(run), "--n", str(IMAGES), "--steps", str(SAMPLING_STEPS)],
+    ]
 
 
 def evaluate_runs(out: Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pipeline.encoders.glyph import GLYPH_NAMER, GLYPH_VIT
 from pipeline.encoders.glyph.train import digits, of_patches
 from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
 from pipeline.encoders.tiny.train import probe_accuracy, psnr_db
-from pipeline.sources.glyphs import CLASSES, FONTS, RESOLUTION
+from pipeline.sources.glyphs import CLASSES, DEMO, RESOLUTION
 from storage.base.errors import UserError
 from storage.identity import FeaturesIdentity, LatentsIdentity
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @cache
 def pictures(split: str, n_per_class: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return digits(split, n_per_class, 0, FONTS)
+    return digits(split, n_per_class, 0, DEMO)
 
 
 def patches(name: str, images: np.ndarray) -> np.ndarray:

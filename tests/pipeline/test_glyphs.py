@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.sources import glyphs, open_source, photos
-from pipeline.sources.glyphs import CLASSES, ENCODER_FONTS, FONTS, RESOLUTION, font, glyph, mask, upright, write_glyphs
+from pipeline.sources.glyphs import CLASSES, DEMO, FOR_ENCODERS, RESOLUTION, font, glyph, mask, upright, write_glyphs
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -48,14 +50,12 @@ def test_a_complete_set_is_left_alone_and_an_interrupted_one_completed(tmp_path:
     assert digests(tmp_path / "a") == whole
 
 
-def test_the_digit_that_is_drawn_is_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digit_that_is_drawn_is_the_label() -> None:
     """Without rotation, slant and shift, what is covered is that digit of the font and no other."""
-    for name in ("ROTATION_DEG", "SLANT", "SHIFT"):
-        monkeypatch.setattr(glyphs, name, 0.0)
-    monkeypatch.setattr(glyphs, "HEIGHT", (0.75, 0.75))
+    style = replace(DEMO, rotation_deg=0.0, slant=0.0, shift=0.0, height=(0.75, 0.75))
 
     def plain(digit: str) -> np.ndarray:
-        canvas, longest = upright(digit, FONTS[0])
+        canvas, longest = upright(digit, DEMO.fonts[0])
         side = round(canvas.width * 0.75 * RESOLUTION / longest)
         edge = (side - RESOLUTION) / 2
         box = (edge, edge, edge + RESOLUTION, edge + RESOLUTION)
@@ -63,15 +63,15 @@ def test_the_digit_that_is_drawn_is_the_label(monkeypatch: pytest.MonkeyPatch) -
 
     templates = [plain(digit) for digit in CLASSES]
     for digit in CLASSES:
-        covered = mask(digit, FONTS[0], np.random.default_rng(0))
+        covered = mask(digit, DEMO.fonts[0], style, np.random.default_rng(0))
         apart = [np.abs(template - covered).mean() for template in templates]
         assert CLASSES[int(np.argmin(apart))] == digit
         assert min(apart) < 0.03
 
 
 def test_a_digit_stands_out_and_lies_within_the_image() -> None:
-    for number in range(40):
-        image, covered = glyph("train", number % 10, number)
+    for number, style in itertools.product(range(20), (DEMO, FOR_ENCODERS)):
+        image, covered = glyph("train", number % 10, number, style=style)
         light = image.astype(float).mean(-1)
         inside, outside = light[covered > 0.9], light[covered < 0.1]
         assert abs(inside.mean() - outside.mean()) > 60
@@ -81,8 +81,8 @@ def test_a_digit_stands_out_and_lies_within_the_image() -> None:
 
 
 def test_the_encoders_fonts_are_others_than_the_demo_s() -> None:
-    assert not set(FONTS) & set(ENCODER_FONTS)
-    assert len({font(name).getname() for name in (*FONTS, *ENCODER_FONTS)}) == len(FONTS) + len(ENCODER_FONTS)
+    fonts = (*DEMO.fonts, *FOR_ENCODERS.fonts)
+    assert len({font(name).getname() for name in fonts}) == len(set(fonts)) == len(fonts)
 
 
 def test_the_splits_take_backgrounds_from_parts_that_share_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
