@@ -77,10 +77,8 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
 def _chain(run: Path, store: str, steps: int) -> list[list[str]]:
     """The commands of one run."""
     train = ["train", "--store", store, "--preset", PRESET, "--run", str(run), "--steps", str(steps)]
-    return [
-        [*train, *TRAINING, str(steps), *RUNS[run.name]],
-        ["generate", str(run), "--n", str(IMAGES), "--steps", str(SAMPLING_STEPS)],
-    ]
+    generate = ["generate", str(run), "--n", str(IMAGES), "--steps", str(SAMPLING_STEPS)]
+    return [[*train, *TRAINING, str(steps), *RUNS[run.name]], generate]
 
 
 def evaluate_runs(out: Path) -> dict[str, float]:

@@ -6,8 +6,8 @@ size, place, rotation, slant, colours, light, and a background of low contrast t
 
 Every image is a function of (seed, split, digit, number). The splits share no pixel of a background, which are those
 of `photos.py`, and no draw. DEMO is the style of the demo's images; the built-in encoders learn from FOR_ENCODERS
-(`pipeline/encoders/glyph/`), which varies more and has other fonts, so that they have seen digits and none of those that
-the demo trains on.
+(`pipeline/encoders/glyph/`), which varies more and has other fonts, so that they have seen digits and none of those
+that the demo trains on.
 """
 
 from __future__ import annotations
