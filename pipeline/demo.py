@@ -28,7 +28,7 @@ from storage.feature_file import open_feature_file
 N_PER_CLASS, N_HELDOUT_PER_CLASS = 200, 40
 SHARD_ROWS = 256
 FEATURES, JUDGE = "glyph-vit", "glyph-namer"
-PRESET, STEPS = "sit-tiny-2", 800
+PRESET, STEPS = "sit-tiny-2", 600
 TRAINING = ["--batch", "64", "--optim.decay", "cosine", "--optim.decay-until"]
 RUNS = {"repa": ["--data.features", FEATURES], "vanilla": ["--loss.projection-weight", "0"]}
 IMAGES, SAMPLING_STEPS, PROBED = 120, 25, 1000
