@@ -70,7 +70,7 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
     title = "REPA and vanilla on digits over photographs"
     page = out / PAGE
     side_by_side({"page": [analyse, ["report", *runs, "--out", str(page), "--title", title]]}, out)
-    say(report(stage_one, out, named, [*pictures, page], time.perf_counter() - start_s))
+    say(*report(stage_one, out, named, [*pictures, page], time.perf_counter() - start_s).splitlines())
     return EXIT_OK
 
 
