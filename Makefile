@@ -54,7 +54,7 @@ endif
 TRAIN = train --store $(call quote,STORE) --preset $(PRESET) $(if $(value RUN),--run $(call quote,RUN)) $(ARGS)
 train: $(STAMP)  ## stage two: STORE=root [PRESET RUN GPUS RAY_ADDRESS ARGS]; GPUS of this machine, or of the cluster
 ifeq ($(call named,STORE PRESET RUN GPUS ARGS)$(call on_line,RAY_ADDRESS),)
-	$(PY) -m trainer train --store $(call quote,OUT)/store --preset sit-tiny-2 --run $(call quote,OUT)/repa
+	$(PY) -m trainer train --store $(call quote,OUT)/store --preset sit-tiny-2 --run $(call quote,OUT)/train
 else ifeq ($(value STORE),)
 	$(PY) -m trainer train --store ''
 else ifneq ($(strip $(RAY_ADDRESS)),)
