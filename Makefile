@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## both stages on the built-in photographs, five minutes
+demo: $(STAMP)  ## both stages on digits over photographs, five minutes
 	$(PY) -m pipeline demo --out $(call quote,OUT) $(ARGS)
 
 precompute: $(STAMP)  ## stage one: DATA=folder STORE=root [LATENTS FEATURES RESOLUTION RAY_ADDRESS ARGS]
@@ -55,7 +55,7 @@ endif
 TRAIN = train --store $(call quote,STORE) --preset $(PRESET) $(if $(value RUN),--run $(call quote,RUN)) $(ARGS)
 train: $(STAMP)  ## stage two: STORE=root [PRESET RUN GPUS RAY_ADDRESS ARGS]; GPUS of this machine, or of the cluster
 ifeq ($(call named,STORE PRESET RUN GPUS ARGS)$(call on_line,RAY_ADDRESS),)
-	$(PY) -m trainer train --store $(call quote,OUT)/store --preset sit-tiny-2 --run $(call quote,OUT)/repa
+	$(PY) -m trainer train --store $(call quote,OUT)/store --preset sit-tiny-2 --run $(call quote,OUT)/train
 else ifeq ($(value STORE),)
 	$(PY) -m trainer train --store ''
 else ifneq ($(strip $(RAY_ADDRESS)),)

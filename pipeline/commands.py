@@ -55,7 +55,7 @@ COMMANDS = {
         "features",
     ),
     "tasks": command("command lines as Ray tasks, for `python -m trainer ablate`", "TasksConfig", "tasks"),
-    "demo": command("both stages on the built-in photographs", "DemoConfig", "demo"),
+    "demo": command("both stages on digits over photographs, with alignment and without", "DemoConfig", "demo"),
     "launch": command(
         "train on a Ray cluster: the trainer's own command, on workers that Ray Train places", "LaunchConfig", "launch"
     ),

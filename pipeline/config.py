@@ -207,10 +207,10 @@ class TasksConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """`demo`: both stages on the built-in photographs."""
+    """`demo`: both stages on digits over photographs."""
 
     out: Path = option(Path("runs/demo"), "folder for everything")
-    steps: int | None = option(None, "training steps (default 500)", at_least=1)
+    steps: int | None = option(None, "training steps (default 600)", at_least=1)
     only_precompute: bool = option(False, "stop after stage one")
 
     def __post_init__(self) -> None:

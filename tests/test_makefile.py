@@ -87,7 +87,7 @@ def test_whatever_is_named_means_the_real_job(target: str, named: str) -> None:
 
 def test_only_a_bare_target_works_on_the_demo_s_data(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = {
-        "train": "trainer train --store 'runs/demo'/store --preset sit-tiny-2 --run 'runs/demo'/repa",
+        "train": "trainer train --store 'runs/demo'/store --preset sit-tiny-2 --run 'runs/demo'/train",
         "precompute": "pipeline demo --out 'runs/demo' --only-precompute",
     }
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # of a shell on a cluster, and no word about the job

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.encoders.glyph import GLYPH_NAMER, GLYPH_VIT
 from pipeline.encoders.tiny import RESOLUTION, TINY_VAE, TINY_VIT
 
 
@@ -187,6 +189,18 @@ def _siglip2(size: str, width: int, depth: int, mlp: float = 8.0) -> VisionModel
     )
 
 
+def _glyphs(directory: Path, width: int) -> VisionModel:
+    return VisionModel(
+        family="tiny_vit",
+        model=str(directory),
+        width=width,
+        depth=4,
+        preprocessing=Preprocessing(normalisation=HALF),
+        original="",
+        resolution=64,
+    )
+
+
 SIZES = {"s": ("small", 384, 12), "b": ("base", 768, 12), "l": ("large", 1024, 24), "g": ("giant", 1536, 40)}
 VISION = {
     **{f"dinov2-vit{letter}14": _dinov2(*size, registers=False) for letter, size in SIZES.items()},
@@ -249,4 +263,6 @@ VISION = {
         original="",
         resolution=RESOLUTION,
     ),
+    "glyph-vit": _glyphs(GLYPH_VIT, width=96),
+    "glyph-namer": _glyphs(GLYPH_NAMER, width=64),
 }

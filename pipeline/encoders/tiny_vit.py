@@ -1,4 +1,4 @@
-"""`tiny-vit`, the built-in vision encoder for the demo and the tests (see `tiny/`); x / 127.5 − 1 at 128 px."""
+"""The built-in vision encoders: `tiny-vit` (see `tiny/`), `glyph-vit`, `glyph-namer` (`glyph/`); x / 127.5 − 1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from pipeline.encoders.catalogue import HALF
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.timm_vit import cut, layer_name, norm_in
-from pipeline.encoders.tiny import RESOLUTION
 from pipeline.encoders.vision import VisionTransformerEncoder, normalize
 from pipeline.encoders.weights import file_sha256, read_weights
 from storage.base.errors import UserError
@@ -21,9 +20,10 @@ from storage.identity import FeaturesIdentity
 
 def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     """Identity of the features."""
-    if resolution != RESOLUTION:
-        raise UserError(f"tiny-vit knows {RESOLUTION} px only; pass --resolution {RESOLUTION}, got {resolution}")
     config = _config(spec)
+    known = config["img_size"]
+    if resolution != known:
+        raise UserError(f"{spec.store_name} knows {known} px only; pass --resolution {known}, got {resolution}")
     side = config["img_size"] // config["patch_size"]
     return FeaturesIdentity(
         encoder="timm.VisionTransformer",
@@ -40,8 +40,9 @@ def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionT
     """Load the encoder."""
     from timm.models.vision_transformer import VisionTransformer
 
-    assert resolution == RESOLUTION
-    model = VisionTransformer(**_config(spec))
+    config = _config(spec)
+    assert resolution == config["img_size"]
+    model = VisionTransformer(**config)
     model.load_state_dict(read_weights(_weights(spec)))
     return VisionTransformerEncoder(
         cut(model, spec),

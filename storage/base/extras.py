@@ -11,7 +11,8 @@ from storage.base.errors import UserError
 MODULES = {  # that an extra brings, as they are imported
     "train": "PIL safetensors tensorboard torch yaml",
     "evaluate": "diffusers h5py huggingface_hub timm torch_fidelity torchvision",
-    "precompute": "PIL diffusers fsspec h5py huggingface_hub ray safetensors skimage sklearn timm torch torchvision",
+    "precompute": "PIL diffusers fsspec h5py huggingface_hub matplotlib ray safetensors skimage sklearn timm torch "
+    "torchvision",
 }
 PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # named otherwise
 EXTRAS_OF = {  # a command, in the order in which its user is likely to want them

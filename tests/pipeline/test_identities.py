@@ -69,7 +69,7 @@ def weights(tmp_path: Path) -> Path:
 
 def test_every_encoder_s_identity_is_stored_as_ever(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, model in VISION.items():
-        given = "" if name == "tiny-vit" else str(weights)
+        given = "" if model.family == "tiny_vit" else str(weights)
         require_as_written(name, planned(model.resolution or 256, features=name, features_weights=given).plain())
     for options in ("layer=2", "tokens=patch", "tokens=cls", "layer=2:tokens=patch:precision=bf16"):
         require_as_written(f"tiny-vit:{options}", planned(128, features=f"tiny-vit:{options}").plain())

@@ -177,7 +177,7 @@ def ditdh(name: str, size: str) -> TrainConfig:
 
 
 def tiny(name: str, kind: Kind) -> TrainConfig:
-    """A model of about a million parameters that learns the built-in photographs on two CPU cores."""
+    """A model of about a million parameters that learns the demo's digits on two CPU cores."""
     sample = SampleConfig(sampler="ode" if kind == "sit" else "ddpm", steps=50, guidance=2.5)
     return TrainConfig(
         preset=name,
