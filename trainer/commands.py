@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from storage.base.commands import Command
 from storage.base.console import EXIT_FAILED, EXIT_OK
+from storage.base.programs import program
 
 if TYPE_CHECKING:
     from trainer.config.command_line import ImportCommand, TrainCommand
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         ReportConfig,
     )
 
-PROG = "python -m trainer"
+PROG = program("trainer")
 OPTIONS = "trainer.evaluation.options"
 COMMANDS = {
     "train": Command(
