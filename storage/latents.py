@@ -3,9 +3,9 @@
     x = mean + std · ε              ε standard normal, drawn afresh at every visit; "mean" takes ε = 0
     z = (x − shift) · scale         one number each, or one a channel (`storage/normalisation.py`)
 
-Of an autoencoder without a posterior, x is what is stored. `to_latents` does that with NumPy, `storage.torch.to_latents`
-with tensors where they are, and the trainer with draws of its own, keyed by row; all three through `from_posterior` and
-`normalised`, whose operators are those of arrays and of tensors alike.
+Of an autoencoder without a posterior, x is what is stored. `to_latents` does that with NumPy, its namesake of
+`storage.torch` with tensors where they are, and the trainer with draws of its own, keyed by row; all three through
+`from_posterior` and `normalised`, whose operators are those of arrays and of tensors alike.
 
 Shape legend: B samples, C channels of (h, w). Statistics of patches have p × p numbers a channel.
 """
@@ -63,17 +63,17 @@ def to_latents(
 
 def from_posterior(mean: Array, std: Array, noise: Array) -> Array:
     """x = mean + std · ε."""
-    return mean + std * noise  # type: ignore[operator, no-any-return]
+    return mean + std * noise  # type: ignore[operator]
 
 
 def normalised(x: Array, shift: Any, scale: Any) -> Array:
     """z = (x − shift) · scale, what the model has."""
-    return (x - shift) * scale  # type: ignore[operator, no-any-return]
+    return (x - shift) * scale
 
 
 def stored(z: Array, shift: Any, scale: Any) -> Array:
     """x = z / scale + shift, what the autoencoder decodes."""
-    return z / scale + shift  # type: ignore[operator, no-any-return]
+    return z / scale + shift
 
 
 def spread(numbers: Any, over: Any) -> Any:
@@ -108,8 +108,8 @@ def latents_of(identity: Identity, shape: tuple[int, ...]) -> LatentsIdentity:
     wanted = identity.row_shapes().get("moments", ())
     if tuple(shape[1:]) != wanted:
         raise UserError(
-            f"moments of {identity.name} are (B, {', '.join(map(str, wanted))}), got {tuple(shape)}; pass whole batches "
-            "as they are stored"
+            f"moments of {identity.name} are (B, {', '.join(map(str, wanted))}), got {tuple(shape)}; pass a "
+            "batch as it is stored"
         )
     return identity
 
