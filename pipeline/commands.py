@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from storage.base.commands import Command
 from storage.base.console import EXIT_FAILED, EXIT_OK, say
 from storage.base.errors import UserError
+from storage.base.programs import program
 
 if TYPE_CHECKING:
     from pipeline.config import (
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
         TasksConfig,
     )
 
-PROG = "python -m pipeline"
+PROG = program("pipeline")
 
 
 def command(help_text: str, options: str, run: str) -> Command:
@@ -86,7 +87,7 @@ def report_precompute(config: PrecomputeConfig) -> int:
     from pipeline.next_step import train_command
 
     commands = [
-        f"python -m storage ls {shlex.quote(summary.store)}",
+        f"{program('storage')} ls {shlex.quote(summary.store)}",
         train_command(summary.store, summary.bytes_per_image),
     ]
     print(f"next: {'   ·   '.join(filter(None, commands))}")

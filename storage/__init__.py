@@ -1,8 +1,31 @@
-"""How arrays of samples lie on disk: plain Zarr v3 shards, published atomically and gathered in any order.
+"""How arrays of samples lie on disk, and how to read them: plain Zarr v3 shards, gathered in any order.
 
-Imports numpy, zarr, pyarrow and h5py only; never torch, ray or an encoder library. A trainer needs `open_store`; a
-writer needs `create_store`, `create_group`, `Staging` and `publish_unit`. A name's module is imported when the name is
-first asked for, so that a command's `--help` loads none of them; no module of this package may have such a name.
+Three names are enough to read a store, and one to have latents of what it holds:
+
+    open_store(where)                 what is in a store, and its groups' arrays by rows
+    storage.torch.RowDataset(…)       some of its groups as a torch data set, a batch one gather
+    iterate_batches(where, groups, …) shuffled batches without torch, in an order that resumes anywhere
+    to_latents(moments, …)            latents of stored moments; storage.torch.to_latents does it with tensors
+
+On the store that `make demo` leaves:
+
+    >>> from storage import iterate_batches, open_store
+    >>> store = open_store("runs/demo/store")
+    >>> store.groups()
+    ['latents/tiny-vae', 'features/tiny-vit']
+    >>> features = store.group("features/tiny-vit")
+    >>> features.tokens([7, 0]).shape
+    (2, 64, 128)
+    >>> for batch in iterate_batches("runs/demo/store", store.groups(), batch=8, seed=0, stop=1):
+    ...     print(batch["row"].shape, batch["latents/tiny-vae/moments"].shape)
+    (8,) (8, 8, 16, 16)
+
+The examples of the other docstrings are of this store too. Whoever writes needs `create_store`, `create_group`,
+`Staging` and `publish_unit`. docs/reading.md has more.
+
+Imports numpy, zarr, pyarrow and h5py only; never ray or an encoder library, and torch in `storage.torch` alone, which
+nothing here imports. A name's module is imported when the name is first asked for, so that a command's `--help` loads
+none of them; no module of this package may have such a name.
 """
 
 from importlib import import_module
@@ -10,8 +33,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from storage.base.errors import StoreError, UserError
+    from storage.batches import iterate_batches
     from storage.cache import CacheConfig
     from storage.gather import ArrayReader, gather_into
+    from storage.latents import to_latents
     from storage.layout import ArrayLayout, GroupLayout, StoreLayout
     from storage.reader import GroupReader, RowReader, Store, open_array, open_store
     from storage.staging import Staging
@@ -33,15 +58,19 @@ __all__ = [
     "create_group",
     "create_store",
     "gather_into",
+    "iterate_batches",
     "open_array",
     "open_store",
     "publish_unit",
+    "to_latents",
 ]
 
 _NAMES = {
     "base.errors": "StoreError UserError",
+    "batches": "iterate_batches",
     "cache": "CacheConfig",
     "gather": "ArrayReader gather_into",
+    "latents": "to_latents",
     "layout": "ArrayLayout GroupLayout StoreLayout",
     "reader": "GroupReader RowReader Store open_array open_store",
     "staging": "Staging",

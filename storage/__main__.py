@@ -6,9 +6,10 @@ A STORE is a directory or a URL (s3://, gs://, http(s)://); a GROUP is STORE/lat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from storage.base.commands import run_one
-from storage.base.console import run_command
+from storage.base.console import run_program
 from storage.commands import COMMANDS, PROG
 
 
@@ -17,5 +18,10 @@ def main(argv: Sequence[str]) -> int:
     return run_one(PROG, __doc__, COMMANDS, argv)
 
 
+def script() -> NoReturn:
+    """What is installed as `repa-storage`."""
+    run_program(main, PROG)
+
+
 if __name__ == "__main__":
-    run_command(main, PROG)
+    script()

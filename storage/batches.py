@@ -17,6 +17,7 @@ from itertools import count
 import numpy as np
 
 from storage.base.errors import UserError
+from storage.base.shown import shown
 from storage.checks import ChecksumPolicy
 from storage.codecs import TOKENS, decoded
 from storage.gather import gather_into
@@ -46,6 +47,7 @@ class Gatherer:
         if view != "random" and view not in range(opened.n_views):
             raise UserError(f"{opened.root} has {opened.n_views} views, so view is 0 to {opened.n_views - 1} or random")
         self.view: View = view
+        self._where = str(opened.root)
         self._groups: list[GroupReader] = [
             opened.group(path, checksums=checksums, n_threads=n_threads) for path in groups
         ]
@@ -61,6 +63,15 @@ class Gatherer:
         self._wanted = [(group, name) for group in self._groups for name in sorted(self._arrays & group.arrays.keys())]
         self._labels = opened.classes.labels
         self.valid_rows = ValidRows(opened.n_rows, np.concatenate([group.failed_rows for group in self._groups]))
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{group.path}/{name}" for group, name in self._wanted)
+        return shown(f"<{type(self).__name__} of {self._where}: {len(self.valid_rows):,} samples; {arrays}>")
+
+    @property
+    def groups(self) -> dict[str, GroupReader]:
+        """The groups' readers by path, with their identities and codecs."""
+        return {group.path: group for group in self._groups}
 
     def gather(self, rows: np.ndarray, views: Views) -> dict[str, np.ndarray]:
         """{"row", "label": int64 (B,), "<group>/<array>": (B, *row_shape)} of int64 rows (B,) and views."""
@@ -107,6 +118,17 @@ def iterate_batches(
 
     `batch` is the global batch, of which this rank's equal part is given, as `Gatherer.gather` describes it. Batches
     hold memory of their own. Raises UserError at once for what does not fit, and in the loop what reading raises.
+
+    >>> from storage import iterate_batches
+    >>> for batch in iterate_batches("runs/demo/store", ["latents/tiny-vae"], batch=4, seed=0, start=10, stop=12):
+    ...     print(sorted(batch), batch["latents/tiny-vae/moments"].shape)
+    ['label', 'latents/tiny-vae/moments', 'row'] (4, 8, 16, 16)
+    ['label', 'latents/tiny-vae/moments', 'row'] (4, 8, 16, 16)
+    >>> of_ranks = iterate_batches(
+    ...     "runs/demo/store", ["latents/tiny-vae"], batch=4, seed=0, start=11, rank=1, world_size=2
+    ... )
+    >>> bool((next(of_ranks)["row"] == batch["row"][2:]).all())  # the second rank's part of batch 11
+    True
     """
     if batch < 1 or not 0 <= rank < world_size or batch % world_size:
         raise UserError(f"a global batch of {batch} is not shared out over {world_size} ranks, of which this is {rank}")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from storage.base.commands import Command
 from storage.base.options import argument, option
+from storage.base.programs import program
 
-PROG = "python -m storage"
+PROG = program("storage")
 
 
 @dataclass(frozen=True, kw_only=True)

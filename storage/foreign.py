@@ -18,7 +18,7 @@ import zarr
 
 from storage.base.errors import StoreError
 from storage.base.shown import shown
-from storage.layout import checked_rows
+from storage.layout import checked_rows, sample_in_words
 from storage.roots import Root
 from storage.schema import MAX_ROWS, MAX_SAMPLE_BYTES
 
@@ -72,6 +72,11 @@ class ZarrArrayReader:
             "Copy it into shards of whole rows with crc32c and no compressor to read it at full speed",
             stacklevel=3,
         )
+
+    def __repr__(self) -> str:
+        rows, views = self.shape[:2]
+        sample = sample_in_words(self.row_shape, self.dtype)
+        return f"<{type(self).__name__} {shown(self._where)}: {rows:,} rows, {views} views, each {sample}>"
 
     def read_into(self, rows: np.ndarray | Sequence[int], views: np.ndarray | int, out: np.ndarray) -> None:
         """As `ArrayReader.read_into`."""

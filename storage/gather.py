@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from storage.array_read import ArrayRead, Piece, Places
-from storage.layout import StoreLayout
+from storage.base.shown import shown
+from storage.layout import StoreLayout, sample_in_words
 from storage.opened_array import OpenArray
 
 MIN_SHARE_BYTES = 1 << 19  # less than this is not worth waking another thread for
@@ -95,13 +96,29 @@ def _call(pieces: list[Piece]) -> None:
 
 
 class ArrayReader:
-    """One array of a group, read by rows. `shape`, `dtype` and `row_shape` describe it; made by `GroupReader`."""
+    """One array of a group, read by rows. `shape`, `dtype` and `row_shape` describe it; made by `GroupReader`.
+
+    >>> import numpy as np
+    >>> from storage import open_store
+    >>> patches = open_store("runs/demo/store").group("features/tiny-vit")["patches"]
+    >>> patches
+    <ArrayReader patches: 1,152 rows, 1 view, each 64×128 float16>
+    >>> out = np.empty((3, *patches.row_shape), patches.dtype)
+    >>> patches.read_into([5, 0, 5], 0, out)
+    >>> bool((out[0] == out[2]).all())
+    True
+    """
 
     def __init__(self, make: Callable[[], OpenArray]) -> None:
         """`make` is called once a process, and once more after `close`; it pickles if the reader shall."""
         self._make, self._opened = make, make()
         layout = self._opened.layout
         self.shape, self.row_shape, self.dtype = layout.shape, layout.row_shape, np.dtype(layout.dtype)
+
+    def __repr__(self) -> str:
+        layout = self._opened.layout
+        sample = sample_in_words(self.row_shape, self.dtype)
+        return f"<{type(self).__name__} {shown(layout.name)}: {layout.store}, each {sample}>"
 
     @property
     def opened(self) -> OpenArray:

@@ -102,6 +102,9 @@ class Index:
     def __len__(self) -> int:
         return self.table.num_rows
 
+    def __repr__(self) -> str:
+        return f"<Index: {len(self):,} samples by {', '.join(self.table.column_names)}>"
+
     @property
     def keys(self) -> list[str]:
         """Sample names in row order."""

@@ -15,11 +15,13 @@ A shard file, written in this order (Zarr v3 `sharding_indexed`, index at the en
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from storage.base.errors import UserError
 
@@ -33,6 +35,11 @@ INDEX_FILE = "index.parquet"
 RECEIPTS_DIR = "receipts"
 STORE_RECEIPT = f"{RECEIPTS_DIR}/store.json"
 GROUP_KINDS = ("latents", "features")
+
+
+def sample_in_words(row_shape: Sequence[int], dtype: DTypeLike) -> str:
+    """What one sample of one view is, for people: `64×128 float16`."""
+    return f"{'×'.join(map(str, row_shape)) or 'a number'} {np.dtype(dtype).name}"
 
 
 def checked_rows(rows: Any, views: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +82,9 @@ class StoreLayout:
     def n_views(self) -> int:
         """V: how many views of each sample are stored."""
         return len(self.views)
+
+    def __str__(self) -> str:
+        return f"{self.n_rows:,} row{'s' * (self.n_rows != 1)}, {self.n_views} view{'s' * (self.n_views != 1)}"
 
     @property
     def n_units(self) -> int:

@@ -8,6 +8,7 @@ any Zarr array of samples, whoever wrote it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -39,6 +40,7 @@ from storage.layout import (
     GroupLayout,
     StoreLayout,
     checked_rows,
+    sample_in_words,
 )
 from storage.metadata import (
     check_identity,
@@ -64,7 +66,17 @@ REMOTE_THREADS = 32  # they wait for answers, not for the processor
 
 
 class GroupReader(Generic[AnyIdentity]):
-    """The arrays one encoder wrote, complete and checked against their receipts. Made by `Store.group`."""
+    """The arrays one encoder wrote, complete and checked against their receipts. Made by `Store.group`.
+
+    >>> from storage import open_store
+    >>> group = open_store("runs/demo/store").group("features/tiny-vit")
+    >>> group
+    <GroupReader features/tiny-vit: 1,152 rows, 1 view; cls 128 float16, patches 64×128 float16>
+    >>> group.gather([0, 1], 0, ["cls"])["cls"].shape  # as stored
+    (2, 128)
+    >>> group.tokens([0, 1]).dtype  # patch tokens as numbers, whatever the codec
+    dtype('float32')
+    """
 
     def __init__(
         self,
@@ -91,6 +103,11 @@ class GroupReader(Generic[AnyIdentity]):
 
     def __getitem__(self, name: str) -> ArrayReader:
         return self.arrays[name]
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{name} {sample_in_words(of.row_shape, of.dtype)}" for name, of in self.arrays.items())
+        failed = f", {len(self.failed_rows):,} of them empty" if len(self.failed_rows) else ""
+        return shown(f"<{type(self).__name__} {self.path}: {self.layout.store}{failed}; {arrays}>")
 
     @cached_property
     def codec(self) -> Codec:
@@ -158,7 +175,17 @@ class GroupReader(Generic[AnyIdentity]):
 
 
 class Store:
-    """A store root that was opened; `index` and the groups are read when asked for."""
+    """A store root that was opened; `index` and the groups are read when asked for.
+
+    >>> from storage import open_store
+    >>> store = open_store("runs/demo/store")
+    >>> store.n_rows, store.n_views, store.resolution
+    (1152, 1, 128)
+    >>> store.index
+    <Index: 1,152 samples by key, label, class_name, location, nbytes>
+    >>> len(store.index.class_names), int(store.index.labels.max())
+    (16, 15)
+    """
 
     def __init__(self, root: Root, attributes: Mapping[str, Any]) -> None:
         self.root = root
@@ -169,6 +196,13 @@ class Store:
         )
         self.n_rows, self.n_views = self.layout.n_rows, self.layout.n_views
         self.resolution = self.layout.resolution
+
+    def __repr__(self) -> str:
+        groups = ""
+        if self.root.path is not None:  # to list a bucket takes requests
+            with contextlib.suppress(OSError, StoreError):
+                groups = f"; {', '.join(self.groups()) or 'no group yet'}"
+        return shown(f"<{type(self).__name__} {self.root}: {self.layout}, {self.resolution} px{groups}>")
 
     @cached_property
     def index(self) -> Index:
@@ -317,7 +351,12 @@ def is_floating(dtype: DTypeLike) -> bool:
 
 
 def open_store(where: str | os.PathLike[str] | Root) -> Store:
-    """Open the store at a path or URL. Raises StoreError when there is none or its format is another version's."""
+    """Open the store at a path or URL. Raises StoreError when there is none or its format is another version's.
+
+    >>> from storage import open_store
+    >>> open_store("runs/demo/store")
+    <Store runs/demo/store: 1,152 rows, 1 view, 128 px; latents/tiny-vae, features/tiny-vit>
+    """
     root = open_root(where)
     try:
         root.size(METADATA)
@@ -370,6 +409,10 @@ def open_array(
     read by the same engine as ours, whoever wrote them. A row that is not there is an error, as it may have failed;
     some writers leave out rows of zeros, and `empty="fill"` reads them as that. Others are read by zarr-python, which
     always fills, with a warning, since it is slower by orders of magnitude. Raises StoreError when there is no array.
+
+    >>> from storage import open_array
+    >>> open_array("runs/demo/store/latents/tiny-vae/moments")
+    <ArrayReader moments: 1,152 rows, 1 view, each 8×16×16 float16>
     """
     parent, _, name = absolute(where).rpartition("/")
     root = open_root(parent)

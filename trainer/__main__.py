@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NoReturn
 
 from storage.base.commands import run_one
-from storage.base.console import run_command
+from storage.base.console import run_program
 from trainer.commands import COMMANDS, PROG
 
 
@@ -21,5 +22,10 @@ def main(argv: Sequence[str]) -> int:
     return run_one(PROG, __doc__, COMMANDS, argv)
 
 
+def script() -> NoReturn:
+    """What is installed as `repa-trainer`."""
+    run_program(main, PROG)
+
+
 if __name__ == "__main__":
-    run_command(main, PROG)
+    script()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from storage.base.commands import Command
 from storage.base.console import EXIT_FAILED, EXIT_OK
+from storage.base.programs import program
 from storage.base.waiting import waiting
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     )
     from trainer.evaluation.probing.sweep import Measure
 
-PROG = "python -m trainer"
+PROG = program("trainer")
 OPTIONS = "trainer.evaluation.options"
 COMMANDS = {
     "train": Command(

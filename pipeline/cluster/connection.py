@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 import pipeline
 import storage
@@ -44,6 +45,8 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
     }
     if not verbose:
         _silence_raylets()
+    if not address.startswith("ray://"):  # where Ray adds no directory
+        options["job_config"] = LooksWhereWeDo()
     with contextlib.ExitStack() as stack:
         if address:
             del options["include_dashboard"]
@@ -78,6 +81,20 @@ def ray_cluster(address: str, *, verbose: bool, packages: Sequence[str] = ()) ->
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set its own, which ends the process wherever that is
         yield
+
+
+class LooksWhereWeDo(JobConfig):
+    """Workers look for modules where this process does.
+
+    Ray has them look in the current directory first, where a `storage.py` of the user's own would be taken for ours. It
+    has no public switch for that but a `working_dir`, which would be sent to every machine.
+    """
+
+    def _serialize(self) -> str:
+        here = {str(Path(place or ".").resolve()) for place in sys.path}
+        named = getattr(self, "_py_driver_sys_path", [])
+        named[:] = [place for place in named if str(Path(place).resolve()) in here]
+        return super()._serialize()
 
 
 def _location(package: str) -> str:

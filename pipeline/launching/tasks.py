@@ -120,7 +120,7 @@ def run_command_line(command: list[str], log: str, stop_file: str) -> int:
     if os.path.exists(stop_file):
         return -signal.SIGTERM
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
     with open(log, "a", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         signalled = False

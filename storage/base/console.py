@@ -23,6 +23,7 @@ from tqdm import tqdm
 from storage.base.errors import UserError
 from storage.base.extras import what_to_install
 from storage.base.options import values_joined
+from storage.base.programs import as_called, keep_to_own_modules
 from storage.base.shown import shown
 
 EXIT_OK = 0
@@ -51,6 +52,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def run_program(main: Callable[[Sequence[str]], int], prog: str) -> NoReturn:
+    """`run_command` on what this process was called with; what it starts looks for no module in the user's folder."""
+    keep_to_own_modules(os.environ)
+    run_command(main, prog)
+
+
 def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)` and exit with its status; `UserError`, `OSError` and a package that is not installed become one
     line and status 2.
@@ -69,7 +76,7 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
         if _interrupted.is_set():
             raise KeyboardInterrupt
     except UserError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {as_called(' '.join(str(error).split()))}", file=sys.stderr)
         status = EXIT_USAGE
     except ModuleNotFoundError as error:
         remedy = what_to_install(error, prog)

@@ -7,6 +7,7 @@ start and miss a package later.
 from __future__ import annotations
 
 from storage.base.errors import UserError
+from storage.base.programs import package_named
 
 MODULES = {  # that an extra brings, as they are imported
     "train": "PIL safetensors tensorboard torch yaml",
@@ -15,10 +16,10 @@ MODULES = {  # that an extra brings, as they are imported
     "torchvision",
 }
 PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # named otherwise
-EXTRAS_OF = {  # a command, in the order in which its user is likely to want them
-    "python -m storage": ("train", "precompute"),
-    "python -m pipeline": ("precompute", "train", "evaluate"),
-    "python -m trainer": ("train", "evaluate"),
+EXTRAS_OF = {  # a package, in the order in which its user is likely to want them
+    "storage": ("train", "precompute"),
+    "pipeline": ("precompute", "train", "evaluate"),
+    "trainer": ("train", "evaluate"),
 }
 
 
@@ -30,7 +31,7 @@ def package_of(module: str) -> str:
 def what_to_install(error: ModuleNotFoundError, prog: str) -> UserError | None:
     """The error for a package that the command `prog` lacks, None where the missing module is of no extra."""
     module = (error.name or "").partition(".")[0]
-    for extra in EXTRAS_OF.get(prog, tuple(MODULES)):
+    for extra in EXTRAS_OF.get(package_named(prog), tuple(MODULES)):
         if module in MODULES[extra].split():
             return UserError(f"this needs the package {package_of(module)}; pip install 'offline-repa[{extra}]'")
     return None

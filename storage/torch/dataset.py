@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from storage.batches import Gatherer
 from storage.checks import ChecksumPolicy
+from storage.reader import GroupReader
 from storage.visits import View
 
 Batch = dict[str, Tensor]
@@ -33,6 +34,16 @@ class RowDataset(Dataset[Batch]):
     A batch maps "row" and "label" to int64 (B,) and "<group>/<array>" to (B, *row_shape) of the stored dtype, or
     float16 numbers for features in a codec when `decode`. `view` is a stored view, or "random" for a fresh choice each
     visit.
+
+    >>> from torch.utils.data import DataLoader
+    >>> from storage.torch import RowDataset, collate
+    >>> data = RowDataset("runs/demo/store", ["latents/tiny-vae", "features/tiny-vit"], arrays=["moments", "patches"])
+    >>> data
+    <RowDataset of runs/demo/store: 1,152 samples; latents/tiny-vae/moments, features/tiny-vit/patches>
+    >>> loader = DataLoader(data, batch_size=64, shuffle=True, collate_fn=collate)
+    >>> batch = next(iter(loader))
+    >>> {name: tuple(values.shape) for name, values in batch.items() if "/" in name}
+    {'latents/tiny-vae/moments': (64, 8, 16, 16), 'features/tiny-vit/patches': (64, 64, 128)}
     """
 
     def __init__(
@@ -53,6 +64,14 @@ class RowDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self._gatherer.valid_rows)
+
+    def __repr__(self) -> str:
+        return repr(self._gatherer).replace(type(self._gatherer).__name__, type(self).__name__, 1)
+
+    @property
+    def groups(self) -> dict[str, GroupReader]:
+        """The groups' readers by path, with their identities and codecs."""
+        return self._gatherer.groups
 
     def __getitem__(self, position: int) -> Batch:
         """One sample, without the batch axis."""

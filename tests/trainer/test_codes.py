@@ -20,12 +20,13 @@ from storage.codecs.rotated import ROTATED, Rotated
 from storage.codecs.rotation import kronecker, sign_words
 from storage.torch.codecs import Tokens, twin_of
 from storage.torch.codecs import rotated as twins
+from storage.torch.codecs.twin import LONGEST_ERROR
 from tests.features import DISTRIBUTIONS
 from tests.stores import FEATURES, decoded, encoded, make_store
 from tests.trainer.runs import assert_same_run, micro
 from trainer.alignment import ALIGNMENTS, alignment_named
 from trainer.alignment.cosine import Cosine
-from trainer.alignment.kind import LONGEST_ERROR, Alignment
+from trainer.alignment.kind import Alignment
 from trainer.data.groups import open_data
 from trainer.data.loader import Loader, behind_class_token
 from trainer.loop.train import train

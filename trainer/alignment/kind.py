@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storage.torch.codecs import Tokens
-
-LONGEST_ERROR = 4.0  # of a direction, in its lengths; at one bit it is 0.75 ‖r‖/‖y‖, r a token less its image's mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +41,8 @@ class Alignment:
 
     def prepared(self, target: Tokens) -> Tensor:
         """What projections are compared with, made of a target: its directions (B, T, D) float32 unless said."""
-        return directions(target)
+        return target.directions()
 
     def loss(self, projection: Tensor, target: Tensor) -> Tensor:
         """Each sample's loss, float32 (B,), of a projection (B, T, D) of any dtype and a prepared target."""
         raise NotImplementedError
-
-
-def directions(target: Tokens) -> Tensor:
-    """Tokens over their lengths, float32 (B, T, D).
-
-    Tokens that are right on average are taken over the exact ones' lengths, which are stored: over their own they would
-    be right no longer. Then a direction has length one on no token, and is the exact direction on average.
-
-    The error is relative to what differs from the image's mean, not to the token: one that is short beside the others
-    would have a direction that is nearly all error, as long as that is large. Where the error would be longer than
-    LONGEST_ERROR, the direction is shortened until it is not: the token counts less, and is right on average still. A
-    token of length zero has no direction, and counts nothing.
-    """
-    if target.norms is None:
-        return F.normalize(target.values.float(), dim=-1)
-    lengths = target.norms
-    if target.variance is not None:
-        error = (target.variance * target.values.shape[-1]).sqrt()
-        lengths = torch.maximum(lengths, error / LONGEST_ERROR)
-    over = torch.where(target.norms > 0, 1 / lengths, 0.0)  # 1 / 0 is not taken
-    return target.values.float() * over.unsqueeze(-1)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from storage import ArrayReader, CacheConfig, GroupReader, Store, UserError, open_store
+from storage.base.shown import shown
 from storage.codecs import TOKENS
 from storage.identity import FeaturesIdentity, LatentsIdentity
 from storage.index import far_apart
@@ -36,6 +37,10 @@ class TrainingData:
     valid_rows: ValidRows  # those that failed in no group
     class_tokens: GroupReader[FeaturesIdentity] | None = None  # those that are denoised: the first target's (REG), or
     # those of features as latents (RiT)
+
+    def __repr__(self) -> str:
+        groups = ", ".join(group.path for group in self.groups)
+        return shown(f"<{type(self).__name__} of {self.store.root}: {self.n_samples:,} samples; {groups}>")
 
     @property
     def n_samples(self) -> int:

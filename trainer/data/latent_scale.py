@@ -1,6 +1,6 @@
 """The one map between latents as they are stored and as the model has them, and back.
 
-    z = (x − shift) · scale        x = z / scale + shift
+    z = (x − shift) · scale        x = z / scale + shift        (computed in `storage/latents.py`)
 
 `shift` and `scale` are one number, or one a channel: the mean, and the identity's factor over the deviation, of a
 normalisation channel by channel. Which, `--data.latent-normalisation` says:
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from storage import GroupReader, UserError
 from storage.identity import LatentsIdentity
+from storage.latents import normalised, of_statistics, spread, stored
 from storage.normalisation import Normalisation, normalisation_of
 from storage.statistics import latent_mean_std
 
@@ -71,10 +72,10 @@ class LatentScale:
 
     @classmethod
     def _by(cls, statistics: Normalisation, factor: float, has_posterior: bool) -> LatentScale:
-        mean, std = statistics.arrays()
+        shift, scale = of_statistics(statistics, factor)
         return cls(
-            scale=torch.from_numpy(factor / std)[None].float(),
-            shift=torch.from_numpy(mean)[None].float(),
+            scale=torch.from_numpy(scale).float(),
+            shift=torch.from_numpy(shift).float(),
             has_posterior=has_posterior,
             source=statistics.source,
         )
@@ -88,18 +89,21 @@ class LatentScale:
 
     def normalised(self, x: Tensor) -> Tensor:
         """Latents as the model has them, of latents as they are stored, (B, C, h, w)."""
-        return (x - _spread(self.shift, x)) * _spread(self.scale, x)
+        return normalised(x, _spread(self.shift, x), _spread(self.scale, x))
 
     def normalised_class(self, c: Tensor) -> Tensor:
         """Class tokens float32 (B, c) as the model has them; as they are stored where they have no statistics (REG)."""
         if self.of_class is None:
             return c.float()
         scale, shift = (of.to(c.device) for of in self.of_class)
-        return (c.float() - shift) * scale
+        return normalised(c.float(), shift, scale)
 
     def stored(self, z: Tensor) -> Tensor:
         """The other way round: what the autoencoder decodes."""
-        return z / _spread(self.scale, z) + _spread(self.shift, z)
+        return stored(z, _spread(self.shift, z), _spread(self.scale, z))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
 
     def __str__(self) -> str:
         if not isinstance(self.scale, Tensor):
@@ -205,12 +209,9 @@ def _chosen(data: DataConfig, channels: int) -> Normalisation:
 
 
 def _spread(of: float | Tensor, like: Tensor) -> float | Tensor:
-    """A number, or numbers of channels laid over latents (B, C, h, w)."""
-    if not isinstance(of, Tensor):
-        return of
-    of = of.to(like.device)
-    patch = of.shape[-1]
-    return of if patch == 1 else of.repeat(1, 1, like.shape[-2] // patch, like.shape[-1] // patch)
+    """A number, or numbers of channels laid over latents (B, C, h, w), where these are."""
+    of_all: float | Tensor = spread(of.to(like.device) if isinstance(of, Tensor) else of, like)
+    return of_all
 
 
 def _range(values: Tensor) -> str:

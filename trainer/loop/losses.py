@@ -18,6 +18,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from storage.latents import from_posterior
 from storage.torch.codecs import Tokens
 from trainer.alignment.cosine import alignment_loss, directed_loss
 from trainer.config.schema import TrainConfig
@@ -76,7 +77,7 @@ def sample_latents(batch: Batch, scale: LatentScale, seed: int) -> Tensor:
         return scale.normalised(batch.moments.float())
     mean, std = batch.moments.float().chunk(2, dim=1)
     noise = random_keys.normal(seed, "posterior", batch.step, batch.rows, mean.shape[1:])
-    return scale.normalised(mean + std * noise)
+    return scale.normalised(from_posterior(mean, std, noise))
 
 
 class Draws(NamedTuple):

@@ -16,6 +16,7 @@ from torch import nn
 
 from storage.base.boundary import open_regular
 from storage.base.errors import StoreError, UserError
+from storage.base.shown import shown
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData, geometry_of, open_data
 from trainer.data.latent_scale import LatentScale
@@ -34,6 +35,10 @@ class OpenRun:
     config: TrainConfig
     data: TrainingData
     geometry: Geometry
+
+    def __repr__(self) -> str:
+        of = f"{self.config.preset}, {self.config.steps:,} steps on {self.data.store.root}"
+        return shown(f"<{type(self).__name__} {self.path}: {of}>")
 
     @cached_property
     def scale(self) -> LatentScale:

@@ -22,6 +22,7 @@ from typing import Any
 from storage import Store, StoreError, UserError, open_store
 from storage.base.console import EXIT_FAILED, EXIT_OK, INTERRUPTS, Stop, say, stop_on_signals
 from storage.base.files import write_atomic
+from storage.base.programs import program
 from storage.base.shown import shown
 from storage.roots import absolute
 from trainer.data.groups import geometry_of, open_data, require_guided_channels
@@ -56,7 +57,7 @@ def ablate(config: AblateConfig) -> int:
     say(f"{n_done} of {len(ablation.runs)} runs are complete in {folder}")
     for name in failed:
         print(shown(f"failed: {name}, see {folder / name}"), file=sys.stderr)
-    print(f"next: python -m trainer report {shlex.quote(str(folder))}")
+    print(f"next: {program('trainer')} report {shlex.quote(str(folder))}")
     return EXIT_FAILED if failed else EXIT_OK
 
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from storage.codecs import Codec
 from storage.visits import Views
 
 C = TypeVar("C", bound=Codec)
+LONGEST_ERROR = 4.0  # of a direction, in its lengths; at one bit it is 0.75 ‖r‖/‖y‖, r a token less its image's mean
 
 
 class Tokens(NamedTuple):
@@ -33,6 +35,26 @@ class Tokens(NamedTuple):
         """The same with every tensor replaced: some of the samples, say, or another device."""
         values, *known = self
         return Tokens(function(values), *(None if tensor is None else function(tensor) for tensor in known))
+
+    def directions(self) -> Tensor:
+        """Tokens over their lengths, float32 (B, T, D).
+
+        Tokens that are right on average are taken over the exact ones' lengths, which are stored: over their own they
+        would be right no longer. Then a direction has length one on no token, and is the exact direction on average.
+
+        The error is relative to what differs from the image's mean, not to the token: one that is short beside the
+        others would have a direction that is nearly all error, as long as that is large. Where the error would be
+        longer than LONGEST_ERROR, the direction is shortened until it is not: the token counts less, and is right on
+        average still. A token of length zero has no direction, and counts nothing.
+        """
+        if self.norms is None:
+            return F.normalize(self.values.float(), dim=-1)
+        lengths = self.norms
+        if self.variance is not None:
+            error = (self.variance * self.values.shape[-1]).sqrt()
+            lengths = torch.maximum(lengths, error / LONGEST_ERROR)
+        over = torch.where(self.norms > 0, 1 / lengths, 0.0)  # 1 / 0 is not taken
+        return self.values.float() * over.unsqueeze(-1)
 
 
 class Twin(Generic[C]):
