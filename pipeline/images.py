@@ -74,6 +74,9 @@ def open_images(where: Path | str, *, resolution: int = 0, limit: int = 0) -> Im
     raise UserError(f"{where} does not exist; name a folder of images, an .npz with {IMAGES_ARRAY}, or a store")
 
 
+LOCK = ".lock"  # of the process that draws images into the folder, not worth a word
+
+
 def _of_folder(root: Path, resolution: int, limit: int) -> Images:
     images, leftovers = _walk(root)
     if not images:
@@ -93,7 +96,8 @@ def _of_folder(root: Path, resolution: int, limit: int) -> Images:
 def _walk(root: Path) -> tuple[list[str], list[str]]:
     """Paths of the image files at any depth, sorted, and what is nobody's image: leftovers, links in circles."""
     files, leftovers = walk(LocalFiles(str(root)), "")
-    return [file.path for file in files if os.path.splitext(file.path)[1].lower() in EXTENSIONS], leftovers
+    images = [file.path for file in files if os.path.splitext(file.path)[1].lower() in EXTENSIONS]
+    return images, [path for path in leftovers if path != LOCK]
 
 
 def _changed(path: Path) -> tuple[int, ...]:

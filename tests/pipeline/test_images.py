@@ -111,6 +111,9 @@ def test_links_to_folders_and_to_files_are_followed_and_circles_are_not(tmp_path
     found = open_images(links)
     np.testing.assert_array_equal(everything(found), everything(open_images(tmp_path / "full")))
     assert sorted(found.left_out) == ["class1/again", "class1/itself"]
+    (links / ".lock").touch()  # of `generate`, which everybody's samples have
+    (links / ".hidden").touch()
+    assert sorted(open_images(links).left_out) == [".hidden", "class1/again", "class1/itself"]
     (links / "class1" / "gone.png").symlink_to(tmp_path / "gone.png")
     assert [
         name
