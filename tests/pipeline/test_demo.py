@@ -85,6 +85,7 @@ def test_the_share_named_is_of_images_whose_features_are_their_digit_s(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some twenty processes
 def test_all_of_it_runs_and_a_second_time_reuses_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
