@@ -18,7 +18,8 @@ PLACE = "runs/demo/store"
 EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "storage" in block]
 # What each example names, looked at afterwards.
 AFTERWARDS = {
-    "RowDataset": "assert (moments.shape, labels.shape, patches.shape[0]) == ((64, 8, 16, 16), (64,), 64)",
+    "RowDataset": "assert (moments.shape, labels.shape, patches.shape[0]) == ((64, 8, 16, 16), (64,), 64); "
+    "assert z.shape == (64, 4, 16, 16)",
     "rotated2": "assert directions.shape == (2, 64, 24); assert abs(lengths / 5 - 1).max() < 0.9",
     "basis_of": "assert nearest.shape == (2, 64, 24)",
     "iterate_batches": "assert (moments.shape, patches.shape[0]) == ((64, 8, 16, 16), 64)",
