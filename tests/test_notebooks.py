@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.demo import FEATURES as FEATURES_OF_DEMO
 from storage.derive import derive_group
-from tests.stores import make_store
+from tests.stores import FEATURES, make_store
 from tests.trainer.runs import micro
 from trainer.loop.train import train
 
@@ -38,7 +39,9 @@ for source in cells:
 
 
 def code(notebook: dict[str, Any]) -> list[str]:
-    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    """Code cells, which read the features of the store of the tests in place of the demo's."""
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return [cell.replace(f'"features/{FEATURES_OF_DEMO}"', f'"{FEATURES}"') for cell in cells]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_store(store, n_rows=96)
     train(micro(store, root / "runs/demo/repa"))
     train(micro(store, root / "runs/demo/vanilla", **{"loss.projection_weight": (0.0,)}))
-    derive_group(store, "tiny-vit", "rotated1", n_workers=1)
+    derive_group(store, FEATURES.removeprefix("features/"), "rotated1", n_workers=1)
     (root / "docs").mkdir()
     shutil.copytree(EXAMPLES, root / "docs/examples")
     return root
@@ -117,7 +120,7 @@ def test_a_loop_of_one_s_own(demo: Path, tmp_path: Path) -> None:
 
 def test_its_targets_of_codes_are_not_normalised_again(demo: Path, tmp_path: Path) -> None:
     first, *others, _ = code(NOTEBOOKS["your-own-loop"])
-    coded = first.replace('"features/tiny-vit"', '"features/tiny-vit-rotated1"')
+    coded = first.replace(f'"{FEATURES}"', f'"{FEATURES}-rotated1"')
     assert coded != first
     assert lengths_vary(printed([coded, *others, LENGTHS], demo, tmp_path)) > 0.02
 
