@@ -32,13 +32,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from storage.any_array import RowReader, open_array
     from storage.base.errors import StoreError, UserError
     from storage.batches import iterate_batches
     from storage.cache import CacheConfig
     from storage.gather import ArrayReader, gather_into
     from storage.latents import to_latents
     from storage.layout import ArrayLayout, GroupLayout, StoreLayout
-    from storage.reader import GroupReader, RowReader, Store, open_array, open_store
+    from storage.reader import GroupReader, Store, open_store
     from storage.staging import Staging
     from storage.writer import Failure, create_group, create_store, publish_unit
 
@@ -66,13 +67,14 @@ __all__ = [
 ]
 
 _NAMES = {
+    "any_array": "RowReader open_array",
     "base.errors": "StoreError UserError",
     "batches": "iterate_batches",
     "cache": "CacheConfig",
     "gather": "ArrayReader gather_into",
     "latents": "to_latents",
     "layout": "ArrayLayout GroupLayout StoreLayout",
-    "reader": "GroupReader RowReader Store open_array open_store",
+    "reader": "GroupReader Store open_store",
     "staging": "Staging",
     "writer": "Failure create_group create_store publish_unit",
 }

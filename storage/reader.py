@@ -2,8 +2,7 @@
 
 `open_store` reads the root's metadata only; `Store.group` reads a group's metadata and its receipts (one small file a
 unit), so that a reader is handed out only for a group that is complete, and with the list of rows that were left empty.
-Metadata that was edited since it was written is refused, since it decides how bytes become numbers. `open_array` reads
-any Zarr array of samples, whoever wrote it.
+Metadata that was edited since it was written is refused, since it decides how bytes become numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from storage.base.shown import LONGEST, shown
 from storage.cache import CacheConfig, group_cache
 from storage.checks import ChecksumPolicy
 from storage.codecs import TOKENS, Codec, StoredArray, codec_of, decoded
-from storage.foreign import ZarrArrayReader, open_foreign
 from storage.gather import ArrayReader, gather_into
 from storage.identity import AnyIdentity, Identity, identity_digest, require_same
 from storage.index import Classes, Index, count_rows, read_classes, read_index
@@ -36,7 +34,6 @@ from storage.layout import (
     METADATA,
     RECEIPTS_DIR,
     STORE_RECEIPT,
-    ArrayLayout,
     GroupLayout,
     StoreLayout,
     checked_rows,
@@ -47,21 +44,17 @@ from storage.metadata import (
     group_identity,
     read_array_layout,
     read_attributes,
-    reads_as_ours,
     typed_attributes,
 )
-from storage.opened_array import EmptyRows, OpenArray
+from storage.opened_array import OpenArray
 from storage.receipts import Failure, Receipt, check_metadata, maker, rows_crc32c, scan
-from storage.roots import Root, absolute, open_root
+from storage.roots import Root, open_root
 from storage.schema import GroupAttributes, StoreAttributes
 from storage.statistics import Sums, add_up
 from storage.visits import Views
 
 DEFAULT_THREADS = min(8, os.cpu_count() or 1)
-RowReader = ArrayReader | ZarrArrayReader
-VIEWS = ("original", "hflip")
 FEW_ROWS = 1 << 16
-MAX_SHARDS, MAX_SHARD_CHUNKS = 1 << 27, 1 << 25  # of an array without receipts
 REMOTE_THREADS = 32  # they wait for answers, not for the processor
 
 
@@ -394,39 +387,3 @@ def _store_around(root: Root) -> str:
     """Which store a directory lies in, as advice, or ""."""
     around = root.path.absolute().parents[:4] if root.path is not None else ()
     return next((f"the store is {path}" for path in around if (path / STORE_RECEIPT).exists()), "")
-
-
-def open_array(
-    where: str | os.PathLike[str],
-    *,
-    checksums: ChecksumPolicy = "first",
-    n_threads: int = DEFAULT_THREADS,
-    empty: EmptyRows = "refuse",
-) -> RowReader:
-    """Any Zarr array (N, V, *row_shape) at a path or URL, by rows; no store, index or receipts are needed.
-
-    Arrays with one sample of one view an inner chunk, sharded whole rows at a time, with crc32c and no compressor, are
-    read by the same engine as ours, whoever wrote them. A row that is not there is an error, as it may have failed;
-    some writers leave out rows of zeros, and `empty="fill"` reads them as that. Others are read by zarr-python, which
-    always fills, with a warning, since it is slower by orders of magnitude. Raises StoreError when there is no array.
-
-    >>> from storage import open_array
-    >>> open_array("runs/demo/store/latents/tiny-vae/moments")
-    <ArrayReader moments: 1,152 rows, 1 view, each 8×16×16 float16>
-    """
-    parent, _, name = absolute(where).rpartition("/")
-    root = open_root(parent)
-    array = open_foreign(root, name)
-    if len(array.shape) < 3 or 0 in array.shape:
-        raise StoreError(f"{root.at(name)} has shape {array.shape}; samples lie as (rows, views, axes of a sample…)")
-    n_views = array.shape[1]
-    if array.shards is not None and n_views <= len(VIEWS):
-        # Names of views and the resolution are a store's matter; the geometry of an array does not depend on them.
-        store = StoreLayout(n_rows=array.shape[0], views=VIEWS[:n_views], resolution=8, shard_rows=array.shards[0])
-        layout = ArrayLayout(name=name, dtype=array.dtype.str, row_shape=tuple(array.shape[2:]), store=store)
-        if store.n_units > MAX_SHARDS or layout.n_shard_chunks > MAX_SHARD_CHUNKS:
-            raise StoreError(f"{root.at(name)} says that it has {store.n_units} shards of {store.shard_rows} rows")
-        if reads_as_ours(array, layout):
-            open_here = partial(OpenArray, path=name, checksums=checksums, n_threads=n_threads, empty=empty)
-            return ArrayReader(partial(open_here, root, None, layout))
-    return ZarrArrayReader(array, root.at(name))

@@ -16,7 +16,8 @@ from tests.stores import make_store
 N_CLASSES, A_CLASS = 16, 72  # `pipeline.sources.photos`, which the demo's store is made of
 SHOWN = {  # what a reader meets, each of which has an example
     "storage": "",
-    "storage.reader": "open_store Store GroupReader open_array",
+    "storage.reader": "open_store Store GroupReader",
+    "storage.any_array": "open_array",
     "storage.gather": "ArrayReader",
     "storage.batches": "iterate_batches",
     "storage.latents": "to_latents",
