@@ -115,6 +115,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     from pipeline.cluster.connection import ray_cluster  # imports Ray
     from pipeline.job import run_on_cluster
 
+    n_failed = n_standing = plan.failed_standing
     # Nothing is made on disk before the cluster is there and an encoder has its weights. On Ctrl-C or SIGTERM the
     # cluster is left or stopped.
     with (
