@@ -160,8 +160,11 @@ class OriginalsConfig:
     """`originals`: the images that rows were made of."""
 
     store: str = argument("store root or URL")
-    rows: tuple[int, ...] = required("rows, from 0", spaced=True)
+    rows: tuple[int, ...] = required("rows, from 0", spaced=True, at_least=0)
     out: Path = required("folder for the pictures")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def made(config_class: type, each: Option, number: float) -> Any:
         for other in options_of(config_class)
         if other.is_required or other.name in FITTING
     }
-    return config_class(**values, **{each.name: (number,) if typing.get_origin(each.kind) is tuple else number})
+    return config_class(**{**values, each.name: (number,) if typing.get_origin(each.kind) is tuple else number})
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -258,7 +258,9 @@ def test_a_class_token_is_guided_as_the_image_unless_said(
     def drawn(**changes: Any) -> tuple[str, dict[str, Any]]:
         given = {"run": run, "n": 2, "batch": 2, "steps": 2, "vae": str(TINY_VAE), "device": "cpu", **changes}
         folder, _ = generate(GenerateConfig(**given))
-        return folder.name, json.loads((folder / "settings.json").read_text())
+        settings = json.loads((folder / "settings.json").read_text())
+        assert settings["card"].pop("guidance_class") == settings["sample.guidance_class"]
+        return folder.name, settings
 
     name, record = drawn(guidance=9.0)
     assert name == "samples-0000002-ode2-guidance9-seed0"
