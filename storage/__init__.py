@@ -7,16 +7,16 @@ Three names are enough to read a store, and one to have latents of what it holds
     iterate_batches(where, groups, …) shuffled batches without torch, in an order that resumes anywhere
     to_latents(moments, …)            latents of stored moments; storage.torch.to_latents does it with tensors
 
-On the store that `make demo` leaves:
+On a store of 1,152 photographs at 128 px, made with the built-in encoders:
 
     >>> from storage import iterate_batches, open_store
-    >>> store = open_store("runs/demo/store")
+    >>> store = open_store("stores/photos")
     >>> store.groups()
     ['latents/tiny-vae', 'features/tiny-vit']
     >>> features = store.group("features/tiny-vit")
     >>> features.tokens([7, 0]).shape
     (2, 64, 128)
-    >>> for batch in iterate_batches("runs/demo/store", store.groups(), batch=8, seed=0, stop=1):
+    >>> for batch in iterate_batches("stores/photos", store.groups(), batch=8, seed=0, stop=1):
     ...     print(batch["row"].shape, batch["latents/tiny-vae/moments"].shape)
     (8,) (8, 8, 16, 16)
 

@@ -35,7 +35,7 @@ def open_array(
     always fills, with a warning, since it is slower by orders of magnitude. Raises StoreError when there is no array.
 
     >>> from storage import open_array
-    >>> open_array("runs/demo/store/latents/tiny-vae/moments")
+    >>> open_array("stores/photos/latents/tiny-vae/moments")
     <ArrayReader moments: 1,152 rows, 1 view, each 8×16×16 float16>
     """
     parent, _, name = absolute(where).rpartition("/")

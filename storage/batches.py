@@ -120,12 +120,12 @@ def iterate_batches(
     hold memory of their own. Raises UserError at once for what does not fit, and in the loop what reading raises.
 
     >>> from storage import iterate_batches
-    >>> for batch in iterate_batches("runs/demo/store", ["latents/tiny-vae"], batch=4, seed=0, start=10, stop=12):
+    >>> for batch in iterate_batches("stores/photos", ["latents/tiny-vae"], batch=4, seed=0, start=10, stop=12):
     ...     print(sorted(batch), batch["latents/tiny-vae/moments"].shape)
     ['label', 'latents/tiny-vae/moments', 'row'] (4, 8, 16, 16)
     ['label', 'latents/tiny-vae/moments', 'row'] (4, 8, 16, 16)
     >>> of_ranks = iterate_batches(
-    ...     "runs/demo/store", ["latents/tiny-vae"], batch=4, seed=0, start=11, rank=1, world_size=2
+    ...     "stores/photos", ["latents/tiny-vae"], batch=4, seed=0, start=11, rank=1, world_size=2
     ... )
     >>> bool((next(of_ranks)["row"] == batch["row"][2:]).all())  # the second rank's part of batch 11
     True

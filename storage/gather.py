@@ -100,7 +100,7 @@ class ArrayReader:
 
     >>> import numpy as np
     >>> from storage import open_store
-    >>> patches = open_store("runs/demo/store").group("features/tiny-vit")["patches"]
+    >>> patches = open_store("stores/photos").group("features/tiny-vit")["patches"]
     >>> patches
     <ArrayReader patches: 1,152 rows, 1 view, each 64×128 float16>
     >>> out = np.empty((3, *patches.row_shape), patches.dtype)

@@ -35,7 +35,7 @@ def to_latents(
 
     >>> import numpy as np
     >>> from storage import open_store, to_latents
-    >>> group = open_store("runs/demo/store").group("latents/tiny-vae")
+    >>> group = open_store("stores/photos").group("latents/tiny-vae")
     >>> moments = group.gather([0, 1], 0)["moments"]
     >>> to_latents(moments, group.identity, np.random.default_rng(0)).shape
     (2, 4, 16, 16)

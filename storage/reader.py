@@ -62,7 +62,7 @@ class GroupReader(Generic[AnyIdentity]):
     """The arrays one encoder wrote, complete and checked against their receipts. Made by `Store.group`.
 
     >>> from storage import open_store
-    >>> group = open_store("runs/demo/store").group("features/tiny-vit")
+    >>> group = open_store("stores/photos").group("features/tiny-vit")
     >>> group
     <GroupReader features/tiny-vit: 1,152 rows, 1 view; cls 128 float16, patches 64×128 float16>
     >>> group.gather([0, 1], 0, ["cls"])["cls"].shape  # as stored
@@ -171,7 +171,7 @@ class Store:
     """A store root that was opened; `index` and the groups are read when asked for.
 
     >>> from storage import open_store
-    >>> store = open_store("runs/demo/store")
+    >>> store = open_store("stores/photos")
     >>> store.n_rows, store.n_views, store.resolution
     (1152, 1, 128)
     >>> store.index
@@ -347,8 +347,8 @@ def open_store(where: str | os.PathLike[str] | Root) -> Store:
     """Open the store at a path or URL. Raises StoreError when there is none or its format is another version's.
 
     >>> from storage import open_store
-    >>> open_store("runs/demo/store")
-    <Store runs/demo/store: 1,152 rows, 1 view, 128 px; latents/tiny-vae, features/tiny-vit>
+    >>> open_store("stores/photos")
+    <Store stores/photos: 1,152 rows, 1 view, 128 px; latents/tiny-vae, features/tiny-vit>
     """
     root = open_root(where)
     try:

@@ -37,9 +37,9 @@ class RowDataset(Dataset[Batch]):
 
     >>> from torch.utils.data import DataLoader
     >>> from storage.torch import RowDataset, collate
-    >>> data = RowDataset("runs/demo/store", ["latents/tiny-vae", "features/tiny-vit"], arrays=["moments", "patches"])
+    >>> data = RowDataset("stores/photos", ["latents/tiny-vae", "features/tiny-vit"], arrays=["moments", "patches"])
     >>> data
-    <RowDataset of runs/demo/store: 1,152 samples; latents/tiny-vae/moments, features/tiny-vit/patches>
+    <RowDataset of stores/photos: 1,152 samples; latents/tiny-vae/moments, features/tiny-vit/patches>
     >>> loader = DataLoader(data, batch_size=64, shuffle=True, collate_fn=collate)
     >>> batch = next(iter(loader))
     >>> {name: tuple(values.shape) for name, values in batch.items() if "/" in name}

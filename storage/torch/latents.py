@@ -20,7 +20,7 @@ def to_latents(
 
     >>> import torch
     >>> from storage.torch import RowDataset, to_latents
-    >>> data = RowDataset("runs/demo/store", ["latents/tiny-vae"])
+    >>> data = RowDataset("stores/photos", ["latents/tiny-vae"])
     >>> moments = data[7]["latents/tiny-vae/moments"][None]  # of one sample; a DataLoader gives batches
     >>> z = to_latents(moments, data.groups["latents/tiny-vae"].identity, torch.Generator().manual_seed(0))
     >>> z.shape, z.dtype

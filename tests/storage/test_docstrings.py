@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the reading API are right, on a store of the geometry of the demo's."""
+"""The examples in the docstrings of the reading API are right, on a store of the geometry that they name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import storage
 from storage.base.commands import imported
 from tests.stores import make_store
 
-N_CLASSES, A_CLASS = 16, 72  # `pipeline.sources.photos`, which the demo's store is made of
+N_CLASSES, A_CLASS = 16, 72  # `pipeline.sources.photos`
 SHOWN = {  # what a reader meets, each of which has an example
     "storage": "",
     "storage.reader": "open_store Store GroupReader",
@@ -27,16 +27,16 @@ SHOWN = {  # what a reader meets, each of which has an example
 
 
 @pytest.fixture(scope="module")
-def beside_a_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `make demo` was run, as far as a reader can tell."""
+def beside_a_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the examples' store lies."""
     folder = tmp_path_factory.mktemp("beside")
-    make_store(folder / "runs/demo/store", n_rows=N_CLASSES * A_CLASS, width=128, n_classes=N_CLASSES, shard_rows=128)
+    make_store(folder / "stores/photos", n_rows=N_CLASSES * A_CLASS, width=128, n_classes=N_CLASSES, shard_rows=128)
     return folder
 
 
 @pytest.mark.parametrize("module", SHOWN)
-def test_examples_print_what_they_say(module: str, beside_a_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(beside_a_demo)
+def test_examples_print_what_they_say(module: str, beside_a_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(beside_a_store)
     examined = importlib.import_module(module)
     found = {test.name.removeprefix(f"{module}."): test for test in doctest.DocTestFinder().find(examined, module)}
     for name in SHOWN[module].split() or [module]:
