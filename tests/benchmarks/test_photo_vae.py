@@ -31,7 +31,7 @@ def images() -> np.ndarray:
 
 def options(out: Path, steps: int) -> argparse.Namespace:
     return argparse.Namespace(
-        out=out, resolution=SIDE, start=None, device=photo_vae.CPU, steps=steps, batch=8, save_every=2
+        out=out, resolution=SIDE, start=None, device=photo_vae.CPU, precision="fp32", steps=steps, batch=8, save_every=2
     )
 
 
