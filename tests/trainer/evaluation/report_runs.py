@@ -92,7 +92,8 @@ def draw(run: Path, n: int = 12, side: int = 32, labels: bool = True, **settings
     for i, pixels in enumerate(images):
         write_image(image_path(folder, i), pixels)
     recipe = {"step": STEPS, "seed": 0, "sample.sampler": "ode", "sample.steps": 50, "sample.guidance": 1.5}
-    (folder / SETTINGS_FILE).write_text(json.dumps({**recipe, "weights_sha256": run.name, **settings}))
+    of_run = {"weights_sha256": run.name, "card": {"version": 1, "run": str(run), "checkpoint_sha256": run.name}}
+    (folder / SETTINGS_FILE).write_text(json.dumps({**recipe, **of_run, **settings}))
     if labels:
         (folder / LABELS_FILE).write_text("".join(f"{i % 5}\n" for i in range(n)))
     write_grid(images, folder.with_name(f"{folder.name}.png"))

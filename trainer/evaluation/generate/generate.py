@@ -42,6 +42,7 @@ from trainer.evaluation.generate.decode import (
 from trainer.evaluation.generate.draw import draw_latents, in_words
 from trainer.evaluation.generate.image_files import (
     LABELS_FILE,
+    NOTED,
     SETTINGS_FILE,
     image_path,
     is_whole,
@@ -50,7 +51,6 @@ from trainer.evaluation.generate.image_files import (
     read_image,
     write_image,
 )
-from trainer.evaluation.generate.noted import NOTED
 from trainer.evaluation.generate.plan import Plan, plan
 from trainer.evaluation.options import GenerateConfig, LabelsDrawn
 from trainer.loop import random_keys

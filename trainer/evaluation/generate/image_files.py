@@ -30,7 +30,8 @@ from storage.base.shown import shown
 SETTINGS_FILE = "settings.json"
 LABELS_FILE = "labels.txt"
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
-OF_WEIGHTS = ("version", "step", "weights_sha256", "weaker_sha256")  # settings that differ from run to run
+NOTED = "card"  # among the settings: what a card needs of them, in its words
+OF_WEIGHTS = ("version", "step", "weights_sha256", "weaker_sha256", NOTED)  # settings that differ from run to run
 LABEL_DIGITS = 11
 NAME_DIGITS = 6
 PICTURES = ("PNG",)  # what is written here, and all that is read: of others, EPS would start a program

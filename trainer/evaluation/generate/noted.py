@@ -18,13 +18,12 @@ from storage.base.errors import UserError
 from storage.roots import absolute
 from trainer.config.sample import SampleConfig
 from trainer.config.schema import TrainConfig
-from trainer.evaluation.generate.image_files import settings_file_of
+from trainer.evaluation.generate.image_files import NOTED, settings_file_of
 from trainer.evaluation.protocols import NULL_LABEL, WEAKER
 from trainer.evaluation.quality.card import DISTRIBUTION, Card, project_version
 from trainer.objectives import OBJECTIVES, Objective
 from trainer.objectives.sampling import calls_of, noise_levels
 
-NOTED = "card"  # among the settings
 NOTHING = "nothing"
 EQUATIONS = {"sde": "sde", "ode": "ode", "ddpm": "chain"}
 FIX = "restore the file, or remove it: then how the images were drawn is unknown"

@@ -20,8 +20,8 @@ from trainer.config.sample import AS_IMAGE
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, leaves, override
 from trainer.evaluation.generate.decode import decoder_of, decoder_sha256
-from trainer.evaluation.generate.image_files import SETTINGS_FILE, n_written
-from trainer.evaluation.generate.noted import NOTED, Drawn, card_of, kept
+from trainer.evaluation.generate.image_files import NOTED, SETTINGS_FILE, n_written
+from trainer.evaluation.generate.noted import Drawn, card_of, kept
 from trainer.evaluation.options import GenerateConfig
 from trainer.evaluation.protocols import WEAKER, Protocol, of_sample, protocol_named
 from trainer.objectives import OBJECTIVES
