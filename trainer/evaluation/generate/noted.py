@@ -20,9 +20,10 @@ from trainer.config.sample import SampleConfig
 from trainer.config.schema import TrainConfig
 from trainer.evaluation.generate.image_files import NOTED, settings_file_of
 from trainer.evaluation.protocols import NULL_LABEL, WEAKER
-from trainer.evaluation.quality.card import DISTRIBUTION, Card, project_version
+from trainer.evaluation.quality.card import Card
 from trainer.objectives import OBJECTIVES, Objective
 from trainer.objectives.sampling import calls_of, noise_levels
+from trainer.run.provenance import DISTRIBUTION, version
 
 NOTHING = "nothing"
 EQUATIONS = {"sde": "sde", "ode": "ode", "ddpm": "chain"}
@@ -48,7 +49,7 @@ class Drawn:
 
 def card_of(recipe: TrainConfig, drawn: Drawn) -> Card:
     """The card's first half."""
-    version = project_version()
+    of_project = version()
     return replace(
         _of_sample(
             recipe.sample,
@@ -60,7 +61,7 @@ def card_of(recipe: TrainConfig, drawn: Drawn) -> Card:
         run=absolute(drawn.run),
         step=drawn.step,
         checkpoint_sha256=drawn.checkpoint_sha256,
-        images_by=f"{DISTRIBUTION} {version}" if version else DISTRIBUTION,
+        images_by=f"{DISTRIBUTION} {of_project}" if of_project else DISTRIBUTION,
         weights="ema",
         ema_decay=recipe.ema_decay,
         classes=drawn.classes,

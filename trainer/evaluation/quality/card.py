@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from storage.base.boundary import Count, Number
 
 VERSION = 1
-DISTRIBUTION = "offline-repa"
 SUBJECT, PROTOCOL, NOTE = "subject", "protocol", "note"
 
 
@@ -135,11 +133,3 @@ def _differing(a: Card, b: Card) -> Iterator[tuple[str, Any, Any]]:
 def unknown_to_both(a: Card, b: Card) -> list[str]:
     """Fields of the protocol that neither card knows, in which the two may differ."""
     return [name for name in a.unknown if name in b.unknown]
-
-
-def project_version() -> str | None:
-    """The version of this project's package; None where it is not installed."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return None

@@ -10,8 +10,9 @@ from typing import Any
 from storage.feature_file import FeatureFile
 from storage.roots import absolute
 from trainer.evaluation.protocols import PROTOCOLS, Protocol
-from trainer.evaluation.quality.card import Card, project_version
+from trainer.evaluation.quality.card import Card
 from trainer.evaluation.quality.measures import VERSION, Reference
+from trainer.run.provenance import version
 
 SAMPLERS = {"sde": "euler-maruyama", "ode": "euler", "ddpm": "ddpm"}
 
@@ -40,7 +41,7 @@ def card_of_result(
         extractor_resize=_text(identity.preprocessing),
         extractor_precision=_text(identity.arithmetic) or "",
         metrics_version=VERSION,
-        project_version=project_version(),
+        project_version=version(),
         protocol=protocol or noted.protocol or ("" if not noted.of_another_program else None),
     )
     known = PROTOCOLS.get(card.protocol or "")
