@@ -18,7 +18,7 @@ import torch
 
 from trainer.config.schema import TrainConfig
 
-GPU_SIDE, CPU_SIDE, PRODUCTS = 8192, 1024, 4
+GPU_SIDE, CPU_SIDE, PRODUCTS = 4096, 1024, 4
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense bf16 tensor-core peak in TFLOP/s from the vendors' data sheets, by a part of the device's name; the first that
@@ -87,7 +87,8 @@ def peak_flops(device: torch.device) -> float | None:
 def product_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of a product of large square matrices here, the best of a few: what a training step stays below.
 
-    Takes some 0.1 s. Raises nothing; draws no random numbers.
+    Takes some 0.1 s, and seconds on a CPU that has no arithmetic of the precision's width; at most 128 MB. Raises
+    nothing; draws no random numbers.
     """
     side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     half = autocast_dtype(precision)
