@@ -22,7 +22,7 @@ from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean
 
 Outcome = Literal["clear", "open", "within", "unknown", "unlike", "missing", "alone"]
-BUILT_IN = "tiny-"  # encoders that need no weights
+BUILT_IN = ("tiny-", "glyph-")  # encoders that need no weights
 FEW_IMAGES = 512  # where such an encoder will do
 ALMOST = 0.005  # two methods saw as many images where these differ by less
 
