@@ -49,7 +49,6 @@ SEEDS = (0, 1, 2)
 COMMON: dict[str, str] = {
     **arms.COMMON,  # the study's model
     "ema-decay": "0.99",
-    "precision": "fp32",
     "device": "cpu",
 }
 TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))

@@ -1,6 +1,10 @@
 """What each setting of a protocol does to a number: one model, one reference, one setting changed at a time.
 
-    python -m benchmarks.protocol_effects runs/demo/repa --n 2048
+    python -m benchmarks.protocol_effects runs/demo/repa --n 2048 [--data SOURCE] [--other-reference STORE]
+
+SOURCE are the images of the run's store as `python -m pipeline precompute --data` took them: they are cut once more as
+torchvision does it (short side by bilinear interpolation, then the middle), where ADM and this project halve by boxes
+and end with a bicubic filter. STORE holds other images of the same classes, such as a held-out part.
 
 Every row is drawn from the same seeds, so that the rows' common part of the noise cancels between them; the interval is
 of the first row's choice of images. Described by the built-in encoder unless another is named, against the originals of
@@ -15,7 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from benchmarks.report import table
+from pipeline.decode import to_rgb
+from pipeline.sources import open_source
+from storage import open_store
+from storage.roots import absolute
 from trainer.evaluation.generate.generate import generate
 from trainer.evaluation.options import GenerateConfig
 from trainer.evaluation.quality.evaluate import Description, evaluate
@@ -32,6 +43,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "guidance 1.8 everywhere": {"guidance": 1.8, "guidance_low": 0.0, "guidance_high": 1.0},
     "another seed": {"seed": 1},
 }
+JPEG_QUALITIES = (75, 95)  # Pillow's default, and what is often asked for
 METRICS = ("fid", "fd", "kid", "kd", "precision", "recall", "density", "coverage")
 
 
@@ -44,7 +56,30 @@ def measured(folder: Path, where: Path, reference: str, description: Description
     return found
 
 
-def rows(run: Path, out: Path, n: int, steps: int, description: Description) -> dict[str, dict[str, Any]]:
+def cut_by_torchvision(data: str, side: int, file: Path) -> None:
+    """Write a source's images as torchvision's Resize(side) and CenterCrop(side) cut them: .npz with `arr_0`."""
+    source = open_source(absolute(data))
+    cut = []
+    for sample in source.read_many(source.listing().index.locations):
+        image = to_rgb(sample)
+        scale = side / min(image.size)
+        width, height = max(side, int(image.width * scale)), max(side, int(image.height * scale))
+        resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        cut.append(resized[top : top + side, left : left + side])
+    np.savez(file, arr_0=np.stack(cut))
+
+
+def as_jpeg(images: Path, quality: int, folder: Path) -> None:
+    """Write a folder of images once more, as JPEG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(images.glob("*.png")):
+        Image.open(path).save(folder / f"{path.stem}.jpg", quality=quality)
+
+
+def rows(
+    run: Path, out: Path, n: int, steps: int, description: Description, data: str, other: str
+) -> dict[str, dict[str, Any]]:
     """Metrics by what was changed."""
     reference = RunFolder(run).read_config().config.store
     base = GenerateConfig(run=run, n=n, steps=steps, device=description.device, **BASE)  # type: ignore[arg-type]
@@ -60,6 +95,20 @@ def rows(run: Path, out: Path, n: int, steps: int, description: Description) -> 
     found[f"{half:,} of the reference"] = measured(
         images, out / "numbers-half", reference, description, n_reference=half
     )
+    if other:
+        found["the reference is held out"] = measured(images, out / "numbers-other", other, description)
+    if data:
+        cut = out / "reference-torchvision.npz"
+        if not cut.is_file():
+            cut_by_torchvision(data, open_store(reference).resolution, cut)
+        found["the reference is cut by torchvision"] = measured(images, out / "numbers-cut", str(cut), description)
+    for quality in JPEG_QUALITIES:
+        saved = out / f"images-jpeg-{quality}"
+        if not saved.is_dir():
+            as_jpeg(images, quality, saved)
+        found[f"saved as JPEG, quality {quality}"] = measured(
+            saved, out / f"numbers-jpeg-{quality}", reference, description
+        )
     return found
 
 
@@ -87,9 +136,12 @@ def main() -> None:
     parser.add_argument("--encoder", default="tiny-vit")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/protocol-effects"))
+    parser.add_argument("--data", default="", help="the run's images in full size, to be cut otherwise")
+    parser.add_argument("--other-reference", default="", help="a store of other images of the same classes")
     options = parser.parse_args()
     description = Description(encoder=options.encoder, device=options.device)
-    print(lines(rows(options.run, options.out, options.n, options.steps, description)))
+    found = rows(options.run, options.out, options.n, options.steps, description, options.data, options.other_reference)
+    print(lines(found))
 
 
 if __name__ == "__main__":

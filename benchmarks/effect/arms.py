@@ -20,12 +20,12 @@ COMMON: dict[str, str] = {
     "batch": "32",
     "optim.lr": "1e-3",
     "ema-decay": "0.999",
-    "precision": "bf16",
+    "precision": "fp32",
     "log.every": "50",
     "log.samples-every": "0",
     "log.tensorboard": "false",
 }
-SAMPLING: dict[str, str] = {"sampler": "ode", "steps": "25", "guidance": "1", "precision": "bf16"}
+SAMPLING: dict[str, str] = {"sampler": "ode", "steps": "25", "guidance": "1", "precision": "fp32"}
 VANILLA, REPA = "vanilla", "repa"
 
 
