@@ -47,7 +47,8 @@ EXACT, CODES = "float16", ("rotated4", "rotated2", "rotated1")
 METHODS = {"REPA": "cosine", "iREPA": "irepa"}
 SEEDS = (0, 1, 2)
 COMMON: dict[str, str] = {
-    **arms.COMMON,  # the study's model
+    **arms.COMMON,
+    "model.depth": "6",
     "ema-decay": "0.99",
     "device": "cpu",
 }
