@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,11 +29,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.resumable import FALLING, Resumable, learning_rate, train
 from pipeline.decode import decode_unit
 from pipeline.encoders.tiny.train import psnr_db, to_float
 from pipeline.encoders.vae import VAE
 from pipeline.sources import open_source
-from storage.base.console import progress_bar, stop_on_signals
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from storage.roots import absolute
@@ -46,10 +45,7 @@ CPU = torch.device("cpu")
 SEED = 0
 KL_WEIGHT = 0.01
 PEAK_LR = 2e-3
-WARMUP_STEPS = 100
-WHOLE_IMAGES = 0.25  # the last share of the steps: whole images, falling learning rate
 N_SHOWN = 48
-STATE_FILE = "training.pt"
 VAE_CONFIG: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -74,7 +70,7 @@ def batch_of(images: np.ndarray, step: int, steps: int, batch: int) -> torch.Ten
     """What a step sees, float32 (B, 3, s, s) in [−1, 1], flipped by coin: crops, later as many pixels of wholes."""
     rng = np.random.default_rng([SEED, step])
     resolution = images.shape[1]
-    is_whole = step >= steps * (1 - WHOLE_IMAGES)
+    is_whole = step >= steps * (1 - FALLING)
     side, n = (resolution, max(1, batch // 4)) if is_whole else (resolution // 2, batch)
     crops = np.empty((n, side, side, 3), dtype=np.uint8)
     for i, picked in enumerate(rng.integers(0, len(images), n)):
@@ -84,19 +80,14 @@ def batch_of(images: np.ndarray, step: int, steps: int, batch: int) -> torch.Ten
     return to_float(crops)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, constant, then linear to zero: a run that is given other --steps before it falls only goes on."""
-    left = (steps - step) / (steps * WHOLE_IMAGES)
-    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, left)
-
-
-class Training:
-    """An autoencoder, its optimiser and the steps done, in one file that is whole or absent."""
+class Training(Resumable):
+    """An autoencoder that learns images uint8 (N, side, side, 3), `batch` crops a step."""
 
     def __init__(
         self,
         out: Path,
-        resolution: int,
+        images: np.ndarray,
+        batch: int,
         start: Path | None = None,
         device: torch.device = CPU,
         precision: Precision = "fp32",
@@ -106,76 +97,43 @@ class Training:
         torch.manual_seed(SEED)
         vae: Any
         if start is None:
-            vae = AutoencoderKL(**VAE_CONFIG, sample_size=resolution)
+            vae = AutoencoderKL(**VAE_CONFIG, sample_size=images.shape[1])
         else:
             vae = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        self.device, self.precision = device, precision
-        self.vae = vae.to(self.device, memory_format=torch.channels_last).train()
-        self.optimizer = torch.optim.AdamW(
-            self.vae.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), fused=True
-        )
-        self.file = out / STATE_FILE
-        self.step = 0
-        if self.file.is_file():
-            saved = torch.load(self.file, map_location=self.device, weights_only=True)
-            self.vae.load_state_dict(saved["vae"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step = saved["step"]
+        self.vae = vae.to(device, memory_format=torch.channels_last).train()
+        self.images, self.batch, self.precision = images, batch, precision
+        super().__init__(self.vae, out, device)
 
-    def save(self) -> None:
-        """Write all of it aside, then rename."""
-        aside = self.file.with_suffix(".partial")
-        torch.save({"vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}, aside)
-        aside.rename(self.file)
-
-    def take(self, images: torch.Tensor, steps: int) -> float:
+    def take(self, steps: int) -> float:
         """One step; returns the mean PSNR of the batch, dB."""
+        images = batch_of(self.images, self.step, steps, self.batch)
         images = images.to(self.device, memory_format=torch.channels_last)
         torch.manual_seed(self.step)  # of the posterior's draws
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, steps)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             posterior = self.vae.encode(images).latent_dist
             decoded = self.vae.decode(posterior.sample()).sample
         log_mse = (decoded.float() - images).square().mean((1, 2, 3)).clamp(min=1e-8).log().mean()
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-        self.optimizer.zero_grad()
-        (log_mse + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
+        self.follow(log_mse + KL_WEIGHT * kl, learning_rate(PEAK_LR, self.step, steps))
         return 10 * (np.log10(4.0) - log_mse.item() / np.log(10))
 
     @torch.no_grad()
-    def write(self, out: Path, images: np.ndarray) -> None:
-        """The diffusers folder, with the scale of its latents on these images; float32."""
+    def write(self, out: Path) -> None:
+        """The diffusers folder, with the scale of its latents on a thousand of the images; float32."""
+        images = self.images[:: max(1, len(self.images) // 1000)]
         drawn = [self.vae.encode(part.to(self.device)).latent_dist.sample() for part in to_float(images).split(32)]
         self.vae.register_to_config(scaling_factor=round(1 / torch.cat(drawn).std().item(), 5))
         self.vae.save_pretrained(out)
 
 
-def train(args: argparse.Namespace, images: np.ndarray) -> bool:
-    """Take the steps that are missing; returns whether all are done."""
+def train_all(args: argparse.Namespace, images: np.ndarray) -> bool:
+    """Take the steps that are missing and write the folder; returns whether all are done."""
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
-    training = Training(out, args.resolution, args.start, args.device, args.precision)
-    shown = 0.0
-    with (
-        stop_on_signals(signal.SIGINT, signal.SIGTERM) as stop,
-        progress_bar(args.steps, unit="step", done=training.step, description="photo-vae") as bar,
-    ):
-        while training.step < args.steps and stop.signal is None:
-            db = training.take(batch_of(images, training.step, args.steps, args.batch), args.steps)
-            shown = db if shown == 0.0 else 0.99 * shown + 0.01 * db
-            bar.update()
-            bar.set_postfix_str(f"{shown:.2f} dB")
-            if training.step % args.save_every == 0:
-                training.save()
-                with open(out / "training.jsonl", "a", encoding="utf-8") as log:
-                    log.write(json.dumps({"step": training.step, "psnr_db": round(shown, 3)}) + "\n")
-        training.save()
-    if training.step < args.steps:
+    training = Training(out, images, args.batch, args.start, args.device, args.precision)
+    if not train(training, args.steps, args.save_every, "photo-vae"):
         return False
-    training.write(out, images[:: max(1, len(images) // 1000)])
+    training.write(out)
     return True
 
 
@@ -186,7 +144,11 @@ def measure(out: Path, images: np.ndarray, device: torch.device = CPU) -> dict[s
     for part in np.array_split(images, max(1, len(images) // 32)):
         moments = vae.encode(torch.from_numpy(part))["moments"].float().numpy()
         decoded.append(vae.decode(moments[:, : moments.shape[1] // 2]))
-    reconstructions = np.concatenate(decoded)
+    return write_measures(out, images, np.concatenate(decoded))
+
+
+def write_measures(out: Path, images: np.ndarray, reconstructions: np.ndarray) -> dict[str, float]:
+    """Write and return psnr.json, and draw originals beside reconstructions."""
     db = psnr_db(images, reconstructions)
     found = {"n": len(db), "mean_db": db.mean(), "least_db": db.min(), "median_db": np.median(db), "most_db": db.max()}
     found = {name: round(float(value), 3) for name, value in found.items()}
@@ -215,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.device = device_named(args.device)
     args.precision = args.precision or ("fp32" if args.device.type == "cpu" else "bf16")
-    if args.only_measure or train(args, read_images(args.data, args.resolution)):
+    if args.only_measure or train_all(args, read_images(args.data, args.resolution)):
         print(json.dumps(measure(args.out, read_images(args.heldout, args.resolution), args.device)))
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import photo_vae
-from benchmarks.photo_vae import Training, batch_of, learning_rate, measure, train
+from benchmarks.photo_vae import Training, batch_of, measure, train_all
+from benchmarks.resumable import learning_rate
 from storage.base.errors import UserError
 from tests.pipeline.containers import photographs, write_image_folder
 
@@ -58,7 +59,7 @@ def test_images_are_read_as_the_pipeline_crops_them_and_one_that_cannot_be_is_an
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
-    rates = [learning_rate(step, 1000) for step in range(1001)]
+    rates = [learning_rate(1.0, step, 1000) for step in range(1001)]
     assert rates[0] < rates[50] < rates[100] == rates[750] == max(rates)
     assert rates[750] > rates[900] > rates[1000] == 0
 
@@ -66,7 +67,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
 def test_a_training_that_was_stopped_ends_as_one_that_was_not_and_the_pipeline_loads_it(
     images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(options(tmp_path / "whole", 4), images)
+    assert train_all(options(tmp_path / "whole", 4), images)
     take = Training.take
 
     def stopped_after_two(self: Training, *arguments: object) -> float:
@@ -76,10 +77,10 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not_and_the_pipeline_l
 
     monkeypatch.setattr(Training, "take", stopped_after_two)
     with pytest.raises(KeyboardInterrupt):
-        train(options(tmp_path / "parts", 4), images)
+        train_all(options(tmp_path / "parts", 4), images)
     monkeypatch.setattr(Training, "take", take)
-    assert train(options(tmp_path / "parts", 4), images)
-    mine, theirs = (Training(tmp_path / name, SIDE).vae.state_dict() for name in ("parts", "whole"))
+    assert train_all(options(tmp_path / "parts", 4), images)
+    mine, theirs = (Training(tmp_path / name, images, 8).vae.state_dict() for name in ("parts", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     found = measure(tmp_path / "parts", images)
     assert found["n"] == len(images)
