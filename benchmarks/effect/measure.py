@@ -13,8 +13,8 @@ MEASURES/RUN/STEP/samples.png         the first 64 of them
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.effect.arms import SAMPLING
@@ -35,6 +35,7 @@ class Setting:
     encoder_weights: Path | None
     second_weights: Path | None
     n_images: int
+    sampling: Mapping[str, str] = field(default_factory=lambda: SAMPLING)
     measures: Path  # what is there is not measured again, nor trained for
 
     def folder(self, run: str, step: int) -> Path:
@@ -78,10 +79,10 @@ def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: 
                  "--checkpoints", str(step), "--out", str(folder / name)]
             )  # fmt: skip
     if draws:
-        _distances(setting, run, step, folder, command)
+        distances(setting, run, step, folder, command)
 
 
-def _distances(setting: Setting, run: Path, step: int, folder: Path, command: Command) -> None:
+def distances(setting: Setting, run: Path, step: int, folder: Path, command: Command) -> None:
     """Draw images, describe them, compare, and remove them."""
     eyes = {ALIGNED_EYES: _describe}
     if setting.second_weights is not None:
@@ -90,7 +91,7 @@ def _distances(setting: Setting, run: Path, step: int, folder: Path, command: Co
     if not missing:
         return
     images = folder / "samples"
-    options = [f"--{name}={value}" for name, value in SAMPLING.items()]
+    options = [f"--{name}={value}" for name, value in setting.sampling.items()]
     command(
         ["trainer", "generate", str(run), "--n", str(setting.n_images), "--checkpoint", str(step),
          "--out", str(images), *options]

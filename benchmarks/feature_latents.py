@@ -1,0 +1,202 @@
+"""Features as the latents beside an autoencoder's, on real photographs: RiT and SiT at equal steps and equal FLOPs.
+
+    python -m benchmarks.feature_latents --data TRAIN --heldout HELDOUT --train-store STORE --heldout-store STORE \
+        --features dinov2-vits14:layer=8 --encoder-weights FILE --second-weights FILE.pth --out FOLDER
+
+The stores are those of `benchmarks.repa_effect` (its --out has them): an autoencoder's latents and the encoder's
+features of the same images, with flips. First `benchmarks.photo_decoder` trains a decoder of the features. Then two
+models train from the store by `python -m trainer train`, and what each draws is compared with the training images in
+the features of two encoders, of which one is the encoder that RiT learns.
+
+- RiT on the features (predicts x, noise levels shifted, class token and label's tokens in the sequence)
+- SiT on the latents (velocity, uniform times), one block more, so that a step costs the same within three per cent
+
+Both draw by Heun in 25 steps, without guidance. What the two decoders alone cost is measured on the held-out images.
+The same command goes on after any kill. Cost at 3,000 steps: some four hours of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.effect.measure import ALIGNED_EYES, OTHER_EYES, Setting, distances, write_references
+from benchmarks.repa_effect import Commands, StoppedError
+from benchmarks.report import RESULTS, machine, table
+from pipeline.encoders.registry import resolve_features
+from storage.base.console import Parser, run_command
+from storage.base.errors import UserError
+from trainer.run.checkpoint import latest_checkpoint, read_state
+
+PROG = "python -m benchmarks.feature_latents"
+COMMON: dict[str, str] = {
+    "batch": "32",
+    "optim.lr": "5e-4",
+    "optim.beta2": "0.95",
+    "optim.warmup": "200",
+    "optim.clip": "1",
+    "ema-decay": "0.999",
+    "precision": "fp32",
+    "log.samples-every": "0",
+    "log.tensorboard": "false",
+}
+FEATURES_RUN, LATENTS_RUN = "rit-features", "sit-latents"
+RUNS: dict[str, dict[str, str]] = {
+    FEATURES_RUN: {
+        "preset": "rit-xl-1",
+        "model.width": "384",
+        "model.depth": "4",
+        "model.heads": "6",
+        "model.align-block": "1",  # of no use here, but must lie within the depth
+        "model.context": "8",
+        "model.context-block": "2",
+    },
+    LATENTS_RUN: {
+        "preset": "sit-tiny-2",
+        "model.width": "416",
+        "model.depth": "4",
+        "model.heads": "8",
+        "loss.projection-weight": "0",
+    },
+}
+SAMPLING = {"sampler": "ode", "steps": "25", "heun": "true", "guidance": "1", "precision": "fp32"}
+
+
+def train_command(name: str, setting: Setting, step: int, decoder: Path, seed: int = 0) -> list[str]:
+    """The trainer's command line to a step; a larger one goes on."""
+    of_features = {"data.latents": f"features/{setting.features}", "data.decoder": str(decoder)}
+    options = {
+        **COMMON,
+        **RUNS[name],
+        **(of_features if name == FEATURES_RUN else {}),
+        "seed": str(seed),
+        "steps": str(step),
+        "store": str(setting.train_store),
+        "run": str(setting.out / "runs" / name),
+        "checkpoint.every": "250",
+    }
+    return ["trainer", "train", *(f"--{option}={value}" for option, value in options.items())]
+
+
+def bring(name: str, setting: Setting, steps: Sequence[int], decoder: Path, command: Commands) -> None:
+    """Train a run to its end, measured at each of `steps`; nothing that is there is done again."""
+    run = setting.out / "runs" / name
+    for step in sorted(steps):
+        folder = setting.folder(name, step)
+        eyes = [ALIGNED_EYES, *([OTHER_EYES] if setting.second_weights is not None else [])]
+        if all((folder / f"{each}.json").is_file() for each in eyes):
+            continue
+        checkpoint = latest_checkpoint(run)
+        if checkpoint is None or read_state(checkpoint).step < step:
+            command(train_command(name, setting, step, decoder))
+        folder.mkdir(parents=True, exist_ok=True)
+        distances(setting, run, step, folder, command)
+        print(f"{time.strftime('%H:%M:%S')} {name} measured at step {step:,}", flush=True)
+
+
+def prepare(args: argparse.Namespace, setting: Setting, decoder: Path, command: Commands) -> None:
+    """The statistics of the features' places, the references, the decoder."""
+    group = f"features/{setting.features}"
+    command(["storage", "statistics", str(setting.train_store), group, "--places"])
+    write_references(setting, command)
+    if not (decoder / "psnr.json").is_file():
+        command(
+            ["benchmarks.photo_decoder", "--data", args.data, "--store", str(setting.train_store), "--heldout",
+             args.heldout, "--heldout-store", str(setting.heldout_store), "--features", group, "--out", str(decoder),
+             "--steps", str(args.decoder_steps), "--threads", str(args.threads)]
+        )  # fmt: skip
+
+
+def read_results(measures: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """Run → step → encoder → Fréchet distance, of what is there."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for name in RUNS:
+        for path in sorted(measures.glob(f"{name}/[0-9]*/*.json")):
+            value = json.loads(path.read_text())["metrics"]["fd"]["value"]
+            found.setdefault(name, {}).setdefault(int(path.parent.name), {})[path.stem] = value
+    return found
+
+
+def lines(found: Mapping[str, Mapping[int, Mapping[str, float]]], psnr: Mapping[str, Any]) -> str:
+    """The table, and what the decoder reaches on held-out images."""
+    steps = sorted({step for of in found.values() for step in of})
+    rows = [
+        [f"{name}, {eyes}", *(f"{of[step][eyes]:.3f}" if eyes in of.get(step, {}) else "–" for step in steps)]
+        for name, of in found.items()
+        for eyes in (ALIGNED_EYES, OTHER_EYES)
+    ]
+    parts = [table(["Fréchet distance", *(f"{step:,} steps" for step in steps)], rows)]
+    if psnr:
+        parts.append(f"The features' decoder on {psnr['n']:,} held-out images: {psnr['mean_db']:.2f} dB.")
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Work, then report; returns the exit status."""
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "heldout"):
+        parser.add_argument(f"--{name}", required=True, help="as of `python -m pipeline precompute --data`")
+    for name in ("train-store", "heldout-store"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--features", default="dinov2-vits14:layer=8", help="encoder whose tokens are the latents")
+    parser.add_argument("--encoder-weights", type=Path, help="its weight file")
+    parser.add_argument("--second-weights", type=Path, help="EfficientNet-Lite0's weights; without, one distance only")
+    parser.add_argument("--out", type=Path, required=True, help="folder of decoder, runs and measures")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1000, 2000, 3000], help="to train to and measure at")
+    parser.add_argument("--decoder-steps", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=2000, help="images drawn for a Fréchet distance")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after so many, and save")
+    parser.add_argument("--results", type=Path, default=RESULTS / "feature_latents.md", help="file of the table")
+    parser.add_argument("--report", action="store_true", help="write the results that are there, and end")
+    args = parser.parse_args(argv)
+    out: Path = args.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    decoder = out / "decoder"
+    setting = Setting(
+        out=out,
+        train_store=args.train_store.absolute(),
+        heldout_store=args.heldout_store.absolute(),
+        features=resolve_features(args.features).store_name,
+        encoder=args.features,
+        encoder_weights=args.encoder_weights,
+        second_weights=args.second_weights,
+        n_images=args.images,
+        sampling=SAMPLING,
+        measures=out / "measures",
+    )
+    failed: list[str] = []
+    if not args.report:
+        command = Commands(out / "commands.log", args.threads, time.monotonic() + args.minutes * 60)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, command.stop)
+        try:
+            prepare(args, setting, decoder, command)
+            with ThreadPoolExecutor(len(RUNS)) as pool:
+                for work in [pool.submit(bring, name, setting, args.steps, decoder, command) for name in RUNS]:
+                    try:
+                        work.result()
+                    except UserError as error:
+                        failed.append(str(error))
+                        print(error, file=sys.stderr, flush=True)
+        except StoppedError:
+            pass
+    psnr = json.loads((decoder / "psnr.json").read_text()) if (decoder / "psnr.json").is_file() else {}
+    text = lines(read_results(setting.measures), psnr)
+    about = machine(out, ("torch", "numpy"))
+    heading = "## Features as latents beside an autoencoder's"
+    args.results.write_text(f"{heading}\n\n{about}\n\n{text}\n")
+    print(text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_command(main, PROG)
