@@ -55,7 +55,6 @@ RUNS: dict[str, dict[str, str]] = {
         "model.width": "384",
         "model.depth": "4",
         "model.heads": "6",
-        "model.align-block": "1",  # of no use here, but must lie within the depth
         "model.context": "8",
         "model.context-block": "2",
     },

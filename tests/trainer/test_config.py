@@ -153,6 +153,14 @@ def test_a_wrong_value_is_named(option: str, value: str, says: str) -> None:
         parse(option, value)
 
 
+@pytest.mark.parametrize("name", ["rit-xl-1", "lightningdit-b-1", "sit-b-2-vanilla", "ditdh-s-1"])
+def test_a_shallow_model_without_alignment_need_not_say_where_it_would_be_aligned(name: str) -> None:
+    options = ("--preset", name, "--model.depth", "2", "--model.context-block", "1")
+    assert parse(*options).model.depth == 2
+    with pytest.raises(UserError, match=r"--model\.align-block must be a block, 1 to 2"):
+        parse(*options, "--loss.projection-weight", "0.5")
+
+
 def test_lists_are_given_between_commas() -> None:
     config = parse(
         "--data.features", "dinov2-vitb14,clip-vitl14", "--model.align-block", "8,16",

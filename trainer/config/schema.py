@@ -75,12 +75,7 @@ class ModelConfig:
             raise UserError(f"--model.width must be a multiple of 4 for the position embedding, got {self.width}")
         if not self.align_block:
             raise UserError("--model.align-block must name a block; a vanilla run is --loss.projection-weight 0")
-        for name, block in (
-            *(("align-block", block) for block in self.align_block),
-            ("context-block", self.context_block),
-        ):
-            if not 1 <= block <= self.depth:
-                raise UserError(f"--model.{name} must be a block, 1 to {self.depth} (--model.depth), got {block}")
+        self.require_block("context-block", self.context_block)
         for name in ("head_width", "head_depth", "head_heads"):
             at_least(self, "model", name, 1 if self.kind == "ditdh" else 0)
             if self.kind != "ditdh" and getattr(self, name):
@@ -92,6 +87,11 @@ class ModelConfig:
         at_least(self, "model", "context", 0)
         if self.context and self.kind != "rit":
             raise UserError(f"--model.context is of --model.kind rit; leave it at 0 with {self.kind}")
+
+    def require_block(self, name: str, block: int) -> None:
+        """Raises UserError for what is no block of this model."""
+        if not 1 <= block <= self.depth:
+            raise UserError(f"--model.{name} must be a block, 1 to {self.depth} (--model.depth), got {block}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +271,8 @@ class TrainConfig:
                 f"--loss.path {self.loss.path} and --loss.time-sampling {self.loss.time_sampling} are settings of "
                 "--model.kind sit; leave them at linear and uniform for dit, whose diffusion is fixed"
             )
+        for block in self.model.align_block if self.aligns else ():  # a preset's, where a run has no use for it
+            self.model.require_block("align-block", block)
         if self.model.class_token:
             self._check_class_token()
         if self.loss.stop_alignment_at and not self.aligns:
