@@ -63,7 +63,7 @@ class PrecomputeConfig(_ImagesConfig):
     store: str = required("store root to make or to go on with: a directory, or an s3:// or gs:// URL")
     latents: str = option(
         "sd-vae-ft-mse",
-        "VAEs: names, diffusers directories or hub ids, with commas; none: no latents. An AutoencoderRAE's are features",
+        "VAEs: names, diffusers directories or hub ids, with commas; none: no latents. AutoencoderRAE: features",
     )
     features: str = option(
         "dinov2-vitb14",
