@@ -167,3 +167,10 @@ def test_it_decodes_its_own_encoder_s_last_tokens_only(store: Path, tmp_path: Pa
         (config_of_another / file.name).write_bytes(file.read_bytes().replace(b'sha256": "', b'sha256": "0'))
     with pytest.raises(UserError, match=r"decodes tokens of weights 0\w{11}, and features/glyph-vit is of weights"):
         load_feature_decoder(str(config_of_another), opened.group(A), CPU)
+
+
+def test_the_page_names_the_encoder_of_latents_that_is_here(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "alone"
+    train(micro(store, run, **{**RIT, "data.features": (), "loss.projection_weight": (0.0,), "steps": 1}))
+    (page,) = write_report([run], tmp_path / "report.html", "")
+    assert f"score {run} --n 512 --reference {store} --encoder glyph-vit" in page.read_text()
