@@ -62,7 +62,8 @@ class PrecomputeConfig(_ImagesConfig):
 
     store: str = required("store root to make or to go on with: a directory, or an s3:// or gs:// URL")
     latents: str = option(
-        "sd-vae-ft-mse", "VAEs: names, diffusers directories or hub ids, with commas; none: no latents"
+        "sd-vae-ft-mse",
+        "VAEs: names, diffusers directories or hub ids, with commas; none: no latents. AutoencoderRAE: features",
     )
     features: str = option(
         "dinov2-vitb14",
@@ -119,11 +120,6 @@ class PrecomputeConfig(_ImagesConfig):
         check_ranges(self)
         if self.latents == "none" and self.features == "none":
             raise UserError("nothing to encode: --latents and --features are both none; name at least one")
-        if self.features == "none" and codec_named(self.features_dtype) != PLAIN:
-            raise UserError(
-                f"--features-dtype {self.features_dtype} has nothing to quantise with --features none; leave one of "
-                "them out"
-            )
         codec_named(self.features_dtype)
         if self.precision not in ARITHMETIC:
             raise UserError(f"--precision must be one of {', '.join(ARITHMETIC)}, got {self.precision!r}")

@@ -30,8 +30,8 @@ from storage import (
     open_store,
     space,
 )
-from storage.base.errors import StoreError
-from storage.codecs import stored_arrays
+from storage.base.errors import StoreError, UserError
+from storage.codecs import PLAIN, codec_named, stored_arrays
 from storage.identity import Identity
 from storage.index import Index
 from storage.receipts import scan
@@ -92,7 +92,10 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
     arithmetic: dict[str, Any] = {"precision": config.precision, "compiled": config.compile}
     specs = [
         *registry.resolve_all(
-            config.latents, config.latents_weights, "latents", partial(registry.resolve_latents, **arithmetic)
+            config.latents,
+            config.latents_weights,
+            "latents",
+            partial(registry.resolve_latents, dtype=config.features_dtype, **arithmetic),
         ),
         *registry.resolve_all(
             config.features,
@@ -101,6 +104,11 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
             partial(registry.resolve_features, dtype=config.features_dtype, **arithmetic),
         ),
     ]
+    if codec_named(config.features_dtype) != PLAIN and not any(spec.kind == "features" for spec in specs):
+        raise UserError(
+            f"--features-dtype {config.features_dtype} has nothing to quantise: --features is none, and --latents "
+            f"{config.latents} has no tokens; leave one of them out"
+        )
     groups = []
     for spec in specs:
         identity = registry.describe(spec, resolution=config.resolution).of_samples(config.views, index_digest)

@@ -68,7 +68,7 @@ class EncoderSpec:
     family: str  # the module below pipeline.encoders that runs it
     model: str  # what that module loads: a hub id, a directory, a timm name
     weights: Path | None = None
-    decoder: str = ""  # latents: the VAE to decode with, a hub id or directory
+    decoder: str = ""  # what decodes them, a hub id or directory: of latents, and of an AutoencoderRAE's tokens
     codec: Codec = PLAIN  # features: how patch tokens are stored
     vision: VisionModel | None = None  # features: what the catalogue knows; None: timm is asked
     layer: int | None = None  # features: of this block, counted from 1; None: of the final norm
@@ -99,9 +99,17 @@ class Request:
 
 
 def resolve_latents(
-    text: str, weights: Path | None = None, *, precision: str = "fp32", compiled: bool = False
+    text: str,
+    weights: Path | None = None,
+    dtype: str = "float16",
+    *,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> EncoderSpec:
-    """The VAE `text`: a known name, a diffusers directory, or a hub id. Raises UserError for anything else."""
+    """The VAE `text`: a known name, a diffusers directory, or a hub id. Raises UserError for anything else.
+
+    Of an AutoencoderRAE, whose latents are tokens, a features group is made, in the codec `dtype` (`rae.py`).
+    """
     request = Request.parse(text, ("precision",))
     name, precision = request.name, request.options.get("precision", precision)
     weights = vae_folder(weights) if weights else None
@@ -121,6 +129,20 @@ def resolve_latents(
             f"unknown VAE {name!r}; name one of {', '.join(VAES)}, an existing diffusers directory, or a hub id "
             "(org/name, org/name/folder)"
         )
+    if _is_rae(weights or Path(model)):
+        return EncoderSpec(
+            kind="features",
+            store_name=store_name,
+            family="rae",
+            model=model,
+            weights=weights,
+            decoder=decoder,
+            codec=codec_named(dtype),
+            plain_norm=True,
+            tokens="patch",
+            precision=precision,
+            compiled=compiled,
+        )
     return EncoderSpec(
         kind="latents",
         store_name=store_name,
@@ -131,6 +153,14 @@ def resolve_latents(
         precision=precision,
         compiled=compiled,
     )
+
+
+def _is_rae(directory: Path) -> bool:
+    if not directory.is_dir():  # a hub id
+        return False
+    from pipeline.encoders.vae import holds_rae
+
+    return holds_rae(directory)
 
 
 def vae_folder(directory: Path) -> Path:

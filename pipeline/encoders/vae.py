@@ -61,6 +61,11 @@ class Geometry:
     normalisation: Normalisation | None = None
 
 
+def holds_rae(directory: Path) -> bool:
+    """Whether a diffusers directory is an AutoencoderRAE's, whose latents are features (`rae.py`)."""
+    return (directory / CONFIG_FILE).is_file() and read_settings(directory).get("_class_name") == RAE
+
+
 def find_directory(model: str, weights: Path | None) -> Path:
     """The directory of an autoencoder's files: a path, or `org/name[/subfolder]` on the hub. Raises UserError."""
     if weights is not None or Path(model).is_dir():
@@ -96,7 +101,7 @@ def describe(spec: EncoderSpec, *, resolution: int) -> LatentsIdentity:
     side = resolution // geometry.factor
     return LatentsIdentity(
         encoder=f"diffusers.{geometry.class_name}",
-        weights_sha256=file_sha256(_weight_file(directory)),
+        weights_sha256=file_sha256(weight_file(directory)),
         preprocessing="x/127.5-1",
         stored="concat(posterior mean, posterior std), unscaled" if geometry.posterior else "latent, unscaled",
         posterior=None if geometry.posterior else False,
@@ -110,7 +115,7 @@ def describe(spec: EncoderSpec, *, resolution: int) -> LatentsIdentity:
 
 def read_geometry(directory: Path) -> Geometry:
     """What the latents of the autoencoder in `directory` are. Raises UserError when it cannot be used."""
-    settings = _settings(directory)
+    settings = read_settings(directory)
     name = settings.get("_class_name", "AutoencoderKL")
     geometry = geometry_of_kl(settings) if name == "AutoencoderKL" else probe(settings, name, directory)
     normalisation = statistics_of(settings, geometry, directory)
@@ -138,7 +143,7 @@ def statistics_of(settings: Mapping[str, Any], geometry: Geometry, directory: Pa
     if geometry.in_weights is None:
         return None
     *names, epsilon = geometry.in_weights
-    file = _weight_file(directory)
+    file = weight_file(directory)
     with open_weights(file) as weights:
         entries = bare(weights.entries(), file)
         stored = {name: entries[name] for name in names if isinstance(entries.get(name), Stored)}
@@ -168,7 +173,7 @@ def _flat(values: Any) -> Any:
     return values
 
 
-def _settings(directory: Path) -> dict[str, Any]:
+def read_settings(directory: Path) -> dict[str, Any]:
     """What `config.json` says. Raises StoreError."""
     path = directory / CONFIG_FILE
     settings = parse_json(dict[str, Any], read_regular(path), str(path), "copy the folder again")
@@ -194,8 +199,8 @@ def probe(settings: dict[str, Any], name: str, directory: Path) -> Geometry:
     """Any autoencoder's geometry, by running it without memory."""
     if name == RAE:
         raise UserError(
-            f"{directory} holds an {RAE}, whose latents are its encoder's features; precompute these (--features "
-            "dinov2-vitb14-reg, say), train with --data.latents features/NAME, and name the folder as --data.decoder"
+            f"{directory} holds an {RAE}, whose latents are its encoder's tokens, and was named by a hub id; say where "
+            f"it lies too, --latents-weights {directory}"
         )
     import diffusers
 
@@ -258,7 +263,7 @@ class VAE:
     ) -> None:
         import diffusers
 
-        name = _settings(directory).get("_class_name", "AutoencoderKL")
+        name = read_settings(directory).get("_class_name", "AutoencoderKL")
         with plain_folder(directory, WEIGHT_FILES) as folder:
             model, loading = getattr(diffusers, name).from_pretrained(
                 folder,
@@ -269,7 +274,7 @@ class VAE:
             )
         if absent := loading["missing_keys"]:  # which the library would draw at random
             raise UserError(
-                f"{_weight_file(directory)} lacks {len(absent)} weights of its {name}, such as {sorted(absent)[0]}; "
+                f"{weight_file(directory)} lacks {len(absent)} weights of its {name}, such as {sorted(absent)[0]}; "
                 "pass the right file"
             )
         self.of_clips = takes_clips(model)
@@ -314,5 +319,6 @@ def latents_of(encoded: Any) -> tuple[Tensor, ...]:
     return tuple(each.squeeze(2) if each.ndim == 5 else each for each in arrays)
 
 
-def _weight_file(directory: Path) -> Path:
+def weight_file(directory: Path) -> Path:
+    """The weights in a diffusers directory."""
     return next(directory / name for name in WEIGHT_FILES if (directory / name).is_file())

@@ -14,11 +14,12 @@ MODULES = {  # that an extra brings, as they are imported
     "evaluate": "diffusers h5py huggingface_hub timm torch_fidelity torchvision",
     "precompute": "PIL diffusers fsspec h5py huggingface_hub matplotlib ray safetensors skimage sklearn timm torch "
     "torchvision",
+    "rae": "transformers",
 }
 PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # named otherwise
 EXTRAS_OF = {  # a package, in the order in which its user is likely to want them
     "storage": ("train", "precompute"),
-    "pipeline": ("precompute", "train", "evaluate"),
+    "pipeline": ("precompute", "train", "evaluate", "rae"),
     "trainer": ("train", "evaluate"),
 }
 

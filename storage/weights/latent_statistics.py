@@ -3,14 +3,21 @@
     mean, std                       LightningDiT's `latents_stats.pt`, (1, C, 1, 1):   z = (x − mean) / std
     latents_scale, latents_bias     REPA-E's `…-latents-stats.pt`, (1, C, 1, 1):       z = (x − bias) · scale
 
+Of tokens, a number a channel and place:
+
+    mean, var                       RAE's and RiT's `stat.pt`:                          z = (x − mean) / √(var + 1e-5)
+    _latents_mean, _latents_std     in the weights of diffusers' AutoencoderRAE:        z = (x − mean) / (std + 1e-5)
+
 REPA-E's transformer adds 1e-4 to the variance as it normalises (arXiv 2504.10483, its batch norm); iREPA does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from storage.base.errors import UserError
@@ -20,16 +27,24 @@ from storage.places import OF_CLASS, OF_TOKENS, PlaceStatistics, checked
 from storage.weights.file import open_weights
 from storage.weights.tensors import Stored
 
+OF_RAE = ("_latents_mean", "_latents_std")
+EPSILON = 1e-5  # that diffusers adds to the deviation, and the map of features as latents to the variance
+IN_FOLDER = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PAIRS = (("mean", "std"), ("latents_bias", "latents_scale"))
 MAX_NUMBERS = 1 << 16
 
 
 def read_place_statistics(path: Path, shape: tuple[int, ...]) -> PlaceStatistics:
-    """RAE's or RiT's statistics in a file, of tokens of `shape` (D, h, w). Raises UserError or StoreError."""
+    """RAE's or RiT's statistics in a file, of tokens of `shape` (D, h, w). Raises UserError or StoreError.
+
+    Of an AutoencoderRAE's folder, or its weights, those by which it normalises: the variance is what gives its divisor.
+    """
+    if path.is_dir():
+        path = next((path / name for name in IN_FOLDER if (path / name).is_file()), path / IN_FOLDER[0])
     where = shown(str(path))
     with open_weights(path) as file:
         tensors = {name: value for name, value in file.entries().items() if isinstance(value, Stored)}
-        tensors = {name: value for name, value in tensors.items() if name in (*OF_TOKENS, *OF_CLASS)}
+        tensors = {name: value for name, value in tensors.items() if name in (*OF_TOKENS, *OF_CLASS, *OF_RAE)}
         too_large = next((name for name, value in tensors.items() if value.nbytes > 8 * math.prod(shape)), None)
         if too_large is not None:
             raise UserError(
@@ -37,7 +52,18 @@ def read_place_statistics(path: Path, shape: tuple[int, ...]) -> PlaceStatistics
                 "use the statistics of these features"
             )
         arrays = {name: value.double().numpy() for name, value in file.tensors(tensors).items()}
+    if arrays.keys() >= set(OF_RAE) and not arrays.keys() & set(OF_TOKENS):
+        arrays = _of_rae(arrays, where, shape)
     return checked(arrays, where, "use the statistics of these features", shape)
+
+
+def _of_rae(arrays: dict[str, np.ndarray], where: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    mean, std = (arrays[name] for name in OF_RAE)
+    if mean.size == 1 and std.size == 1:  # what such an autoencoder has where it does not normalise
+        raise UserError(f"{where} is of an AutoencoderRAE without statistics; leave --data.latent-statistics out")
+    with contextlib.suppress(ValueError):  # `checked` says which shape it has
+        mean, std = (np.broadcast_to(of, shape) for of in (mean, std))  # some have a number a channel
+    return {"mean": mean, "var": np.maximum(np.square(std + EPSILON) - EPSILON, 0)}
 
 
 def read_statistics(path: Path, channels: int, *, epsilon: float = 0.0) -> Normalisation:

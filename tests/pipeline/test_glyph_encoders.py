@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.encoders import registry
-from pipeline.encoders.glyph import GLYPH_NAMER, GLYPH_VIT
+from pipeline.encoders.glyph import GLYPH_DECODER, GLYPH_NAMER, GLYPH_VIT
 from pipeline.encoders.glyph.train import digits, of_patches
 from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
 from pipeline.encoders.tiny.train import probe_accuracy, psnr_db
@@ -33,7 +33,8 @@ def patches(name: str, images: np.ndarray) -> np.ndarray:
 
 
 def test_all_built_in_encoders_are_small_enough_to_commit() -> None:
-    files = [path for folder in (TINY_VAE, TINY_VIT, GLYPH_VIT, GLYPH_NAMER) for path in folder.iterdir()]
+    folders = (TINY_VAE, TINY_VIT, GLYPH_VIT, GLYPH_NAMER, GLYPH_DECODER)
+    files = [path for folder in folders for path in folder.iterdir()]
     assert sum(path.stat().st_size for path in files) <= LARGEST_BYTES
 
 

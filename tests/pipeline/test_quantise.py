@@ -114,8 +114,9 @@ def arrays_of(layout: GroupLayout) -> dict[str, tuple[str, tuple[int, ...]]]:
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    layout = StoreLayout(n_rows=1, views=("original",), resolution=RESOLUTION, shard_rows=1)
     with pytest.raises(UserError, match=message):
-        config(tmp_path, **changes)
+        plan_groups(config(tmp_path, **changes), layout, "0" * 64)
 
 
 def photographs(n: int) -> np.ndarray:

@@ -24,8 +24,8 @@ class DataConfig:
     )
     latent_statistics: Path = option(
         Path(),
-        "features as latents: a published file of mean and var of each place (and mean_cls_token, var_cls_token); "
-        "empty: those that `python -m storage statistics --places` counted",
+        "features as latents: a published file of mean and var of each place (and mean_cls_token, var_cls_token), or "
+        "an AutoencoderRAE's folder; empty: those that `python -m storage statistics --places` counted",
         free=True,
     )
     latent_statistics_sha256: str = option("", "of the numbers of these statistics, which the run keeps a copy of")
@@ -42,8 +42,8 @@ class DataConfig:
     )
     decoder: str = option(
         "",
-        "features as latents: what makes pictures of them, a folder or hub id of diffusers' AutoencoderRAE; empty: "
-        "nothing does",
+        "features as latents: what makes pictures of them, a folder or hub id of diffusers' AutoencoderRAE, or "
+        "glyph-decoder; empty: what the group names",
         free=True,
     )
     latent_mean: tuple[float, ...] = option(

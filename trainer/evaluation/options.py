@@ -62,7 +62,7 @@ class GenerateConfig:
     heun: bool | None = option(None, "Heun's correction of the ode sampler (default: the run's)")
     shift: float | None = option(None, "of noise levels, 0: as in training (default: the run's)", at_least=0)
     end: float | None = option(None, "noise level at which ode ends (default: the run's)", at_least=0)
-    vae: str = option("", "VAE to decode with (default: as the store says)")
+    vae: str = option("", "VAE or decoder to decode with (default: as the store says)", also=("--decoder",))
     rounding: Literal["round", "truncate"] | None = option(
         None, "from pixels to uint8; the public scripts of REPA, REG, RAE and ADM truncate (default: round)"
     )

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoders import registry
 from storage import open_store
 from storage.base.errors import UserError
 from tests.trainer.runs import micro
@@ -105,14 +104,6 @@ def test_a_decoder_of_other_tokens_is_one_line(store: Path, decoder: Path, tmp_p
         (folder / "config.json").write_text(json.dumps(settings | change))
         refused(folder, says)
     group.close()
-
-
-def test_stage_one_says_what_to_do_with_such_an_autoencoder(decoder: Path) -> None:
-    spec = registry.resolve_latents(str(decoder))
-    with pytest.raises(
-        UserError, match=r"whose latents are its encoder's features; precompute these .* --data.decoder$"
-    ):
-        registry.describe(spec, resolution=128)
 
 
 @pytest.fixture(scope="module")

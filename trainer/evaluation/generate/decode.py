@@ -17,6 +17,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.feature_latents import without_affine
 from trainer.data.groups import TrainingData
 from trainer.data.latent_scale import LatentScale
+from trainer.evaluation.generate.built_in import decoder_for, folder_of
 from trainer.evaluation.generate.feature_decoder import FeatureDecoder, load_feature_decoder
 
 DECODE_BATCH = 16
@@ -26,8 +27,9 @@ PIPELINE_FOLDER = "vae"  # where a whole pipeline's folder keeps it
 
 
 def decoder_of(data: TrainingData, config: TrainConfig) -> str:
-    """What makes pictures of a run's latents, as the run or its latents say; "" where neither does."""
-    return config.data.decoder or str(data.latents.attributes["provenance"].get("decoder", ""))
+    """What makes pictures of a run's latents, as the run or its latents say, else the built-in one; "" for none."""
+    said = config.data.decoder or str(data.latents.attributes["provenance"].get("decoder", ""))
+    return said or (decoder_for(data.latents.identity) if data.of_features else "")
 
 
 def to_decode(latents: Tensor, scale: LatentScale, data: TrainingData) -> Tensor:
@@ -78,6 +80,7 @@ def load_decoder(vae: str, device: torch.device, *, fetch: bool = True, of: Trai
 
 def location(vae: str) -> tuple[str, str]:
     """What diffusers calls the repository (a directory will do), and the folder in it."""
+    vae = folder_of(vae)
     if Path(vae).is_dir():
         return vae, "" if (Path(vae) / "config.json").is_file() else PIPELINE_FOLDER
     organisation, _, rest = vae.partition("/")

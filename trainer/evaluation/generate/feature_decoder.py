@@ -21,6 +21,7 @@ from storage.identity import FeaturesIdentity
 from storage.weights.file import open_weights
 from storage.weights.names import bare
 from storage.weights.tensors import Stored
+from trainer.evaluation.generate.built_in import ENCODER_SHA256, folder_of
 
 RAE = "AutoencoderRAE"
 CONFIG_FILE = "config.json"
@@ -66,6 +67,7 @@ def load_feature_decoder(
 
 def _files(where: str, fetch: bool) -> tuple[Path, Path]:
     """Configuration and weights."""
+    where = folder_of(where)
     if Path(where).is_dir():
         weights = next((Path(where) / name for name in WEIGHT_FILES if (Path(where) / name).is_file()), None)
         if weights is None or not (Path(where) / CONFIG_FILE).is_file():
@@ -95,6 +97,7 @@ def _loaded(
         encoder, width = str(settings["encoder_type"]), int(settings["encoder_hidden_size"])
         side = int(settings["encoder_input_size"]) // int(settings["encoder_patch_size"])
         _require_encoder(encoder, width, side, features, where)
+        _require_tokens(settings.get(ENCODER_SHA256), features, where)
         decoder = RAEDecoder(
             hidden_size=width,
             num_patches=side**2,
@@ -126,3 +129,18 @@ def _require_encoder(encoder: str, width: int, side: int, features: GroupReader[
         f"{where} decodes {encoder} of width {width} on {side}×{side} tokens, and {features.path} is {mine}, "
         f"{identity.width} on {'×'.join(map(str, identity.token_grid))}; name a decoder of this encoder"
     )
+
+
+def _require_tokens(encoder_sha256: Any, features: GroupReader[FeaturesIdentity], where: str) -> None:
+    """Of the encoder whose weights the decoder names, if it names any, and of its final norm."""
+    identity = features.identity
+    if encoder_sha256 is not None and encoder_sha256 != identity.weights_sha256:
+        raise UserError(
+            f"{where} decodes tokens of weights {str(encoder_sha256)[:12]}, and {features.path} is of weights "
+            f"{str(identity.weights_sha256)[:12]}; name a decoder of this encoder"
+        )
+    if str(identity.layer).startswith("block "):
+        raise UserError(
+            f"{where} decodes tokens after the final norm, and {features.path} is of {identity.layer}; precompute with "
+            "--features ENCODER:layer=norm"
+        )

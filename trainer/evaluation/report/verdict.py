@@ -23,6 +23,7 @@ from trainer.evaluation.report.spread import LEVEL, Difference, deviation, diffe
 
 Outcome = Literal["clear", "open", "within", "unknown", "unlike", "missing", "alone"]
 BUILT_IN = ("tiny-", "glyph-")  # encoders that need no weights
+OF_FEATURES = "features/"  # latents that are an encoder's features
 FEW_IMAGES = 512  # where such an encoder will do
 ALMOST = 0.005  # two methods saw as many images where these differ by less
 
@@ -295,7 +296,9 @@ def _missing(
 
 def evaluation_command(records: Sequence[RunRecord], run: RunRecord) -> str:
     """The command line that evaluates a run against its own store, drawing images first where none are there."""
-    tiny = [name for record in records for name in record.config.data.features if name.startswith(BUILT_IN)]
+    features = [name for record in records for name in record.config.data.features]
+    features += [record.config.data.latents.removeprefix(OF_FEATURES) for record in records if _of_features(record)]
+    tiny = [name for name in features if name.startswith(BUILT_IN)]
     options = ["--encoder", tiny[0]] if tiny else []
     reference = ["--reference", run.config.store or "REFERENCE"]
     if not run.drawn:
@@ -303,6 +306,10 @@ def evaluation_command(records: Sequence[RunRecord], run: RunRecord) -> str:
         return shlex.join([*PROG.split(), "score", str(run.path), "--n", n, *reference, *options])
     images = str(run.drawn[-1].folder)
     return shlex.join([*PROG.split(), "evaluate", images, *reference, *options, "--run", str(run.path)])
+
+
+def _of_features(record: RunRecord) -> bool:
+    return record.config.data.latents.startswith(OF_FEATURES)
 
 
 def _other_seeds(records: Sequence[RunRecord], ranking: Sequence[Ranked]) -> list[tuple[str, str]]:
