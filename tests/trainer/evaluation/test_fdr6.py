@@ -15,7 +15,8 @@ from storage.feature_file import write_feature_file
 from storage.identity import VectorsIdentity
 from trainer.evaluation.options import EvaluateConfig
 from trainer.evaluation.quality import spaces
-from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
 
 WIDTH = 5

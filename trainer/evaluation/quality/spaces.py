@@ -22,7 +22,9 @@ from storage.base.choices import FDR6, INCEPTION
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from trainer.evaluation.quality.card import Card
-from trainer.evaluation.quality.evaluate import Description, evaluate, record
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
+from trainer.evaluation.quality.record import record
 from trainer.evaluation.quality.reference import is_named_for
 
 NAME = "fdr6"

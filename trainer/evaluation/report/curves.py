@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.evaluation.probing.measured import Point
-from trainer.evaluation.quality.evaluate import Evaluation
+from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import Evaluated, Group, Protocol, evaluated, evaluated_alike, measured_alike
 from trainer.evaluation.report.charts import Chart, Line, figure
 from trainer.evaluation.report.measures import better, decides, measured, title

@@ -18,7 +18,7 @@ from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, free_fields
 from trainer.evaluation.generate.image_files import Drawn, sets_drawn
 from trainer.evaluation.probing.measured import MEASURES, Measured, read_measured
-from trainer.evaluation.quality.evaluate import Evaluation, read_record
+from trainer.evaluation.quality.record import Evaluation, read_record
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder, runs_in
 from trainer.run.metrics import Logged, read_logged
