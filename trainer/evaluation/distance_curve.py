@@ -113,11 +113,13 @@ class DistanceCurve:
         log, of = self.config.log, self.reference
         width = len(of.gaussian.mean)
         few = [
-            f"{n:,} {what} do not determine a covariance of {width:,} features"
+            f"{n:,} {what}"
             for n, what in ((log.distance_images, "images"), (of.n, "images of the reference"))
             if n <= width
         ]
-        worth = f"far too large ({' and '.join(few)})" if few else "too large by about c / N"
+        worth = "too large by about c / N"
+        if few:
+            worth = f"far too large ({' and '.join(few)} do not determine a covariance)"
         return (
             f"every {log.distance_every:,} steps, of {log.distance_images:,} images in {width:,} features of "
             f"{shown(of.description.label)}, to {of.n:,} images of {shown(str(of.path))}; {worth}, to watch by and not "

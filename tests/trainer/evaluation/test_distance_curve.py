@@ -100,18 +100,21 @@ def test_a_point_is_what_generate_and_evaluate_make_of_the_step(
     tmp_path: Path,
     reference: Path,
     options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Through the other command, in its own process."""
+    monkeypatch.setattr(distance_curve._Reference, "require_comparable", lambda *_: None)  # another process
     run = tmp_path / "run"
     train(micro(shared_tiny_store, run, steps=2, **options))
     out, err = capsys.readouterr()
     (value,) = points(run).values()
     assert "distance   every 2 steps, of 6 images in 128 features of tiny-vit, to 20 images of" in out
-    assert "far too large (6 images do not determine a covariance of 128 features and 20 images of the ref" in out
+    assert "far too large (6 images and 20 images of the reference do not determine a covariance), to watch by" in out
     assert f"step 2: Fréchet distance {value:.4f} of 6 images in features of tiny-vit, in " in err
     assert not list(run.glob(".distance-*"))
     folder, *_ = generate(GenerateConfig(run=run, n=N, batch=N, steps=2, device="cpu"))
+    monkeypatch.setattr(Description, "describe", lambda self, sets, like: described(self.command(sets, like)))
     result = evaluate(folder, reference, Description(encoder="tiny-vit", device="cpu"), resamples=0)
     assert result["metrics"]["fd"]["value"] == pytest.approx(value, rel=1e-9)
     assert json.loads((run / "summary.json").read_text())["last"]["step"] == 2
@@ -165,10 +168,10 @@ def test_what_is_missing_is_said_before_training_starts(
     file = open_feature_file(reference)
     features = file.read("features")
 
-    def variant(name: str, n: int = 20, **changes: Any) -> str:
+    def variant(out: str, n: int = 20, **changes: Any) -> str:
         identity = replace(file.identity, **changes)
-        write_feature_file(tmp_path / name, {"features": features[:n]}, identity, {**file.images, "n": n})
-        return str(tmp_path / name)
+        write_feature_file(tmp_path / out, {"features": features[:n]}, identity, {**file.images, "n": n})
+        return str(tmp_path / out)
 
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
     cases: list[tuple[dict[str, Any], str]] = [
@@ -216,7 +219,8 @@ def test_a_signal_ends_a_measurement_and_the_next_start_makes_up_for_it(
     def stopped(command: list[str], started: Callable[..., object] = id) -> None:
         if "--check" not in command:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
+            time.sleep(2 * distance_curve.TICK_S)
+            raise UserError("the process was killed")
         in_process(command, started)
 
     with monkeypatch.context() as patched:
