@@ -29,7 +29,8 @@ from storage import open_store
 from storage.roots import absolute
 from trainer.evaluation.generate.generate import generate
 from trainer.evaluation.options import GenerateConfig
-from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
 from trainer.run.folder import RunFolder
 
 BASE = {"sampler": "sde", "labels": "balanced", "rounding": "round", "guidance": 1.0}

@@ -20,7 +20,8 @@ from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.probing.analyse import write_measure
 from trainer.evaluation.probing.sweep import SweepConfig
-from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.report.page import write_report
 from trainer.loop.train import train
 

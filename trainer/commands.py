@@ -162,7 +162,8 @@ def evaluate(config: EvaluateConfig) -> None:
     """Measure images against a reference."""
     with loading():
         from trainer.evaluation.quality import measures, spaces
-        from trainer.evaluation.quality.evaluate import Description, evaluate
+        from trainer.evaluation.quality.description import Description
+        from trainer.evaluation.quality.evaluate import evaluate
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}

@@ -185,11 +185,32 @@ class LogConfig:
     wandb: str = option("", "Weights & Biases project to log to as well; empty: none", free=True, often=True)
     samples_every: int = option(10_000, "steps between grids of samples in RUN/samples; 0: none", free=True, often=True)
     samples: int = option(16, "images in a grid of samples", free=True)
+    distance_every: int = option(
+        0,
+        "steps between Fréchet distances of samples, a curve to watch a training by; 0: none",
+        free=True,
+        often=True,
+    )
+    distance_images: int = option(2048, "images that such a distance is of", free=True)
+    distance_reference: str = option(
+        "",
+        "feature file that they are compared with, whose encoder describes them: `python -m pipeline features IMAGES "
+        "--encoder NAME --out FILE`",
+        free=True,
+        often=True,
+    )
 
     def __post_init__(self) -> None:
         at_least(self, "log", "every", 1)
         at_least(self, "log", "samples_every", 0)
         at_least(self, "log", "samples", 1)
+        at_least(self, "log", "distance_every", 0)
+        at_least(self, "log", "distance_images", 2)
+        if self.distance_every and not self.distance_reference:
+            raise UserError(
+                f"--log.distance-every {self.distance_every} has nothing to compare with; pass "
+                "--log.distance-reference FILE, of `python -m pipeline features IMAGES --encoder NAME --out FILE`"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,12 @@ class ExportConfig:
     checkpoint: str = option("latest", CHECKPOINT_HELP)
 
 
+def require_fdr6(held_out: Path | None, encoder: str) -> None:
+    """Raise UserError for images to divide by where nothing is divided."""
+    if held_out is not None and encoder != "fdr6":
+        raise UserError(f"--held-out goes with --encoder fdr6, not {encoder}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What is compared with what, and how images are described.
@@ -120,8 +126,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.held_out is not None and self.encoder != "fdr6":
-            raise UserError(f"--held-out goes with --encoder fdr6, not {self.encoder}")
+        require_fdr6(self.held_out, self.encoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +134,7 @@ class ScoreConfig(GenerateConfig):
     """`generate` and `evaluate` in one: what is drawn, and what it is compared with."""
 
     reference: Path | str = option("", "as of evaluate (default: the originals of the run's store)")
-    encoder: str = option(INCEPTION, "inception, or a vision encoder")
+    encoder: str = option(INCEPTION, "inception, cmmd-clip, fdr6 (six spaces and their mean), or a vision encoder")
     weights: Path | None = option(None, "the encoder's weight file", also=("--inception-weights",))
     token: Token = option("cls", "a vision encoder's vector: class token, or mean of patches")
     n_reference: int = option(0, "at most so many reference images, evenly spread; 0: all", at_least=0)
@@ -137,7 +142,14 @@ class ScoreConfig(GenerateConfig):
         None, "folder that keeps a reference's features (default reference-features, by the runs)"
     )
     resamples: int = option(1000, "draws that an interval is of; 0: no intervals and no FID_inf", at_least=0)
+    held_out: Path | None = option(
+        None, "fdr6: real images that are not of the reference, to divide by (default: the published divisors)"
+    )
     report: bool = option(True, "write the run's page, RUN/report.html, again")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fdr6(self.held_out, self.encoder)
 
 
 @dataclass(frozen=True, kw_only=True)

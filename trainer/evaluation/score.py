@@ -4,9 +4,10 @@
     numbers     RUN/samples-…-evaluation/ENCODER.json, and a line of the run's record (`evaluate`)
     page        RUN/report.html
 
-What it lacks, the extractor's weights or the reference, is said before anything is drawn. Each part goes on from where
-it was stopped, and what is done is done once: a second call only prints. It is done when the result at hand is of these
-images, this extractor, this reference and this version of the metrics, and stands in the run's record.
+What it lacks, an extractor's weights or the reference, is said before anything is drawn. Each part goes on from where
+it was stopped, and what is done is done once, of FDr⁶ in each of its six spaces: a second call only prints. It is done
+when the result at hand is of these images, this extractor, this reference and this version of the metrics, and stands
+in the run's record.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from typing import Any
 
 from storage.base.boundary import parse_json, read_regular
 from storage.base.errors import UserError
+from storage.base.waiting import waiting
 from storage.roots import absolute
 from trainer.evaluation.generate.generate import generate
 from trainer.evaluation.generate.image_files import n_written
 from trainer.evaluation.generate.noted import read_noted
 from trainer.evaluation.generate.plan import plan
 from trainer.evaluation.options import GenerateConfig, ScoreConfig
+from trainer.evaluation.quality import spaces
 from trainer.evaluation.quality.card import DRAWN, Card
-from trainer.evaluation.quality.evaluate import Description, evaluate, read_record, record, require_ready, result_file
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate, require_ready, result_file
 from trainer.evaluation.quality.measures import VERSION, table
+from trainer.evaluation.quality.record import read_record, record
+from trainer.evaluation.quality.reference import contents
 from trainer.ranks.world import device_named
 from trainer.run.folder import RunFolder
 
@@ -42,33 +48,54 @@ def score(config: ScoreConfig) -> list[str]:
     folder = planned.folder
     reference = config.reference or planned.run.config.store
     description = Description(encoder=config.encoder, weights=config.weights, token=config.token, device=config.device)
-    result = result_file(folder.with_name(f"{folder.name}-evaluation"), description.label)
+    is_of_spaces = config.encoder == spaces.NAME
+    described = spaces.described_in(description) if is_of_spaces else {description.label: description}
+    results = folder.with_name(f"{folder.name}-evaluation")
+    result = result_file(results, spaces.NAME if is_of_spaces else description.label)
     n_there = n_written(folder) if folder.is_dir() else 0
     if n_there > config.n:
         raise UserError(
             f"{folder} holds {n_there:,} images, more than --n {config.n:,}; score these with --n {n_there}, or others "
             "in another --out"
         )
-    done = _result_at(result) if n_there == config.n else None  # every rank sees the same, none having written yet
-    found = done if done is not None and _is_of(done, folder, config, reference) else None
+    # Every rank sees the same, none having written yet.
+    found = _done(result, folder, config, reference) if n_there == config.n else None
     if is_main and found is None:
+        if config.held_out is not None:
+            contents(config.held_out)
         side = planned.run.data.latent_identity.resolution or UNKNOWN_SIDE
-        require_ready(
-            reference, description, images=folder, side=side, n_reference=config.n_reference, run=config.run,
-            cache=config.cache,
-        )  # fmt: skip
+        for name, how in described.items():
+            against = spaces.reference_of(reference, name) if is_of_spaces else reference
+            if n_there == config.n and _done(result_file(results, name), folder, config, against) is not None:
+                continue
+            with waiting(f"looking whether {name} can describe"):
+                require_ready(
+                    against, how, images=folder, side=side, n_reference=config.n_reference, run=config.run,
+                    cache=config.cache,
+                )  # fmt: skip
     if found is None:
         generate(drawing)
     if not is_main:
         return []
     run = RunFolder(config.run)
-    if found is None:
-        found = evaluate(
-            folder, reference, description, n_reference=config.n_reference, run=config.run, cache=config.cache,
-            resamples=config.resamples,
-        )  # fmt: skip
-    elif not any(line.card == _card(found) for line in read_record(config.run)):  # a kill came between the two
-        record(config.run, _card(found).step, found)
+    options: dict[str, Any] = {"n_reference": config.n_reference, "run": config.run, "cache": config.cache}
+    options["resamples"] = config.resamples
+    if found is not None:
+        _record_once(config.run, found)
+    elif is_of_spaces:
+
+        def measured(images: Path, against: Path | str, how: Description, **options: Any) -> dict[str, Any]:
+            before = _done(result_file(results, how.label), images, config, against)
+            if before is None:
+                return evaluate(images, against, how, **options)
+            _record_once(config.run, before)
+            return before
+
+        found = spaces.evaluate_spaces(
+            folder, reference, description, held_out=config.held_out, measured=measured, **options
+        )
+    else:
+        found = evaluate(folder, reference, description, **options)
     if config.report and _is_older(run.report, run.evaluations):
         from trainer.evaluation.report.page import write_report
 
@@ -89,6 +116,19 @@ def _result_at(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _done(path: Path, folder: Path, config: ScoreConfig, reference: Path | str) -> dict[str, Any] | None:
+    """The result at `path` where it is what this command would measure."""
+    result = _result_at(path)
+    return result if result is not None and _is_of(result, folder, config, reference) else None
+
+
+def _record_once(run: Path, result: dict[str, Any]) -> None:
+    """Add a result to a run's record that a kill left out of it."""
+    card = _card(result)
+    if not any(line.card == card for line in read_record(run)):
+        record(run, card.step, result)
+
+
 def _card(result: dict[str, Any]) -> Card:
     return parse_json(Card, json.dumps(result.get("card", {})), "the card of a result", FIX)
 
@@ -99,6 +139,8 @@ def _is_of(result: dict[str, Any], folder: Path, config: ScoreConfig, reference:
     drawn_alike = all(getattr(card, name) == getattr(noted, name) for name in (*DRAWN, "checkpoint_sha256", "protocol"))
     asked = {"reference": absolute(reference), "n_reference": config.n_reference}
     measured_alike = card.n_images == config.n and card.metrics_version == VERSION
+    if result.get("name") == spaces.NAME:
+        measured_alike &= result["encoder"].get("held_out") == str(config.held_out or "published")
     return drawn_alike and measured_alike and result.get("asked") == asked
 
 
@@ -109,7 +151,7 @@ def _is_older(page: Path, data: Path) -> bool:
 def _lines(result: dict[str, Any], file: Path, page: Path | None) -> list[str]:
     """For a person."""
     card = _card(result)
-    lines = [table(result)]
+    lines = [spaces.table(result) if result["name"] == spaces.NAME else table(result)]
     if card.protocol and card.departures:
         lines += [f"not as {card.protocol} was published:", *(f"  {each}" for each in card.departures)]
     elif card.protocol:

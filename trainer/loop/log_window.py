@@ -52,6 +52,10 @@ class LogWindow:
         self.n_timed += 1
         self.n_timed_aligned += aligned
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that went into no step: it counts in no rate."""
+        self.start_s += seconds
+
     def line(self, step: int, config: TrainConfig, geometry: Geometry, world: World, skipped: int) -> dict[str, Any]:
         """The log line of the interval that ends with `step`; every rank must ask, for the longest stall counts.
 

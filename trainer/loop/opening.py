@@ -14,8 +14,8 @@ from trainer.run.summary import settings_line
 STOPPED = "no features are read for it, projectors rest"
 
 
-def opening_lines(training: TrainingState, data: TrainingData, first_step: int) -> str:
-    """A line a subject, of a run that goes on from `first_step`."""
+def opening_lines(training: TrainingState, data: TrainingData, first_step: int, measured: str = "") -> str:
+    """A line a subject, of a run that goes on from `first_step`; `measured` is what is, of its samples."""
     config, geometry, world = training.config, training.geometry, training.world
     n_parameters = sum(parameter.numel() for parameter in training.model.parameters())
     groups = ", ".join(f"{path} ({digest[:12]})" for path, digest in data.identities.items())
@@ -37,6 +37,7 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int) 
         *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
         *([f"alignment  {_stop(config, first_step)}"] if config.loss.stop_alignment_at else []),
         f"samples    {in_words(config)}",
+        *([f"distance   {measured}"] if measured else []),
         f"device     {world.device}, {ranks}",
         f"start      step {first_step} of {config.steps}",
         *([f"time       {time_left}"] if time_left else []),

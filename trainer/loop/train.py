@@ -28,7 +28,8 @@ same order. One step, on every rank:
     numbers of the step before → log_window.py, or non_finite.py where the step was left out
      ├  every --log.every            a line of metrics.jsonl           run/metrics.py
      ├  every --checkpoint.every     everything, whole or absent       run/checkpoint.py
-     └  every --log.samples-every    a grid of samples                 evaluation/generate/preview.py
+     ├  every --log.samples-every    a grid of samples                 evaluation/generate/preview.py
+     └  every --log.distance-every   a distance of samples             evaluation/distance_curve.py
 
 The host runs one step ahead of the numbers that it reads, so the device never waits for the host.
 """
@@ -58,6 +59,7 @@ from trainer.data.groups import TrainingData, geometry_of, open_data, require_gu
 from trainer.data.loader import Loader
 from trainer.data.resident import open_rows
 from trainer.data.rows import Rows, Streamed
+from trainer.evaluation.distance_curve import DistanceCurve
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
 from trainer.loop.losses import Losses
@@ -101,9 +103,10 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
             scale = map_of(config, data, config.run)
             require_normalised(config, data, scale)
             set_arithmetic(config)
+            curve = DistanceCurve(config, data, geometry, scale, world) if config.log.distance_every else None
             with only_writer(config.run, world):
                 new = build(config, geometry, scale, world)
-                run = _Run(*resume(new, data.identities, accept_changes), data)
+                run = _Run(*resume(new, data.identities, accept_changes), data, curve)
                 del new  # which the run may replace, and a replica that is kept would take part in its gradients
                 opening.close()
                 return run.run()
@@ -124,7 +127,10 @@ class _InFlight:
 class _Run:
     """A run from the first step that is missing to the last, or to a signal."""
 
-    def __init__(self, training: TrainingState, resumed: RunState | None, data: TrainingData) -> None:
+    def __init__(
+        self, training: TrainingState, resumed: RunState | None, data: TrainingData, curve: DistanceCurve | None
+    ) -> None:
+        self.curve = curve
         self.training, self.data, self.config, self.world = training, data, training.config, training.world
         self.saved_before = resumed.config if resumed is not None else None
         self.first_step = resumed.step if resumed is not None else 0
@@ -139,6 +145,7 @@ class _Run:
             self.window.n_aligned = resumed.log_count if resumed.log_aligned is None else resumed.log_aligned
         self.in_flight: deque[_InFlight] = deque()
         self.log: MetricsLog | None = None
+        self.measuring_s = 0.0
 
     def run(self) -> dict[str, Any]:
         """Train; returns the summary."""
@@ -146,7 +153,8 @@ class _Run:
         if self.world.is_main:
             keep_statistics(config, self.data)
             RunFolder(config.run).write_config(config, self.saved_before)
-            print(opening_lines(self.training, self.data, self.first_step), flush=True)
+            measured = self.curve.in_words() if self.curve is not None else ""
+            print(opening_lines(self.training, self.data, self.first_step, measured), flush=True)
             self.log = MetricsLog(config, from_step=self.first_step)
         self.training.model.train()
         step = self.first_step
@@ -158,7 +166,8 @@ class _Run:
                 config.steps, unit="step", done=step, description="train", hidden=not self.world.is_main
             ) as self.bar,
         ):
-            for end in self._phases():
+            stopping = self._catch_up(step, stop)
+            for end in self._phases() if not stopping else ():
                 if config.aligns and not config.aligns_at(step) and not self.alignment_stopped:
                     self.training, self.alignment_stopped = without_alignment(self.training), True
                     if step > self.first_step and self.world.is_main:  # else the opening lines say so
@@ -225,8 +234,9 @@ class _Run:
             logs = is_last or done % config.log.every == 0
             saves = is_last or done % config.checkpoint.every == 0
             samples = config.log.samples_every > 0 and done % config.log.samples_every == 0
+            measures = self.curve is not None and self.curve.is_due(done)
             is_first = batch.step == self.first_step
-            stopping = self._settle(keep=0 if logs or saves or samples or is_first else 1)
+            stopping = self._settle(keep=0 if logs or saves or samples or measures or is_first else 1)
             self.bar.set_description_str("train", refresh=False)  # which a wait may have changed
             self.bar.update()
             if logs:
@@ -240,6 +250,10 @@ class _Run:
                 break
             if samples:
                 self._sample(done)
+            if measures and self._measure(done, stop):
+                if not saves:
+                    self._save(done)
+                return done, True
         return done, stopping
 
     def _settle(self, keep: int) -> bool:
@@ -302,16 +316,37 @@ class _Run:
         if self.log is not None and drawn is not None:
             self.log.picture(*drawn, step)
 
+    def _catch_up(self, step: int, stop: Stop) -> bool:
+        """Take the point of the step that the run goes on from, which it ended before; returns as `_measure`."""
+        if self.curve is None or not self.world.any(self.log is not None and self.curve.lacks(step)):
+            return False
+        return self._measure(step, stop)
+
+    def _measure(self, step: int, stop: Stop) -> bool:
+        """Take a point of the curve; returns whether a rank was asked to stop meanwhile, so that it is missing."""
+        assert self.curve is not None
+        point = self.curve.measure(self.training, step, stop, self._show)
+        self.measuring_s += point.seconds
+        self.window.leave_out(point.seconds)
+        if self.log is not None and point.line is not None:
+            self.log.write(point.line)
+        if point.said:
+            self.bar.write(point.said, file=sys.stderr)
+        return point.stopped
+
+    def _show(self, what: str) -> None:
+        self.bar.set_description_str(f"train, {what}", refresh=False)
+        self.bar.update(0)  # shows it, if it is time to
+
     def _show_wait(self, seconds: float) -> None:
         self.bar.set_description_str(f"train, waiting for data for {seconds:.0f} s")
 
     def _show_drawing(self, n_calls: int) -> None:
-        self.bar.set_description_str(f"train, drawing samples, {n_calls} calls of the model", refresh=False)
-        self.bar.update(0)  # shows it, if it is time to
+        self._show(f"drawing samples, {n_calls} calls of the model")
 
     def _summary(self, step: int, seconds: float) -> dict[str, Any]:
-        lines = read_metrics(self.config.run)
-        n_new = step - self.first_step
+        lines = [line for line in read_metrics(self.config.run) if "frechet_distance" not in line]
+        n_new, training_s = step - self.first_step, max(1e-9, seconds - self.measuring_s)
         return {
             "run": str(self.config.run),
             "checkpoint": str(RunFolder(self.config.run).checkpoint(step)),
@@ -320,8 +355,8 @@ class _Run:
             "steps_now": n_new,
             "steps_skipped": self.non_finite.skipped,
             "seconds": round(seconds, 2),
-            "steps_per_s": round(n_new / seconds, 3) if n_new else 0.0,
-            "images_per_s": round(n_new * self.config.batch / seconds, 1) if n_new else 0.0,
+            "steps_per_s": round(n_new / training_s, 3) if n_new else 0.0,
+            "images_per_s": round(n_new * self.config.batch / training_s, 1) if n_new else 0.0,
             "device": _device_name(self.world.device),
             "parameters": sum(parameter.numel() for parameter in self.training.model.parameters()),
             "classes": self.training.geometry.n_classes,

@@ -72,14 +72,32 @@ class MetricsLog:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistanceOf:
+    """What a Fréchet distance of the log is of; points of which all this is equal are a curve."""
+
+    images: Count
+    drawn: str  # how, in words
+    extractor: str
+    extractor_sha256: str
+    width: Count  # of a feature vector
+    reference_sha256: str  # of its features
+    n_reference: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Logged:
-    """Of a line, what is read again: by a resume the step, by the report the rest. Skipped steps have no loss."""
+    """Of a line, what is read again: by a resume the step, by the report the rest. Skipped steps have no loss.
+
+    A Fréchet distance (`--log.distance-every`) has a line of its own.
+    """
 
     step: Count
     denoising_loss: Number | None = None
     alignment_loss: Number | None = None
     images_per_s: Number | None = None
     ranks: Annotated[Count, Field(ge=1)] = 1
+    frechet_distance: Number | None = None
+    distance_of: DistanceOf | None = None
 
 
 def read_logged(run: Path) -> Iterator[Logged]:
@@ -113,13 +131,13 @@ def _lines(run: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:
-    """`loss_by_time: [a, b]` becomes `loss_by_time/0` and `loss_by_time/1`; what is None is left out."""
+    """`loss_by_time: [a, b]` becomes `loss_by_time/0` and `loss_by_time/1`; what is no number is left out."""
     entries = [
         (f"{name}/{i}", entry) if isinstance(value, list) else (name, entry)
         for name, value in line.items()
         for i, entry in enumerate(value if isinstance(value, list) else [value])
     ]
-    return {name: value for name, value in entries if name != "step" and value is not None}
+    return {name: value for name, value in entries if name != "step" and isinstance(value, int | float)}
 
 
 def _start_wandb(config: TrainConfig) -> Any:

@@ -18,8 +18,10 @@ from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import SETTINGS_FILE
 from trainer.evaluation.quality.card import PROTOCOL, Card, differences, names_of, unknown_to_both, words_of
 from trainer.evaluation.quality.compare import compared, load, text
+from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.epochs import epochs_until
-from trainer.evaluation.quality.evaluate import Description, Evaluation, Metric, evaluate, read_record
+from trainer.evaluation.quality.evaluate import evaluate
+from trainer.evaluation.quality.record import Evaluation, Metric, read_record
 
 VIT = VectorsIdentity(name="vit", encoder="test", weights_sha256="0", vector="cls", preprocessing="x/255")
 WHOLE: dict[str, Any] = {

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,13 @@ from tests.inception import write_random_inception
 from tests.stores import make_store
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import SETTINGS_FILE, step_drawn_at
-from trainer.evaluation.quality.evaluate import Description, evaluate, read_record
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.quality.frechet import frechet_distance, gaussian_of
 from trainer.evaluation.quality.inception_score import inception_score
 from trainer.evaluation.quality.measures import table
 from trainer.evaluation.quality.precision_recall import precision_recall
+from trainer.evaluation.quality.record import read_record
 
 VIT = VectorsIdentity(name="vit", encoder="test", weights_sha256="0", vector="cls")
 INCEPTION = VectorsIdentity(name="inception", encoder="v3", weights_sha256="1", vector="pool_3", published_weights=True)
@@ -182,14 +185,17 @@ def test_what_cannot_be_compared_is_refused(
 def describe_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command that describes images runs in this process: a new one takes seconds to import what it needs."""
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-        assert command[1:4] == ["-m", "pipeline", "features"]
+    run_process = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        if command[1:4] != ["-m", "pipeline", "features"]:  # libraries start processes too
+            return run_process(command, **options)
         with pytest.raises(SystemExit) as end:
             run_command(describe, "python -m pipeline", command[3:])
         assert isinstance(end.value.code, int)
         return subprocess.CompletedProcess(command, end.value.code)
 
-    monkeypatch.setattr("trainer.evaluation.quality.evaluate.subprocess.run", run)
+    monkeypatch.setattr("trainer.evaluation.quality.description.subprocess.run", run)
 
 
 def test_one_command_from_pictures_to_numbers_without_a_network(
@@ -223,7 +229,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         lines.append(command)
         return subprocess.CompletedProcess(command, 7)
 
-    monkeypatch.setattr("trainer.evaluation.quality.evaluate.subprocess.run", note)
+    monkeypatch.setattr("trainer.evaluation.quality.description.subprocess.run", note)
     return lines
 
 

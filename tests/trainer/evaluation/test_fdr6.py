@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.encoders.tiny import TINY_VAE
 from storage.base.choices import FDR6
 from storage.base.errors import UserError
 from storage.feature_file import write_feature_file
 from storage.identity import VectorsIdentity
-from trainer.evaluation.options import EvaluateConfig
+from tests.commands import run_here
+from trainer.__main__ import main
+from trainer.evaluation import score as score_module
+from trainer.evaluation.options import EvaluateConfig, ScoreConfig
 from trainer.evaluation.quality import spaces
-from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
+from trainer.evaluation.quality.record import read_record
 
 WIDTH = 5
 
@@ -61,6 +70,81 @@ def described(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Description, "describe", describe)
     monkeypatch.setattr("trainer.evaluation.quality.evaluate.INCEPTION_WIDTH", WIDTH)
+
+
+@pytest.mark.usefixtures("described")
+def test_a_run_is_scored_in_six_spaces_each_of_which_is_described_once(
+    micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "micro"
+    shutil.copytree(micro_run, run, ignore=shutil.ignore_patterns("samples-*", "evaluations.jsonl", "report.html"))
+    statistics(tmp_path / "stats")
+    plain, asked, lacking = Description.describe, list[tuple[str, bool]](), ["fdr-siglip"]
+
+    def describe(self: Description, *sets: Any, check: bool = False) -> None:
+        asked.append((self.encoder, check))
+        if self.encoder in lacking:
+            print(f"python -m pipeline features: error: weights of {self.encoder} are not there", file=sys.stderr)
+            sys.exit(2)
+        if not check:
+            plain(self, *sets)
+
+    monkeypatch.setattr(Description, "describe", describe)
+    line = [
+        "score",
+        run,
+        "--encoder",
+        "fdr6",
+        "--reference",
+        tmp_path / "stats",
+        "--n",
+        40,
+        "--steps",
+        1,
+        "--batch",
+        40,
+    ]
+    line += ["--vae", TINY_VAE, "--device", "cpu", "--resamples", 0]
+
+    def score(*more: str) -> tuple[int, str, str]:
+        return run_here(main, "python -m trainer", [*line, *more], capsys)
+
+    assert score() == (2, "", "python -m pipeline features: error: weights of fdr-siglip are not there\n")
+    assert all(check for _, check in asked)
+    status, _, err = score("--weights", "x.pt")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "six networks; leave --weights out" in err
+    status, _, err = score("--held-out", str(tmp_path / "nowhere"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "nowhere does not exist" in err
+    assert not list(run.glob("samples-*"))
+
+    lacking.clear()
+    evaluate_one = score_module.evaluate
+
+    def killed(images: Path, reference: Path, how: Description, **options: Any) -> dict[str, Any]:
+        if how.encoder == "fdr-mae":
+            raise KeyboardInterrupt
+        return evaluate_one(images, reference, how, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(score_module, "evaluate", killed)
+        assert score()[0] == 130
+    before = [name for name, check in asked if not check]
+    assert before == ["inception", "fdr-convnext", "fdr-dinov2"]
+    lacking += before  # whose weights are needed no more
+    asked.clear()
+    status, out, err = score()
+    assert status == 0, err
+    left = ["fdr-mae", "fdr-siglip", "fdr-clip"]
+    assert asked == [(name, check) for check in (True, False) for name in left]
+    assert "FDr⁶" in out
+    assert [line.name for line in read_record(run)] == [*spaces.PUBLISHED, "fdr6"]
+    asked.clear()
+    status, again, _ = score()
+    assert (status, again) == (0, out[out.index("space") :])
+    assert asked == []
+    assert len(read_record(run)) == 7
 
 
 def statistics(folder: Path) -> dict[str, Gaussian]:
@@ -122,4 +206,6 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         spaces.evaluate_spaces(tmp_path, tmp_path, Description(encoder="fdr6", weights=tmp_path))
     with pytest.raises(UserError, match="--held-out goes with --encoder fdr6, not inception"):
         EvaluateConfig(images=tmp_path, reference=tmp_path, held_out=tmp_path)
+    with pytest.raises(UserError, match="--held-out goes with --encoder fdr6, not inception"):
+        ScoreConfig(run=tmp_path, held_out=tmp_path)
     assert len(FDR6) == 5

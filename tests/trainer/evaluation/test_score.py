@@ -23,7 +23,7 @@ from tests.commands import run_here
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import n_written
 from trainer.evaluation.options import ScoreConfig
-from trainer.evaluation.quality.evaluate import read_record
+from trainer.evaluation.quality.record import read_record
 from trainer.evaluation.score import score
 
 N = 12
@@ -67,7 +67,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert isinstance(end.value.code, int)
         return subprocess.CompletedProcess(command, end.value.code)
 
-    monkeypatch.setattr("trainer.evaluation.quality.evaluate.subprocess.run", describing)
+    monkeypatch.setattr("trainer.evaluation.quality.description.subprocess.run", describing)
     return lines
 
 

@@ -22,7 +22,8 @@ from tests.examples import examples
 from tests.trainer.evaluation.report_runs import Structure, make_run, parsed
 from trainer.config.saved import read_config
 from trainer.evaluation.generate.image_files import step_drawn_at
-from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.report.page import page, write_report
 from trainer.evaluation.report.run_record import read_runs
 from trainer.run.checkpoint import latest_checkpoint, read_state

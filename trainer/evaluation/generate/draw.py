@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import TrainConfig
+from trainer.evaluation.options import LabelsDrawn
 from trainer.loop import random_keys
 from trainer.models.reg import join, split
 from trainer.models.transformer import Geometry
@@ -32,6 +33,18 @@ def in_words(config: TrainConfig) -> str:
         of_class = f"{sample.class_guidance:g}" if sample.class_guidance else "none"
         what += f" of the image and {of_class} of the class token"
     return f"{steps}, {what} for t from {sample.guidance_low:g} to {sample.guidance_high:g}"
+
+
+def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:
+    """Classes int64 (B,) of image numbers: in turn (balanced), or each drawn on its own (random).
+
+    A model without classes has the null label alone, 0.
+    """
+    if n_classes == 0:
+        return torch.zeros_like(images)
+    if labels == "balanced":
+        return images % n_classes
+    return (random_keys.uniform(seed, "label", 0, images).double() * n_classes).long()
 
 
 def draw_latents(

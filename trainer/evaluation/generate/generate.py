@@ -39,7 +39,7 @@ from trainer.evaluation.generate.decode import (
     to_decode,
     write_grid,
 )
-from trainer.evaluation.generate.draw import draw_latents, in_words
+from trainer.evaluation.generate.draw import draw_latents, in_words, labels_of
 from trainer.evaluation.generate.image_files import (
     LABELS_FILE,
     NOTED,
@@ -52,8 +52,7 @@ from trainer.evaluation.generate.image_files import (
     write_image,
 )
 from trainer.evaluation.generate.plan import Plan, plan
-from trainer.evaluation.options import GenerateConfig, LabelsDrawn
-from trainer.loop import random_keys
+from trainer.evaluation.options import GenerateConfig
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import World, world_of_ranks
 from trainer.run.lock import only_writer
@@ -129,18 +128,6 @@ def _source(planned: Plan, device: torch.device) -> _Source:
         recipe=planned.recipe,
         config=planned.config,
     )
-
-
-def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:
-    """Classes int64 (B,) of image numbers: in turn (balanced), or each drawn on its own (random).
-
-    A model without classes has the null label alone, 0.
-    """
-    if n_classes == 0:
-        return torch.zeros_like(images)
-    if labels == "balanced":
-        return images % n_classes
-    return (random_keys.uniform(seed, "label", 0, images).double() * n_classes).long()
 
 
 def _draw(source: _Source, folder: Path, missing: Sequence[int], world: World) -> None:

@@ -20,7 +20,7 @@ from storage.base.errors import UserError
 from trainer.evaluation.probing.measured import read_measured
 from trainer.evaluation.probing.plots import Panel, Series, Style, write_figure
 from trainer.evaluation.probing.sweep import Measure, SweepConfig, open_samples, sweep
-from trainer.evaluation.quality.evaluate import Evaluation, read_record
+from trainer.evaluation.quality.record import Evaluation, read_record
 from trainer.evaluation.report.alike import Evaluated, evaluated
 from trainer.evaluation.report.run_record import names_of
 from trainer.run.folder import RunFolder, step_in_name

@@ -17,8 +17,8 @@ from storage.base.boundary import parse_json, read_regular
 from storage.base.errors import UserError
 from storage.base.shown import shown
 from trainer.evaluation.quality.card import DRAWN, Card, differences, unknown_to_both, words_of
-from trainer.evaluation.quality.evaluate import Evaluation, read_record
 from trainer.evaluation.quality.measures import IN_THOUSANDTHS, TITLES
+from trainer.evaluation.quality.record import Evaluation, read_record
 from trainer.run.folder import RunFolder
 
 FIX = "name a JSON file that `evaluate` wrote"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trainer.evaluation.quality.card import Card
-from trainer.evaluation.quality.evaluate import Evaluation
+from trainer.evaluation.quality.record import Evaluation
 
 TARGET = 2.0
 

@@ -10,27 +10,20 @@ about 1/N), so only equal counts compare.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from storage.base.boundary import Count, Number, read_lines
 from storage.base.choices import INCEPTION
 from storage.base.errors import UserError
-from storage.base.files import append_line, write_atomic
+from storage.base.files import write_atomic
 from storage.base.shown import shown
 from storage.feature_file import FEATURES, SPATIAL, FeatureFile, open_feature_file
 from storage.identity import unlike
@@ -39,62 +32,21 @@ from trainer.evaluation.generate.image_files import step_drawn_at
 from trainer.evaluation.generate.noted import read_noted
 from trainer.evaluation.protocols import protocol_named
 from trainer.evaluation.quality.card import Card
+from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.frechet import Gaussian, gaussian_of
 from trainer.evaluation.quality.intervals import RESAMPLES
 from trainer.evaluation.quality.measured_card import card_of_result
 from trainer.evaluation.quality.measures import PUBLISHED_IMAGES, Reference, measure
 from trainer.evaluation.quality.precision_recall import NEIGHBOURS
+from trainer.evaluation.quality.record import record
 from trainer.evaluation.quality.reference import Contents, contents, is_named_for, read_statistics
 from trainer.ranks.world import device_named
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder
-from trainer.run.metrics import parsed
 
 INCEPTION_WIDTH = 2048
 CACHE = "reference-features"  # beside the runs
-NAMED = 10  # images that could not be read, in a run's record; the result has them all
 LOOKED_FOR = 3  # folders above the images in which a run is looked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """How images are described: the options of `python -m pipeline features`."""
-
-    encoder: str
-    weights: Path | None = None
-    token: str = "cls"
-    resolution: int = 0
-    device: str = "auto"
-    max_failures: float = 0.001
-
-    @property
-    def label(self) -> str:
-        """As `FeatureFile.label`."""
-        return f"{self.encoder}-mean" if self.token == "mean" and self.encoder != INCEPTION else self.encoder
-
-    def describe(self, sets: Sequence[tuple[Path | str, Path, int]], like: Path | None, *, check: bool = False) -> None:
-        """Run the command on sets (images, feature file, at most so many), to be comparable with the file `like`.
-
-        With `check` it only looks whether it can. Ends with its status when it fails, having said why itself.
-        """
-        needed = "torch_fidelity" if self.encoder == INCEPTION else "timm"
-        if find_spec(needed) is None:
-            raise ModuleNotFoundError(name=needed)  # said here, since the other command has other extras in mind
-        places, outs, limits = zip(*sets, strict=True)
-        command = [sys.executable, "-m", "pipeline", "features", *map(_argument, places)]
-        command += ["--out", *map(_argument, outs), "--n", *map(str, limits)]
-        command += [f"--encoder={self.encoder}", f"--token={self.token}", f"--device={self.device}"]
-        command += [f"--resolution={self.resolution}", f"--max-failures={self.max_failures}"]
-        command += [f"--at-least={NEIGHBOURS + 1}"]
-        if self.weights is not None:
-            command += [f"--weights={self.weights}"]
-        if like is not None:
-            command += [f"--like={like}"]
-        if check:
-            command += ["--check"]
-        status = subprocess.run(command).returncode
-        if status:
-            sys.exit(status)
 
 
 def evaluate(
@@ -180,11 +132,6 @@ def require_ready(
         description.describe(sets, like, check=True)
 
 
-def _argument(value: Path | str) -> str:
-    """A path that argparse does not take for an option."""
-    return f"./{value}" if str(value).startswith("-") else str(value)
-
-
 def _file_name(label: str) -> str:
     """A label as a part of a file's name: an encoder may be spelled as a path, and a file may say anything."""
     return re.sub(r"[^\w.=+-]", "-", label, flags=re.ASCII)[:100]
@@ -266,64 +213,6 @@ def result_file(folder: Path, label: str) -> Path:
     return folder / f"{_file_name(label)}.json"
 
 
-def record(run: Path, step: int | None, result: dict[str, Any]) -> None:
-    """Add a result to a run's record, with no more names of what could not be read than a person looks at."""
-    few = {name: _few_named(result[name]) for name in ("generated", "reference")}
-    append_line(RunFolder(run).evaluations, json.dumps({"step": step, **result, **few}))
-
-
-def _few_named(record: dict[str, Any]) -> dict[str, Any]:
-    return {**record, "failed": record["failed"][:NAMED]} if record.get("failed") else record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """A value and the counts it was made from, as far as they are known; `interval` is low and high."""
-
-    value: Number
-    n_generated: Count | None = None
-    n_reference: Count | None = None
-    k: Count | None = None
-    interval: tuple[Number, Number] | None = None
-    deviation: Number | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagesRecord:
-    """Which images, as far as it is known; `digest` is of their pixels."""
-
-    kind: str | None = None
-    path: str | None = None
-    digest: str | None = None
-    resolution: Count | None = None
-    n: Count | None = None
-    n_failed: Count | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """A line of a run's record: what was measured of which step, by which encoder; `card` is its protocol."""
-
-    name: str
-    metrics: dict[str, Metric]
-    step: Count | None = None
-    encoder: dict[str, Any] = field(default_factory=dict)
-    generated: ImagesRecord = field(default_factory=ImagesRecord)
-    reference: ImagesRecord = field(default_factory=ImagesRecord)
-    card: Card = field(default_factory=Card)  # of a line from before there were cards, nothing is known
-
-
-def read_record(run: Path) -> list[Evaluation]:
-    """What was measured of a run, oldest first; a last line that a crash cut short is left out.
-
-    Raises StoreError, naming the line, for one that is damaged otherwise.
-    """
-    path = RunFolder(run).evaluations
-    with contextlib.suppress(FileNotFoundError):
-        return [parsed(Evaluation, f"{path} line {number}", line) for number, line in read_lines(path)]
-    return []
-
-
 def _step(run: Path | None, step: int | None, images: Path) -> int | None:
     """The step of the run that the images are of: as said, else as `generate` noted it, else the newest."""
     if run is None:
@@ -389,11 +278,11 @@ def _warnings(generated: FeatureFile, against: Reference) -> list[str]:
         warnings.append("Inception's weights are not the published ones; no number here compares with any other")
     if against.features is None:
         warnings.append("the reference has no images, so there is no precision and no recall")
-    for what, record in (("generated", generated.images), ("reference", against.record)):
-        if record.get("n_failed"):
-            name, reason = record["failed"][0]
+    for what, of in (("generated", generated.images), ("reference", against.record)):
+        if of.get("n_failed"):
+            name, reason = of["failed"][0]
             warnings.append(
-                f"{record['n_failed']:,} {what} images could not be read and are left out, the first {shown(name)} "
+                f"{of['n_failed']:,} {what} images could not be read and are left out, the first {shown(name)} "
                 f"({shown(reason)})"
             )
     return warnings

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from storage.base.boundary import parse_json
 from storage.base.choices import FDR6, INCEPTION
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
+from storage.roots import absolute
 from trainer.evaluation.quality.card import Card
-from trainer.evaluation.quality.evaluate import Description, evaluate, record
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
+from trainer.evaluation.quality.record import record
 from trainer.evaluation.quality.reference import is_named_for
 
 NAME = "fdr6"
@@ -61,22 +65,29 @@ def mean_ratio(ratios: dict[str, Ratio]) -> float:
     return sum(each.ratio for each in ratios.values()) / len(ratios)
 
 
+def described_in(description: Description) -> dict[str, Description]:
+    """How images are described in each of the six spaces. Raises UserError."""
+    if description.weights is not None:
+        raise UserError(f"--encoder {NAME} is of six networks; leave --weights out, and have theirs in the caches")
+    return {name: replace(description, encoder=name, token="cls") for name in PUBLISHED}
+
+
 def evaluate_spaces(
-    images: Path, reference: Path, description: Description, *, held_out: Path | None = None, out: Path | None = None,
-    run: Path | None = None, step: int | None = None, **options: Any,
+    images: Path, reference: Path | str, description: Description, *, held_out: Path | None = None,
+    out: Path | None = None, run: Path | None = None, step: int | None = None,
+    measured: Callable[..., dict[str, Any]] = evaluate, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure in all six spaces, and write OUT/fdr6.json beside the six results. Raises UserError.
 
-    A reference that is a folder of statistics has a file named for each space, NAME-fdr-clip.npz say.
+    A reference that is a folder of statistics has a file named for each space, NAME-fdr-clip.npz say. `measured` is
+    called as `evaluate` is, for the images of each space.
     """
-    if description.weights is not None:
-        raise UserError(f"--encoder {NAME} is of six networks; leave --weights out, and have theirs in the caches")
+    described = described_in(description)
     folder = out or images.absolute().with_name(f"{images.name if images.is_dir() else images.stem}-evaluation")
-    described = {name: replace(description, encoder=name, token="cls") for name in PUBLISHED}
-    against = {name: _reference_of(reference, name) for name in PUBLISHED}
+    against = {name: reference_of(reference, name) for name in PUBLISHED}
     results, ratios = {}, {}
     for name, how in described.items():
-        results[name] = evaluate(images, against[name], how, out=folder, run=run, step=step, **options)
+        results[name] = measured(images, against[name], how, out=folder, run=run, step=step, **options)
         divisor = PUBLISHED[name]
         if held_out is not None:
             beside = folder / "held-out"
@@ -97,6 +108,7 @@ def evaluate_spaces(
         "encoder": {"name": NAME, "weights_sha256": card.extractor_sha256, "held_out": str(held_out or "published")},
         "metrics": {NAME: {"value": mean_ratio(ratios), **{n: fid[n] for n in ("n_generated", "n_reference")}}},
         "bias": {},
+        "asked": first["asked"] | {"reference": absolute(reference)},
         "spaces": {name: {"fd": r.fd, "held_out": r.held_out, "fdr": r.ratio} for name, r in ratios.items()},
         "card": card.plain(),
     }
@@ -111,7 +123,7 @@ def _distance(result: dict[str, Any]) -> float:
     return float((metrics.get("fid") or metrics["fd"])["value"])
 
 
-def _reference_of(reference: Path, name: str) -> Path:
+def reference_of(reference: Path | str, name: str) -> Path | str:
     """The file of a folder of statistics that is named for a space; the reference itself where it is no such folder."""
     if not isinstance(reference, Path) or not reference.is_dir():
         return reference

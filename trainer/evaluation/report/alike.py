@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from trainer.evaluation.probing.measured import Measured, Point
-from trainer.evaluation.quality.evaluate import PUBLISHED_IMAGES, Evaluation
+from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
+from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.run.folder import RunFolder
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.evaluation.quality.card import NOTE, PROTOCOL, Card, differences, names_of
-from trainer.evaluation.quality.evaluate import Evaluation
+from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.table import Cell, table
 

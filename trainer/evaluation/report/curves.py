@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.evaluation.probing.measured import Point
-from trainer.evaluation.quality.evaluate import Evaluation
+from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import Evaluated, Group, Protocol, evaluated, evaluated_alike, measured_alike
 from trainer.evaluation.report.charts import Chart, Line, figure
 from trainer.evaluation.report.measures import better, decides, measured, title
 from trainer.evaluation.report.methods import Method, equal_seeds, style_of
 from trainer.evaluation.report.run_record import RunRecord, Spent
 from trainer.evaluation.report.settings import UNITS
+from trainer.run.metrics import DistanceOf
 
 LOSSES = {"denoising_loss": "Denoising loss", "alignment_loss": "Alignment loss"}
 LOSS_LABELS = {"denoising_loss": "mean squared error", "alignment_loss": "alignment loss"}
@@ -90,6 +91,7 @@ def figures(records: Sequence[RunRecord], methods: Sequence[Method]) -> list[Fig
     """Everything that there is to draw."""
     over = axes(records)
     drawn = [_of_loss(records, methods, over, name) for name in LOSSES]
+    drawn += _of_distances(records, methods, over)
     drawn += _of_evaluations(records, methods, over)
     drawn += _of_depth(records, methods)
     return [figure for figure in drawn if figure.charts]
@@ -244,6 +246,30 @@ def _over(records: Sequence[RunRecord], methods: Sequence[Method], line: Line, a
     runs = of_run or [records[i] for i in method.runs]
     x = [float(np.mean([axis.of(run.spent_at(step)) for run in runs])) for step in line.x]
     return Line(**{**vars(line), "x": x, "base": line.x})
+
+
+def _of_distances(records: Sequence[RunRecord], methods: Sequence[Method], over: dict[str, XAxis]) -> list[Figure]:
+    """What `--log.distance-every` measured, a figure for all runs that were measured alike."""
+    ways: dict[DistanceOf, dict[int, dict[int, float]]] = {}
+    for i, record in enumerate(records):
+        for line in record.distances:
+            if line.distance_of is not None and line.frechet_distance is not None:
+                ways.setdefault(line.distance_of, {}).setdefault(i, {})[line.step] = line.frechet_distance
+    drawn = []
+    for of, runs in ways.items():
+        curves = {
+            i: (np.array(sorted(at), dtype=float), np.array([at[step] for step in sorted(at)]))
+            for i, at in runs.items()
+        }
+        text = f"Fréchet distance while training ({of.extractor})"
+        worth = f"; {of.images:,} images do not determine a covariance of {of.width:,} features, so it is far too large"
+        note = (
+            f"{of.images:,} images of averaged weights ({of.drawn}) against {of.n_reference:,}; lower is better"
+            f"{worth * (of.images <= of.width)}; to watch a training by, not to publish"
+        )
+        charts = _charts(records, methods, over, curves, "Fréchet distance", text, log=True)
+        drawn.append(Figure(title=text, note=note, charts=charts))
+    return drawn
 
 
 def _of_evaluations(records: Sequence[RunRecord], methods: Sequence[Method], over: dict[str, XAxis]) -> list[Figure]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainer.evaluation.probing.measured import Point
-from trainer.evaluation.quality.evaluate import Metric
+from trainer.evaluation.quality.record import Metric
 from trainer.evaluation.report.alike import (
     Group,
     Protocol,

@@ -18,7 +18,7 @@ from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, free_fields
 from trainer.evaluation.generate.image_files import Drawn, sets_drawn
 from trainer.evaluation.probing.measured import MEASURES, Measured, read_measured
-from trainer.evaluation.quality.evaluate import Evaluation, read_record
+from trainer.evaluation.quality.record import Evaluation, read_record
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder, runs_in
 from trainer.run.metrics import Logged, read_logged
@@ -50,7 +50,10 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run. `measured` holds what `probe` and `cknna` wrote, `evaluations` the lines of `evaluate --run`."""
+    """One run. `measured` holds what `probe` and `cknna` wrote, `evaluations` the lines of `evaluate --run`.
+
+    `distances` are the log's lines of `--log.distance-every`.
+    """
 
     name: str
     path: Path
@@ -63,6 +66,7 @@ class RunRecord:
     picture: Path | None
     drawn: list[Drawn] = field(default_factory=list)
     summary: Summary = field(default_factory=Summary)
+    distances: list[Logged] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -161,11 +165,13 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 def _read(run: Path, name: str) -> RunRecord:
     checkpoint = latest_checkpoint(run)
     state = read_state(checkpoint) if checkpoint is not None else None
+    logged = list(read_logged(run))
     return RunRecord(
         name=name,
         path=run,
         config=RunFolder(run).read_config().config,
-        lines=[line for line in read_logged(run) if line.images_per_s and line.images_per_s > 0],
+        lines=[line for line in logged if line.images_per_s and line.images_per_s > 0],
+        distances=[line for line in logged if line.frechet_distance is not None and line.distance_of is not None],
         checkpoint_step=state.step if state is not None else 0,
         identities=state.identities if state is not None else {},
         measured={measure: read_measured(run, measure) for measure in MEASURES},

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from storage.base.choices import INCEPTION
-from trainer.evaluation.quality.evaluate import PUBLISHED_IMAGES, Evaluation
+from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
+from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import PROG, Evaluated, Group, evaluate_command, evaluated_alike
 from trainer.evaluation.report.cards import MOST_NAMED, unlike
 from trainer.evaluation.report.measures import better, decides, measured, place, spelled, title, with_spread
