@@ -33,6 +33,7 @@ from pipeline.encoders.tiny.train import to_float
 from storage import GroupReader, open_store
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
+from trainer.evaluation.generate.built_in import ENCODER_LAYER, ENCODER_SHA256
 from trainer.evaluation.generate.feature_decoder import CONFIG_FILE, WEIGHT_FILES, load_feature_decoder
 from trainer.ranks.world import device_named
 
@@ -112,6 +113,8 @@ class Training(Resumable):
         settings = {
             "_class_name": "AutoencoderRAE",
             "encoder_type": identity.encoder,
+            ENCODER_SHA256: identity.weights_sha256,
+            ENCODER_LAYER: identity.layer,
             "encoder_hidden_size": identity.width,
             "encoder_patch_size": self.settings["patch_size"],
             "encoder_input_size": self.tokens.images.shape[1],

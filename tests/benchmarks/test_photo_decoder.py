@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +75,9 @@ def test_a_training_in_parts_is_the_whole_and_its_folder_decodes_stored_tokens(
         wanted = training.decoder.unpatchify(training.decoder((stored - tokens.mean) / tokens.std).logits)
         found = loaded.decode(stored.transpose(1, 2).unflatten(2, tuple(group.identity.token_grid)))
     torch.testing.assert_close(found, wanted, atol=5e-3, rtol=5e-3)  # weights are float16
+    other = dataclasses.replace(group.identity, layer="block 8 of 12")
+    with pytest.raises(UserError, match="decodes tokens of norm, and features/tiny-vit is of block 8 of 12"):
+        load_feature_decoder(str(tmp_path / "whole"), SimpleNamespace(identity=other, path=FEATURES), CPU)  # type: ignore[arg-type]
     measured = measure(tmp_path / "whole", group, images, CPU)
     assert measured["n"] == N_ROWS
     assert measured["mean_db"] == pytest.approx(_psnr(images, wanted), abs=0.05)

@@ -15,7 +15,9 @@ from storage.final_norm import AFFINE, PLAIN
 from storage.identity import FeaturesIdentity
 
 FOLDERS = {"glyph-decoder": "encoders/glyph/glyph-decoder"}  # below pipeline/
-ENCODER_SHA256 = "encoder_weights_sha256"  # in a decoder's configuration
+# In a decoder's configuration, beside what diffusers has there.
+ENCODER_SHA256 = "encoder_weights_sha256"
+ENCODER_LAYER = "encoder_layer"  # as the features' identity says it; without, the final norm
 
 
 def folder_of(name: str) -> str:

@@ -21,7 +21,7 @@ from storage.identity import FeaturesIdentity
 from storage.weights.file import open_weights
 from storage.weights.names import bare
 from storage.weights.tensors import Stored
-from trainer.evaluation.generate.built_in import ENCODER_SHA256, folder_of
+from trainer.evaluation.generate.built_in import ENCODER_LAYER, ENCODER_SHA256, folder_of
 
 RAE = "AutoencoderRAE"
 CONFIG_FILE = "config.json"
@@ -97,7 +97,7 @@ def _loaded(
         encoder, width = str(settings["encoder_type"]), int(settings["encoder_hidden_size"])
         side = int(settings["encoder_input_size"]) // int(settings["encoder_patch_size"])
         _require_encoder(encoder, width, side, features, where)
-        _require_tokens(settings.get(ENCODER_SHA256), features, where)
+        _require_tokens(settings, features, where)
         decoder = RAEDecoder(
             hidden_size=width,
             num_patches=side**2,
@@ -131,15 +131,20 @@ def _require_encoder(encoder: str, width: int, side: int, features: GroupReader[
     )
 
 
-def _require_tokens(encoder_sha256: Any, features: GroupReader[FeaturesIdentity], where: str) -> None:
-    """Of the encoder whose weights the decoder names, if it names any, and of its final norm."""
+def _require_tokens(settings: dict[str, Any], features: GroupReader[FeaturesIdentity], where: str) -> None:
+    """Of the encoder whose weights the decoder names, if it names any, and of its final norm unless it says a block."""
     identity = features.identity
-    if encoder_sha256 is not None and encoder_sha256 != identity.weights_sha256:
+    sha256, layer = settings.get(ENCODER_SHA256), settings.get(ENCODER_LAYER)
+    if sha256 is not None and sha256 != identity.weights_sha256:
         raise UserError(
-            f"{where} decodes tokens of weights {str(encoder_sha256)[:12]}, and {features.path} is of weights "
+            f"{where} decodes tokens of weights {str(sha256)[:12]}, and {features.path} is of weights "
             f"{str(identity.weights_sha256)[:12]}; name a decoder of this encoder"
         )
-    if str(identity.layer).startswith("block "):
+    if layer is not None and layer != identity.layer:
+        raise UserError(
+            f"{where} decodes tokens of {layer}, and {features.path} is of {identity.layer}; name a decoder of these"
+        )
+    if layer is None and str(identity.layer).startswith("block "):
         raise UserError(
             f"{where} decodes tokens after the final norm, and {features.path} is of {identity.layer}; precompute with "
             "--features ENCODER:layer=norm"
