@@ -7,10 +7,13 @@ import io
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +22,14 @@ import torch
 
 from pipeline.__main__ import main as describe
 from pipeline.encoders.tiny import TINY_VAE
-from storage.base.console import run_command
+from storage.base.console import Stop, run_command
 from storage.base.errors import UserError
 from storage.feature_file import open_feature_file, write_feature_file
 from tests.trainer.evaluation.report_runs import make_run
 from tests.trainer.runs import assert_same_run, micro, train_on_ranks
+from trainer.config.tree import override
 from trainer.evaluation import distance_curve
+from trainer.evaluation.distance_curve import DistanceCurve
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
@@ -32,7 +37,9 @@ from trainer.evaluation.report.curves import figures
 from trainer.evaluation.report.methods import methods_of
 from trainer.evaluation.report.run_record import read_runs
 from trainer.loop.train import train
+from trainer.ranks.world import World
 from trainer.run.metrics import _scalars, read_metrics
+from trainer.run.opened import checkpoints_of, load_model, open_run
 
 N = 6
 
@@ -145,6 +152,64 @@ def test_training_does_not_feel_it_and_a_resumed_curve_is_that_of_an_unbroken_ru
     assert len(here) == n_described + 1, "a run that is complete looks whether it could, and describes nothing"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Joined(World):
+    """A rank that is a thread; what the ranks say lies in `said`."""
+
+    said: list[Any]
+    barrier: threading.Barrier
+
+    def all_said(self, value: Any) -> list[Any]:
+        self.said[self.rank] = value
+        self.barrier.wait(60)
+        everything = list(self.said)
+        self.barrier.wait(60)
+        return everything
+
+    def max(self, value: float) -> float:
+        return max(self.all_said(value))
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.all_said(values))
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_images_are_the_same_bits_on_any_number_of_ranks(
+    micro_run: Path, options: dict[str, Any], here: list[list[str]], monkeypatch: pytest.MonkeyPatch, n_ranks: int
+) -> None:
+    """Four blocks, the last one cut; and one rank's signal ends the work of all."""
+    monkeypatch.setattr(distance_curve, "BLOCK", 2)
+    opened = open_run(micro_run)
+    config = override(opened.config, {**options, "log.distance_images": 7})
+    model = load_model(opened, checkpoints_of(micro_run)[0], "ema", torch.device("cpu"))
+    training = SimpleNamespace(ema=SimpleNamespace(model=model))
+
+    def drawn_on(worlds: Sequence[World], stops: Sequence[Stop]) -> list[tuple[np.ndarray, int, str]]:
+        def of_rank(world: World, stop: Stop) -> tuple[np.ndarray, int, str]:
+            curve = DistanceCurve(config, opened.data, opened.geometry, opened.scale, world)
+            return curve._pictures(training, stop, lambda _: None)  # type: ignore[arg-type]
+
+        with ThreadPoolExecutor(len(worlds)) as pool:
+            return list(pool.map(of_rank, worlds, stops))
+
+    def joined(n: int) -> list[World]:
+        said, barrier = [None] * n, threading.Barrier(n)
+        return [Joined(rank=i, size=n, device=torch.device("cpu"), said=said, barrier=barrier) for i in range(n)]
+
+    ((alone, how, _),) = drawn_on([World(rank=0, size=1, device=torch.device("cpu"))], [Stop()])
+    assert how == distance_curve.DONE
+    assert alone.shape == (7, 128, 128, 3)
+    assert len({image.tobytes() for image in alone}) == 7
+    main, *others = drawn_on(joined(n_ranks), [Stop()] * n_ranks)
+    assert np.array_equal(main[0], alone)
+    assert {how for _, how, _ in (main, *others)} == {distance_curve.DONE}
+    assert all(len(pixels) == 0 for pixels, _, _ in others)
+    stopped = drawn_on(joined(n_ranks), [*[Stop()] * (n_ranks - 1), Stop(signal=signal.SIGTERM)])
+    assert {how for _, how, _ in stopped} == {distance_curve.STOPPED}
+    opened.data.close()
+
+
+@pytest.mark.slow  # in default: the same with threads for ranks
 def test_ranks_share_the_images_out(
     shared_tiny_store: Path, tmp_path: Path, options: dict[str, Any], here: list[list[str]]
 ) -> None:
