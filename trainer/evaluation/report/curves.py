@@ -28,6 +28,17 @@ from trainer.evaluation.report.settings import UNITS
 
 LOSSES = {"denoising_loss": "Denoising loss", "alignment_loss": "Alignment loss"}
 LOSS_LABELS = {"denoising_loss": "mean squared error", "alignment_loss": "alignment loss"}
+LOSSES_IN_WORDS = {
+    "denoising_loss": "mean squared error of what the model predicts of noisy latents, mean over a log interval; lower "
+    "is better, and says little of how good images are",
+    "alignment_loss": "minus the mean cosine of projected hidden states and the target's tokens, before its weight; "
+    "−1 is the best there is",
+}
+ANALYSES_IN_WORDS = {
+    "probe": "share of images whose class a logistic regression on a block's hidden states names; higher is better",
+    "cknna": "share of nearest neighbours that hidden states and the features agree on, weighted by similarity (CKNNA, "
+    "0 to 1); higher is more alike, and values of other numbers of samples do not compare",
+}
 ANALYSES = {"probe": "Linear probe", "cknna": "CKNNA"}
 ANALYSIS_LABELS = {"probe": "accuracy", "cknna": "CKNNA"}
 LOOKS = {
@@ -111,7 +122,9 @@ def _of_loss(records: Sequence[RunRecord], methods: Sequence[Method], over: dict
             steps = sorted(logged)
             curves[i] = np.array(steps, dtype=float), np.array([logged[step] for step in steps])
     return Figure(
-        title=LOSSES[name], note="", charts=_charts(records, methods, over, curves, LOSS_LABELS[name], LOSSES[name])
+        title=LOSSES[name],
+        note=LOSSES_IN_WORDS[name],
+        charts=_charts(records, methods, over, curves, LOSS_LABELS[name], LOSSES[name]),
     )
 
 
