@@ -25,8 +25,9 @@ from trainer.evaluation.generate.noted import read_noted
 from trainer.evaluation.generate.plan import plan
 from trainer.evaluation.options import GenerateConfig, ScoreConfig
 from trainer.evaluation.quality.card import DRAWN, Card
-from trainer.evaluation.quality.evaluate import Description, evaluate, read_record, record, require_ready, result_file
+from trainer.evaluation.quality.evaluate import Description, evaluate, read_record, record, require_ready
 from trainer.evaluation.quality.measures import VERSION, table
+from trainer.evaluation.quality.result_files import result_file
 from trainer.ranks.world import device_named
 from trainer.run.folder import RunFolder
 

@@ -24,6 +24,7 @@ from storage.base.files import write_atomic
 from trainer.evaluation.quality.card import Card
 from trainer.evaluation.quality.evaluate import Description, evaluate, record
 from trainer.evaluation.quality.reference import is_named_for
+from trainer.evaluation.quality.result_files import folder_of, result_file
 
 NAME = "fdr6"
 PUBLISHED = {  # the paper's evaluation, appendix B; release: eval_all_fds.py, scripts/README.md
@@ -71,7 +72,7 @@ def evaluate_spaces(
     """
     if description.weights is not None:
         raise UserError(f"--encoder {NAME} is of six networks; leave --weights out, and have theirs in the caches")
-    folder = out or images.absolute().with_name(f"{images.name if images.is_dir() else images.stem}-evaluation")
+    folder = folder_of(images, out)
     described = {name: replace(description, encoder=name, token="cls") for name in PUBLISHED}
     against = {name: _reference_of(reference, name) for name in PUBLISHED}
     results, ratios = {}, {}
@@ -100,7 +101,7 @@ def evaluate_spaces(
         "spaces": {name: {"fd": r.fd, "held_out": r.held_out, "fdr": r.ratio} for name, r in ratios.items()},
         "card": card.plain(),
     }
-    write_atomic(folder / f"{NAME}.json", json.dumps(result, indent=1).encode(), "evaluate")
+    write_atomic(result_file(folder, NAME), json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
         record(run, card.step, result)
     return result
