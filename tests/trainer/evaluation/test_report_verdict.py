@@ -100,7 +100,7 @@ def test_seeds_of_one_method_tell_the_spread_of_another(make) -> None:  # type: 
     lent = "vanilla-seed0 has one seed: spread taken from the other methods' seeds"
     assert f"of 4 seeds and 1 seed; {lent})" in said.sentence
     (line,) = (line for line in said.how if line.startswith("The seeds' spread"))
-    assert "taken to be the same for all methods; from 4 of repa" in line
+    assert "taken to be the same for all methods; from 4 seeds of repa" in line
     assert lent in line
     assert f"by the seeds; {lent.replace(chr(39), '&#x27;')}" in plain(page(records, "x"))
 
@@ -267,6 +267,8 @@ def test_epochs_until_a_level_stand_where_several_checkpoints_were_scored(make, 
     scored(records[0].path, {100: 9.0, 200: 3.0})  # neither reached 2: the level that both did
     reached = [f"{200 * 8 / n_images:.3g}", f"{300 * 8 / n_images:.3g}"]
     assert epochs(records) == {"Epochs until unguided FID 4.00": reached}
+    scored(records[1].path, {100: 9.0, 300: 8.3})  # 100 × 8.3 is above 830 in binary
+    assert list(epochs(records)) == ["Epochs until unguided FID 8.30"]
 
 
 def test_guided_images_and_unknown_ones_do_not_count_as_unguided(make) -> None:  # type: ignore[no-untyped-def]
@@ -283,7 +285,7 @@ def test_images_of_the_data_set_are_those_of_the_summary_where_it_says_so(make) 
     summary = dataclasses.replace(record.summary, samples=400)
     ((_, cells),) = [epochs_column([dataclasses.replace(record, summary=summary)])]
     assert cells[0].text == f"{200 * 8 / 400:.3g}"
-    assert cells[0].note == "FID 2.00 after 200 steps, the first of 2 scored checkpoints"
+    assert cells[0].note == "FID 2.00 after 200 steps; 2 checkpoints scored"
 
 
 def test_every_number_is_explained(make) -> None:  # type: ignore[no-untyped-def]

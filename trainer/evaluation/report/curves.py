@@ -32,12 +32,12 @@ LOSSES_IN_WORDS = {
     "denoising_loss": "mean squared error of what the model predicts of noisy latents, mean over a log interval; lower "
     "is better, and says little of how good images are",
     "alignment_loss": "minus the mean cosine of projected hidden states and the target's tokens, before its weight; "
-    "−1 is the best there is",
+    "lower is more alike, at best −1",
 }
 ANALYSES_IN_WORDS = {
     "probe": "share of images whose class a logistic regression on a block's hidden states names; higher is better",
-    "cknna": "share of nearest neighbours that hidden states and the features agree on, weighted by similarity (CKNNA, "
-    "0 to 1); higher is more alike, and values of other numbers of samples do not compare",
+    "cknna": "how alike hidden states and the features are: alignment of kernels over pairs of images that are near "
+    "neighbours in both; higher is more alike, at best 1, and values of other numbers of samples do not compare",
 }
 ANALYSES = {"probe": "Linear probe", "cknna": "CKNNA"}
 ANALYSIS_LABELS = {"probe": "accuracy", "cknna": "CKNNA"}

@@ -31,7 +31,7 @@ def epochs_column(records: Sequence[RunRecord]) -> tuple[str, list[Cell]] | None
     best = [min(of_run.values()) for of_run in scored if len(of_run) >= LEAST_SCORED]
     if not best:
         return None
-    level = TARGET if min(best) <= TARGET else math.ceil(100 * max(best)) / 100
+    level = TARGET if min(best) <= TARGET else max(math.ceil(100 * max(best) - 1e-9) / 100, max(best))
     cells = [_cell(record, of_run, level) for record, of_run in zip(records, scored, strict=True)]
     return f"{EPOCHS} {spelled(level)}", cells
 
@@ -55,7 +55,7 @@ def _cell(record: RunRecord, scored: dict[int, float], level: float) -> Cell:
     if found is None:
         step = min(scored, key=lambda step: scored[step])
         return Cell(text="not reached", note=f"at best {spelled(scored[step])}, after {step:,} steps")
-    note = f"FID {spelled(found.fid)} after {found.step:,} steps, the first of {len(scored)} scored checkpoints"
+    note = f"FID {spelled(found.fid)} after {found.step:,} steps; {len(scored)} checkpoints scored"
     if not n_images:
         return Cell(text="number of images not known", note=note)
     return number_cell(found.epochs, ",.0f" if found.epochs >= 100 else ".3g", note=note)

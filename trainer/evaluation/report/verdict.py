@@ -235,7 +235,7 @@ def _spread(ranking: Sequence[Ranked]) -> list[str]:
         return []
     if found is None:
         return ["One seed each: no interval can be given for a difference between methods"]
-    of = [f"{len(ranked.values)} of {ranked.method.name}" for ranked in ranking if len(ranked.values) > 1]
+    of = [f"{len(ranked.values)} seeds of {ranked.method.name}" for ranked in ranking if len(ranked.values) > 1]
     lent = spread_lent(ranking, ranking)
     return [
         f"The seeds' spread is the deviation of one training from its method's mean, {spelled(found[0])}, "
@@ -264,7 +264,7 @@ def _others(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], r
             continue
         for other in evaluated_alike(records, name, metric)[:1]:
             found = {ranked.method: ranked.mean for ranked in rank(other, [a, b])}
-            if len(found) == 2:
+            if len(found) == 2 and found[a] != found[b]:
                 first = found[a] < found[b] if sense == "lower" else found[a] > found[b]
                 word = f"{title(metric, name)} {spelled(found[a])} against {spelled(found[b])}"
                 (agree if first else otherwise).append(word)
