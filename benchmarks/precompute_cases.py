@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from pipeline.cluster.resources import cores
 from pipeline.config import PrecomputeConfig
-from pipeline.encode import UnitEncoder
+from pipeline.encode import Array, UnitEncoder
 from pipeline.sources.photos import crops, write_photos
 
 SHARD_ROWS = 64
@@ -28,11 +29,17 @@ class AverageEncoder(UnitEncoder):
         return "cpu"
 
     def encode(
-        self, path: str, images: np.ndarray, present: np.ndarray, batch: int, first_row: int
-    ) -> dict[str, np.ndarray]:
+        self,
+        path: str,
+        images: Array,
+        present: np.ndarray,
+        batch: int,
+        first_row: int,
+        on_batch: Callable[[float], None] = lambda share: None,
+    ) -> Mapping[str, Array]:
         """Arrays (n, V, *row_shape) by name."""
         n = len(images)
-        means = images[:, ::16, ::16].reshape(n, -1).astype(np.float16)
+        means = np.asarray(images)[:, ::16, ::16].reshape(n, -1).astype(np.float16)
         arrays = self._groups[path].layout.arrays
         return {a.name: np.resize(means, (n, int(np.prod(a.shape[1:])))).reshape(n, *a.shape[1:]) for a in arrays}
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.base.commands import Command
 from storage.base.console import EXIT_FAILED, EXIT_OK, say
+from storage.base.ending import command as command_line
+from storage.base.ending import say_next
 from storage.base.errors import UserError
+from storage.base.options import as_words
 from storage.base.programs import program
 
 if TYPE_CHECKING:
@@ -74,24 +78,23 @@ def report_precompute(config: PrecomputeConfig) -> int:
     from pipeline.precompute import precompute
 
     summary = precompute(config)
+    status = EXIT_FAILED if summary.units_given_up else EXIT_OK
+    if config.json:
+        print(json.dumps(dataclasses.asdict(summary), indent=1))
+        return status
     if config.dry_run:
         print("a dry run: nothing was written")
-        return EXIT_OK
-    print(json.dumps(dataclasses.asdict(summary), indent=1) if config.json else summary.table())
+        say_next(command_line("pipeline", "precompute", *as_words(dataclasses.replace(config, dry_run=False))))
+        return status
+    print(summary.table())
     if summary.units_given_up:
-        print(
-            "next: mend what is said above and run the same command again   ·   "
-            f"{PROG} status {shlex.quote(summary.store)}"
-        )
-        return EXIT_FAILED
+        print("mend what is said above and run the same command again")
+        say_next(command_line("pipeline", "status", summary.store))
+        return status
     from pipeline.next_step import train_command
 
-    commands = [
-        f"{program('storage')} ls {shlex.quote(summary.store)}",
-        train_command(summary.store, summary.bytes_per_image),
-    ]
-    print(f"next: {'   ·   '.join(filter(None, commands))}")
-    return EXIT_OK
+    say_next(command_line("storage", "ls", summary.store), train_command(summary.store, summary.bytes_per_image))
+    return status
 
 
 def index(config: IndexConfig) -> None:
@@ -102,6 +105,9 @@ def index(config: IndexConfig) -> None:
 
     source = open_source(absolute(config.data), config.source)
     say(*report(source, source.listing(config.labels)).splitlines())
+    name = re.sub(r"[^\w.-]", "", Path(config.data).stem) or "images"
+    words = ["--data", *as_words(config), "--store", f"stores/{name}", "--dry-run"]
+    say_next(command_line("pipeline", "precompute", *words))
 
 
 def encoders(config: NoConfig) -> None:
@@ -109,14 +115,22 @@ def encoders(config: NoConfig) -> None:
     from pipeline.encoders.listing import list_encoders
 
     print(list_encoders())
+    say_next(command_line("pipeline", "precompute", "--help"))
 
 
 def status(config: StoreConfig) -> None:
     """Print units, rate, failures."""
+    from pipeline.next_step import train_command
     from pipeline.status import status
+    from storage import StoreError
 
     for line in status(config.store):
         say(line)
+    try:
+        train = train_command(config.store)
+    except StoreError:  # said above, of each group
+        train = ""
+    say_next(command_line("storage", "verify", config.store), train)
 
 
 def preview(config: PreviewConfig) -> None:
@@ -125,6 +139,9 @@ def preview(config: PreviewConfig) -> None:
 
     for picture in write_preview(config.store, config.out, n_images=config.images, vae=config.vae):
         say(f"{picture.path}  {picture.caption}")
+    rows = ["--rows", *map(str, range(config.images))]
+    originals = command_line("pipeline", "originals", config.store, *rows, "--out", config.out / "originals")
+    say_next(originals, command_line("pipeline", "status", config.store))
 
 
 def originals(config: OriginalsConfig) -> None:
@@ -133,6 +150,7 @@ def originals(config: OriginalsConfig) -> None:
 
     for image in write_originals(config.store, config.rows, config.out):
         say(str(image.path) if image.path else f"row {image.row} left out: {image.reason}")
+    say_next(command_line("pipeline", "preview", config.store, "--out", config.out))
 
 
 def features(config: FeaturesCommand) -> None:
@@ -146,7 +164,13 @@ def features(config: FeaturesCommand) -> None:
         )
     jobs = [Job(where=w, out=o, limit=n) for w, o, n in zip(config.where, config.out, limits, strict=True)]
     for line in write_features(jobs, config):
-        print(line)
+        say(line)
+    if config.check or not config.next:
+        return
+    if len(config.out) > 1:
+        say_next(command_line("trainer", "evaluate", config.out[0], "--reference", config.out[1]))
+    else:
+        say_next(command_line("trainer", "evaluate", "--help"))
 
 
 def tasks(config: TasksConfig) -> int:

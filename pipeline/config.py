@@ -194,6 +194,7 @@ class FeaturesCommand(FeaturesConfig):
     )
     out: tuple[Path, ...] = required("feature file to write, .npz", spaced=True)
     n: tuple[int, ...] = option((0,), "at most so many, evenly spread; 0: all", spaced=True, at_least=0)
+    next: bool = option(True, "end with the command that comes next")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from pipeline.preview import write_preview
 from pipeline.side_by_side import side_by_side
 from pipeline.sources.glyphs import CLASSES, RESOLUTION, write_glyphs
 from storage.base.console import EXIT_FAILED, EXIT_OK, say
+from storage.base.ending import command, say_next
 from storage.feature_file import FEATURES as FEATURES_ARRAY
 from storage.feature_file import open_feature_file
 
@@ -71,6 +72,11 @@ def run_demo(out: Path, *, steps: int | None = None) -> int:
     page = out / PAGE
     side_by_side({"page": [analyse, ["report", *runs, "--out", str(page), "--title", title]]}, out)
     say(*report(stage_one, out, named, [*pictures, page], time.perf_counter() - start_s).splitlines())
+    first, second = (out / name for name in RUNS)
+    say_next(
+        command("trainer", "generate", first, "--n", "64", "--steps", str(SAMPLING_STEPS), "--guidance", "1.8"),
+        command("trainer", "compare", first, second),
+    )
     return EXIT_OK
 
 

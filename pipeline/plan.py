@@ -3,14 +3,15 @@
 The plan is what makes the work repeatable: rows are fixed by the index, units by the shard size, and a unit is in the
 plan exactly when a group of the run lacks its receipt, or does it again (`redo.py`). Making it lists the source and
 hashes the weight files; no model is built. `create` then makes the store and its groups, so that a dry run is a plan
-that is not followed.
+that is not followed. A dry run needs no weights and fetches none: shapes are the catalogue's then, and a group that is
+there is taken for one of these weights where nothing else of it differs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from pipeline.config import PrecomputeConfig
 from pipeline.encoders import registry
+from pipeline.encoders.weights import MissingWeightsError
 from pipeline.redo import Done, changed_images, refuse_changed, resized_rows, units_to_redo
 from pipeline.sources import Source
 from storage import (
@@ -32,12 +34,20 @@ from storage import (
 )
 from storage.base.errors import StoreError, UserError
 from storage.codecs import PLAIN, codec_named, stored_arrays
-from storage.identity import Identity
+from storage.identity import Identity, parse, require_same
 from storage.index import Index
+from storage.layout import METADATA
+from storage.metadata import read_attributes, typed_attributes
 from storage.receipts import scan
 from storage.roots import Root
 from storage.samples import Group
-from storage.writer import check_group, check_store
+from storage.schema import GroupAttributes
+from storage.writer import NEW_GROUP, check_group, check_store
+
+ONLY_WEIGHTS = (
+    "without the weights: their SHA-256, so whether a group that is there was made with the same ones; and that they "
+    "can be loaded"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,7 @@ class GroupPlan:
     spec: registry.EncoderSpec
     layout: GroupLayout
     identity: Identity
+    lacks: str = ""  # in a dry run: why its weights are not at hand, and the remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +95,12 @@ class Plan:
         )
 
 
-def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str) -> tuple[GroupPlan, ...]:
-    """The groups that the configuration names, in its order, latents first.
+def plan_groups(
+    config: PrecomputeConfig, layout: StoreLayout, index_digest: str, root: Root | None = None
+) -> tuple[GroupPlan, ...]:
+    """The groups that the configuration names, in its order, latents first; `root` is where a dry run finds their like.
 
-    Raises UserError for unknown encoders, missing weights and one group asked for twice.
+    Raises UserError for unknown encoders, one group asked for twice and, except in a dry run, missing weights.
     """
     arithmetic: dict[str, Any] = {"precision": config.precision, "compiled": config.compile}
     specs = [
@@ -110,18 +123,42 @@ def plan_groups(config: PrecomputeConfig, layout: StoreLayout, index_digest: str
             f"{config.latents} has no tokens; leave one of them out"
         )
     groups = []
-    for spec in specs:
-        identity = registry.describe(spec, resolution=config.resolution).of_samples(config.views, index_digest)
+    for asked in specs:
+        spec, lacks = replace(asked, fetch=not config.dry_run), ""
+        try:
+            identity = registry.describe(spec, resolution=config.resolution)
+        except MissingWeightsError as error:
+            known = registry.outline(spec, resolution=config.resolution) if config.dry_run else None
+            if known is None:
+                raise
+            identity, lacks = known, str(error)
+        identity = identity.of_samples(config.views, index_digest)
+        path = f"{spec.kind}/{spec.store_name}"
+        if lacks and root is not None:
+            identity = _presumed(root, path, identity)
         arrays = tuple(
             ArrayLayout(name=array, dtype=dtype, row_shape=shape, store=layout)
             for array, (dtype, shape) in sorted(stored_arrays(identity).items())
         )
         groups.append(
-            GroupPlan(
-                spec=spec, layout=GroupLayout(path=f"{spec.kind}/{spec.store_name}", arrays=arrays), identity=identity
-            )
+            GroupPlan(spec=spec, layout=GroupLayout(path=path, arrays=arrays), identity=identity, lacks=lacks)
         )
     return tuple(groups)
+
+
+def _presumed(root: Root, path: str, known: Identity) -> Identity:
+    """The identity of the group that is there, where it agrees with all that is known; else what is known.
+
+    Raises StoreError where it does not agree.
+    """
+    attributes = read_attributes(root, f"{path}/{METADATA}")
+    if attributes is None:
+        return known
+    where = root.at(f"{path}/{METADATA}")
+    stored = typed_attributes(GroupAttributes, attributes, where).identity
+    wanted = known.plain()
+    require_same(wanted, {name: stored.get(name) for name in wanted}, root.at(path), NEW_GROUP)
+    return parse(type(known), stored, where, NEW_GROUP)
 
 
 def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root) -> Plan:
@@ -129,7 +166,7 @@ def make_plan(config: PrecomputeConfig, source: Source, index: Index, root: Root
     layout = StoreLayout(
         n_rows=len(index), views=config.views, resolution=config.resolution, shard_rows=config.shard_rows
     )
-    groups = plan_groups(config, layout, index.digest())
+    groups = plan_groups(config, layout, index.digest(), root)
     check_store(root, layout, index)
     digests = {group.layout.path: group.identity.digest for group in groups}
     for group in groups:
@@ -225,5 +262,10 @@ def describe_plan(plan: Plan) -> str:
         lines.append(f"{group.layout.path}  {arrays}  {group.layout.sample_bytes} bytes an image  {state}")
     free = "" if math.isinf(plan.free_bytes) else f", {space.size(plan.free_bytes)} free"
     lines.append(f"to write   {space.size(plan.bytes_missing)}{free}")
+    for group in plan.groups:
+        if group.lacks:
+            lines.append(f"weights    {group.lacks}")
+    if any(group.lacks for group in plan.groups):
+        lines.append(f"unknown    {ONLY_WEIGHTS}")
     lines += [f"note       {note}" for note in plan.notes]
     return "\n".join(lines)

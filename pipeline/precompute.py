@@ -9,10 +9,12 @@ from functools import partial
 
 from pipeline.cluster.environment import prepare_ray
 from pipeline.config import PrecomputeConfig
+from pipeline.estimate import Estimate, estimate
 from pipeline.failures import FAILURES_FILE, refuse_too_many, write_failures
 from pipeline.plan import create, describe_plan, make_plan, require_space
 from pipeline.sources import open_source
 from storage import Staging
+from storage.base import ending
 from storage.base.console import INTERRUPTS, say, stop_on_signals
 from storage.base.shown import shown
 from storage.layout import METADATA
@@ -45,6 +47,7 @@ class Summary:
     encoder_busy: float  # share of the time, towards the end
     bound: str  # the stage that held the run back
     object_store_peak_bytes: int
+    estimate: Estimate | None = None  # of a dry run
 
     def table(self) -> str:
         """What the run did, in a few lines."""
@@ -57,8 +60,7 @@ class Summary:
         rows |= {"bytes": f"an image: {sizes}", "store": self.store}
         if self.failures_mended:
             rows["failed"] = self.failures_mended
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        return ending.rows(rows)
 
 
 def precompute(config: PrecomputeConfig) -> Summary:
@@ -101,7 +103,9 @@ def precompute(config: PrecomputeConfig) -> Summary:
     budget = partial(refuse_too_many, n_images=len(plan.index), share=config.max_failures, root=root)
     if config.dry_run:
         budget(plan.failed_standing)
-        return dataclasses.replace(summary, device=DRY)
+        guessed = estimate(plan, source)
+        say(*guessed.lines)
+        return dataclasses.replace(summary, device=DRY, estimate=guessed)
     groups = [*((group.layout, plan.digests[group.layout.path]) for group in plan.groups), *plan.others]
     if plan.failed_standing or not plan.missing:
         with Staging(root) as staging:

@@ -35,6 +35,7 @@ import numpy as np
 
 from storage import space
 from storage.base.console import progress_bar, say
+from storage.base.ending import command, rows, say_next
 from storage.base.errors import StoreError, UserError
 from storage.base.options import argument, check_ranges, one_of, option
 from storage.codecs import CODECS, PLAIN, TOKENS, Codec, codec_of
@@ -111,7 +112,7 @@ class Job:
 
 def derive(config: DeriveConfig) -> None:
     """Make the group, or finish it. Raises UserError or StoreError in one line; KeyboardInterrupt after a signal."""
-    derive_group(
+    child = derive_group(
         config.store,
         config.group,
         config.codec,
@@ -119,6 +120,11 @@ def derive(config: DeriveConfig) -> None:
         name=config.name,
         n_workers=config.workers,
     )
+    store = open_store(config.store)
+    old, new = (sum(array.chunk_bytes for array in store.group_layout(path)[0].arrays) * store.n_views
+                for path in (features_path(store, config.group), child))  # fmt: skip
+    say(*rows({"derived": child, "bytes": f"an image: {new:,}, of {old:,} in {config.group}"}).splitlines())
+    say_next(command("storage", "verify", f"{config.store.rstrip('/')}/{child}", "--deep"))
 
 
 def derive_group(

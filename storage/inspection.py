@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from storage.base.console import EXIT_FAILED, EXIT_OK, progress_bar, say
+from storage.base.ending import command, say_next
 from storage.base.errors import StoreError
 from storage.base.shown import shown
 from storage.codecs import codec_of
@@ -32,18 +33,19 @@ LEVELS = 3  # folders below ROOT in which `ls` looks for stores
 
 def list_stores(config: ListConfig) -> None:
     """Print every store at or below a place, a line a group. Raises StoreError where none is."""
-    where, n_found = config.root, 0
+    where, found = config.root, []
     for name in _stores_below(open_root(where), "", LEVELS):
-        n_found += 1
+        found.append(f"{where.rstrip('/')}/{name}" if name else where)
         try:
-            list_groups(open_store(f"{where.rstrip('/')}/{name}" if name else where))
+            list_groups(open_store(found[-1]))
         except StoreError as error:
             if not name:
                 raise
             say(str(error))
-    if not n_found:
+    if not found:
         open_store(where)  # says what is wrong with it
         raise StoreError(f"{where} holds no store")
+    say_next(command("storage", "info", found[0]), command("storage", "verify", found[0]))
 
 
 def list_groups(store: Store) -> None:
@@ -141,6 +143,10 @@ def verify_store(config: VerifyConfig) -> int:
             say(fault, flush=True)
     what = "every byte read" if deep else "structure, receipts and shard indexes; --deep reads every byte"
     say(f"{where}: {n_faults or 'no'} fault{'' if n_faults == 1 else 's'} ({what})")
+    if deep:
+        say_next(command("storage", "info", where))
+    else:
+        say_next(command("storage", "verify", where, "--deep"))
     return EXIT_FAILED if n_faults else EXIT_OK
 
 
@@ -157,6 +163,7 @@ def diff(config: DiffConfig) -> int:
         say(line)
     if equal:
         say("no difference in samples, identities or rows")
+    say_next(command("storage", "verify", b, "--deep") if equal else command("storage", "info", b))
     return EXIT_OK if equal else EXIT_FAILED
 
 
@@ -212,3 +219,4 @@ def info(config: InfoConfig) -> None:
         describe_store(store)
     for name in [path] if path else store.groups():
         describe_group(store, name)
+    say_next(command("storage", "verify", config.store, "--deep"))

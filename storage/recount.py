@@ -17,6 +17,7 @@ import numpy as np
 
 from storage import places
 from storage.base.console import progress_bar, say
+from storage.base.ending import command, say_next
 from storage.base.errors import StoreError, UserError
 from storage.base.options import argument, option
 from storage.codecs import TOKENS
@@ -64,6 +65,7 @@ def statistics(config: StatisticsConfig) -> None:
         say(*describe(sums, group.identity))
         if config.places:
             say(_of_places(store, group))
+        say_next(command("storage", "info", f"{config.store.rstrip('/')}/{group.path}"))
     finally:
         group.close()
 

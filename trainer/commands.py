@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 
 from storage.base.commands import Command
 from storage.base.console import EXIT_FAILED, EXIT_OK
+from storage.base.ending import command as command_line
+from storage.base.ending import say_next
+from storage.base.options import as_words
 from storage.base.programs import program
+from storage.base.shown import shown
 from storage.base.waiting import waiting
 
 if TYPE_CHECKING:
@@ -117,9 +121,12 @@ def train(command: TrainCommand) -> int:
     if os.environ.get("RANK", "0") == "0":
         from trainer.run.summary import outcome
 
-        print(json.dumps(summary, indent=1) if command.json else outcome(summary))
-        run = shlex.quote(summary["run"])
-        print(f"next: {PROG} generate {run} --n 64   ·   tensorboard --logdir {run}")
+        if command.json:
+            print(json.dumps(summary, indent=1))
+            return EXIT_OK
+        print(outcome(summary))
+        run = summary["run"]
+        say_next(command_line("trainer", "generate", run, "--n", "64"), shlex.join(["tensorboard", "--logdir", run]))
     return EXIT_OK
 
 
@@ -128,6 +135,7 @@ def alignments(config: NoConfig) -> None:
     from trainer.alignment import described
 
     print("\n".join(described()))
+    say_next(command_line("trainer", "train", "--help-all"))
 
 
 def import_run(command: ImportCommand) -> None:
@@ -146,16 +154,22 @@ def import_run(command: ImportCommand) -> None:
         base = starting_point(command.release, shapes, command.file, settings.get("preset") or "")
     config = train_config(settings, base=base)
     print("\n".join(import_checkpoint(command.file, command.release, config)))
-    run, saved = (shlex.quote(str(path)) for path in (config.run, RunFolder(config.run).config))
-    print(f"next: {PROG} generate {run} --n 64   ·   {PROG} train --config {saved}")
+    say_next(
+        command_line("trainer", "generate", config.run, "--n", "64"),
+        command_line("trainer", "train", "--config", RunFolder(config.run).config),
+    )
 
 
 def generate(config: GenerateConfig) -> None:
     """Draw images."""
     with loading():
         from trainer.evaluation.generate.generate import generate
+        from trainer.evaluation.generate.outcome import evaluation_of, outcome
 
-    _print_paths(generate(config))
+    written = generate(config)
+    if written:  # of the main rank
+        print(outcome(written))
+        say_next(evaluation_of(config.run, written[0]))
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -164,15 +178,34 @@ def evaluate(config: EvaluateConfig) -> None:
         from trainer.evaluation.quality import measures, spaces
         from trainer.evaluation.quality.description import Description
         from trainer.evaluation.quality.evaluate import evaluate
+        from trainer.evaluation.quality.result_files import folder_of, result_file
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     described = {field.name: values.pop(field.name) for field in dataclasses.fields(Description)}
     images, reference, description = values.pop("images"), values.pop("reference"), Description(**described)
+    del values["json"]
     if config.encoder == spaces.NAME:
-        print(spaces.table(spaces.evaluate_spaces(images, reference, description, **values)))
+        result = spaces.evaluate_spaces(images, reference, description, **values)
+        lines = spaces.table(result)
+    else:
+        del values["held_out"]
+        result = evaluate(images, reference, description, **values)
+        lines = measures.table(result)
+    if config.json:
+        print(json.dumps(result, indent=1))
         return
-    del values["held_out"]
-    print(measures.table(evaluate(images, reference, description, **values)))
+    file = result_file(folder_of(images, config.out), result["name"])
+    print(lines)
+    print(f"written to {shown(str(file))}" + (f", recorded in {shown(str(config.run))}" if config.run else ""))
+    say_next(_after_evaluation(config, file))
+
+
+def _after_evaluation(config: EvaluateConfig, file: Path) -> str:
+    """A page about the runs beside the one that the result is of; without one, the result itself."""
+    if config.run is not None:
+        beside = config.run.absolute().parent
+        return command_line("trainer", "report", beside, "--out", beside / "report.html")
+    return shlex.join(["python", "-m", "json.tool", str(file)])
 
 
 def score(config: ScoreConfig) -> None:
@@ -184,7 +217,7 @@ def score(config: ScoreConfig) -> None:
     if lines:  # of the main rank
         print("\n".join(lines))
         beside = config.run.absolute().parent
-        print(f"next: {PROG} report {shlex.quote(str(beside))} --out {shlex.quote(str(beside / 'report.html'))}")
+        say_next(command_line("trainer", "report", beside, "--out", beside / "report.html"))
 
 
 def compare(config: CompareConfig) -> int:
@@ -192,7 +225,11 @@ def compare(config: CompareConfig) -> int:
     from trainer.evaluation.quality.compare import as_json, compared, load, text
 
     a, b = (load(path, config.encoder) for path in (config.a, config.b))
-    print(as_json(a, b) if config.json else text(a, b))
+    if config.json:
+        print(as_json(a, b))
+    else:
+        print(text(a, b))
+        say_next(command_line("trainer", "compare", *as_words(dataclasses.replace(config, json=True))))
     return EXIT_OK if compared(a, b)["alike"] else EXIT_FAILED
 
 
@@ -215,31 +252,45 @@ def _measure(config: MeasureConfig, measure: Measure) -> None:
     record = next(path for path in paths if path.suffix == ".json")
     print(best_blocks(json.loads(record.read_text()), measure))
     _print_paths(paths)
-    print(f"next: {PROG} report {shlex.quote(str(config.run))}")
+    say_next(command_line("trainer", "report", config.run))
 
 
 def analyse(config: AnalyseConfig) -> None:
     """Draw the paper's figures."""
     with loading():
         from trainer.evaluation.probing.analyse import write_analysis
+        from trainer.evaluation.probing.outcome import best_of_runs
 
-    _print_paths(write_analysis(config.runs, config, config.out))
+    paths = write_analysis(config.runs, config, config.out)
+    figures = next(path for path in paths if path.suffix == ".json")
+    print(best_of_runs(json.loads(figures.read_text())["runs"]))
+    _print_paths(paths)
+    say_next(command_line("trainer", "report", *config.runs, "--out", config.out / "report.html"))
 
 
 def report(config: ReportConfig) -> None:
     """Write the page."""
     with loading():
-        from trainer.evaluation.report.page import write_report
+        from trainer.evaluation.report.outcome import outcome
+        from trainer.evaluation.report.page import write_page
+        from trainer.evaluation.report.run_record import read_runs
 
-    _print_paths(write_report(config.runs, config.out, config.title))
+    records = read_runs(config.runs)
+    write_page(records, config.out, config.title)
+    lines, following = outcome(records, config.out)
+    print(lines)
+    say_next(following)
 
 
 def export(config: ExportConfig) -> None:
     """Write weights for other programs."""
     with loading():
         from trainer.evaluation.export.export import export
+        from trainer.evaluation.export.outcome import look_at, outcome
 
-    _print_paths(export(config.run, config.to, config.out, config.checkpoint))
+    (folder,) = export(config.run, config.to, config.out, config.checkpoint)
+    print(outcome(folder, config.to))
+    say_next(look_at(folder, config.to))
 
 
 def _print_paths(written: Iterable[Path]) -> None:

@@ -31,6 +31,11 @@ def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     return replace(timm_vit.describe(spec, resolution=resolution), encoder=f"mocov3.{spec.model}")
 
 
+def outline(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
+    """What is known of the features without the weights."""
+    return replace(timm_vit.outline(spec, resolution=resolution), encoder=f"mocov3.{spec.model}")
+
+
 def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionTransformerEncoder:
     """Load the encoder at a crop's resolution."""
     return timm_vit.load(spec, resolution=resolution, device=device, convert=public_to_timm)

@@ -14,6 +14,8 @@ of the same signature as its siblings':
     load(spec, resolution, device) -> Encoder
 
 A family may have a third, `final_norm(spec)`: weight and bias of its final norm, which are recorded beside features.
+One whose weights may be missing has a fourth, `outline(spec, resolution)`: what `describe` says that needs no weights,
+for a dry run.
 
 `describe` builds no model on a device, but finds the weights and hashes them, so that missing weights end a run before
 it starts.
@@ -76,6 +78,7 @@ class EncoderSpec:
     tokens: str = "both"  # features: "patch", "cls" or "both"
     precision: str = "fp32"
     compiled: bool = False
+    fetch: bool = True  # whether weights that are not at hand may be taken from the hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +272,21 @@ def _layer(request: Request, known: VisionModel | None) -> int | None:
 
 def describe(spec: EncoderSpec, *, resolution: int) -> Identity:
     """The encoder's part of a group's identity. Raises UserError when its weights are missing, with the remedy."""
-    identity: Identity = importlib.import_module(f"pipeline.encoders.{spec.family}").describe(
-        spec, resolution=resolution
-    )
+    return _completed(spec, _family(spec).describe(spec, resolution=resolution), resolution)
+
+
+def outline(spec: EncoderSpec, *, resolution: int) -> Identity | None:
+    """As `describe`, without the weights: what only they could tell is None in it. None where they tell the shapes."""
+    of_family = getattr(_family(spec), "outline", None)
+    identity = of_family(spec, resolution=resolution) if of_family is not None else None
+    return None if identity is None else _completed(spec, identity, resolution)
+
+
+def _family(spec: EncoderSpec) -> Any:
+    return importlib.import_module(f"pipeline.encoders.{spec.family}")
+
+
+def _completed(spec: EncoderSpec, identity: Identity, resolution: int) -> Identity:
     return replace(
         identity,
         kind=spec.kind,
@@ -286,8 +301,7 @@ def describe(spec: EncoderSpec, *, resolution: int) -> Identity:
 
 def load(spec: EncoderSpec, *, resolution: int, device: Any) -> Encoder:
     """Load the encoder onto a torch device."""
-    module = importlib.import_module(f"pipeline.encoders.{spec.family}")
-    return module.load(spec, resolution=resolution, device=device)
+    return _family(spec).load(spec, resolution=resolution, device=device)
 
 
 def provenance(spec: EncoderSpec) -> dict[str, str]:
@@ -303,7 +317,7 @@ def attributes(spec: EncoderSpec) -> dict[str, Any]:
     """
     if spec.kind != "features" or spec.layer is not None or spec.plain_norm:
         return {}
-    final_norm = getattr(importlib.import_module(f"pipeline.encoders.{spec.family}"), "final_norm", None)
+    final_norm = getattr(_family(spec), "final_norm", None)
     weights = final_norm(spec) if final_norm is not None else None
     return {ATTRIBUTE: weights.packed()} if weights is not None else {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ NOT_OF_THE_ENCODER = ("head.", "head_dist.", "decoder", "mask_token")  # classif
 
 def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     """Identity of the features."""
+    known = outline(spec, resolution=resolution)  # what cannot be asked for is said before weights are looked for
+    return replace(known, weights_sha256=file_sha256(_weights(spec, spec.vision or look_up(spec.model))))
+
+
+def outline(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
+    """What is known of the features without the weights: all but their digest."""
     known = spec.vision or look_up(spec.model)
     side = token_side(known, spec.store_name, resolution)
     if spec.tokens != "patch" and not known.has_cls:
@@ -39,7 +46,6 @@ def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
         raise UserError(f"{spec.store_name} has blocks 1 to {known.depth}, got layer={spec.layer}")
     return FeaturesIdentity(
         encoder=f"timm.{known.model}",
-        weights_sha256=file_sha256(_weights(spec, known)),
         preprocessing=known.preprocessing.describe(resolution),
         layer=layer_name(spec, known.depth),
         tokens=spec.tokens,
@@ -169,4 +175,10 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisa
 
 
 def _weights(spec: EncoderSpec, known: VisionModel) -> Path:
-    return find_weights(spec.weights, name=spec.store_name, repository=known.repository, original=known.original)
+    return find_weights(
+        spec.weights,
+        name=spec.store_name,
+        repository=known.repository,
+        original=known.original,
+        fetch=spec.fetch,
+    )

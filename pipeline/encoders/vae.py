@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoders.catalogue import VAES
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
-from pipeline.encoders.weights import file_sha256, hub_file
+from pipeline.encoders.weights import MissingWeightsError, absent, file_sha256, hub_file
 from storage.base.boundary import checked, parse_json, read_regular
 from storage.base.errors import UserError
 from storage.base.shown import shown
@@ -66,8 +67,11 @@ def holds_rae(directory: Path) -> bool:
     return (directory / CONFIG_FILE).is_file() and read_settings(directory).get("_class_name") == RAE
 
 
-def find_directory(model: str, weights: Path | None) -> Path:
-    """The directory of an autoencoder's files: a path, or `org/name[/subfolder]` on the hub. Raises UserError."""
+def find_directory(model: str, weights: Path | None, *, fetch: bool = True) -> Path:
+    """The directory of an autoencoder's files: a path, or `org/name[/subfolder]` on the hub.
+
+    Raises UserError for a folder that will not do, MissingWeightsError where the hub's files are not at hand.
+    """
     if weights is not None or Path(model).is_dir():
         directory = weights or Path(model)
         if not (directory / CONFIG_FILE).is_file() or not any((directory / name).is_file() for name in WEIGHT_FILES):
@@ -80,13 +84,13 @@ def find_directory(model: str, weights: Path | None) -> Path:
     parts = model.split("/")
     repository, prefix = "/".join(parts[:2]), "".join(f"{folder}/" for folder in parts[2:])
     try:
-        config = hub_file(repository, prefix + CONFIG_FILE)
-        hub_file(repository, prefix + WEIGHT_FILES[0])
+        config = hub_file(repository, prefix + CONFIG_FILE, fetch=fetch)
+        hub_file(repository, prefix + WEIGHT_FILES[0], fetch=fetch)
     except LookupError as error:
         include = f" --include '{prefix}*'" if prefix else ""
-        raise UserError(
-            f"weights of VAE {model} are neither in the Hugging Face cache nor can they be fetched ({error}); on a "
-            f"machine with network run `hf download {repository}{include}` and copy the folder here, then pass "
+        raise MissingWeightsError(
+            f"weights of VAE {model} are {absent(error, fetch)} "
+            f"`hf download {repository}{include}` and copy the folder here, then pass "
             "--latents-weights FOLDER"
         ) from None
     return config.parent
@@ -94,7 +98,7 @@ def find_directory(model: str, weights: Path | None) -> Path:
 
 def describe(spec: EncoderSpec, *, resolution: int) -> LatentsIdentity:
     """Identity of the latents."""
-    directory = find_directory(spec.model, spec.weights)
+    directory = find_directory(spec.model, spec.weights, fetch=spec.fetch)
     geometry = read_geometry(directory)
     if resolution % geometry.factor:
         raise UserError(f"--resolution must be a multiple of {geometry.factor} for {spec.store_name}, got {resolution}")
@@ -110,6 +114,19 @@ def describe(spec: EncoderSpec, *, resolution: int) -> LatentsIdentity:
         latent_scale_factor=1.0 if geometry.scale is None else geometry.scale,
         latent_shift_factor=geometry.shift,
         latent_normalisation=geometry.normalisation.plain() if geometry.normalisation else None,
+    )
+
+
+def outline(spec: EncoderSpec, *, resolution: int) -> LatentsIdentity | None:
+    """The latents' shape, which the catalogue knows without the weights; None for a VAE that is not in it."""
+    known = VAES.get(spec.store_name)
+    if known is None:
+        return None
+    if resolution % known.factor:
+        raise UserError(f"--resolution must be a multiple of {known.factor} for {spec.store_name}, got {resolution}")
+    side = resolution // known.factor
+    return LatentsIdentity(
+        posterior=None if known.posterior else False, latent_channels=known.channels, latent_size=(side, side)
     )
 
 

@@ -20,32 +20,46 @@ PREFIXES = frozenset({"model", "net", "network", "encoder", "backbone"})
 MAX_WRAPPERS = 8
 
 
+class MissingWeightsError(UserError):
+    """Weights that are not at hand: neither named nor cached and, where they may be, not to be fetched."""
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_weights(given: Path | None, *, name: str, repository: str, original: str) -> Path:
-    """The weight file of the vision encoder `name`: the one given, or timm's from the hub. Raises UserError."""
+def find_weights(given: Path | None, *, name: str, repository: str, original: str, fetch: bool = True) -> Path:
+    """The weight file of the vision encoder `name`: the one given, or timm's from the hub.
+
+    Raises UserError for a file that is not there, MissingWeightsError where none is at hand.
+    """
     if given is not None:
         if not given.is_file():
             raise UserError(f"weight file {given} of {name} does not exist; mend --features-weights")
         return given
     take = f"take {original} " if original else "take its file "
     if not repository:
-        raise UserError(f"weights of {name} are on no hub; {take}and pass --features-weights FILE")
+        raise MissingWeightsError(f"weights of {name} are on no hub; {take}and pass --features-weights FILE")
     try:
-        return hub_file(repository, TIMM_FILES[0])
+        return hub_file(repository, TIMM_FILES[0], fetch=fetch)
     except LookupError as error:
-        raise UserError(
-            f"weights of {name} are neither in the Hugging Face cache nor can they be fetched ({error}); on a machine "
-            f"with network run `hf download {repository} {TIMM_FILES[0]}` (or {take}as it was released) and pass "
+        raise MissingWeightsError(
+            f"weights of {name} are {absent(error, fetch)} "
+            f"`hf download {repository} {TIMM_FILES[0]}` (or {take}as it was released) and pass "
             "--features-weights FILE"
         ) from None
 
 
-def hub_file(repository: str, filename: str) -> Path:
+def absent(error: LookupError, fetch: bool) -> str:
+    """That files of a hub are not at hand, and on which machine they can be had."""
+    if not fetch:
+        return "not in the Hugging Face cache; a run fetches them and, where it cannot, on a machine with network run"
+    return f"neither in the Hugging Face cache nor can they be fetched ({error}); on a machine with network run"
+
+
+def hub_file(repository: str, filename: str, *, fetch: bool = True) -> Path:
     """A file of a hub repository: from the cache, else fetched. Raises LookupError naming what went wrong."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -54,6 +68,8 @@ def hub_file(repository: str, filename: str) -> Path:
         try:
             return Path(hf_hub_download(repository, filename, local_files_only=True))
         except LocalEntryNotFoundError:
+            if not fetch:
+                raise
             return Path(hf_hub_download(repository, filename))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise LookupError(type(error).__name__) from None

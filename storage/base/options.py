@@ -204,6 +204,26 @@ def _value(each: Option, text: Any) -> Any:
     return parse_text(each.flag, text, each.kind)
 
 
+def as_words(config: Any) -> list[str]:
+    """The words of a command line that make this object: what differs from its class's defaults, as it is spelled."""
+    words: list[str] = []
+    arguments: list[str] = []
+    for each in options_of(type(config), topics=False):
+        value = getattr(config, each.name)
+        if value is None or (not each.is_required and value == each.field.default):
+            continue
+        texts = [spelled(part) for part in value] if each.takes_several else [spelled(value)]
+        if each.is_positional:
+            arguments += texts
+        elif each.kind is bool:
+            words.append(each.flag if value else f"--no-{each.flag.removeprefix('--')}")
+        elif len(texts) == 1 and texts[0].startswith("-"):
+            words.append(f"{each.flag}={texts[0]}")
+        else:
+            words += [each.flag, *texts]
+    return [*arguments, *words]
+
+
 def check_ranges(config: object) -> None:
     """Raise UserError for the first number that lies outside the range that its field declares, or is not finite.
 

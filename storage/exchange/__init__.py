@@ -9,19 +9,29 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from storage.base.console import progress_bar, say
+from storage.base.ending import command, rows, say_next
 from storage.base.errors import UserError
 from storage.base.options import argument, one_of, option, required
 from storage.exchange.content import make_content
 from storage.exchange.incoming import ImportOptions, import_store
 from storage.reader import open_store
+from storage.space import size
 
 SHOWN = 20  # rows left out
 EXPORTS = {"hdf5": "to_hdf5", "webdataset": "to_webdataset", "mds": "to_mds", "npy": "to_npy", "parquet": "to_parquet"}
+LOOK_AT = {  # commands that look into what was written, with nothing but what `make` installs
+    "hdf5": "python -c 'import h5py, sys; h5py.File(sys.argv[1]).visititems(print)' {}",
+    "parquet": "python -c 'import pyarrow.parquet as pq, sys; print(pq.read_schema(sys.argv[1]))' {}",
+    "npy": "ls -l {}",
+    "webdataset": "tar --list --verbose --file {}/data-000000.tar | head",
+    "mds": "python -m json.tool {}/index.json",
+}
 IMPORTS = {
     "hdf5": "from_hdf5", "repa-npy": "from_repa_npy", "lightningdit": "from_lightningdit", "repa-e": "from_repa_e"
 }  # fmt: skip
@@ -60,12 +70,17 @@ def export(config: ExportConfig) -> None:
     export_store(
         config.store, config.to, config.out, groups=list(config.groups), rows=config.rows, decode=config.decode
     )
+    files = [path for path in config.out.rglob("*") if path.is_file()] if config.out.is_dir() else [config.out]
+    n_bytes = sum(path.stat().st_size for path in files)
+    say(*rows({"format": config.to, "files": f"{len(files)}, {size(n_bytes)}"}).splitlines())
+    say_next(LOOK_AT[config.to].format(shlex.quote(str(config.out))))
 
 
 def bring_in(config: ImportConfig) -> None:
     """Make a group of another project's numbers."""
     read = importlib.import_module(f"storage.exchange.{IMPORTS[config.format]}").read
     import_store(config.store, read(config.source, config), config)
+    say_next(command("storage", "verify", config.store, "--deep"), command("storage", "ls", config.store))
 
 
 def export_store(

@@ -123,6 +123,7 @@ class EvaluateConfig:
     protocol: str = option("", "published protocol to hold the card against (default: that of generate)")
     resamples: int = option(1000, "draws that an interval is of; 0: no intervals and no FID_inf", at_least=0)
     device: Device = option("auto", "auto: cuda when there is one")
+    json: bool = option(False, "end with the result as JSON, as its file has it")
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -29,10 +29,11 @@ from trainer.evaluation.options import GenerateConfig, ScoreConfig
 from trainer.evaluation.quality import spaces
 from trainer.evaluation.quality.card import DRAWN, Card
 from trainer.evaluation.quality.description import Description
-from trainer.evaluation.quality.evaluate import evaluate, require_ready, result_file
+from trainer.evaluation.quality.evaluate import evaluate, require_ready
 from trainer.evaluation.quality.measures import VERSION, table
 from trainer.evaluation.quality.record import read_record, record
 from trainer.evaluation.quality.reference import contents
+from trainer.evaluation.quality.result_files import result_file
 from trainer.ranks.world import device_named
 from trainer.run.folder import RunFolder
 

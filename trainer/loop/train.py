@@ -360,6 +360,7 @@ class _Run:
             "device": _device_name(self.world.device),
             "parameters": sum(parameter.numel() for parameter in self.training.model.parameters()),
             "classes": self.training.geometry.n_classes,
+            "samples": self.data.n_samples,
             **provenance(),
             "first": lines[0] if lines else {},
             "last": lines[-1] if lines else {},

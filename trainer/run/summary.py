@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from storage.base import ending
 from storage.base.options import flag_of, spelled
 from storage.base.shown import LONGEST
 from trainer.config.presets import preset
@@ -45,8 +46,7 @@ def outcome(summary: Mapping[str, Any]) -> str:
         if last.get(loss) and first.get(loss) is not None:
             rows[loss.replace("_", " ")] = f"{first[loss]:.4f} (step {first['step']}) → {last[loss]:.4f}"
     rows |= {"checkpoint": summary["checkpoint"]}
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return ending.rows(rows)
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from typing import Any
 
 from storage import Store, StoreError, UserError, open_store
 from storage.base.console import EXIT_FAILED, EXIT_OK, INTERRUPTS, Stop, say, stop_on_signals
+from storage.base.ending import command, say_next
 from storage.base.files import write_atomic
-from storage.base.programs import program
 from storage.base.shown import shown
 from storage.roots import absolute
 from trainer.data.groups import geometry_of, open_data, require_guided_channels
@@ -30,6 +29,7 @@ from trainer.run.folder import RunFolder
 from trainer.study.file import AblateConfig, Ablation, Run, read_ablation
 
 POLL_S = 0.2
+STOPPING = "stopping: the run in hand saves its state, the same command goes on; Ctrl-C again stops at once"
 HERE = "local"  # as a Ray address: a cluster of this machine's own
 
 
@@ -44,7 +44,7 @@ def ablate(config: AblateConfig) -> int:
     lacking = [name for name in ablation.features if not _has_features(opened, name)]
     say(*describe(ablation, folder, lacking).splitlines(), flush=True)
     address = "" if ray_address == HERE else ray_address
-    with stop_on_signals(*INTERRUPTS) as stop:
+    with stop_on_signals(*INTERRUPTS, answer=STOPPING) as stop:
         if lacking:
             status = _attend(precompute_command(opened, ablation, lacking, address), stop)
             if status:
@@ -57,7 +57,7 @@ def ablate(config: AblateConfig) -> int:
     say(f"{n_done} of {len(ablation.runs)} runs are complete in {folder}")
     for name in failed:
         print(shown(f"failed: {name}, see {folder / name}"), file=sys.stderr)
-    print(f"next: {program('trainer')} report {shlex.quote(str(folder))}")
+    say_next(command("trainer", "report", folder, "--out", folder / "report.html"))
     return EXIT_FAILED if failed else EXIT_OK
 
 

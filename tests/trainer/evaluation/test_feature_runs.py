@@ -31,7 +31,8 @@ from trainer.evaluation.generate.feature_decoder import load_feature_decoder
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import image_path, read_image
 from trainer.evaluation.probing.sweep import SweepConfig, sweep
-from trainer.evaluation.quality.evaluate import Description, evaluate
+from trainer.evaluation.quality.description import Description
+from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.report.page import write_report
 from trainer.loop.train import train
 from trainer.run.folder import RunFolder

@@ -209,7 +209,7 @@ def test_a_record_without_a_card_says_what_it_knows(runs: Path) -> None:
 
 def test_intervals_are_shown_beside_the_values(study: Path) -> None:
     records = read_runs([study])
-    assert "<small>11.90 to 12.80; 512 images</small>" in plain(runs_table(records, methods_of(records)))
+    assert "<small>95% 11.90 to 12.80; 512 images</small>" in plain(runs_table(records, methods_of(records)))
 
 
 def test_pictures_of_the_store_have_captions_in_words(study: Path, runs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html as html_module
 import json
 import shlex
 from pathlib import Path
@@ -13,10 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from storage import open_store
 from tests.trainer.evaluation.report_runs import STEPS, draw, evaluate, evaluation, make_run, plain
 from trainer.__main__ import main
+from trainer.config.command_line import train_config
 from trainer.evaluation.report.methods import equal_seeds, methods_of
 from trainer.evaluation.report.page import page
+from trainer.evaluation.report.reached import epochs_column
+from trainer.evaluation.report.results import columns_of, in_words
 from trainer.evaluation.report.run_record import RunRecord, read_runs
 from trainer.evaluation.report.spread import difference, pooled, quantile, within
 from trainer.evaluation.report.verdict import Verdict, verdict
@@ -76,7 +81,12 @@ def test_one_seed_a_method_says_nothing_of_the_spread(make) -> None:  # type: ig
     said = answer(records)
     assert said.outcome == "unknown"
     assert said.sentence.startswith("repa-seed0 has the lower FID, 20.00 against 30.00 of vanilla-seed0 (10.00 lower)")
+    assert "One seed each: cannot say whether that is more than luck" in said.sentence
     assert "how much seeds differ is unknown" in said.sentence
+    assert not any("interval" in line and "no interval" not in line for line in said.how)
+    html = plain(page(records, "x"))
+    assert "one seed each: cannot say" in html
+    assert "95% interval" not in html
     assert "better" not in said.sentence
     (what, line), _ = said.missing
     assert what == "repa-seed0: another seed"
@@ -84,9 +94,26 @@ def test_one_seed_a_method_says_nothing_of_the_spread(make) -> None:  # type: ig
 
 
 def test_seeds_of_one_method_tell_the_spread_of_another(make) -> None:  # type: ignore[no-untyped-def]
-    said = answer(make({"repa": [20.0, 20.1, 20.2, 20.3], "vanilla": [30.0]}))
+    records = make({"repa": [20.0, 20.1, 20.2, 20.3], "vanilla": [30.0]})
+    said = answer(records)
     assert said.outcome == "clear"
-    assert "of 4 seeds and 1 seed" in said.sentence
+    lent = "vanilla-seed0 has one seed: spread taken from the other methods' seeds"
+    assert f"of 4 seeds and 1 seed; {lent})" in said.sentence
+    (line,) = (line for line in said.how if line.startswith("The seeds' spread"))
+    assert "taken to be the same for all methods; from 4 seeds of repa" in line
+    assert lent in line
+    assert f"by the seeds; {lent.replace(chr(39), '&#x27;')}" in plain(page(records, "x"))
+
+
+def test_two_methods_of_one_seed_beside_one_of_several_have_their_spread_from_it(make) -> None:  # type: ignore[no-untyped-def]
+    said = answer(make({"repa": [20.0], "half": [20.1], "vanilla": [28.0, 32.0]}))
+    assert said.outcome == "within"
+    assert "repa-seed0 and half-seed0 have one seed each: spread taken from the other methods' seeds" in said.sentence
+
+
+def test_methods_of_several_seeds_each_lend_nothing(make) -> None:  # type: ignore[no-untyped-def]
+    said = answer(make({"repa": [20.0, 20.2], "vanilla": [30.0, 30.2]}))
+    assert "taken from the other" not in " ".join([said.sentence, *said.how])
 
 
 def test_the_best_of_three_is_held_against_each_other_one(make) -> None:  # type: ignore[no-untyped-def]
@@ -159,7 +186,117 @@ def test_measures_of_another_order_and_unlike_training_are_said(make) -> None:  
         evaluate(record.path, 0, metrics=metrics, step=STEPS if fid == 5 else STEPS // 2)
     said = answer(read_runs([record.path for record in records]))
     assert "Of another order: Recall 0.300 against 0.600" in said.how
-    assert "Not trained alike: images seen by repa-seed0 2,400, vanilla-seed0 1,200" in said.how
+    assert (
+        "Not trained alike: measured after steps 300 (repa-seed0), 150 (vanilla-seed0); "
+        "images seen 2,400 (repa-seed0), 1,200 (vanilla-seed0)"
+    ) in said.how
+
+
+def test_training_that_differs_is_named_setting_by_setting(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [1.0, 1.1], "vanilla": [2.0, 2.1]})
+
+    def told(*changes: tuple[str, object]) -> list[str]:
+        for_vanilla = [
+            dataclasses.replace(record, config=train_config({**settings_of(record), **dict(changes)}))
+            if record.name.startswith("vanilla")
+            else record
+            for record in records
+        ]
+        return [line for line in answer(for_vanilla).how if line.startswith("Not trained alike")]
+
+    assert told() == [], "the methods differ in their losses alone"
+    assert told(("batch", "16")) == [
+        "Not trained alike: batch (images a step) 8 (repa), 16 (vanilla); images seen 2,400 (repa), 4,800 (vanilla)"
+    ]
+    assert told(("store", "/another")) == [
+        f"Not trained alike: data (store) {records[0].config.store} (repa), /another (vanilla)"
+    ]
+    assert told(("model.depth", "3"), ("optim.lr", "0.5")) == [
+        "Not trained alike: model.depth 4 (repa), 3 (vanilla); optim.lr 0.002 (repa), 0.5 (vanilla)"
+    ]
+    assert told(("steps", "900")) == ["Not trained alike: steps in all 300 (repa), 900 (vanilla)"]
+
+
+def settings_of(record: RunRecord) -> dict[str, str]:
+    """What `make_run` gave it."""
+    config = record.config
+    given = {"preset": config.preset, "store": config.store, "run": str(config.run), "seed": str(config.seed)}
+    weight = record.settings["loss.projection_weight"]
+    weight = weight[0] if isinstance(weight, list | tuple) else weight
+    return {**given, "steps": str(config.steps), "batch": str(config.batch), "loss.projection_weight": str(weight)}
+
+
+def test_runs_of_a_method_that_were_measured_at_other_steps_are_named(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [1.0, 1.1], "vanilla": [2.0]})
+    evaluate(records[1].path, 1.1, step=150)
+    (line,) = (
+        line
+        for line in answer(read_runs([record.path for record in records])).how
+        if line.startswith("Not trained alike")
+    )
+    assert line.startswith("Not trained alike: measured after steps 300 (repa-seed0, vanilla-seed0), 150 (repa-seed1)")
+
+
+# ---- epochs until an unguided FID -------------------------------------------------------------------------------
+
+
+def scored(run: Path, of: dict[int, float], guidance: float | None = 1.0) -> None:
+    card = {} if guidance is None else {"guidance": guidance}
+    lines = [json.dumps(evaluation(fid, step=step, card=card)) + "\n" for step, fid in of.items()]
+    (run / "evaluations.jsonl").write_text("".join(lines))
+
+
+def epochs(records: list[RunRecord]) -> dict[str, list[str]]:
+    columns = columns_of(read_runs([record.path for record in records]))
+    return {
+        heading: [cell.text for cell in cells] for heading, cells in columns.items() if heading.startswith("Epochs")
+    }
+
+
+def test_epochs_until_a_level_stand_where_several_checkpoints_were_scored(make, shared_tiny_store: Path) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    n_images = open_store(shared_tiny_store).n_rows
+    assert epochs(records) == {}
+    for record in records:
+        scored(record.path, {300: 1.5})
+    assert epochs(records) == {}, "one checkpoint does not say when"
+    scored(records[0].path, {100: 9.0, 200: 2.0, 300: 1.5})
+    assert epochs(records) == {"Epochs until unguided FID 2.00": [f"{200 * 8 / n_images:.3g}", "–"]}
+    scored(records[1].path, {100: 9.0, 300: 4.0})
+    assert epochs(records)["Epochs until unguided FID 2.00"][1] == "not reached"
+    scored(records[0].path, {100: 9.0, 200: 3.0})  # neither reached 2: the level that both did
+    reached = [f"{200 * 8 / n_images:.3g}", f"{300 * 8 / n_images:.3g}"]
+    assert epochs(records) == {"Epochs until unguided FID 4.00": reached}
+    scored(records[1].path, {100: 9.0, 300: 8.3})  # 100 × 8.3 is above 830 in binary
+    assert list(epochs(records)) == ["Epochs until unguided FID 8.30"]
+
+
+def test_guided_images_and_unknown_ones_do_not_count_as_unguided(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None]})
+    for guidance in (1.8, None):
+        scored(records[0].path, {100: 1.0, 200: 0.5}, guidance)
+        assert epochs(records) == {}
+
+
+def test_images_of_the_data_set_are_those_of_the_summary_where_it_says_so(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None]})
+    scored(records[0].path, {100: 9.0, 200: 2.0})
+    (record,) = read_runs([records[0].path])
+    summary = dataclasses.replace(record.summary, samples=400)
+    ((_, cells),) = [epochs_column([dataclasses.replace(record, summary=summary)])]
+    assert cells[0].text == f"{200 * 8 / 400:.3g}"
+    assert cells[0].note == "FID 2.00 after 200 steps; 2 checkpoints scored"
+
+
+def test_every_number_is_explained(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for record in records:
+        scored(record.path, {100: 9.0, 200: 2.0})
+    records = read_runs([record.path for record in records])
+    assert in_words(records).keys() == columns_of(records).keys()
+    html = plain(page(records, "x"))
+    for text in in_words(records).values():
+        assert html_module.escape(text) in html
 
 
 def test_a_card_in_which_what_is_compared_differs_is_named(make) -> None:  # type: ignore[no-untyped-def]

@@ -58,7 +58,7 @@ class Description:
         command += ["--out", *map(_argument, outs), "--n", *map(str, limits)]
         command += [f"--encoder={self.encoder}", f"--token={self.token}", f"--device={self.device}"]
         command += [f"--resolution={self.resolution}", f"--max-failures={self.max_failures}"]
-        command += [f"--at-least={at_least}"]
+        command += [f"--at-least={at_least}", "--no-next"]
         if self.weights is not None:
             command += [f"--weights={self.weights}"]
         if like is not None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from trainer.evaluation.quality.measures import PUBLISHED_IMAGES, Reference, mea
 from trainer.evaluation.quality.precision_recall import NEIGHBOURS
 from trainer.evaluation.quality.record import record
 from trainer.evaluation.quality.reference import Contents, contents, is_named_for, read_statistics
+from trainer.evaluation.quality.result_files import file_name, folder_of, result_file
 from trainer.ranks.world import device_named
 from trainer.run.checkpoint import latest_checkpoint, read_state
 from trainer.run.folder import RunFolder
@@ -75,9 +75,8 @@ def evaluate(
     step = _step(run, step, drawn)
     if not of_images.features and not of_images.images:
         raise UserError(f"{images} holds statistics only; name the generated images, or their feature file")
-    name = images.name if images.is_dir() else images.stem
-    folder = out or images.absolute().with_name(f"{name}-evaluation")
-    generated = images if of_images.features else folder / f"generated-{_file_name(description.label)}.npz"
+    folder = folder_of(images, out)
+    generated = images if of_images.features else folder / f"generated-{file_name(description.label)}.npz"
     label = open_feature_file(images).label if of_images.features else description.label
     statistics = _statistics(reference, of_reference, images if of_images.features else None, label)
     features = _reference_file(
@@ -132,11 +131,6 @@ def require_ready(
         description.describe(sets, like, check=True)
 
 
-def _file_name(label: str) -> str:
-    """A label as a part of a file's name: an encoder may be spelled as a path, and a file may say anything."""
-    return re.sub(r"[^\w.=+-]", "-", label, flags=re.ASCII)[:100]
-
-
 def _cache(images: Path, run: Path | None, out: Path | None, folder: Path) -> Path:
     """Where a reference's features are kept: beside the runs, or beside the images; with --out and no run, there."""
     above = [images.absolute(), *images.absolute().parents][:LOOKED_FOR]
@@ -157,8 +151,8 @@ def _reference_file(
         return None
     of_place = f"{absolute(reference)}\0{description.resolution}\0{limit}".encode("utf-8", "surrogateescape")
     place = hashlib.sha256(of_place).hexdigest()[:8]
-    name = _file_name(Path(str(reference).rstrip("/")).name.removesuffix(".npz")) or "reference"
-    return cache / f"{name}-{place}-{_file_name(description.label)}.npz"
+    name = file_name(Path(str(reference).rstrip("/")).name.removesuffix(".npz")) or "reference"
+    return cache / f"{name}-{place}-{file_name(description.label)}.npz"
 
 
 def _statistics(
@@ -168,12 +162,12 @@ def _statistics(
 
     Raises UserError when they do not fit.
     """
-    if not against.statistics or (label != INCEPTION and not is_named_for(Path(reference), _file_name(label))):
+    if not against.statistics or (label != INCEPTION and not is_named_for(Path(reference), file_name(label))):
         if against.images or against.features:
             return None
         raise UserError(
             f"{reference} holds Inception's statistics and no images; {shown(label)} needs them, or a feature file, or "
-            f"its own statistics in a file whose name ends in -{_file_name(label)}.npz"
+            f"its own statistics in a file whose name ends in -{file_name(label)}.npz"
         )
     pooled, spatial = read_statistics(Path(reference))
     width = INCEPTION_WIDTH if label == INCEPTION else len(pooled.mean)
@@ -206,11 +200,6 @@ def _result(
     if run is not None:
         record(run, step, result)
     return result
-
-
-def result_file(folder: Path, label: str) -> Path:
-    """Where a result lies."""
-    return folder / f"{_file_name(label)}.json"
 
 
 def _step(run: Path | None, step: int | None, images: Path) -> int | None:

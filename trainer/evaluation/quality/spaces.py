@@ -28,6 +28,7 @@ from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.quality.record import record
 from trainer.evaluation.quality.reference import is_named_for
+from trainer.evaluation.quality.result_files import folder_of, result_file
 
 NAME = "fdr6"
 PUBLISHED = {  # the paper's evaluation, appendix B; release: eval_all_fds.py, scripts/README.md
@@ -83,7 +84,7 @@ def evaluate_spaces(
     called as `evaluate` is, for the images of each space.
     """
     described = described_in(description)
-    folder = out or images.absolute().with_name(f"{images.name if images.is_dir() else images.stem}-evaluation")
+    folder = folder_of(images, out)
     against = {name: reference_of(reference, name) for name in PUBLISHED}
     results, ratios = {}, {}
     for name, how in described.items():
@@ -112,7 +113,7 @@ def evaluate_spaces(
         "spaces": {name: {"fd": r.fd, "held_out": r.held_out, "fdr": r.ratio} for name, r in ratios.items()},
         "card": card.plain(),
     }
-    write_atomic(folder / f"{NAME}.json", json.dumps(result, indent=1).encode(), "evaluate")
+    write_atomic(result_file(folder, NAME), json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
         record(run, card.step, result)
     return result

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.evaluation.quality.card import NOTE, PROTOCOL, Card, differences, names_of
+from trainer.evaluation.quality.card import NOTE, PROTOCOL, Card, differences, names_of, words_of
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.table import Cell, table
@@ -92,7 +92,7 @@ def cards(records: Sequence[RunRecord]) -> str:
     names = list(dict.fromkeys(name for card in found for name in card.fields))
     varying = [name for name in names if len({card.fields.get(name) for card in found}) > 1]
     names = varying + [name for name in names if name not in varying]
-    columns = {"": [Cell(text=name.replace("_", " "), key=name) for name in names]}
+    columns = {"": [Cell(text=name.replace("_", " "), key=name, note=words_of(name)) for name in names]}
     for card in found:
         title = _title(records, card.runs)
         while title in columns:

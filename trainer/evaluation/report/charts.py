@@ -235,18 +235,14 @@ def thinned(line: Line, most: int = MOST_POINTS) -> Line:
 STRIP_WIDTH, STRIP_HEIGHT = 220, 26
 
 
-def strip(values: Sequence[float], axis: Axis, number: int, interval: tuple[float, float] | None = None) -> str:
-    """Every value as a dot on `axis`, their mean as a bar, an interval as a line."""
+def strip(values: Sequence[float], axis: Axis, number: int) -> str:
+    """Every value as a dot on `axis`, their mean as a bar."""
 
     def at(value: float) -> float:
         return 6 + min(1.0, max(0.0, axis.place(value))) * (STRIP_WIDTH - 12)
 
     own, middle = colour(number), STRIP_HEIGHT / 2
     parts = [f'<line class="rule" x1="6" x2="{STRIP_WIDTH - 6}" y1="{middle}" y2="{middle}"/>']
-    if interval is not None:
-        low, high = map(at, interval)
-        line = f'x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" style="stroke:{own}"'
-        parts.append(f'<line class="range" {line}/>')
     mean = at(sum(values) / len(values))
     parts.append(
         f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="3" y2="{STRIP_HEIGHT - 3}" style="stroke:{own}"/>'

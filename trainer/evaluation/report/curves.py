@@ -29,6 +29,17 @@ from trainer.run.metrics import DistanceOf
 
 LOSSES = {"denoising_loss": "Denoising loss", "alignment_loss": "Alignment loss"}
 LOSS_LABELS = {"denoising_loss": "mean squared error", "alignment_loss": "alignment loss"}
+LOSSES_IN_WORDS = {
+    "denoising_loss": "mean squared error of what the model predicts of noisy latents, mean over a log interval; lower "
+    "is better, and says little of how good images are",
+    "alignment_loss": "minus the mean cosine of projected hidden states and the target's tokens, before its weight; "
+    "lower is more alike, at best −1",
+}
+ANALYSES_IN_WORDS = {
+    "probe": "share of images whose class a logistic regression on a block's hidden states names; higher is better",
+    "cknna": "how alike hidden states and the features are: alignment of kernels over pairs of images that are near "
+    "neighbours in both; higher is more alike, at best 1, and values of other numbers of samples do not compare",
+}
 ANALYSES = {"probe": "Linear probe", "cknna": "CKNNA"}
 ANALYSIS_LABELS = {"probe": "accuracy", "cknna": "CKNNA"}
 LOOKS = {
@@ -113,7 +124,9 @@ def _of_loss(records: Sequence[RunRecord], methods: Sequence[Method], over: dict
             steps = sorted(logged)
             curves[i] = np.array(steps, dtype=float), np.array([logged[step] for step in steps])
     return Figure(
-        title=LOSSES[name], note="", charts=_charts(records, methods, over, curves, LOSS_LABELS[name], LOSSES[name])
+        title=LOSSES[name],
+        note=LOSSES_IN_WORDS[name],
+        charts=_charts(records, methods, over, curves, LOSS_LABELS[name], LOSSES[name]),
     )
 
 

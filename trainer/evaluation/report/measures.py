@@ -14,26 +14,46 @@ INCEPTION = "inception"
 
 @dataclass(frozen=True, kw_only=True)
 class Title:
-    """How a measure is spelled, and which values are better; `decides` where it may say which method is best."""
+    """How a measure is spelled, what it is, which values are better; `decides` where it may say which method leads."""
 
     text: str
     better: Better
+    words: str
     decides: bool = True
 
 
+DISTANCE = "how far the features of drawn images lie from those of real ones"
 TITLES = {  # in the order in which they decide, and in which they are shown
-    "fid": Title(text="FID", better="lower"),
-    "fd": Title(text="Fréchet distance", better="lower"),
-    "cmmd": Title(text="CMMD", better="lower"),
-    "kid": Title(text="KID", better="lower"),
-    "kd": Title(text="Kernel distance", better="lower"),
-    "sfid": Title(text="sFID", better="lower"),
-    "inception_score": Title(text="Inception Score", better="higher"),
-    "precision": Title(text="Precision", better="higher", decides=False),
-    "recall": Title(text="Recall", better="higher", decides=False),
-    "density": Title(text="Density", better="higher", decides=False),
-    "coverage": Title(text="Coverage", better="higher", decides=False),
+    "fid": Title(text="FID", better="lower", words=f"{DISTANCE}: Fréchet distance of Inception's features"),
+    "fd": Title(text="Fréchet distance", better="lower", words=f"{DISTANCE}: Fréchet distance"),
+    "cmmd": Title(text="CMMD", better="lower", words=f"{DISTANCE}: by a kernel, in CLIP's features"),
+    "kid": Title(text="KID", better="lower", words=f"{DISTANCE}: by a cubic kernel, in Inception's features"),
+    "kd": Title(text="Kernel distance", better="lower", words=f"{DISTANCE}: by a cubic kernel"),
+    "sfid": Title(text="sFID", better="lower", words=f"{DISTANCE}: of Inception's features that keep places"),
+    "inception_score": Title(
+        text="Inception Score", better="higher", words="how surely and how diversely Inception names drawn images"
+    ),
+    "precision": Title(
+        text="Precision", better="higher", decides=False, words="share of drawn images that lie among real ones"
+    ),
+    "recall": Title(
+        text="Recall", better="higher", decides=False, words="share of real images that lie among drawn ones"
+    ),
+    "density": Title(
+        text="Density", better="higher", decides=False, words="how densely drawn images lie where real ones do"
+    ),
+    "coverage": Title(
+        text="Coverage", better="higher", decides=False, words="share of real images with a drawn one near them"
+    ),
 }
+
+
+def explained(metric: str, name: str) -> str:
+    """What a measure in an encoder's features is, and which values are better, in words."""
+    known, sense = TITLES.get(metric), better(metric)
+    what = known.words if known is not None else "a measure that this version has no words for"
+    features = "" if name == INCEPTION or "Inception" in what or "CLIP" in what else f", in the features of {name}"
+    return f"{what}{features}{f'; {sense} is better' if sense else ''}"
 
 
 def better(metric: str) -> Better | None:

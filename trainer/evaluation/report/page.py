@@ -32,6 +32,10 @@ HERE = Path(__file__).parent
 PART = re.compile(r"<!--(\w+)-->")
 LONGEST_VALUES = 33
 MOST_COMMANDS = 6
+INTERVALS = (
+    "Below a measure of images: its 95 % interval by the choice of the images that were drawn, which says nothing of "
+    "another seed's training, and how many images it is of."
+)
 STACKED = """
 @, @ tbody, @ tr, @ th, @ td { display: block; }
 @ thead { display: none; }
@@ -52,12 +56,16 @@ STACKED = """
 
 def write_report(runs: Sequence[Path], out: Path, title: str) -> list[Path]:
     """Write the page and return its path. Raises UserError."""
-    records = read_runs(runs)
+    write_page(read_runs(runs), out, title)
+    return [out]
+
+
+def write_page(records: Sequence[RunRecord], out: Path, title: str = "") -> None:
+    """Write the page about runs that were read."""
     write_atomic(out, page(records, title or _title(records), beside=out.absolute().parent).encode(), "report")
     n_apart = len(results.not_compared(records))
     if n_apart:
         print(f"{n_apart} measurements were made otherwise than others; the page says how to compare", file=sys.stderr)
-    return [out]
 
 
 def page(records: Sequence[RunRecord], title: str, *, beside: Path | None = None, real: bool = True) -> str:
@@ -157,9 +165,20 @@ def numbers(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
     """HTML: every measure, of methods and of runs, and what is not compared."""
     of_methods = results.methods_table(records, methods)
     of_runs = results.runs_table(records, methods)
-    heading = "<p>Mean and standard deviation over a method's seeds.</p>" if of_methods else ""
+    heading = "<p>Mean and standard deviation over a method's seeds; of one seed, its value.</p>" if of_methods else ""
     every = "<h3>Every run</h3>" if of_methods else ""
-    return f"{heading}{of_methods}{every}{of_runs}{results.apart(records)}"
+    with_interval = any(m.interval for run in records for line in run.evaluations for m in line.metrics.values())
+    intervals = f"<p>{INTERVALS}</p>" if with_interval else ""
+    return f"{heading}{of_methods}{every}{intervals}{of_runs}{explained(records)}{results.apart(records)}"
+
+
+def explained(records: Sequence[RunRecord]) -> str:
+    """HTML: what each column's number is, in words."""
+    items = "".join(
+        f"<div><dt>{escaped(heading)}</dt><dd>{escaped(text)}</dd></div>"
+        for heading, text in results.in_words(records).items()
+    )
+    return f"<details open><summary>What each number is</summary><dl>{items}</dl></details>" if items else ""
 
 
 def origin(records: Sequence[RunRecord], methods: Sequence[Method], beside: Path | None) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainer.evaluation.probing.measured import Point
-from trainer.evaluation.quality.record import Metric
 from trainer.evaluation.report.alike import (
     Group,
     Protocol,
@@ -17,13 +16,14 @@ from trainer.evaluation.report.alike import (
 )
 from trainer.evaluation.report.axes import axis_of
 from trainer.evaluation.report.charts import dash, escaped, strip, swatch
-from trainer.evaluation.report.curves import ANALYSES, LOSSES, compared
-from trainer.evaluation.report.measures import better, measured, spelled, title, with_spread
+from trainer.evaluation.report.curves import ANALYSES, ANALYSES_IN_WORDS, LOSSES, LOSSES_IN_WORDS, compared
+from trainer.evaluation.report.measures import better, explained, measured, spelled, title, with_spread
 from trainer.evaluation.report.methods import Method, style_of
+from trainer.evaluation.report.reached import EPOCHS, EPOCHS_IN_WORDS, epochs_column
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, deviation, mean
 from trainer.evaluation.report.table import NOTHING, Cell, number_cell, table
-from trainer.evaluation.report.verdict import Ranked, Verdict
+from trainer.evaluation.report.verdict import Ranked, Verdict, spread_lent
 
 STEPS = "Steps"
 
@@ -61,10 +61,10 @@ def ranking_table(answer: Verdict) -> str:
             for ranked in answer.ranking
         ],
         f"{title(way.metric, way.name)}, {better(way.metric)} is better": [
-            Cell(text=ranked.text, key=ranked.mean, note=_interval(answer, ranked)) for ranked in answer.ranking
+            Cell(text=ranked.text, key=ranked.mean, note=_what(ranked)) for ranked in answer.ranking
         ],
         "Seeds, from 0" if axis.begins_at_zero else f"Seeds, {spelled(axis.low)} to {spelled(axis.high)}": [
-            Cell(text="", key=ranked.mean, svg=_strip(answer, ranked, axis)) for ranked in answer.ranking
+            Cell(text="", key=ranked.mean, svg=_strip(ranked, axis)) for ranked in answer.ranking
         ],
         "Number of seeds": [number_cell(len(ranked.values), "d") for ranked in answer.ranking],
         "Behind the best": [_behind(ranked, answer) for ranked in answer.ranking],
@@ -74,22 +74,14 @@ def ranking_table(answer: Verdict) -> str:
     return table(columns, label="Methods, the best first", sortable=False)
 
 
-def _strip(answer: Verdict, ranked: Ranked, axis: object) -> str:
-    values = list(ranked.values.values())
-    found = _metrics(answer, ranked)
-    interval = found[0].interval if len(found) == 1 else None
-    return strip(values, axis, ranked.method.number, interval)  # type: ignore[arg-type]
+def _strip(ranked: Ranked, axis: object) -> str:
+    return strip(list(ranked.values.values()), axis, ranked.method.number)  # type: ignore[arg-type]
 
 
-def _metrics(answer: Verdict, ranked: Ranked) -> list[Metric]:
-    assert answer.group is not None
-    return [answer.group.values[i].metrics[answer.group.protocol.metric] for i in ranked.values]
-
-
-def _interval(answer: Verdict, ranked: Ranked) -> str:
-    """The interval of the images drawn, which of several seeds each has its own."""
-    found = [metric.interval for metric in _metrics(answer, ranked) if metric.interval is not None]
-    return f"{_span(found[0])} by its images" if len(found) == 1 == len(ranked.values) else ""
+def _what(ranked: Ranked) -> str:
+    """What a method's number is. The interval by the images drawn is not here: it would pass for one of methods."""
+    n = len(ranked.values)
+    return f"mean ± deviation of {n} seeds" if n > 1 else "one seed"
 
 
 def _span(interval: tuple[float, float]) -> str:
@@ -103,14 +95,16 @@ def _behind(ranked: Ranked, answer: Verdict) -> Cell:
     if answer.outcome == "unlike":
         return Cell(text=spelled(value), key=value, note="measured differently")
     if ranked.behind.interval is None:
-        return Cell(text=spelled(value), key=value, note="spread of seeds unknown")
+        return Cell(text=spelled(value), key=value, note="one seed each: cannot say")
     what = "more than seeds differ" if ranked.behind.is_settled else "within what seeds differ"
     if not ranked.behind.is_settled and not ranked.behind.is_within:
         what = "not settled by so few seeds"
     low, high = sorted(ranked.behind.interval, key=abs)
     low = low if ranked.behind.is_settled else -abs(low)
     ends = f"{spelled(abs(low) if ranked.behind.is_settled else low)} to {spelled(abs(high))}"
-    return Cell(text=spelled(value), key=value, note=f"{what} ({LEVEL:.0%} interval {ends})")
+    lent = spread_lent(answer.ranking, [answer.ranking[0], ranked])
+    note = f"{what} ({LEVEL:.0%} interval {ends} by the seeds{f'; {lent}' if lent else ''})"
+    return Cell(text=spelled(value), key=value, note=note)
 
 
 # ---- every measure ----------------------------------------------------------------------------------------------
@@ -131,7 +125,21 @@ def columns_of(records: Sequence[RunRecord]) -> dict[str, list[Cell]]:
             heading += " ′"
         if any(cell.text != NOTHING for cell in cells):
             kept[heading] = cells
-    return kept
+    epochs = epochs_column(records)
+    return kept if epochs is None else {**dict([epochs]), **kept}
+
+
+def in_words(records: Sequence[RunRecord]) -> dict[str, str]:
+    """Heading → what the number below it is, of every column of `columns_of`."""
+    words = {title(metric, name): explained(metric, name) for name, metric in measured(records)}
+    words |= {ANALYSES[measure]: text for measure, text in ANALYSES_IN_WORDS.items()}
+    words |= {LOSSES[name]: text for name, text in LOSSES_IN_WORDS.items()}
+    words[STEPS] = "optimiser steps that the run has done"
+    found = {}
+    for heading in columns_of(records):
+        plain = heading.partition(" [")[0].rstrip(" ′")
+        found[heading] = EPOCHS_IN_WORDS if plain.startswith(EPOCHS) else words.get(plain, "")
+    return {heading: text for heading, text in found.items() if text}
 
 
 def runs_table(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
@@ -232,7 +240,7 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
             figures = line.metrics[metric]
             late = "" if line.step == run.checkpoint_step else f", step {line.step or 0:,}"
             images = "number of images not known" if figures.n_generated is None else f"{figures.n_generated:,} images"
-            interval = f"{_span(figures.interval)}; " if figures.interval is not None else ""
+            interval = f"{LEVEL:.0%} {_span(figures.interval)}; " if figures.interval is not None else ""
             return number_cell(figures.value, ".3f", note=f"{interval}{images}{late}")
 
         other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""

@@ -33,6 +33,7 @@ class Summary:
     device: str = ""
     parameters: Count | None = None
     classes: Count | None = None
+    samples: Count | None = None  # of the data set, that were trained on
     version: str | None = None
     commit: str | None = None
     machine: str | None = None

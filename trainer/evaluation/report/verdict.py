@@ -1,17 +1,21 @@
 """What the page says first: which method is best, by how much, and whether that is more than its seeds differ.
 
 Methods are compared by the first measure (`measures.TITLES`) that most of them have, measured alike (`alike.py`). What
-cannot be said is not: with one seed a method the spread is unknown, and where nothing compares, the sentence says what
-is missing and `missing` has the command lines that get it.
+cannot be said is not: with one seed each the spread is unknown, a method of one seed among others of several has its
+spread from theirs and the sentence says so, and where nothing compares, it says what is missing and `missing` has the
+command lines that get it.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from storage import StoreError, UserError, open_store
 from storage.base.choices import INCEPTION
 from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
 from trainer.evaluation.quality.record import Evaluation
@@ -20,13 +24,13 @@ from trainer.evaluation.report.cards import MOST_NAMED, unlike
 from trainer.evaluation.report.measures import better, decides, measured, place, spelled, title, with_spread
 from trainer.evaluation.report.methods import Method
 from trainer.evaluation.report.run_record import RunRecord
-from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean
+from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean, pooled
+from trainer.evaluation.report.training import unlike_training
 
 Outcome = Literal["clear", "open", "within", "unknown", "unlike", "missing", "alone"]
 BUILT_IN = ("tiny-", "glyph-")  # encoders that need no weights
 OF_FEATURES = "features/"  # latents that are an encoder's features
 FEW_IMAGES = 512  # where such an encoder will do
-ALMOST = 0.005  # two methods saw as many images where these differ by less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +79,9 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
     metric = title(group.protocol.metric, group.protocol.name)
     how = [
         _how(records, group, ranking),
+        *_spread(ranking),
         *_unlike(group),
-        *_training(records, group, ranking),
+        *unlike_training(records, group.values, [ranked.method for ranked in ranking]),
         *_others(records, group, ranking),
     ]
     if len(ranking) < 2:
@@ -143,6 +148,15 @@ def _stated(ranked: Ranked) -> str:
     return f"{ranked.text} (mean and deviation of {n} seeds)" if n > 1 else f"{ranked.text} (one seed)"
 
 
+def spread_lent(ranking: Sequence[Ranked], of: Sequence[Ranked]) -> str:
+    """Where the spread of those of `of` comes from that have one seed; "" where none has, or there is no spread."""
+    single = [ranked.method.name for ranked in of if len(ranked.values) == 1]
+    if not single or all(len(ranked.values) == 1 for ranked in ranking):
+        return ""
+    have = "have one seed each" if len(single) > 1 else "has one seed"
+    return f"{' and '.join(single)} {have}: spread taken from the other methods' seeds"
+
+
 def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str, Outcome]:
     first, second = ranking[0], ranking[1]
     behind = second.behind
@@ -159,24 +173,26 @@ def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str,
         if len(ranking) == 2:
             said = f"{first.method.name} has the {word} {metric}"
         return (
-            f"{said}, {first.text} against {second.text} of {second.method.name} ({apart} {word}); with one seed a "
-            "method, how much seeds differ is unknown, so it may be luck.",
+            f"{said}, {first.text} against {second.text} of {second.method.name} ({apart} {word}). One seed each: "
+            "cannot say whether that is more than luck, since how much seeds differ is unknown.",
             "unknown",
         )
     spread = spelled(behind.spread)
+    lent = spread_lent(ranking, (first, second))
+    of_seeds = f"{seeds}; {lent}" if lent else seeds
     low, high = sorted(abs(end) for end in behind.interval)
     if behind.is_settled:
-        sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}, of {seeds}"
+        sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}, of {of_seeds}"
         return f"{best}: {both} ({sure}), which is more than the seeds' spread of {spread}.", "clear"
     if behind.is_within:
         return (
             f"No method is best beyond the seeds' spread: {metric} {first.text} of {first.method.name} and "
-            f"{second.text} of {second.method.name} differ by {apart}, seeds of one method by {spread} ({seeds}).",
+            f"{second.text} of {second.method.name} differ by {apart}, seeds of one method by {spread} ({of_seeds}).",
             "within",
         )
     return (
         f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, more than the seeds' spread "
-        f"of {spread}, yet {seeds} are too few to be {LEVEL:.0%} sure.",
+        f"of {spread}, yet {seeds} are too few to be {LEVEL:.0%} sure" + (f"; {lent}." if lent else "."),
         "open",
     )
 
@@ -214,30 +230,27 @@ def _how(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], rank
     return f"{title(way.metric, way.name)} of {images}{against}{after}; {word} is better{few}"
 
 
+def _spread(ranking: Sequence[Ranked]) -> list[str]:
+    """Whose seeds the spread is of."""
+    found = pooled([list(ranked.values.values()) for ranked in ranking])
+    if len(ranking) < 2:
+        return []
+    if found is None:
+        return ["One seed each: no interval can be given for a difference between methods"]
+    of = [f"{len(ranked.values)} seeds of {ranked.method.name}" for ranked in ranking if len(ranked.values) > 1]
+    lent = spread_lent(ranking, ranking)
+    return [
+        f"The seeds' spread is the deviation of one training from its method's mean, {spelled(found[0])}, "
+        f"taken to be the same for all methods; from {', '.join(of)}" + (f". {lent}" if lent else "")
+    ]
+
+
 def _unlike(group: Group[Evaluated, Evaluation]) -> list[str]:
     """In what the cards of the evaluations differ."""
     differing = unlike(list(group.values.values()))
     values = [f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in differing.items()]
     more = [f"and {len(values) - MOST_NAMED} more fields of the cards"] if len(values) > MOST_NAMED else []
     return [f"Measured differently: {'; '.join([*values[:MOST_NAMED], *more])}"] if values else []
-
-
-def _training(
-    records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]
-) -> list[str]:
-    """Whether the methods saw as many images, where that is known."""
-    seen = {}
-    for ranked in ranking:
-        images = {
-            round(step * records[i].config.batch) for i in ranked.values if (step := group.values[i].step) is not None
-        }
-        if images:
-            seen[ranked.method.name] = (min(images), max(images))
-    ends = [end for pair in seen.values() for end in pair]
-    if not ends or max(ends) - min(ends) <= ALMOST * max(ends):
-        return []
-    spans = ", ".join(f"{name} {low:,}" + (f" to {high:,}" if high > low else "") for name, (low, high) in seen.items())
-    return [f"Not trained alike: images seen by {spans}"]
 
 
 def _others(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]) -> list[str]:
@@ -253,7 +266,7 @@ def _others(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], r
             continue
         for other in evaluated_alike(records, name, metric)[:1]:
             found = {ranked.method: ranked.mean for ranked in rank(other, [a, b])}
-            if len(found) == 2:
+            if len(found) == 2 and found[a] != found[b]:
                 first = found[a] < found[b] if sense == "lower" else found[a] > found[b]
                 word = f"{title(metric, name)} {spelled(found[a])} against {spelled(found[b])}"
                 (agree if first else otherwise).append(word)
@@ -295,18 +308,29 @@ def _missing(
     return rows
 
 
-def evaluation_command(records: Sequence[RunRecord], run: RunRecord) -> str:
-    """The command line that evaluates a run against its own store, drawing images first where none are there."""
-    features = [name for record in records for name in record.config.data.features]
-    features += [record.config.data.latents.removeprefix(OF_FEATURES) for record in records if _of_features(record)]
-    tiny = [name for name in features if name.startswith(BUILT_IN)]
+def evaluation_command(records: Sequence[RunRecord], run: RunRecord, images: Path | None = None) -> str:
+    """The command line that evaluates a run against its own store, drawing images first where none are there.
+
+    `images` are the ones to evaluate (default: those drawn last).
+    """
+    stored = [path.partition("/")[2] for path in _groups(run.config.store) if path.startswith("features/")]
+    used = [name for record in records for name in record.config.data.features]
+    used += [record.config.data.latents.removeprefix(OF_FEATURES) for record in records if _of_features(record)]
+    tiny = [name for name in [*used, *stored] if name.startswith(BUILT_IN)]
     options = ["--encoder", tiny[0]] if tiny else []
     reference = ["--reference", run.config.store or "REFERENCE"]
-    if not run.drawn:
+    if images is None and not run.drawn:
         n = str(FEW_IMAGES if tiny else PUBLISHED_IMAGES)
         return shlex.join([*PROG.split(), "score", str(run.path), "--n", n, *reference, *options])
-    images = str(run.drawn[-1].folder)
-    return shlex.join([*PROG.split(), "evaluate", images, *reference, *options, "--run", str(run.path)])
+    folder = str(images or run.drawn[-1].folder)
+    return shlex.join([*PROG.split(), "evaluate", folder, *reference, *options, "--run", str(run.path)])
+
+
+def _groups(store: str) -> list[str]:
+    """Of a store that may be gone."""
+    with suppress(StoreError, UserError, OSError):
+        return open_store(store).groups()
+    return []
 
 
 def _of_features(record: RunRecord) -> bool:
