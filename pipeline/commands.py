@@ -136,10 +136,11 @@ def status(config: StoreConfig) -> None:
 def preview(config: PreviewConfig) -> None:
     """Write reconstruction.png and features.png."""
     from pipeline.preview import write_preview
+    from storage import open_store
 
     for picture in write_preview(config.store, config.out, n_images=config.images, vae=config.vae):
         say(f"{picture.path}  {picture.caption}")
-    rows = ["--rows", *map(str, range(config.images))]
+    rows = ["--rows", *map(str, range(min(config.images, open_store(config.store).n_rows)))]
     originals = command_line("pipeline", "originals", config.store, *rows, "--out", config.out / "originals")
     say_next(originals, command_line("pipeline", "status", config.store))
 

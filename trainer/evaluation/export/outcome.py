@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -9,10 +10,10 @@ from storage import space
 from storage.base import ending
 
 OPENED = {
-    "safetensors": "from safetensors import safe_open; print(*safe_open({!r}, 'np').keys(), sep='\\n')",
+    "safetensors": 'from safetensors import safe_open; print(*safe_open({}, "np").keys(), sep="\\n")',
     "diffusers": (
         "from diffusers import DiffusionPipeline as Pipeline; "
-        "print(Pipeline.from_pretrained({!r}, trust_remote_code=True))"
+        "print(Pipeline.from_pretrained({}, trust_remote_code=True))"
     ),
 }
 
@@ -34,4 +35,4 @@ def look_at(folder: Path, to: str) -> str:
     if to == "diffusers" and not (folder / "vae").is_dir():
         return shlex.join(["cat", str(folder / "README.md")])
     file = folder / "ema.safetensors" if to == "safetensors" else folder
-    return shlex.join(["python", "-c", OPENED[to].format(str(file))])
+    return shlex.join(["python", "-c", OPENED[to].format(json.dumps(str(file)))])
