@@ -17,6 +17,7 @@ from typing import Literal
 
 from storage import StoreError, UserError, open_store
 from storage.base.choices import INCEPTION
+from storage.roots import is_url
 from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import PROG, Evaluated, Group, evaluate_command, evaluated_alike
@@ -327,7 +328,9 @@ def evaluation_command(records: Sequence[RunRecord], run: RunRecord, images: Pat
 
 
 def _groups(store: str) -> list[str]:
-    """Of a store that may be gone."""
+    """Of a store on this machine, which may be gone; a page of a run is made without a network."""
+    if is_url(store):
+        return []
     with suppress(StoreError, UserError, OSError):
         return open_store(store).groups()
     return []
