@@ -28,6 +28,7 @@ from pipeline.sources import open_source
 from storage import open_store
 from storage.roots import absolute
 from trainer.evaluation.generate.generate import generate
+from trainer.evaluation.generate.image_files import read_image
 from trainer.evaluation.options import GenerateConfig
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
@@ -75,7 +76,7 @@ def as_jpeg(images: Path, quality: int, folder: Path) -> None:
     """Write a folder of images once more, as JPEG."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(images.glob("*.png")):
-        Image.open(path).save(folder / f"{path.stem}.jpg", quality=quality)
+        Image.fromarray(read_image(path)).save(folder / f"{path.stem}.jpg", quality=quality)
 
 
 def rows(

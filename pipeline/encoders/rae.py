@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
-from pipeline.encoders.vae import WEIGHT_FILES, find_directory, read_settings, weight_file
+from pipeline.encoders.settings import read_settings
+from pipeline.encoders.vae import WEIGHT_FILES, find_directory, weight_file
 from pipeline.encoders.weights import file_sha256
 from storage.base.boundary import checked
 from storage.base.errors import UserError

@@ -34,6 +34,7 @@ import numpy as np
 
 from pipeline.encoders.catalogue import VAES, VISION, VisionModel
 from pipeline.encoders.precision import ARITHMETIC
+from pipeline.encoders.settings import holds_rae
 from storage import codecs
 from storage.base.errors import UserError
 from storage.codecs import PLAIN, Codec, codec_named
@@ -132,7 +133,7 @@ def resolve_latents(
             f"unknown VAE {name!r}; name one of {', '.join(VAES)}, an existing diffusers directory, or a hub id "
             "(org/name, org/name/folder)"
         )
-    if _is_rae(weights or Path(model)):
+    if holds_rae(weights or Path(model)):
         return EncoderSpec(
             kind="features",
             store_name=store_name,
@@ -156,14 +157,6 @@ def resolve_latents(
         precision=precision,
         compiled=compiled,
     )
-
-
-def _is_rae(directory: Path) -> bool:
-    if not directory.is_dir():  # a hub id
-        return False
-    from pipeline.encoders.vae import holds_rae
-
-    return holds_rae(directory)
 
 
 def vae_folder(directory: Path) -> Path:

@@ -31,20 +31,18 @@ from torch import Tensor, nn
 from pipeline.encoders.catalogue import VAES
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
+from pipeline.encoders.settings import CONFIG_FILE, RAE, read_settings
 from pipeline.encoders.weights import MissingWeightsError, absent, file_sha256, hub_file
-from storage.base.boundary import checked, parse_json, read_regular
+from storage.base.boundary import checked
 from storage.base.errors import UserError
-from storage.base.shown import shown
 from storage.identity import LatentsIdentity
 from storage.normalisation import Normalisation, made
 from storage.weights.file import open_weights
 from storage.weights.names import bare, plain_folder
 from storage.weights.tensors import Stored
 
-CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PROBE_PIXELS = 256
-RAE = "AutoencoderRAE"
 IN_WEIGHTS = (("bn.running_mean", "bn.running_var"), ("latents_mean", "latents_std"))
 
 
@@ -60,11 +58,6 @@ class Geometry:
     shift: float
     in_weights: tuple[str, str, float] | None = None  # names of mean and deviation or variance, and its ε
     normalisation: Normalisation | None = None
-
-
-def holds_rae(directory: Path) -> bool:
-    """Whether a diffusers directory is an AutoencoderRAE's, whose latents are features (`rae.py`)."""
-    return (directory / CONFIG_FILE).is_file() and read_settings(directory).get("_class_name") == RAE
 
 
 def find_directory(model: str, weights: Path | None, *, fetch: bool = True) -> Path:
@@ -188,16 +181,6 @@ def _flat(values: Any) -> Any:
     if isinstance(values, list) and values and all(isinstance(value, list) for value in values):
         return [inner for value in values for inner in (_flat([value]) if isinstance(value, list) else [value])]
     return values
-
-
-def read_settings(directory: Path) -> dict[str, Any]:
-    """What `config.json` says. Raises StoreError."""
-    path = directory / CONFIG_FILE
-    settings = parse_json(dict[str, Any], read_regular(path), str(path), "copy the folder again")
-    name = settings.get("_class_name", "AutoencoderKL")
-    if not isinstance(name, str):
-        raise UserError(f"{path}: _class_name must be a name, got {shown(str(name)[:60])}; copy the folder again")
-    return settings
 
 
 def geometry_of_kl(settings: Mapping[str, Any]) -> Geometry:
