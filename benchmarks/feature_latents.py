@@ -52,6 +52,7 @@ FEATURES_RUN, LATENTS_RUN = "rit-features", "sit-latents"
 RUNS: dict[str, dict[str, str]] = {
     FEATURES_RUN: {
         "preset": "rit-xl-1",
+        "data.resolution": "0",  # the preset's is ImageNet's
         "model.width": "384",
         "model.depth": "4",
         "model.heads": "6",
@@ -134,7 +135,7 @@ def lines(found: Mapping[str, Mapping[int, Mapping[str, float]]], psnr: Mapping[
     ]
     parts = [table(["Fréchet distance", *(f"{step:,} steps" for step in steps)], rows)]
     if psnr:
-        parts.append(f"The features' decoder on {psnr['n']:,} held-out images: {psnr['mean_db']:.2f} dB.")
+        parts.append(f"The features' decoder on {psnr['n']:,.0f} held-out images: {psnr['mean_db']:.2f} dB.")
     return "\n\n".join(parts)
 
 
