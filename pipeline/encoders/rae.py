@@ -22,14 +22,13 @@ from torch import Tensor
 from pipeline.encoders.precision import arithmetic
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.settings import read_settings
-from pipeline.encoders.vae import WEIGHT_FILES, find_directory, weight_file
+from pipeline.encoders.vae import find_directory, load_whole, weight_file
 from pipeline.encoders.weights import file_sha256
 from storage.base.boundary import checked
 from storage.base.errors import UserError
 from storage.base.shown import shown
 from storage.final_norm import PLAIN
 from storage.identity import FeaturesIdentity
-from storage.weights.names import plain_folder
 
 ENCODERS = {"dinov2": "dinov2_reg", "siglip2": "siglip2", "mae": "mae"}  # as an identity has them
 SIZES = {"encoder_hidden_size": 768, "encoder_patch_size": 14, "encoder_input_size": 224, "patch_size": 16}
@@ -86,25 +85,13 @@ class RAEEncoder:
     def __init__(
         self, directory: Path, device: torch.device, *, precision: str = "fp32", compiled: bool = False
     ) -> None:
-        from diffusers import AutoencoderRAE
-
         try:
-            with plain_folder(directory, WEIGHT_FILES) as folder:
-                model, loading = AutoencoderRAE.from_pretrained(
-                    folder,
-                    torch_dtype=torch.float32,
-                    low_cpu_mem_usage=False,
-                    local_files_only=True,
-                    output_loading_info=True,
-                )
+            model = load_whole(directory)
+        except UserError:
+            raise
         except (OSError, AttributeError, RuntimeError, ValueError, TypeError, KeyError) as error:
             first = " ".join(str(error).split())[:160]
             raise UserError(f"{directory} cannot be loaded ({type(error).__name__}: {first}); copy it again") from error
-        if absent := loading["missing_keys"]:  # which the library would draw at random
-            raise UserError(
-                f"{weight_file(directory)} lacks {len(absent)} weights of its AutoencoderRAE, such as "
-                f"{sorted(absent)[0]}; pass the right file"
-            )
         model.decoder = torch.nn.Identity()
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self.more = (model.config.encoder_patch_size,) if model.config.encoder_type == "mae" else ()

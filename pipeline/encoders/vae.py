@@ -255,28 +255,34 @@ def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VAE:
     return VAE(directory, device, precision=spec.precision, compiled=spec.compiled)
 
 
+def load_whole(directory: Path) -> Any:
+    """The autoencoder in a directory, float32 on the CPU. Raises UserError where its file lacks weights."""
+    import diffusers
+
+    name = read_settings(directory).get("_class_name", "AutoencoderKL")
+    with plain_folder(directory, WEIGHT_FILES) as folder:
+        model, loading = getattr(diffusers, name).from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if missing := loading["missing_keys"]:  # which the library would draw at random
+        raise UserError(
+            f"{weight_file(directory)} lacks {len(missing)} weights of its {name}, such as {sorted(missing)[0]}; "
+            "pass the right file"
+        )
+    return model
+
+
 class VAE:
     """An autoencoder on a device. On a GPU in channels-last order, which its convolutions want; same numbers."""
 
     def __init__(
         self, directory: Path, device: torch.device, *, precision: str = "fp32", compiled: bool = False
     ) -> None:
-        import diffusers
-
-        name = read_settings(directory).get("_class_name", "AutoencoderKL")
-        with plain_folder(directory, WEIGHT_FILES) as folder:
-            model, loading = getattr(diffusers, name).from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                low_cpu_mem_usage=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        if absent := loading["missing_keys"]:  # which the library would draw at random
-            raise UserError(
-                f"{weight_file(directory)} lacks {len(absent)} weights of its {name}, such as {sorted(absent)[0]}; "
-                "pass the right file"
-            )
+        model = load_whole(directory)
         self.of_clips = takes_clips(model)
         of_images = device.type == "cuda" and not self.of_clips
         self.memory_format = torch.channels_last if of_images else torch.contiguous_format
