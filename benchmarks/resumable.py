@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.muon import Muon
 from storage.base.console import progress_bar, stop_on_signals
 
 STATE_FILE = "training.pt"
@@ -24,26 +25,34 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
 
 
 class Resumable(ABC):
-    """A model, its optimiser and the steps done, in one file that is whole or absent.
+    """A model, its optimisers and the steps done, in one file that is whole or absent.
 
+    Weights of two or more dimensions are moved by Muon, the others by AdamW, at one learning rate.
     What a step sees must be a function of its number, so that a training in parts is the training in one.
     """
 
     def __init__(self, model: nn.Module, out: Path, device: torch.device) -> None:
         self.model, self.device = model, device
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=0.0),
+            torch.optim.AdamW(others, lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), fused=True),
+        ]
         self.file = out / STATE_FILE
         self.step = 0
         if self.file.is_file():
             saved = torch.load(self.file, map_location=device, weights_only=True)
             model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.step = saved["step"]
 
     def save(self) -> None:
         """Write all of it aside, then rename."""
         aside = self.file.with_suffix(".partial")
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"model": self.model.state_dict(), "optimizers": optimizers, "step": self.step}
         torch.save(state, aside)
         aside.rename(self.file)
 
@@ -53,11 +62,13 @@ class Resumable(ABC):
 
     def follow(self, loss: torch.Tensor, rate: float) -> None:
         """Move against a loss's gradient, its norm at most one."""
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
 
 
