@@ -36,6 +36,7 @@ from pipeline.sources import open_source
 from pipeline.sources.photos import write_photos
 from pipeline.transforms import center_crop
 from storage.base.console import progress_bar
+from storage.identity import LatentsIdentity
 from storage.order import Order
 from storage.torch.codecs import Tokens
 from storage.torch.codecs.int8 import dequantise, quantise
@@ -129,9 +130,10 @@ def measure(case: Case, n_steps: int, batch: int) -> list[list[str]]:
     images = photographs(case.resolution, n_images, seed=0)
     vae_spec = registry.resolve_latents("tiny-vae")
     vae_identity = registry.describe(vae_spec, resolution=case.resolution)
+    assert isinstance(vae_identity, LatentsIdentity)
     vae = registry.load(vae_spec, resolution=case.resolution, device=CPU)
-    parts = np.array_split(images, max(1, n_images // 4))
-    moments = torch.from_numpy(np.concatenate([vae.encode(part)["moments"] for part in parts]))
+    parts = torch.from_numpy(images).tensor_split(max(1, n_images // 4))
+    moments = torch.cat([vae.encode(part)["moments"] for part in parts])
     patches = torch.cat([case.encoder.encode_tokens(part)[0] for part in parts]).clone()
     if case.outliers:
         patches = add_outliers(patches)

@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # what a closure returns is nobody's here
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -45,6 +45,7 @@ from pipeline.decode import decode_unit, to_rgb
 from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
 from pipeline.plan import Plan, create, make_plan
 from pipeline.sources import Source, open_source
+from pipeline.sources.protocol import Unreadable
 from pipeline.transforms import center_crop
 from storage import Staging
 from storage.receipts import scan
@@ -159,7 +160,7 @@ def ray_data(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = ray.data.from_items([{"unit": unit} for unit in parts], override_num_blocks=len(parts))
         decoded = rows.map(decode, num_cpus=DECODE_CPUS)
-        encoded = decoded.map(Encode, concurrency=1, num_cpus=1)
+        encoded = decoded.map(Encode, concurrency=1, num_cpus=1)  # type: ignore[arg-type]  # a class is called per row
         assert len(encoded.take_all()) == len(parts)  # `count` would not run it
     return published(plan)
 
@@ -191,6 +192,8 @@ def stages(case: Case, plan: Plan, source: Source, run_id: str) -> Figures:
             at_s = time.process_time()
             for i, sample in enumerate(source.read_many(samples.locations)):
                 took("read")
+                if isinstance(sample, Unreadable):
+                    raise SystemExit(f"{samples.keys[i]} cannot be read: {sample.reason}")
                 crcs[i] = sample_crc32c(sample)
                 took("checksum")
                 image = to_rgb(sample)
@@ -290,7 +293,8 @@ def main() -> None:
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     if args.task:
-        run_task(*args.task, args.full_size, args.per_class)
+        name, contestant = args.task
+        run_task(name, contestant, args.full_size, args.per_class)
         return
     cases = make_cases(args.full_size, args.per_class)
     texts = []

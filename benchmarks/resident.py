@@ -57,7 +57,7 @@ def batches(variant: str, data: Any, batch: int, threads: int) -> Iterator[Itera
         rows.gather = lambda visit, buffers: None  # type: ignore[method-assign]
     with closing(rows):
         if variant == "plain array":
-            copies = {name: array.numpy().copy() for name, array in rows._arrays.items()}  # type: ignore[union-attr]
+            copies = {name: array.numpy().copy() for name, array in rows._arrays.items()}  # type: ignore[attr-defined]
             yield _plain(copies, batch, threads)
             return
         torch.set_num_threads(1)

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Ours:
         self.start = measured_step(config)
         if config.aligns and not config.aligns_at(self.start):
             self.parts = without_alignment(self.parts)
-        with closing(self._loader()) as batches:
+        with self._loader() as batches:
             self.batch: Batch = _to(next(batches), torch.device("cpu"))
         self.encoders: dict[tuple[str, bool], Encoders] = {}
         self.compiled: list[Any] = []
@@ -112,7 +112,7 @@ class Ours:
 
         source: AbstractContextManager[Iterator[Batch]]
         if request.variant == "store":
-            source = closing(self._loader())  # type: ignore[type-var]
+            source = self._loader()
         elif request.variant == "ceiling":
             source = nullcontext(self._repeated())
         else:
@@ -134,13 +134,14 @@ class Ours:
             if compiled:
                 block.forward = self.compiled[i]
 
-    def _loader(self) -> Iterator[Batch]:
+    @contextmanager
+    def _loader(self) -> Iterator[Iterator[Batch]]:
         config = self.parts.config
         with Loader(
             self.data, seed=config.seed, batch=config.batch, start=self.start, stop=2**31, rank=0, world_size=1,
             device=self.device, prefetch=config.data.prefetch, with_targets=config.aligns_at(self.start),
         ) as loader:  # fmt: skip
-            yield from loader
+            yield iter(loader)
 
     def _repeated(self) -> Iterator[Batch]:
         batch = _to(self.batch, self.device)

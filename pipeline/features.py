@@ -44,6 +44,8 @@ PART_IMAGES = 2048  # a part of Inception's has 40 MB
 LOOKED_AT = 64  # images of a set whose sizes are compared before anything is described
 SHOWN = 5  # images in a message
 Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
+# of an encoder's name, weights, vector and images' (height, width): its identity, and what loads it onto a named device
+Resolve = Callable[[str, Path | None, Token, tuple[int, int]], tuple[VectorsIdentity, Callable[[str], Encode]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,10 @@ class Job:
     limit: int = 0
 
 
-def write_features(jobs: Sequence[Job], config: FeaturesConfig) -> list[str]:
+def write_features(jobs: Sequence[Job], config: FeaturesConfig, resolver: Resolve | None = None) -> list[str]:
     """Describe every set of images into its feature file; returns what was done, a line a set.
+
+    `resolver` knows encoders of other names than `resolve` does.
 
     Raises UserError: before anything is computed when images or weights are missing, sets would be described otherwise
     than one another or than the file `config.like`, or have fewer than `config.at_least` images; later, when too many
@@ -64,7 +68,8 @@ def write_features(jobs: Sequence[Job], config: FeaturesConfig) -> list[str]:
     """
     opened = [open_images(job.where, resolution=config.resolution, limit=job.limit) for job in jobs]
     sizes = [_look(job, images, config) for job, images in zip(jobs, opened, strict=True)]
-    resolved = [resolve(config.encoder, config.weights, config.token, size) for size in sizes]
+    of_name = resolver or resolve
+    resolved = [of_name(config.encoder, config.weights, config.token, size) for size in sizes]
     compared = [(str(job.where), identity) for job, (identity, _) in zip(jobs, resolved, strict=True)]
     if config.like is not None:
         compared.append((str(config.like), open_feature_file(config.like).identity))

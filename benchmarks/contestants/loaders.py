@@ -24,7 +24,8 @@ class Rows(Dataset):
     """Map-style: what most projects write. `open_row` is called in the process that reads."""
 
     def __init__(self, open_row: Callable[[], Row], n: int) -> None:
-        self._open, self._row, self._n = open_row, None, n
+        self._open, self._n = open_row, n
+        self._row: Row | None = None
 
     def __len__(self) -> int:
         return self._n
@@ -65,7 +66,8 @@ class Batches(Dataset):
     """Map-style with `__getitems__`: a batch at once. `open_fill` is called in the process that reads."""
 
     def __init__(self, open_fill: Callable[[], Fill], spec: Spec, n: int) -> None:
-        self._open, self._fill, self._spec, self._n = open_fill, None, spec, n
+        self._open, self._spec, self._n = open_fill, spec, n
+        self._fill: Fill | None = None
 
     def __len__(self) -> int:
         return self._n

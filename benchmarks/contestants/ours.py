@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from benchmarks.contestants import ROWS_A_FILE, SPECS, TOKENS, Spec, make_rows
 from benchmarks.contestants.loaders import buffers
 from storage import (
     ArrayLayout,
+    ArrayReader,
     GroupLayout,
     Staging,
     StoreLayout,
@@ -25,7 +27,7 @@ from storage.codecs import CODECS
 from storage.identity import FeaturesIdentity, Identity, LatentsIdentity
 from storage.index import make_index
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[Literal["first", "always"], int, bool]] = {
     "1 thread": ("first", 1, False),
     "2 threads": ("first", 2, False),
     "2 threads, every read checked": ("always", 2, False),
@@ -82,7 +84,7 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     checksums, n_threads, ahead = VARIANTS[variant]
     store = open_store(root)
-    readers = {}
+    readers: dict[str, ArrayReader] = {}
     for path in ("features/f", "latents/l"):
         readers |= store.group(path, checksums=checksums, n_threads=n_threads).arrays
     out = buffers(spec, batch)

@@ -52,9 +52,9 @@ def batches(
 
         def fill(rows: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
             if how == "index":
-                reads = {name: array[rows, 0].read() for name, array in opened.items()}
-                for name, read in reads.items():
-                    arrays[name][:] = read.result()
+                whole = {name: array[rows, 0].read() for name, array in opened.items()}
+                for name, values in whole.items():
+                    arrays[name][:] = values.result()
                 return
             if how == "write":
                 writes = [ts.array(arrays[n], write=True).write(a[rows, 0]) for n, a in opened.items()]

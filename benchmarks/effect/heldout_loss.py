@@ -64,8 +64,8 @@ def heldout_loss(run: OpenRun, checkpoint: Path, store_path: str, device: torch.
             x_t = objective.perturb(x, noise, times, config)
             with model_arithmetic("fp32", device):
                 output, _ = model(x_t, times, y, with_projections=False)
-            images = [split(state, geometry)[0] for state in (output, x, noise, x_t)]
-            sums[t] += objective.denoising_loss(*images, times, config).sum().item()
+            output, image, drawn, x_t = (split(state, geometry)[0] for state in (output, x, noise, x_t))
+            sums[t] += objective.denoising_loss(output, image, drawn, x_t, times, config).sum().item()
     for group in (latents, features):
         if group is not None:
             group.close()

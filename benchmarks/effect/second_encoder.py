@@ -11,25 +11,28 @@ checked. IMAGES is what `python -m pipeline features` takes, and the file what i
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pipeline.config import FeaturesConfig
 from pipeline.encoders.weights import file_sha256
-from pipeline.images import open_images
-from storage.base.console import progress_bar
+from pipeline.features import Encode, Job, write_features
+from storage.base.choices import Device, Token
+from storage.base.console import Parser, run_command
 from storage.base.errors import UserError
-from storage.feature_file import FEATURES, open_feature_file, write_feature_file
+from storage.feature_file import FEATURES
 from storage.identity import VectorsIdentity
 from trainer.ranks.world import device_named
 
+PROG = "python -m benchmarks.effect.second_encoder"
 NAME = "efficientnet-lite0"
 SIDE = 224  # pixels that it was trained at
 MEAN, DEVIATION = 127.0, 128.0
-BATCH = 50
 
 
 def load(weights: Path) -> Any:
@@ -57,41 +60,51 @@ def prepare(images: np.ndarray, device: torch.device) -> torch.Tensor:
     return (x - MEAN) / DEVIATION
 
 
-def describe(where: str, weights: Path, out: Path, limit: int, device: torch.device) -> None:
-    """Write the feature file, unless it describes these images already."""
-    images = open_images(where, limit=limit)
+def resolver(
+    name: str, weights: Path | None, token: Token, size: tuple[int, int]
+) -> tuple[VectorsIdentity, Callable[[str], Encode]]:
+    """What `write_features` asks of an encoder."""
+    assert weights is not None
     identity = VectorsIdentity(
-        name=NAME,
+        name=name,
         vector="pooled",
         encoder="timm.tf_efficientnet_lite0",
         weights_sha256=file_sha256(weights),
         preprocessing=f"bicubic {SIDE}, antialias; (x-{MEAN:g})/{DEVIATION:g}",
     )
-    if out.is_file():
-        there = open_feature_file(out)
-        if there.identity == identity and there.images == images.record:
-            return
-    model = load(weights).to(device)
-    parts = []
-    with progress_bar(images.n, unit="img", description=NAME) as bar, torch.inference_mode():
-        for part in images.read(BATCH):
-            parts.append(
-                model.forward_head(model.forward_features(prepare(part, device)), pre_logits=True).cpu().numpy()
-            )
-            bar.update(len(part))
-    write_feature_file(out, {FEATURES: np.concatenate(parts)}, identity, images.record)
+
+    def on(device_name: str) -> Encode:
+        device = device_named(device_name)
+        model = load(weights).to(device)
+
+        @torch.inference_mode()
+        def encode(images: np.ndarray) -> dict[str, np.ndarray]:
+            features = model.forward_features(prepare(images, device))
+            return {FEATURES: model.forward_head(features, pre_logits=True).float().cpu().numpy()}
+
+        return encode
+
+    return identity, on
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def describe(where: str, weights: Path, out: Path, limit: int, device: Device) -> str:
+    """Write the feature file, unless it describes these images already; returns what was done. Raises UserError."""
+    config = FeaturesConfig(encoder=NAME, weights=weights, device=device)
+    return write_features([Job(where=where, out=out, limit=limit)], config, resolver)[0]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Describe; returns the exit status."""
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    args = parser.parse_args()
-    describe(args.images, args.weights, args.out, args.n, device_named(args.device))
+    parser.add_argument("--device", choices=get_args(Device), default="auto")
+    args = parser.parse_args(argv)
+    print(describe(args.images, args.weights, args.out, args.n, args.device))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, PROG)

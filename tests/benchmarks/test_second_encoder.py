@@ -1,0 +1,57 @@
+"""The second pair of eyes: a feature file of what the network says, whatever names its weights come under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from benchmarks.effect.second_encoder import describe, load, prepare
+from storage.base.errors import UserError
+from storage.feature_file import FEATURES, open_feature_file
+
+CPU = torch.device("cpu")
+N = 3
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    state = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save({f"under_another_name.{i}": tensor for i, tensor in enumerate(state.values()) if tensor.ndim}, path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def test_the_file_has_each_images_pooled_vector_in_order(images: Path, weights: Path) -> None:
+    describe(str(images), weights, images.parent / "features.npz", 0, "cpu")
+    found = open_feature_file(images.parent / "features.npz").read(FEATURES)
+    pixels = np.stack([np.asarray(Image.open(images / f"{i}.png")) for i in range(N)])
+    with torch.inference_mode():
+        model = load(weights)
+        wanted = model.forward_head(model.forward_features(prepare(pixels, CPU)), pre_logits=True).numpy()
+    assert found.shape == (N, 1280)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    assert np.abs(wanted[0] - wanted[1]).max() > 1e-2
+
+
+def test_a_second_call_describes_nothing_and_another_networks_weights_are_an_error(images: Path, weights: Path) -> None:
+    out = images.parent / "features.npz"
+    describe(str(images), weights, out, 0, "cpu")
+    assert "it was kept" in describe(str(images), weights, out, 0, "cpu")
+    torch.save({"weight": torch.zeros(3)}, images.parent / "other.pth")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        load(images.parent / "other.pth")
