@@ -33,6 +33,7 @@ from storage import (
     space,
 )
 from storage.base.errors import StoreError, UserError
+from storage.base.shown import counted
 from storage.codecs import PLAIN, codec_named, stored_arrays
 from storage.identity import Identity, parse, require_same
 from storage.index import Index
@@ -252,13 +253,14 @@ def describe_plan(plan: Plan) -> str:
         f"store      {plan.root}",
         f"images     {len(plan.index)} {of_classes} at {plan.layout.resolution} px, "
         f"views {', '.join(plan.layout.views)}",
-        f"units      {plan.layout.n_units} of {plan.layout.shard_rows} rows, {len(plan.missing)} to do",
+        f"units      {plan.layout.n_units:,} of {plan.layout.shard_rows} rows, {len(plan.missing)} to do",
     ]
     for group in plan.groups:
         arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.row_shape))} {a.dtype}" for a in group.layout.arrays)
         units = [unit for unit, paths in plan.missing.items() if group.layout.path in paths]
         n_bytes = sum(len(plan.layout.unit_rows(unit)) for unit in units) * group.layout.sample_bytes
-        state = f"{len(units)} units to encode, {space.size(n_bytes)}" if units else "reused, every unit is there"
+        todo = f"{counted(len(units), 'unit')} to encode, {space.size(n_bytes)}"
+        state = todo if units else "reused, every unit is there"
         lines.append(f"{group.layout.path}  {arrays}  {group.layout.sample_bytes} bytes an image  {state}")
     free = "" if math.isinf(plan.free_bytes) else f", {space.size(plan.free_bytes)} free"
     lines.append(f"to write   {space.size(plan.bytes_missing)}{free}")

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.sources import Source
 from pipeline.sources.protocol import Unreadable
 from storage.base.errors import StoreError, UserError
-from storage.base.shown import shown
+from storage.base.shown import counted, shown
 from storage.index import Index, read_sizes
 from storage.layout import STORE_RECEIPT
 from storage.receipts import Receipt, check_metadata
@@ -116,7 +116,7 @@ def units_to_redo(
         redo.setdefault(unit, []).append(path)
     n_failed = len({row for of in chosen for row in candidates[of]})
     if redo:
-        notes.append(f"{len(redo)} units are done again: {n_failed} images had failed in them")
+        notes.append(f"done again: {counted(len(redo), 'unit')}, in which {counted(n_failed, 'image')} had failed")
     lagging = sorted({path for unit, path in done.failed if unit in redo and path not in asked})
     if lagging:
         notes.append(f"images of these units have failed in {', '.join(lagging)}, too; name its encoder in the command")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from storage import Store, open_store
 from storage.base.errors import StoreError
+from storage.base.shown import counted
 from storage.receipts import Failure, scan
 from storage.staging import living_runs
 
@@ -21,7 +22,8 @@ SHOWN = 5  # failures
 def status(where: str) -> Iterator[str]:
     """Lines for the terminal. Raises StoreError when there is no store."""
     store = open_store(where)
-    yield f"{store.root}: {store.n_rows} images, {store.layout.n_units} units of {store.layout.shard_rows} rows"
+    units = f"{counted(store.layout.n_units, 'unit')} of {store.layout.shard_rows} rows"
+    yield f"{store.root}: {counted(store.n_rows, 'image')}, {units}"
     runs = living_runs(store.root)
     if store.root.path is None:
         yield "whether a run is at work is not known of a remote store; the rates below tell"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from storage.base.console import EXIT_FAILED, EXIT_OK, progress_bar, say
 from storage.base.ending import command, say_next
 from storage.base.errors import StoreError
-from storage.base.shown import shown
+from storage.base.shown import counted, shown
 from storage.codecs import codec_of
 from storage.diff import diff_groups, diff_stores
 from storage.identity import Identity
@@ -142,7 +142,7 @@ def verify_store(config: VerifyConfig) -> int:
             bar.clear()
             say(fault, flush=True)
     what = "every byte read" if deep else "structure, receipts and shard indexes; --deep reads every byte"
-    say(f"{where}: {n_faults or 'no'} fault{'' if n_faults == 1 else 's'} ({what})")
+    say(f"{where}: {counted(n_faults, 'fault') if n_faults else 'no faults'} ({what})")
     if deep:
         say_next(command("storage", "info", where))
     else:

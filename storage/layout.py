@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from storage.base.errors import UserError
+from storage.base.shown import counted
 
 FORMAT_VERSION = 1
 CRC_BYTES = 4
@@ -84,7 +85,7 @@ class StoreLayout:
         return len(self.views)
 
     def __str__(self) -> str:
-        return f"{self.n_rows:,} row{'s' * (self.n_rows != 1)}, {self.n_views} view{'s' * (self.n_views != 1)}"
+        return f"{counted(self.n_rows, 'row')}, {counted(self.n_views, 'view')}"
 
     @property
     def n_units(self) -> int:

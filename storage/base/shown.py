@@ -22,6 +22,11 @@ def shown(text: str) -> str:
     return "".join(_escape(c) if unicodedata.category(c) in OBEYED else c for c in text)
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 unit`, `2,000 units`: a number and its noun, in the plural unless it is one."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def one_line(text: str) -> str:
     """`shown`, with what was several lines joined by spaces."""
     return shown(" ".join(map(str.strip, text.split("\n")))) if "\n" in text else shown(text)

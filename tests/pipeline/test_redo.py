@@ -85,7 +85,7 @@ def test_a_mended_image_is_encoded_by_the_same_command_and_the_other_units_stay(
     assert receipts(tmp_path / "s") == before
     write(data, {5: picture(5)})
     said = precompute(data, tmp_path / "s")
-    assert "1 units are done again: 1 images had failed in them" in said
+    assert "done again: 1 unit, in which 1 image had failed" in said
     assert failed(tmp_path / "s") == failed(tmp_path / "s", FEATURES) == [9]
     after = receipts(tmp_path / "s")
     assert {name for name in before if before[name] != after[name]} == {
@@ -113,7 +113,7 @@ def test_redo_failed_takes_what_has_not_changed_too_and_leaves_it_as_it_is(
     assert failed(tmp_path / "s") == [5, 9, 13]
     before = receipts(tmp_path / "s")
     assert "0 to do" in precompute(data, tmp_path / "s")  # the same bytes: nothing says that they can be decoded now
-    assert "3 units are done again: 3 images" in precompute(data, tmp_path / "s", "--redo-failed")
+    assert "done again: 3 units, in which 3 images" in precompute(data, tmp_path / "s", "--redo-failed")
     assert failed(tmp_path / "s") == [5, 9]
     changed = {name for name, raw in receipts(tmp_path / "s").items() if raw != before[name]}
     assert changed == {f"receipts/{path}/00000003.json" for path in (LATENTS, FEATURES)}

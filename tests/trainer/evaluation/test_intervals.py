@@ -87,3 +87,13 @@ def test_the_line_in_one_over_n_leads_near_the_distance_of_infinitely_many() -> 
     assert np.mean([each.infinity for each in found]) == pytest.approx(exact, abs=3 * error + 0.01)
     assert abs(np.mean([each.infinity for each in found]) - exact) < means[0] - exact
     assert by_sample_size(draw(rng, 16), REFERENCE, 0.0) is None, "a quarter of 16 determines no 4 × 4 covariance"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_an_interval_of_a_share_does_not_leave_0_to_1(share: float) -> None:
+    inside = np.zeros(1000)
+    inside[: int(1000 * share)] = 1.0
+    found = interval_of(inside.mean(), inside - inside.mean(), resamples=100)
+    assert 0.0 <= found.low <= inside.mean() <= found.high <= 1.0
+    if share in (0.0, 1.0):
+        assert found.low == found.high == share

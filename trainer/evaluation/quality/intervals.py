@@ -40,6 +40,7 @@ def interval_of(value: float, influence: np.ndarray, *, resamples: int = RESAMPL
     rng = np.random.default_rng(seed)
     n = len(influence)
     means = np.array([influence[rng.integers(n, size=n)].mean() for _ in range(resamples)])
+    means = means.clip(influence.min(), influence.max())  # where a mean lies but for rounding: no share is below 0
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(
         low=value + float(low), high=value + float(high), deviation=float(means.std()), resamples=resamples, seed=seed
