@@ -17,7 +17,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,7 @@ from benchmarks.report import table
 from pipeline.decode import to_rgb
 from pipeline.sources import open_source
 from storage import open_store
+from storage.base.choices import Token
 from storage.roots import absolute
 from trainer.evaluation.generate.generate import generate
 from trainer.evaluation.generate.image_files import read_image
@@ -135,13 +136,17 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--n", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--encoder", default="tiny-vit")
+    parser.add_argument("--encoder", default="tiny-vit", help="describes images, as `python -m pipeline features` does")
+    parser.add_argument("--weights", type=Path, help="its weight file")
+    parser.add_argument("--token", choices=get_args(Token), default="cls", help="its vector")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/protocol-effects"))
     parser.add_argument("--data", default="", help="the run's images in full size, to be cut otherwise")
     parser.add_argument("--other-reference", default="", help="a store of other images of the same classes")
     options = parser.parse_args()
-    description = Description(encoder=options.encoder, device=options.device)
+    description = Description(
+        encoder=options.encoder, weights=options.weights, token=options.token, device=options.device
+    )
     found = rows(options.run, options.out, options.n, options.steps, description, options.data, options.other_reference)
     print(lines(found))
 
