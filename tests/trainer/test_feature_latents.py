@@ -325,6 +325,15 @@ def test_a_run_keeps_its_statistics(store: Path, tmp_path: Path, capsys: pytest.
         ),
         ({**RIT, "data.latent_normalisation": "scale"}, "is normalised by channel and place; leave"),
         ({**RIT, "data.latents": "features/none"}, "has no features/none"),
+        ({**RIT, "model.heads": 16}, r"--model.width over its heads must be a multiple of 4 .* got 32 over 16 = 2;"),
+        (
+            {**DITDH, "model.head_heads": 16},
+            r"--model.head-width over its heads must be a multiple of 4 .* --model.kind ditdh, got 32 over 16 = 2;",
+        ),
+        (
+            {"data.latents": FEATURES, "model.patch": 1, "model.class_token": True},
+            f"of --model.kind sit joins an autoencoder's latents, and {FEATURES} is of an encoder, whose own class",
+        ),
         (
             {"data.latent_statistics": Path("x.pt")},
             "--data.latent-statistics is of features as latents; pass --data",

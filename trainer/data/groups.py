@@ -119,6 +119,11 @@ def open_data(config: TrainConfig) -> TrainingData:
             f"--model.class-token of --model.kind rit is that of features as latents, and {latents} is of an "
             "autoencoder; pass --data.latents features/NAME, or --model.class-token false"
         )
+    if config.model.kind == "sit" and config.model.class_token and of_features:
+        raise UserError(
+            f"--model.class-token of --model.kind sit joins an autoencoder's latents, and {latents} is of an encoder, "
+            "whose own class token --model.kind rit denoises; pass --model.class-token false, or --model.kind rit"
+        )
     if of_features:
         require_features(groups[latents], class_token=config.model.class_token and config.model.kind == "rit")
     else:
