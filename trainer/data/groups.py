@@ -206,6 +206,9 @@ def pick_group(store: Store, kind: str, name: str) -> str:
         return paths[0]
     if not paths:
         fix = "pass --loss.projection-weight 0 to train without, or " if kind == "features" else ""
+        of_features = [path for path in store.groups() if path.startswith(OF_FEATURES)]
+        if kind == "latents" and of_features:
+            fix = f"pass --data.latents {of_features[0]} to learn features as latents, or "
         raise UserError(f"store {store.root} has no {kind}; {fix}run make precompute to add them")
     names = ", ".join(path.partition("/")[2] for path in paths)
     raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")

@@ -59,6 +59,7 @@ class Plan:
 def plan(config: GenerateConfig, device: torch.device) -> Plan:
     """Raises UserError."""
     run = open_run(config.run)
+    run.scale  # noqa: B018 - statistics that are gone or damaged are found before hours of drawing, not after
     run.data.close()  # only what it says is needed, not its rows
     checkpoint = _one_checkpoint(config)
     protocol = protocol_named(config.protocol) if config.protocol else None
