@@ -92,7 +92,7 @@ def test_a_decoder_of_other_tokens_is_one_line(store: Path, decoder: Path, tmp_p
     autoencoder(tmp_path / "mae", encoder_type="mae")
     refused(tmp_path / "mae", r"decodes mae of width 24 on 8×8 tokens, .*; name a decoder of this encoder")
     for name, change, says in (
-        ("kind", {"_class_name": "AutoencoderKL"}, "is a AutoencoderKL, and features are decoded by an AutoencoderRAE"),
+        ("kind", {"_class_name": "AutoencoderKL"}, "holds AutoencoderKL, and features are decoded by AutoencoderRAE"),
         ("layers", {"decoder_num_hidden_layers": 3}, r"cannot be loaded \(RuntimeError: Error.* Missing key"),
         ("size", {"patch_size": "x"}, r"cannot be loaded \(ValueError"),
     ):
