@@ -119,6 +119,7 @@ def _weaker(path: Path, run: OpenRun, recipe: TrainConfig) -> Weaker:
         ("a map of latents", str(run.scale), str(weaker.scale)),
         ("a state", ours.state_shape, theirs.state_shape),
         ("classes", ours.n_classes, theirs.n_classes),
+        ("a path", run.config.loss.path, weaker.config.loss.path),
     ):
         if a != b:
             raise UserError(f"--weaker {path} has {what} {b}, {run.path} has {a}; name a run like it")
