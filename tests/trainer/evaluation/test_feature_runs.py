@@ -122,6 +122,8 @@ def test_all_that_follows_knows_such_runs(name: str, runs: dict[str, Path], tmp_
         assert found["features"]["path"] == path
         assert found["aligned_blocks"] == [1]
         assert all(0 <= point["probe"] <= 1 for point in found["points"])
+    with pytest.raises(UserError, match=r"is a run, and images of one setting are measured; name a folder samples-"):
+        evaluate(run, heldout, Description(encoder=B))
     (exported,) = export(run, "safetensors", tmp_path / "safetensors", "latest")
     assert (exported / "latent-statistics.safetensors").is_file()
     (page,) = write_report(list(runs.values()), tmp_path / "report.html", "")
@@ -191,7 +193,9 @@ def test_a_decoder_of_something_else_is_refused_before_training(
         assert not RunFolder(tmp_path / "run").is_run
     for decoder in ("", "glyph-decoder", "hub/id"):
         train(override(config, {"run": tmp_path / f"of-{decoder[:3]}", "data.decoder": decoder}))
-        assert f"pictures   by {decoder or 'glyph-decoder'}\n" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"pictures   by {decoder or 'glyph-decoder'}\n" in said
+        assert ", 17 to 20 tokens\n" in said  # 4×4 patches, the class token, the label's from the second block on
 
 
 def test_a_derived_group_is_described_by_its_encoder(store: Path, tmp_path: Path) -> None:
