@@ -33,7 +33,7 @@ MEAN, STD = "encoder_mean", "encoder_std"  # of pixels
 COMPUTED = ("decoder_pos_embed",)
 # What a name of ours has in it, by the encoder that an autoencoder says it has.
 ENCODERS = {"dinov2": ("dinov2", "reg"), "siglip2": ("siglip",), "mae": ("mae",)}
-FIX = "pass --vae with a folder or hub id of diffusers' AutoencoderRAE"
+FIX = "name a folder or hub id of diffusers' AutoencoderRAE"  # with --data.decoder, or --vae of generate
 
 
 class FeatureDecoder(nn.Module):
