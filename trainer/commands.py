@@ -89,7 +89,8 @@ COMMANDS = {
         "a run for diffusers, or its averaged weights as one file", f"{OPTIONS}:ExportConfig", "trainer.commands:export"
     ),
     "import": Command(
-        "make a run, to draw from or to train on, from a public checkpoint of REPA, iREPA, REG, LightningDiT, SiT, DiT",
+        "make a run, to draw from or to train on, from a public checkpoint of REPA, iREPA, REG, LightningDiT, RAE, "
+        "RiT, SiT or DiT",
         "trainer.config.command_line:ImportCommand",
         "trainer.commands:import_run",
     ),

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.encoders import registry
 from storage import GroupReader, Staging, StoreLayout, create_group, create_store, open_store, places, publish_unit
 from storage.__main__ import main as storage_main
-from storage.base.errors import UserError
+from storage.base.errors import StoreError, UserError
 from storage.codecs import CODECS, PLAIN, Codec
 from storage.derive import derive_group
 from storage.final_norm import AFFINE, ATTRIBUTE, FinalNorm, final_norm_of
@@ -37,10 +37,13 @@ from trainer.data.feature_latents import (
 )
 from trainer.data.groups import geometry_of, open_data
 from trainer.data.loader import Loader
+from trainer.evaluation.generate.generate import GenerateConfig, generate
+from trainer.evaluation.probing.sweep import SweepConfig, sweep
 from trainer.loop.train import train
 from trainer.run.folder import RunFolder
 from trainer.run.latent_map import map_of
 from trainer.run.opened import open_run
+from trainer.run.settings import remember
 
 CPU = torch.device("cpu")
 RIT: dict[str, Any] = {
@@ -325,6 +328,15 @@ def test_a_run_keeps_its_statistics(store: Path, tmp_path: Path, capsys: pytest.
         ),
         ({**RIT, "data.latent_normalisation": "scale"}, "is normalised by channel and place; leave"),
         ({**RIT, "data.latents": "features/none"}, "has no features/none"),
+        ({**RIT, "model.heads": 16}, r"--model.width over its heads must be a multiple of 4 .* got 32 over 16 = 2;"),
+        (
+            {**DITDH, "model.head_heads": 16},
+            r"--model.head-width over its heads must be a multiple of 4 .* --model.kind ditdh, got 32 over 16 = 2;",
+        ),
+        (
+            {"data.latents": FEATURES, "model.patch": 1, "model.class_token": True},
+            f"of --model.kind sit joins an autoencoder's latents, and {FEATURES} is of an encoder, whose own class",
+        ),
         (
             {"data.latent_statistics": Path("x.pt")},
             "--data.latent-statistics is of features as latents; pass --data",
@@ -343,3 +355,40 @@ def test_what_a_store_lacks_is_one_line(shared_tiny_store: Path, tmp_path: Path)
         train(micro(tmp_path / "bare", tmp_path / "run", **RIT))
     with pytest.raises(UserError, match=r"and latents/tiny-vae is of an autoencoder; pass --data.latents feat"):
         train(micro(shared_tiny_store, tmp_path / "run", **{**RIT, "data.latents": ""}))
+    write(tmp_path / "features", np.random.default_rng(0).normal(size=(16, 1, 64, 24)), layer=PLAIN_NORM)
+    for changes in (RIT, {}):
+        with pytest.raises(UserError, match=f"has no latents; pass --data.latents {FEATURES} to learn features as la"):
+            train(micro(tmp_path / "features", tmp_path / "run", **{**changes, "data.latents": ""}))
+
+
+def test_statistics_that_are_gone_or_damaged_are_named_before_anything_is_drawn(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(micro(store, tmp_path / "run", **{**RIT, "steps": 1, "sample.sampler": "ode"}))
+    copy = RunFolder(tmp_path / "run").latent_statistics
+    copy.write_bytes(copy.read_bytes()[:1000])
+    loaded: list[object] = []
+    monkeypatch.setattr("trainer.evaluation.generate.generate.load_model", lambda *given: loaded.append(given))
+    monkeypatch.setattr("trainer.evaluation.probing.sweep.pooled_features", lambda *given: loaded.append(given))
+    drawn = GenerateConfig(run=tmp_path / "run", n=1, device="cpu", vae=str(tmp_path))
+    measured = SweepConfig(n=16, device="cpu", features=FEATURES.partition("/")[2])
+    for measure in (lambda: generate(drawn), lambda: sweep(tmp_path / "run", measured, ["probe"])):
+        with pytest.raises(StoreError, match=r"latent-statistics.safetensors is damaged .*; restore it, or remove it"):
+            measure()
+    assert not loaded
+
+
+def test_a_run_that_goes_on_otherwise_is_told_what_is_other(store: Path, tmp_path: Path) -> None:
+    """Not that statistics, or features that nobody named, do not fit what is asked for now."""
+    run = tmp_path / "run"
+    aligned = {**RIT, "data.features": (FEATURES.partition("/")[2],), "loss.projection_weight": (0.5,)}
+    train(micro(store, run, **{**aligned, "steps": 1}))
+    vanilla = micro(store, run, **{**RIT, "steps": 2})
+    with pytest.raises(
+        UserError, match=r"was made otherwise \(data.features: was .*loss.projection_weight: was 0.5, is"
+    ):
+        train(vanilla)
+    other = f"{FEATURES}-again"
+    remembered = remember(micro(store, run, **{**aligned, "data.latents": other}))
+    assert not remembered.data.latent_statistics_sha256
+    assert remember(micro(store, run, **aligned)).data.latent_statistics_sha256

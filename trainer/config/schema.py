@@ -21,6 +21,7 @@ from trainer.config.optim import OptimConfig
 from trainer.config.sample import SampleConfig
 
 Kind = Literal["sit", "dit", "lightningdit", "rit", "ditdh"]
+ROTARY = ("lightningdit", "rit", "ditdh")  # kinds whose heads turn pairs of channels, half of these by row
 DEFAULT_PRESET = "sit-xl-2"
 PRESET_NAMES = (  # in words, of `presets.py`
     "{sit,dit}-{s,b,l,xl}-{2,4,8}[-512][-vanilla], {sit,dit}-{b,l,xl}-1[-vanilla], sit-{b,l,xl}-2-reg, "
@@ -84,9 +85,20 @@ class ModelConfig:
             raise UserError(
                 f"--model.head-heads must divide --model.head-width, got {self.head_heads} and {self.head_width}"
             )
+        if self.kind in ROTARY:
+            self._check_heads("width", self.width, self.heads)
+        if self.kind == "ditdh":
+            self._check_heads("head_width", self.head_width, self.head_heads)
         at_least(self, "model", "context", 0)
         if self.context and self.kind != "rit":
             raise UserError(f"--model.context is of --model.kind rit; leave it at 0 with {self.kind}")
+
+    def _check_heads(self, name: str, width: int, heads: int) -> None:
+        if width // heads % 4:
+            raise UserError(
+                f"{flag('model', name)} over its heads must be a multiple of 4 for rotary positions of "
+                f"--model.kind {self.kind}, got {width} over {heads} = {width // heads}; change either"
+            )
 
     def require_block(self, name: str, block: int) -> None:
         """Raises UserError for what is no block of this model."""

@@ -119,6 +119,11 @@ def open_data(config: TrainConfig) -> TrainingData:
             f"--model.class-token of --model.kind rit is that of features as latents, and {latents} is of an "
             "autoencoder; pass --data.latents features/NAME, or --model.class-token false"
         )
+    if config.model.kind == "sit" and config.model.class_token and of_features:
+        raise UserError(
+            f"--model.class-token of --model.kind sit joins an autoencoder's latents, and {latents} is of an encoder, "
+            "whose own class token --model.kind rit denoises; pass --model.class-token false, or --model.kind rit"
+        )
     if of_features:
         require_features(groups[latents], class_token=config.model.class_token and config.model.kind == "rit")
     else:
@@ -201,6 +206,9 @@ def pick_group(store: Store, kind: str, name: str) -> str:
         return paths[0]
     if not paths:
         fix = "pass --loss.projection-weight 0 to train without, or " if kind == "features" else ""
+        of_features = [path for path in store.groups() if path.startswith(OF_FEATURES)]
+        if kind == "latents" and of_features:
+            fix = f"pass --data.latents {of_features[0]} to learn features as latents, or "
         raise UserError(f"store {store.root} has no {kind}; {fix}run make precompute to add them")
     names = ", ".join(path.partition("/")[2] for path in paths)
     raise UserError(f"store {store.root} has several {kind} ({names}); choose with --data.{kind} NAME")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData
+from trainer.evaluation.generate.decode import decoder_of
 from trainer.evaluation.generate.draw import in_words
 from trainer.loop.step import TrainingState
 from trainer.models.flops import forward_flops_per_image
+from trainer.models.transformer import Geometry
 from trainer.ranks.arithmetic import product_flops
 from trainer.run.latent_map import require_normalised
 from trainer.run.summary import settings_line
@@ -31,12 +33,13 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int, 
     lines = [
         f"settings   {settings_line(config)}",
         f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
-        f"{geometry.grid**2} tokens",
+        f"{_tokens(geometry)} tokens",
         f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
         f"latents    {training.scale}, {require_normalised(config, data, training.scale)}",
         *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
         *([f"alignment  {_stop(config, first_step)}"] if config.loss.stop_alignment_at else []),
         f"samples    {in_words(config)}",
+        *([f"pictures   {_pictures(decoder_of(data, config))}"] if data.of_features else []),
         *([f"distance   {measured}"] if measured else []),
         f"device     {world.device}, {ranks}",
         f"start      step {first_step} of {config.steps}",
@@ -53,6 +56,19 @@ def least_time(flop: float, flops: float) -> str:
     span = f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours" if hours < 100 else f"{hours:,.0f} hours"
     rate = f"{flops / 1e12:,.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:,.0f} GFLOP/s"
     return f"at least {span}, if a step ran at the {rate} that products of large matrices reach here"
+
+
+def _tokens(geometry: Geometry) -> str:
+    """How many a block has, the class token and the label's among them; blocks may differ (RiT)."""
+    least, most = (of(n for n, _ in geometry.sequences) for of in (min, max))
+    return f"{most}" if least == most else f"{least} to {most}"
+
+
+def _pictures(decoder: str) -> str:
+    """What makes pictures of features as latents, for previews and `generate`."""
+    return (
+        f"by {decoder}" if decoder else "none: previews show the first three channels; --data.decoder names a decoder"
+    )
 
 
 def _stop(config: TrainConfig, step: int) -> str:

@@ -60,6 +60,7 @@ from trainer.data.loader import Loader
 from trainer.data.resident import open_rows
 from trainer.data.rows import Rows, Streamed
 from trainer.evaluation.distance_curve import DistanceCurve
+from trainer.evaluation.generate.feature_decoder import require_decoder
 from trainer.evaluation.generate.preview import write_preview
 from trainer.loop.log_window import LogWindow, progress_text
 from trainer.loop.losses import Losses
@@ -102,6 +103,8 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
             config = resolve(config, data, world)
             scale = map_of(config, data, config.run)
             require_normalised(config, data, scale)
+            if data.of_features and config.data.decoder:
+                require_decoder(config.data.decoder, data.latents)
             set_arithmetic(config)
             curve = DistanceCurve(config, data, geometry, scale, world) if config.log.distance_every else None
             with only_writer(config.run, world):

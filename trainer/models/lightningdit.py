@@ -22,7 +22,11 @@ EPSILON = 1e-6
 
 
 def rotary_angles(head_width: int, grid: int) -> Tensor:
-    """Angles float32 (grid², head_width) by which channels rotate, tokens row-major; two channels share one."""
+    """Angles float32 (grid², head_width) by which channels rotate, tokens row-major; two channels share one.
+
+    Half of the channels are of the row, in pairs, so a head has a multiple of 4 of them (`ModelConfig` says so).
+    """
+    assert head_width % 4 == 0, head_width
     half = head_width // 2
     frequencies = LONGEST_PERIOD ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
     of_axis = (torch.arange(grid, dtype=torch.float32)[:, None] * frequencies).repeat_interleave(2, dim=1)

@@ -31,13 +31,15 @@ def remember(config: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
     if checkpoint is None:
         return config
     saved = parse_config(read_state(checkpoint).config, f"checkpoint {checkpoint}")
-    chosen = {name: value for name, value, _ in leaves(saved.config) if name in GROUPS and not flatten(config)[name]}
+    unnamed = {name for name in GROUPS if not flatten(config)[name]} - (set() if config.aligns else {"data.features"})
+    chosen = {name: value for name, value, _ in leaves(saved.config) if name in unnamed}
     if not config.data.latent_mean and not saved.absent & set(NORMALISATION):
         now, then = config.data.latent_normalisation, saved.config.data.latent_normalisation
         if now == then or (now == "auto" and NORMALISATION[0] not in given):
             chosen |= {name: value for name, value, _ in leaves(saved.config) if name in NORMALISATION}
     now_by, then_by = config.data, saved.config.data
-    if not now_by.latent_statistics_sha256 and now_by.latent_statistics == then_by.latent_statistics:
+    same = now_by.latents in ("", then_by.latents) and now_by.latent_statistics == then_by.latent_statistics
+    if same and not now_by.latent_statistics_sha256:
         chosen["data.latent_statistics_sha256"] = then_by.latent_statistics_sha256
     return override(saved.keep(config, given), chosen)
 

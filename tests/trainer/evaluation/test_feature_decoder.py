@@ -19,6 +19,7 @@ from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.feature_decoder import load_feature_decoder
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import image_path, n_written, read_image
+from trainer.evaluation.generate.outcome import outcome
 from trainer.evaluation.probing.sweep import SweepConfig, sweep
 from trainer.evaluation.report.page import write_report
 from trainer.loop.train import train
@@ -92,7 +93,7 @@ def test_a_decoder_of_other_tokens_is_one_line(store: Path, decoder: Path, tmp_p
     autoencoder(tmp_path / "mae", encoder_type="mae")
     refused(tmp_path / "mae", r"decodes mae of width 24 on 8×8 tokens, .*; name a decoder of this encoder")
     for name, change, says in (
-        ("kind", {"_class_name": "AutoencoderKL"}, "is a AutoencoderKL, and features are decoded by an AutoencoderRAE"),
+        ("kind", {"_class_name": "AutoencoderKL"}, "holds AutoencoderKL, and features are decoded by AutoencoderRAE"),
         ("layers", {"decoder_num_hidden_layers": 3}, r"cannot be loaded \(RuntimeError: Error.* Missing key"),
         ("size", {"patch_size": "x"}, r"cannot be loaded \(ValueError"),
     ):
@@ -129,6 +130,8 @@ def test_what_follows_a_training_knows_features(name: str, runs: dict[str, Path]
     folder, _ = generate(GenerateConfig(out=tmp_path / "images", **given))
     assert n_written(folder) == 4
     assert read_image(image_path(folder, 0)).shape == (128, 128, 3)
+    said = {"rit": "ode (Heun), 2 steps, guidance 1.5,", "ditdh": "2 steps, guidance 1.5 away from a weaker model,"}
+    assert said[name] in outcome([folder, tmp_path / "images.png"])
     record = json.loads((folder / "settings.json").read_text())
     assert record["sample.class_noise"] == more.get("class_noise", "own")
     assert ("weaker_sha256" in record) == (name == "ditdh")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.sources.glyphs import DEMO, RESOLUTION
 from storage import StoreLayout, open_store
 from storage.__main__ import main as storage_main
 from storage.base.errors import UserError
+from storage.derive import derive_group
 from tests.pipeline.encoding import encode_store
 from tests.trainer.runs import assert_same_run, curve, micro
 from trainer.config.tree import override
@@ -30,6 +32,7 @@ from trainer.evaluation.generate.decode import decode_latents, decoder_sha256
 from trainer.evaluation.generate.feature_decoder import load_feature_decoder
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import image_path, read_image
+from trainer.evaluation.generate.outcome import evaluation_of
 from trainer.evaluation.probing.sweep import SweepConfig, sweep
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
@@ -119,6 +122,8 @@ def test_all_that_follows_knows_such_runs(name: str, runs: dict[str, Path], tmp_
         assert found["features"]["path"] == path
         assert found["aligned_blocks"] == [1]
         assert all(0 <= point["probe"] <= 1 for point in found["points"])
+    with pytest.raises(UserError, match=r"is a run, and images of one setting are measured; name a folder samples-"):
+        evaluate(run, heldout, Description(encoder=B))
     (exported,) = export(run, "safetensors", tmp_path / "safetensors", "latest")
     assert (exported / "latent-statistics.safetensors").is_file()
     (page,) = write_report(list(runs.values()), tmp_path / "report.html", "")
@@ -168,6 +173,38 @@ def test_it_decodes_its_own_encoder_s_last_tokens_only(store: Path, tmp_path: Pa
         (config_of_another / file.name).write_bytes(file.read_bytes().replace(b'sha256": "', b'sha256": "0'))
     with pytest.raises(UserError, match=r"decodes tokens of weights 0\w{11}, and features/glyph-vit is of weights"):
         load_feature_decoder(str(config_of_another), opened.group(A), CPU)
+
+
+def test_a_decoder_of_something_else_is_refused_before_training(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would make no picture, and previews, which end no run, would not say so."""
+    config = micro(store, tmp_path / "run", **{**RIT, "steps": 1})
+    other = shutil.copytree(GLYPH_DECODER, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    for changes, says in (
+        ({"_class_name": "AutoencoderKL"}, "holds AutoencoderKL, and features are decoded by AutoencoderRAE"),
+        ({"encoder_hidden_size": 64}, "decodes timm.VisionTransformer of width 64 on 4×4 tokens, and"),
+        ({"encoder_patch_size": 0}, "cannot be loaded .ZeroDivisionError"),
+    ):
+        (other / "config.json").write_text(json.dumps({**settings, **changes}))
+        with pytest.raises(UserError, match=says):
+            train(override(config, {"data.decoder": str(other)}))
+        assert not RunFolder(tmp_path / "run").is_run
+    for decoder in ("", "glyph-decoder", "hub/id"):
+        train(override(config, {"run": tmp_path / f"of-{decoder[:3]}", "data.decoder": decoder}))
+        said = capsys.readouterr().out
+        assert f"pictures   by {decoder or 'glyph-decoder'}\n" in said
+        assert ", 17 to 20 tokens\n" in said  # 4×4 patches, the class token, the label's from the second block on
+
+
+def test_a_derived_group_is_described_by_its_encoder(store: Path, tmp_path: Path) -> None:
+    """A group's name need not be an encoder's."""
+    root = Path(shutil.copytree(store, tmp_path / "store"))
+    derive_group(root, A, "rotated4", n_workers=1)
+    run = tmp_path / "derived"
+    train(micro(root, run, **{**RIT, "data.features": ("glyph-vit-rotated4",), "steps": 1}))
+    assert evaluation_of(run, tmp_path / "images").endswith(f"--encoder glyph-vit --run {run}")
 
 
 def test_the_page_names_the_encoder_of_latents_that_is_here(store: Path, tmp_path: Path) -> None:

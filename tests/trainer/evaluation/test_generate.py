@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
 from trainer.config.presets import preset
+from trainer.config.tree import override
 from trainer.evaluation.generate.generate import GenerateConfig, generate, labels_of
 from trainer.evaluation.generate.image_files import image_path, is_whole, n_written, read_image
+from trainer.loop.train import train
+from trainer.run.folder import RunFolder
 
 N, BATCH, STEPS = 22, 4, 16  # six blocks, of which the last is not all wanted
 
@@ -120,6 +123,14 @@ def test_guidance_away_from_the_model_itself_is_none(micro_run: Path, tmp_path: 
         generate(settings(micro_run, tmp_path / "guided", n=4, guidance=3.0))
     with pytest.raises(UserError, match=r"--weaker .* has nothing to guide with --guidance 1; give a scale above 1"):
         generate(settings(micro_run, tmp_path / "x", guidance=1.0, weaker=micro_run))
+
+
+def test_a_weaker_model_of_another_path_is_refused(micro_run: Path, tmp_path: Path) -> None:
+    """Its velocities are those of other noisy latents."""
+    config = RunFolder(micro_run).read_config().config
+    train(override(config, {"run": tmp_path / "cosine", "steps": 1, "loss.path": "cosine"}))
+    with pytest.raises(UserError, match=r"--weaker \S+ has a path cosine, \S+ has linear; name a run like it"):
+        generate(settings(micro_run, tmp_path / "x", guidance=2.0, weaker=tmp_path / "cosine"))
 
 
 def test_labels() -> None:

@@ -25,7 +25,7 @@ from trainer.ranks.arithmetic import autocast_dtype
 def in_words(config: TrainConfig) -> str:
     """How images are drawn, for people."""
     sample = config.sample
-    steps = f"{sample.sampler} in {sample.steps} steps"
+    steps = f"{sample.sampler}{' (Heun)' if sample.heun else ''} in {sample.steps} steps"
     if sample.guidance == 1:
         return f"{steps}, without guidance"
     what = f"guidance {sample.guidance:g}"

@@ -8,6 +8,8 @@ autoencoder normalises latents cancel out. Weights are read as data. diffusers i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ MEAN, STD = "encoder_mean", "encoder_std"  # of pixels
 COMPUTED = ("decoder_pos_embed",)
 # What a name of ours has in it, by the encoder that an autoencoder says it has.
 ENCODERS = {"dinov2": ("dinov2", "reg"), "siglip2": ("siglip",), "mae": ("mae",)}
-FIX = "pass --vae with a folder or hub id of diffusers' AutoencoderRAE"
+FIX = "name a folder or hub id of diffusers' AutoencoderRAE"  # with --data.decoder, or --vae of generate
 
 
 class FeatureDecoder(nn.Module):
@@ -58,11 +60,27 @@ def load_feature_decoder(
     Raises UserError where there is none, or one of another encoder than made the features.
     """
     config_file, weight_file = _files(where, fetch)
+    return _loaded(_settings(config_file, where), weight_file, features, where).to(device).eval()
+
+
+def require_decoder(where: str, features: GroupReader[FeaturesIdentity]) -> None:
+    """Raise UserError for a decoder in a folder here that is not of these features; no weight is read.
+
+    What is no folder may be a hub id, or lie on the machine that draws, and is looked at there.
+    """
+    if Path(folder_of(where)).is_dir():
+        config_file, _ = _files(where, fetch=False)
+        with _one_line(where):
+            _require_fitting(_settings(config_file, where), features, where)
+
+
+def _settings(config_file: Path, where: str) -> dict[str, Any]:
+    """An AutoencoderRAE's configuration; UserError for another class's."""
     settings = parse_json(dict[str, Any], read_regular(config_file), str(config_file), FIX)
     kind = settings.get("_class_name")
     if kind != RAE:
-        raise UserError(f"{where} is a {kind}, and features are decoded by an {RAE}; {FIX}")
-    return _loaded(settings, weight_file, features, where).to(device).eval()
+        raise UserError(f"{where} holds {kind}, and features are decoded by {RAE}; {FIX}")
+    return settings
 
 
 def _files(where: str, fetch: bool) -> tuple[Path, Path]:
@@ -93,11 +111,8 @@ def _loaded(
 ) -> FeatureDecoder:
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
-    try:
-        encoder, width = str(settings["encoder_type"]), int(settings["encoder_hidden_size"])
-        side = int(settings["encoder_input_size"]) // int(settings["encoder_patch_size"])
-        _require_encoder(encoder, width, side, features, where)
-        _require_tokens(settings, features, where)
+    with _one_line(where):
+        width, side = _require_fitting(settings, features, where)
         decoder = RAEDecoder(
             hidden_size=width,
             num_patches=side**2,
@@ -112,12 +127,28 @@ def _loaded(
         state = {n.removeprefix(DECODER): t.float() for n, t in tensors.items() if n.startswith(DECODER)}
         decoder.load_state_dict({n: t for n, t in state.items() if n not in COMPUTED})
         mean, std = (tensors[name].float().reshape(1, 3, 1, 1) for name in (MEAN, STD))
+    return FeatureDecoder(decoder, mean, std)
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """What a damaged configuration or weight file makes of the code that reads it, as UserError."""
+    try:
+        yield
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         first = " ".join(str(error).split())[:160]
         raise UserError(f"the decoder {where} cannot be loaded ({type(error).__name__}: {first}); {FIX}") from error
-    return FeatureDecoder(decoder, mean, std)
+
+
+def _require_fitting(settings: dict[str, Any], features: GroupReader[FeaturesIdentity], where: str) -> tuple[int, int]:
+    """Width and tokens a side of what a decoder takes. Raises UserError where the features are of something else."""
+    encoder, width = str(settings["encoder_type"]), int(settings["encoder_hidden_size"])
+    side = int(settings["encoder_input_size"]) // int(settings["encoder_patch_size"])
+    _require_encoder(encoder, width, side, features, where)
+    _require_tokens(settings, features, where)
+    return width, side
 
 
 def _require_encoder(encoder: str, width: int, side: int, features: GroupReader[FeaturesIdentity], where: str) -> None:

@@ -68,7 +68,8 @@ def generate(config: GenerateConfig) -> list[Path]:
         planned = plan(config, world.device)
         config, recipe, settings, folder = planned.config, planned.recipe, planned.settings, planned.folder
         if world.is_main:
-            print(f"images by {in_words(recipe)}", file=sys.stderr)  # stdout has what came of it
+            away = f", away from {planned.weaker.run.path}" if planned.weaker else ""
+            print(f"images by {in_words(recipe)}{away}", file=sys.stderr)  # stdout has what came of it
         with only_writer(folder, world, "generating"):
             if world.is_main:
                 for stray in folder.glob(".*.partial"):  # of a process that was killed as it wrote

@@ -16,8 +16,10 @@ def outcome(written: Sequence[Path]) -> str:
     folder, grid, *packed = written
     settings = json.loads((folder / SETTINGS_FILE).read_text())
     guidance = settings.get("sample.guidance")
-    drawn = f"{settings.get('sample.sampler')}, {settings.get('sample.steps')} steps"
+    heun = " (Heun)" if settings.get("sample.heun") else ""
+    drawn = f"{settings.get('sample.sampler')}{heun}, {settings.get('sample.steps')} steps"
     drawn += ", without guidance" if guidance == 1 else f", guidance {guidance}"
+    drawn += " away from a weaker model" if settings.get("weaker_sha256") else ""
     rows = {
         "images": f"{n_written(folder):,} in {folder}",
         "drawn": f"after {settings.get('step'):,} steps of training, by {drawn}, seed {settings.get('seed')}",

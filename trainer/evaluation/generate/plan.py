@@ -59,6 +59,7 @@ class Plan:
 def plan(config: GenerateConfig, device: torch.device) -> Plan:
     """Raises UserError."""
     run = open_run(config.run)
+    run.scale  # noqa: B018 - statistics that are gone or damaged are found before hours of drawing, not after
     run.data.close()  # only what it says is needed, not its rows
     checkpoint = _one_checkpoint(config)
     protocol = protocol_named(config.protocol) if config.protocol else None
@@ -118,6 +119,7 @@ def _weaker(path: Path, run: OpenRun, recipe: TrainConfig) -> Weaker:
         ("a map of latents", str(run.scale), str(weaker.scale)),
         ("a state", ours.state_shape, theirs.state_shape),
         ("classes", ours.n_classes, theirs.n_classes),
+        ("a path", run.config.loss.path, weaker.config.loss.path),
     ):
         if a != b:
             raise UserError(f"--weaker {path} has {what} {b}, {run.path} has {a}; name a run like it")

@@ -88,6 +88,7 @@ def sweep(path: Path, config: SweepConfig, measures: Collection[Measure]) -> dic
 
 def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collection[Measure]) -> dict[str, Any]:
     device = device_named(config.device)
+    run.scale  # noqa: B018 - is there, or says so before anything is measured
     if "probe" in measures and (samples.labels < 0).any():
         raise UserError(f"{samples.store.root} has samples without a label; a probe needs one for each, `cknna` none")
     blocks = parse_blocks(config.blocks, run.geometry.depth + run.geometry.head_depth)

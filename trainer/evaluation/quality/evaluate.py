@@ -69,6 +69,11 @@ def evaluate(
     """
     if protocol:
         protocol_named(protocol)
+    if RunFolder(images).is_run:  # whose grids and sets of several settings would be measured as one
+        raise UserError(
+            f"{images} is a run, and images of one setting are measured; name a folder samples-… in it, or draw and "
+            f"measure with `python -m trainer score {images}`"
+        )
     device = device_named(description.device)
     of_images, of_reference = contents(images), contents(reference)
     drawn = Path(open_feature_file(images).images["path"]) if of_images.features else images

@@ -136,7 +136,10 @@ def _preview(record: RunRecord) -> Strip:
     if record.picture is None:
         return Strip(title=record.name, note="")
     sample = record.config.sample
-    settings = {"sample.sampler": sample.sampler, "sample.steps": sample.steps, "sample.guidance": sample.guidance}
+    settings = {
+        "sample.sampler": sample.sampler, "sample.heun": sample.heun, "sample.steps": sample.steps,
+        "sample.guidance": sample.guidance,
+    }  # fmt: skip
     words = "drawn from it" if record.picture.parent == record.path else f"while it trained, {_in_words(settings)}"
     note = f"{words} ({record.picture.name})"
     return Strip(title=record.name, note=note, whole=read_image(record.picture), whole_title=record.name)
@@ -147,9 +150,11 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     step, steps, guidance = settings.get("step"), settings.get("sample.steps"), settings.get("sample.guidance")
     parts = [f"after {step:,} steps" if isinstance(step, int) else ""]
     if settings.get("sample.sampler") and isinstance(steps, int):
-        parts.append(f"{settings['sample.sampler']} in {steps} steps")
+        heun = " (Heun)" if settings.get("sample.heun") else ""
+        parts.append(f"{settings['sample.sampler']}{heun} in {steps} steps")
     if isinstance(guidance, int | float):
-        parts.append("no guidance" if guidance == 1 else f"guidance {guidance:g}")
+        away = " away from a weaker model" if settings.get("weaker_sha256") else ""
+        parts.append("no guidance" if guidance == 1 else f"guidance {guidance:g}{away}")
     parts.append(f"seed {settings['seed']}" if "seed" in settings else "")
     return ", ".join(filter(None, map(str, parts)))
 

@@ -29,7 +29,7 @@ from trainer.evaluation.report.spread import LEVEL, Difference, deviation, diffe
 from trainer.evaluation.report.training import unlike_training
 
 Outcome = Literal["clear", "open", "within", "unknown", "unlike", "missing", "alone"]
-BUILT_IN = ("tiny-", "glyph-")  # encoders that need no weights
+BUILT_IN = ("tiny-vit", "glyph-vit", "glyph-namer")  # encoders that need no weights
 OF_FEATURES = "features/"  # latents that are an encoder's features
 FEW_IMAGES = 512  # where such an encoder will do
 
@@ -317,7 +317,7 @@ def evaluation_command(records: Sequence[RunRecord], run: RunRecord, images: Pat
     stored = [path.partition("/")[2] for path in _groups(run.config.store) if path.startswith("features/")]
     used = [name for record in records for name in record.config.data.features]
     used += [record.config.data.latents.removeprefix(OF_FEATURES) for record in records if _of_features(record)]
-    tiny = [name for name in [*used, *stored] if name.startswith(BUILT_IN)]
+    tiny = [name for group in [*used, *stored] for name in BUILT_IN if group == name or group.startswith(f"{name}-")]
     options = ["--encoder", tiny[0]] if tiny else []
     reference = ["--reference", run.config.store or "REFERENCE"]
     if images is None and not run.drawn:
