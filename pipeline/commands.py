@@ -91,9 +91,9 @@ def report_precompute(config: PrecomputeConfig) -> int:
         print("mend what is said above and run the same command again")
         say_next(command_line("pipeline", "status", summary.store))
         return status
-    from pipeline.next_step import train_command
+    from pipeline.next_step import train_commands
 
-    say_next(command_line("storage", "ls", summary.store), train_command(summary.store, summary.bytes_per_image))
+    say_next(command_line("storage", "ls", summary.store), *train_commands(summary.store, summary.bytes_per_image))
     return status
 
 
@@ -120,17 +120,17 @@ def encoders(config: NoConfig) -> None:
 
 def status(config: StoreConfig) -> None:
     """Print units, rate, failures."""
-    from pipeline.next_step import train_command
+    from pipeline.next_step import train_commands
     from pipeline.status import status
     from storage import StoreError
 
     for line in status(config.store):
         say(line)
     try:
-        train = train_command(config.store)
+        train = train_commands(config.store)
     except StoreError:  # said above, of each group
-        train = ""
-    say_next(command_line("storage", "verify", config.store), train)
+        train = []
+    say_next(command_line("storage", "verify", config.store), *train)
 
 
 def preview(config: PreviewConfig) -> None:

@@ -7,26 +7,30 @@ must be the features' grid; without features, p makes as many tokens as features
     sit-xl-2-reg                     at 256 px, where class tokens lie beside the patch tokens
     sit-xl-1[-vanilla]               for latents of autoencoders of factor 16 and more
     sit-tiny-2                       at any other resolution
+    rit-xl-1                         of a store without latents, whose features are learned as such
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
 from storage import GroupReader, StoreError, open_store
+from storage.base.ending import command as command_line
+from storage.codecs import PLAIN
 from storage.identity import FeaturesIdentity, LatentsIdentity
 
 PATCHES = (1, 2, 4, 8)
 PIXELS_A_TOKEN = 16  # of features, and so of published models
 TINY, TINY_PATCH = "sit-tiny-2", 2
+OF_FEATURES, OF_FEATURES_WIDTH, OF_FEATURES_RESOLUTION = "rit-xl-1", 1152, 256  # no wider tokens can be learned
 
 
-def train_command(where: str, preferred: Collection[str] = ()) -> str:
-    """`make train STORE=… PRESET=…`, to be pasted into a shell; empty where no model can be trained on the store.
+def train_commands(where: str, preferred: Collection[str] = ()) -> list[str]:
+    """`make train STORE=… PRESET=…` and what it needs first, to be pasted into a shell; none where no model can train.
 
     Of several groups the `preferred` ones are named, where they fit; those that are not complete never are.
     """
@@ -36,6 +40,11 @@ def train_command(where: str, preferred: Collection[str] = ()) -> str:
     for path in sorted(paths, key=lambda path: path not in preferred):
         with suppress(StoreError), closing(store.group(path)) as group:
             groups[path] = group
+    n_without = int((store.classes.labels < 0).sum())
+    # samples of which only some have a label can only be trained on without any
+    unlabelled = ["--loss.label-dropout 1"] * (0 < n_without < store.n_rows)
+    if not any(path.startswith("latents/") for path in paths):
+        return _on_features(where, store.resolution, groups, unlabelled)
     latents = [path for path in groups if path.startswith("latents/")]
     features = [path for path in groups if path.startswith("features/")]
     fitting = [
@@ -46,17 +55,39 @@ def train_command(where: str, preferred: Collection[str] = ()) -> str:
         if _fits(groups[source], groups.get(target), patch)
     ]
     if not fitting:
-        return ""
+        return []
     source, target, patch = min(fitting, key=lambda fit: not fit[1])  # the first with alignment, else the first
     preset, options = _preset(store.resolution, patch, groups.get(target))
-    n_without = int((store.classes.labels < 0).sum())
-    if 0 < n_without < store.n_rows:  # which can only be trained on without any
-        options.append("--loss.label-dropout 1")
+    options += unlabelled
     for kind, chosen in (("latents", source), ("features", target)):
         if chosen and sum(path.startswith(f"{kind}/") for path in paths) > 1:
             options.append(f"--data.{kind} {shlex.quote(chosen.partition('/')[2])}")
+    return [_make_train(where, preset, options)]
+
+
+def _make_train(where: str, preset: str, options: list[str]) -> str:
     line = f"make train STORE={shlex.quote(where)} PRESET={preset}"
     return f"{line} ARGS={shlex.quote(' '.join(options))}" if options else line
+
+
+def _on_features(
+    where: str, resolution: int, groups: Mapping[str, GroupReader[Any]], unlabelled: list[str]
+) -> list[str]:
+    """Statistics by place, then a model of the first features that such a model can learn."""
+    for path, group in groups.items():
+        height, width = group.identity.token_grid or (0, 1)
+        if not (
+            "patches" in group.arrays and height == width and (group.identity.width or math.inf) <= OF_FEATURES_WIDTH
+        ):
+            continue
+        if group.codec != PLAIN:  # what it adds to a token may be refused
+            continue
+        options = [f"--data.latents {shlex.quote(path)}"]
+        options += ["--data.resolution 0"] * (resolution != OF_FEATURES_RESOLUTION)
+        options += ["--model.class-token false"] * ("cls" not in group.arrays)
+        statistics = command_line("storage", "statistics", where, path, "--places")
+        return [statistics, _make_train(where, OF_FEATURES, options + unlabelled)]
+    return []
 
 
 def _preset(resolution: int, patch: int, target: GroupReader[FeaturesIdentity] | None) -> tuple[str, list[str]]:

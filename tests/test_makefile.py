@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.encoders.tiny import TINY_VAE
-from pipeline.next_step import train_command
+from pipeline.next_step import train_commands
 from tests.stores import make_store
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +128,7 @@ def test_next_commands_can_be_pasted_whatever_the_path(tmp_path: Path) -> None:
     store, run = tmp_path / ODD / "store", tmp_path / ODD / "run"
     make_store(store)
     tiny = "--device cpu --steps 1 --batch 4 --log.tensorboard false --model.depth 2 --model.width 32"
-    done = pasted(f"{train_command(str(store))} RUN={shlex.quote(str(run))} ARGS='{tiny}'")
+    done = pasted(f"{train_commands(str(store))[-1]} RUN={shlex.quote(str(run))} ARGS='{tiny}'")
     assert done.returncode == 0, done.stderr
     assert (run / "latest").read_text() == "step-0000001"
     generate, board = next_commands(done.stdout)

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.encoders.catalogue import VAES, VISION
 from pipeline.encoders.tiny import RESOLUTION
-from pipeline.next_step import train_command
+from pipeline.next_step import train_commands
 from tests.stores import make_groups
 from trainer.config.command_line import train_config
 from trainer.config.presets import PRESETS, preset
@@ -77,17 +77,25 @@ def taken(command: str) -> TrainConfig:
             {"latents/a": {"n": 4, "side": 16}, "features/b": {"n": 24, "side": 8}, "features/c": SD | {"side": 8}},
             "c",
         ),
-        (256, {"features/b": {"n": 24, "side": 16}}, ""),
+        (256, {"features/b": {"n": 24, "side": 16}}, "rit-xl-1"),
+        (64, {"features/b": {"n": 24, "side": 4, "arrays": ["patches"]}}, "--model.class-token false"),
+        (64, {"features/w": {"n": 1153, "side": 4}, "features/z": {"n": 24, "side": 4}}, "--data.latents features/z"),
+        (256, {"features/b": {"n": 1153, "side": 16}}, ""),
+        (256, {"features/b": {"n": 24, "side": 16, "arrays": ["cls"]}}, ""),
         (96, {"latents/a": {"n": 4, "side": 3}}, "--model.patch 1"),
     ],
 )
 def test_the_trainer_takes_it(tmp_path: Path, resolution: int, groups: dict[str, Any], says: str) -> None:
     make_groups(tmp_path / "it's $x", resolution, groups)
-    command = train_command(str(tmp_path / "it's $x"), {"features/c"})
+    commands = train_commands(str(tmp_path / "it's $x"), {"features/c"})
     if not says:
-        assert command == ""
+        assert commands == []
         return
+    *before, command = commands
     config = taken(command)
+    assert len(before) == config.data.latents.startswith("features/")
+    if before:
+        assert shlex.split(before[0])[3:] == ["statistics", config.store, config.data.latents, "--places"]
     assert config.preset == says if says in PRESETS else says in command
 
 
@@ -111,7 +119,7 @@ def test_the_trainer_takes_what_follows_any_pair_of_encoders(tmp_path: Path, res
     }
     make_groups(tmp_path, resolution, groups, n_rows=1)
     for source, target in itertools.product(*([g for g in groups if g.startswith(kind)] for kind in ("lat", "fea"))):
-        config = taken(train_command(str(tmp_path), {source, target}))
+        config = taken(*train_commands(str(tmp_path), {source, target}))
         side, grid = groups[source]["side"], groups[target]["side"]
         assert config.aligns
         if side % grid == 0 and "patches" in groups[target]["arrays"]:  # otherwise another group's turn
@@ -123,6 +131,6 @@ def test_the_trainer_takes_what_follows_any_pair_of_encoders(tmp_path: Path, res
 
 def test_a_store_with_some_labels_is_trained_on_without_them(tmp_path: Path) -> None:
     make_groups(tmp_path, 256, {"latents/a": SD}, labels=[0, -1])
-    command = train_command(str(tmp_path))
+    (command,) = train_commands(str(tmp_path))
     assert "--loss.label-dropout 1" in command
     assert taken(command).preset == "sit-xl-2-vanilla"
