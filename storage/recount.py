@@ -20,6 +20,7 @@ from storage.base.console import progress_bar, say
 from storage.base.ending import command, say_next
 from storage.base.errors import StoreError, UserError
 from storage.base.options import argument, option
+from storage.base.shown import counted
 from storage.codecs import TOKENS
 from storage.identity import FeaturesIdentity
 from storage.reader import DEFAULT_THREADS, GroupReader, Store, open_store
@@ -61,7 +62,9 @@ def statistics(config: StatisticsConfig) -> None:
                     count_unit(store.root, group, unit, receipt, staging.run_id)
                     bar.update(1)
         sums, _ = group_sums(store.root, group.layout, group.identity_digest, group.identity)
-        say(f"{store.root.at(group.path)}: {len(lacking)} of {store.layout.n_units} units counted")
+        n_units = counted(store.layout.n_units, "unit")
+        done = f"{len(lacking)} of {n_units} counted" if lacking else f"{n_units}, all counted before"
+        say(f"{store.root.at(group.path)}: {done}")
         say(*describe(sums, group.identity))
         if config.places:
             say(_of_places(store, group))

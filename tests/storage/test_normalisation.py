@@ -139,7 +139,7 @@ def test_a_recount_gives_the_sums_that_encoding_records(tmp_path: Path, capsys: 
     np.testing.assert_allclose(np.square(found.std), mean.var((0, 2, 3)) + np.square(std).mean((0, 2, 3)), rtol=1e-10)
     capsys.readouterr()
     assert main(["statistics", str(tmp_path), LATENTS]) == 0
-    assert "0 of 3 units counted" in capsys.readouterr().out
+    assert "3 units, all counted before" in capsys.readouterr().out
     assert main(["statistics", str(tmp_path), FEATURES]) == 0
     assert "patches norm of a token" in capsys.readouterr().out
 

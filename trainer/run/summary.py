@@ -44,7 +44,8 @@ def outcome(summary: Mapping[str, Any]) -> str:
     }
     for loss in ("loss", "denoising_loss", "alignment_loss"):
         if last.get(loss) and first.get(loss) is not None:
-            rows[loss.replace("_", " ")] = f"{first[loss]:.4f} (step {first['step']}) → {last[loss]:.4f}"
+            since = f"{first[loss]:.4f} (step {first['step']}) → " if first["step"] != last["step"] else ""
+            rows[loss.replace("_", " ")] = f"{since}{last[loss]:.4f}"
     rows |= {"checkpoint": summary["checkpoint"]}
     return ending.rows(rows)
 
