@@ -13,9 +13,9 @@ a latent element. Only the ratio of noise to signal costs reconstruction, so the
 Crops of half the side are cheaper and as good to learn textures from; the last quarter of the steps sees whole images,
 since attention and group norms work over all pixels, while the learning rate falls to zero. What a step sees is a
 function of (SEED, step), and the state is saved every `--save-every` steps and on SIGTERM or Ctrl-C: the same command
-goes on. Cost: a step of 16 crops of 64 px takes 1.3 s of two cores with AVX2 in float32 that do nothing else, and twelve
-where something else runs on one of them. `--precision bf16` is for GPUs and for CPUs with matrix units of that width
-(AMX); on one without them it is thirteen times slower than float32.
+goes on. Cost: a step of 16 crops of 64 px takes 1.3 s of two cores with AVX2 in float32 that do nothing else, and
+twelve where something else runs on one of them. `--precision bf16` is for GPUs and for CPUs with matrix units of that
+width (AMX); on one without them it is thirteen times slower than float32.
 """
 
 from __future__ import annotations
