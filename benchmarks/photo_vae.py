@@ -44,7 +44,7 @@ Precision = Literal["fp32", "bf16"]
 CPU = torch.device("cpu")
 SEED = 0
 KL_WEIGHT = 0.01
-PEAK_LR = 2e-3  # of Muon too
+PEAK_LR = 2e-3  # of both optimisers: see `resumable.py`
 N_SHOWN = 48
 VAE_CONFIG: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -20,7 +20,6 @@ from typing import Any
 
 from storage import GroupReader, StoreError, open_store
 from storage.base.ending import command as command_line
-from storage.codecs import PLAIN
 from storage.identity import FeaturesIdentity, LatentsIdentity
 
 PATCHES = (1, 2, 4, 8)
@@ -80,7 +79,7 @@ def _on_features(
             "patches" in group.arrays and height == width and (group.identity.width or math.inf) <= OF_FEATURES_WIDTH
         ):
             continue
-        if group.codec != PLAIN:  # what it adds to a token may be refused
+        if group.identity.codec is not None:  # what it adds to a token may be refused
             continue
         options = [f"--data.latents {shlex.quote(path)}"]
         options += ["--data.resolution 0"] * (resolution != OF_FEATURES_RESOLUTION)
