@@ -11,7 +11,8 @@ work is stopped. With `--run-by-run` a run is brought to its end before the next
 that are lent for a while, what `--measures` has from another one is neither trained for nor measured again.
 
 Weights, order, noise, times and dropped labels of the arms of one seed are equal, since all are keyed by the seed: a
-difference within a pair is the alignment's.
+difference within a pair is the alignment's. What is stopped half-way is REPA's own run until then, and goes on from its
+checkpoint, where the run is at hand.
 
 - vanilla and REPA with a middle block's features, three seeds each
 - one seed each: REPA with the final norm's features; with a middle block's of another photograph of the same class, a
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +47,7 @@ from pipeline.encoders.registry import resolve_features
 from storage.base.console import Parser, run_command
 from storage.base.errors import UserError
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.folder import RunFolder
 
 PROG = "python -m benchmarks.repa_effect"
 MILESTONES = (1000, 2000, 3000, 4000, 6000, 8000)
@@ -119,10 +122,33 @@ def stage(run: Run, arm: Arm, setting: Setting, step: int, milestones: Sequence[
     if is_measured(setting, run.name, step, draws=draws):
         return
     folder = setting.out / "runs" / run.name
+    words = train_command(run, arm, setting, step, math.gcd(*milestones))
+    if arm.begins_as is not None:
+        other, until = arm.begins_as
+        origin = Run(arm=other, seed=run.seed)
+        if step <= until and is_measured(setting, origin.name, step, draws=draws):
+            shutil.copytree(setting.folder(origin.name, step), setting.folder(run.name, step), dirs_exist_ok=True)
+            return
+        if step > until and begin_as(folder, setting.out / "runs" / origin.name, until):
+            words.append("--resume-with-changes")
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None or read_state(checkpoint).step < step:
-        command(train_command(run, arm, setting, step, math.gcd(*milestones)))
+        command(words)
     measure(setting, folder, step, command, draws=draws)
+
+
+def begin_as(run: Path, origin: Path, step: int) -> bool:
+    """Let `run` go on from `origin`'s checkpoint at a step, unless it is beyond it; whether it begins there."""
+    there, kept = latest_checkpoint(run), RunFolder(origin).checkpoint(step)
+    if (there is not None and read_state(there).step > step) or not kept.is_dir():
+        return False
+    mine = RunFolder(run)
+    run.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(kept, mine.checkpoint(step), dirs_exist_ok=True)
+    for name in (RunFolder(origin).config.name, RunFolder(origin).metrics.name):
+        shutil.copy(origin / name, run / name)
+    mine.latest.write_text(mine.checkpoint(step).name)
+    return True
 
 
 def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> None:
@@ -150,9 +176,10 @@ def work(
 ) -> list[str]:
     """Every stage in turn, `jobs` at once, one at a time of each run; returns what failed."""
     order = interleaved(of_arms, tuple(milestones))
-    if run_by_run:
-        runs = list(dict.fromkeys(run for _, run in order))
-        order.sort(key=lambda each: (runs.index(each[1]), each[0]))
+    tasks = [[each] for each in order]
+    if run_by_run:  # one worker brings a run to its end, so that no other waits for it
+        runs = dict.fromkeys(run for _, run in order)
+        tasks = [[each for each in order if each[1] == run] for run in runs]
     locks = {run: threading.Lock() for _, run in order}
     failed: dict[Run, str] = {}
 
@@ -169,8 +196,12 @@ def work(
                 failed[run] = f"{run.name}: {error}"
                 print(failed[run], file=sys.stderr, flush=True)
 
+    def do_all(stages: Sequence[tuple[int, Run]]) -> None:
+        for step, run in stages:
+            do(step, run)
+
     with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(do, step, run) for step, run in order]:
+        for future in [pool.submit(do_all, stages) for stages in tasks]:
             future.result()
     return list(failed.values())
 

@@ -27,15 +27,20 @@ COMMON: dict[str, str] = {
 }
 SAMPLING: dict[str, str] = {"sampler": "ode", "steps": "25", "guidance": "1", "precision": "fp32"}
 VANILLA, REPA = "vanilla", "repa"
+STOPPED_AT = 4000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A kind of run. `title` stands in tables; `options` are what differs from COMMON."""
+    """A kind of run. `title` stands in tables; `options` are what differs from COMMON.
+
+    `begins_as`: up to a step it is, bit for bit, another arm's run of the same seed, which need not be trained again.
+    """
 
     title: str
     seeds: tuple[int, ...]
     options: Mapping[str, str]
+    begins_as: tuple[str, int] | None = None
 
 
 def arms(features: str, final: str, control: str) -> dict[str, Arm]:
@@ -45,15 +50,18 @@ def arms(features: str, final: str, control: str) -> dict[str, Arm]:
     return {
         VANILLA: Arm(title="vanilla", seeds=(0, 1, 2), options={"loss.projection-weight": "0"}),
         REPA: Arm(title="REPA", seeds=(0, 1, 2), options=repa),
+        "repa-stopped": Arm(
+            title="REPA, stopped half-way",
+            seeds=(0,),
+            options={**repa, "loss.stop-alignment-at": str(STOPPED_AT)},
+            begins_as=(REPA, STOPPED_AT),
+        ),
         "repa-final": Arm(title="REPA, final layer", seeds=(0,), options={"data.features": final}),
         "repa-other": Arm(title="REPA, another photograph", seeds=(0,), options={"data.features": control}),
         "irepa": Arm(
             title="iREPA", seeds=(0,), options={**repa, "loss.alignment": "irepa", "loss.projection-weight": "1"}
         ),
         "reg": Arm(title="REG", seeds=(0,), options={**repa, "model.class-token": "true"}),
-        "repa-stopped": Arm(
-            title="REPA, stopped half-way", seeds=(0,), options={**repa, "loss.stop-alignment-at": "4000"}
-        ),
     }
 
 

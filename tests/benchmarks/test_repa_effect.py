@@ -25,7 +25,7 @@ from benchmarks.repa_effect import Commands, StoppedError, train_command
 from storage import open_store
 from storage.base.errors import UserError
 from tests.stores import FEATURES, make_store
-from tests.trainer.runs import micro
+from tests.trainer.runs import assert_same_run, micro
 from trainer.config.command_line import train_config
 from trainer.loop.train import train
 from trainer.run.opened import checkpoints_of, open_run
@@ -87,6 +87,33 @@ def test_what_is_measured_elsewhere_is_not_done_again_and_a_run_is_brought_to_it
     assert not repa_effect.work(of_study, two, [10, 20], 1, commands, run_by_run=True)
     runs = [path.rpartition("/")[2] for path in done]
     assert runs == ["vanilla-seed0", *["reg-seed0"] * 2, *["vanilla-seed1"] * 2, *["vanilla-seed2"] * 2]
+
+
+def test_a_run_that_begins_as_another_s_is_the_one_that_is_trained_from_the_start(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    make_store(store, n_rows=12)
+    stopped = {"loss.stop_alignment_at": 3, "steps": 5}
+    kept = {"checkpoint.every": 1, "checkpoint.milestone_every": 3}
+    train(micro(store, tmp_path / "whole", **stopped, **kept))
+    train(micro(store, tmp_path / "origin", steps=5, **kept))
+    assert repa_effect.begin_as(tmp_path / "begun", tmp_path / "origin", 3)
+    train(micro(store, tmp_path / "begun", **stopped, **kept), accept_changes=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "begun")
+    assert not repa_effect.begin_as(tmp_path / "begun", tmp_path / "origin", 3), "it has gone on"
+    assert not repa_effect.begin_as(tmp_path / "other", tmp_path / "origin", 2), "no such checkpoint"
+
+
+def test_until_it_differs_an_arm_s_measures_are_the_other_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_study = setting(tmp_path)
+    for name in ("heldout_loss", "probe", "cknna"):
+        folder = of_study.folder("repa-seed0", 1000)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(f'"{name}"')
+    commands = Commands(tmp_path / "log", 1, math.inf)
+    monkeypatch.setattr(Commands, "__call__", lambda _, words: pytest.fail(f"{words} is not to run"))
+    run = Run(arm="repa-stopped", seed=0)
+    repa_effect.stage(run, OF_ARMS[run.arm], of_study, 1000, [1000, 8000], commands)
+    assert (of_study.folder(run.name, 1000) / "probe.json").read_text() == '"probe"'
 
 
 @given(
