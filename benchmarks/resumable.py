@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.muon import Muon
 from storage.base.console import progress_bar, stop_on_signals
+from storage.base.errors import UserError
 
 STATE_FILE = "training.pt"
 WARMUP_STEPS = 100
@@ -28,7 +29,8 @@ class Resumable(ABC):
     """A model, its optimisers and the steps done, in one file that is whole or absent.
 
     Weights of two or more dimensions are moved by Muon, the others by AdamW, at one learning rate.
-    What a step sees must be a function of its number, so that a training in parts is the training in one.
+    What a step sees must be a function of its number, so that a training in parts is the training in one. Raises
+    UserError where the file holds other things than these.
     """
 
     def __init__(self, model: nn.Module, out: Path, device: torch.device) -> None:
@@ -43,6 +45,8 @@ class Resumable(ABC):
         self.step = 0
         if self.file.is_file():
             saved = torch.load(self.file, map_location=device, weights_only=True)
+            if saved.keys() != {"model", "optimizers", "step"}:
+                raise UserError(f"{self.file} is of another version of this training; name another --out, or remove it")
             model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)

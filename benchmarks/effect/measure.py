@@ -7,7 +7,7 @@ MEASURES/RUN/STEP/probe.json          linear probe of every block at t = 0.5, on
 MEASURES/RUN/STEP/cknna.json          alignment of every block with the features, on the held-out images
 MEASURES/RUN/STEP/NAME.json           Fréchet distance, precision, recall in an encoder's features, of the first
                                       images of the run at this step
-MEASURES/RUN/STEP/samples.png         the first 64 of them
+MEASURES/RUN/STEP/samples.jpg         the first 64 of them, for a look
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from PIL import Image
 
 from benchmarks.effect.arms import SAMPLING
 
@@ -78,6 +80,7 @@ def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: 
                 ["trainer", name, str(run), "--store", str(store), "--features", setting.features,
                  "--checkpoints", str(step), "--out", str(folder / name)]
             )  # fmt: skip
+            (folder / f"{name}.svg").unlink(missing_ok=True)
     if draws:
         distances(setting, run, step, folder, command)
 
@@ -96,6 +99,10 @@ def distances(setting: Setting, run: Path, step: int, folder: Path, command: Com
         ["trainer", "generate", str(run), "--n", str(setting.n_images), "--checkpoint", str(step),
          "--out", str(images), *options]
     )  # fmt: skip
+    picture = images.with_suffix(".png")
+    with Image.open(picture) as grid:
+        grid.save(images.with_suffix(".jpg"), quality=80)
+    picture.unlink()
     for name in missing:
         described, compared = folder / f"{name}.npz", folder / f"{name}-evaluation"
         command([*eyes[name](setting, images, described)])

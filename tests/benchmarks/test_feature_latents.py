@@ -96,4 +96,4 @@ def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: py
     assert feature_latents.main([*options, "4"]) == 0
     assert [path.stat().st_mtime_ns for path in first] == times
     assert "4 steps" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "out" / "measures" / FEATURES_RUN / "0000004" / "samples.png").is_file()
+    assert (tmp_path / "out" / "measures" / FEATURES_RUN / "0000004" / "samples.jpg").is_file()

@@ -48,6 +48,12 @@ def test_a_batch_is_a_function_of_the_step_crops_first_then_wholes(images: np.nd
     assert all(np.ascontiguousarray(image).tobytes() in known for image in pixels)
 
 
+def test_a_training_of_another_version_is_refused(tmp_path: Path, images: np.ndarray) -> None:
+    torch.save({"model": {}, "optimizer": {}, "step": 3}, tmp_path / "training.pt")
+    with pytest.raises(UserError, match="another version"):
+        Training(options(tmp_path, 4), images)
+
+
 def test_images_are_read_as_the_pipeline_crops_them_and_one_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     data = write_image_folder(tmp_path / "photographs", photographs(2, 3))
     read = photo_vae.read_images(data, SIDE)
