@@ -51,7 +51,7 @@ def test_a_batch_is_a_function_of_the_step_crops_first_then_wholes(images: np.nd
 def test_a_training_of_another_version_is_refused(tmp_path: Path, images: np.ndarray) -> None:
     torch.save({"model": {}, "optimizer": {}, "step": 3}, tmp_path / "training.pt")
     with pytest.raises(UserError, match="another version"):
-        Training(options(tmp_path, 4), images)
+        Training(tmp_path, images, 8)
 
 
 def test_images_are_read_as_the_pipeline_crops_them_and_one_that_cannot_be_is_an_error(tmp_path: Path) -> None:
