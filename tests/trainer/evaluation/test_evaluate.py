@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,7 +192,7 @@ def describe_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
         if command[1:4] != ["-m", "pipeline", "features"]:  # libraries start processes too
             return run_process(command, **options)
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as end, redirect_stdout(sys.stderr):
             run_command(describe, "python -m pipeline", command[3:])
         assert isinstance(end.value.code, int)
         return subprocess.CompletedProcess(command, end.value.code)
@@ -199,7 +201,7 @@ def describe_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_command_from_pictures_to_numbers_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A folder of PNGs against the same pictures, an archive's by the built-in encoder in a process of its own."""
     pictures = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
@@ -211,8 +213,9 @@ def test_one_command_from_pictures_to_numbers_without_a_network(
     make_store(tmp_path / "store", n_rows=8, n_classes=1, source=keys, suffix=".png")
     for reference in (str(tmp_path / "same.npz"), f"file://{tmp_path / 'store'}"):
         options = ["--reference", reference, "--encoder", "tiny-vit", "--device", "cpu"]
-        assert main(["evaluate", str(tmp_path / "png"), *options]) == 0
+        assert main(["evaluate", str(tmp_path / "png"), *options, "--json"]) == 0
         result = json.loads((tmp_path / "png-evaluation" / "tiny-vit.json").read_text())
+        assert json.loads(capfd.readouterr().out) == result, "nothing else is printed there"
         assert result["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-6)
         assert (result["metrics"]["precision"]["value"], result["metrics"]["recall"]["value"]) == (1, 1)
         assert result["generated"]["n"] == result["reference"]["n"] == 8
@@ -225,7 +228,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The command lines that were started instead of describing; none of them does anything."""
     lines: list[list[str]] = []
 
-    def note(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    def note(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         lines.append(command)
         return subprocess.CompletedProcess(command, 7)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from storage.base.choices import INCEPTION
 from trainer.evaluation.quality.precision_recall import NEIGHBOURS
 
+STDERR = 2  # its number, which another process takes whatever `sys.stderr` is here
 Set = tuple[Path | str, Path, int]  # images, feature file, at most so many
 
 
@@ -37,9 +38,10 @@ class Description:
     def describe(self, sets: Sequence[Set], like: Path | None, *, check: bool = False) -> None:
         """Run the command on sets of images, to be comparable with the file `like`.
 
-        With `check` it only looks whether it can. Ends with its status when it fails, having said why itself.
+        With `check` it only looks whether it can. Ends with its status when it fails, having said why itself. What it
+        prints goes to standard error, since standard output may be JSON.
         """
-        status = subprocess.run(self.command(sets, like, check=check)).returncode
+        status = subprocess.run(self.command(sets, like, check=check), stdout=STDERR).returncode
         if status:
             sys.exit(status)
 
