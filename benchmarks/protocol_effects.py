@@ -81,13 +81,16 @@ def as_jpeg(images: Path, quality: int, folder: Path) -> None:
 
 
 def rows(
-    run: Path, out: Path, n: int, steps: int, description: Description, data: str, other: str
+    run: Path, out: Path, n: int, steps: int, precision: str, description: Description, data: str, other: str
 ) -> dict[str, dict[str, Any]]:
     """Metrics by what was changed."""
     reference = RunFolder(run).read_config().config.store
-    base = GenerateConfig(run=run, n=n, steps=steps, device=description.device, **BASE)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {**BASE, "precision": precision, "device": description.device}
+    base = GenerateConfig(run=run, n=n, steps=steps, **settings)
     found = {}
-    for number, (name, changes) in enumerate(DRAWN.items()):
+    other_precision = "bf16" if precision == "fp32" else "fp32"
+    drawn = {**DRAWN, f"{other_precision}, not {precision}": {"precision": other_precision}}
+    for number, (name, changes) in enumerate(drawn.items()):
         wanted = {**changes, **({"steps": max(2, int(steps * changes["steps"]))} if "steps" in changes else {})}
         folder, *_ = generate(replace(base, out=out / f"images-{number}", **wanted))
         found[name] = measured(folder, out / f"numbers-{number}", reference, description)
@@ -136,6 +139,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--n", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="of the model")
     parser.add_argument("--encoder", default="tiny-vit", help="describes images, as `python -m pipeline features` does")
     parser.add_argument("--weights", type=Path, help="its weight file")
     parser.add_argument("--token", choices=get_args(Token), default="cls", help="its vector")
@@ -147,7 +151,10 @@ def main() -> None:
     description = Description(
         encoder=options.encoder, weights=options.weights, token=options.token, device=options.device
     )
-    found = rows(options.run, options.out, options.n, options.steps, description, options.data, options.other_reference)
+    found = rows(
+        options.run, options.out, options.n, options.steps, options.precision, description, options.data,
+        options.other_reference,
+    )  # fmt: skip
     print(lines(found))
 
 
