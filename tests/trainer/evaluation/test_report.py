@@ -17,6 +17,7 @@ from tests.trainer.evaluation.report_runs import (
     RATE,
     STEPS,
     draw,
+    evaluate,
     make_run,
     parsed,
     plain,
@@ -34,7 +35,7 @@ from trainer.evaluation.report.settings import in_words
 
 def test_the_page_is_whole_and_refers_to_nothing(report: Path) -> None:
     found = parsed(report)
-    assert len(found.references) == 10
+    assert len(found.references) == 2, "a picture of each method"
     assert all(reference.startswith("data:image/jpeg;base64,") for reference in found.references)
     assert "A study with <angle brackets> & more" in found.text
     text = report.read_text(encoding="utf-8")
@@ -46,7 +47,7 @@ def test_the_page_is_whole_and_refers_to_nothing(report: Path) -> None:
 
 def test_what_a_reader_asks_first_is_first(study: Path) -> None:
     text = page(read_runs([study]), "x", real=False)
-    order = ('<p class="verdict', "<h2>Samples", "<h2>Curves", "<h2>Numbers", "<h2>How images were", "<h2>Settings",
+    order = ('<p class="verdict', "<h2>Samples", "<h2>Curves", "<h2>Numbers", "<h2>Settings", "<h2>How images were",
              "<h2>Origin")  # fmt: skip
     places = [text.index(part) for part in order]
     assert places == sorted(places)
@@ -150,22 +151,23 @@ def strips(text: str) -> list[tuple[str, list[str]]]:
     return [(re.findall(r"<h3>(.*?)<small>", row)[0], of) for row, of in zip(rows, captions, strict=True)]
 
 
-def test_the_same_images_of_every_run_stand_below_each_other_with_their_classes(study: Path) -> None:
+def test_the_same_images_of_every_method_stand_below_each_other_with_their_classes(study: Path) -> None:
     text = page(read_runs([study]), "x", real=False)
     shown = strips(text)
-    assert len(shown) == 5
+    assert len(shown) == 3
     assert {tuple(captions) for _, captions in shown} == {("class0", "class1", "class2", "class3", "class4", "class0",
                                                            "class1", "class2")}  # fmt: skip
-    assert "The same column has the same noise and class in every run" in text
-    assert text.count('class="all"') == 5
+    assert "The same place has the same noise and class in every run" in text
+    assert "One run of each method is shown; 2 of other seeds are not." in text
+    assert text.count('class="all"') == 3
 
 
 def test_sets_drawn_otherwise_are_said_to_be(shared_tiny_store: Path, tmp_path: Path) -> None:
     for seed, settings in ((1, {}), (2, {}), (3, {"seed": 5})):
         draw(make_run(tmp_path, shared_tiny_store, seed, 0.5, measured=False), **settings)
     text = page(read_runs([tmp_path]), "x", real=False)
-    assert "columns need not have the same noise and class" in text
-    assert "ode in 50 steps, guidance 1.5, seed 5" in text
+    assert "places need not have the same noise and class" in text
+    assert "ode in 50 steps, guidance 1.5, noise of seed 5" in text
 
 
 def test_images_are_chosen_over_the_classes() -> None:
@@ -207,9 +209,15 @@ def test_a_record_without_a_card_says_what_it_knows(runs: Path) -> None:
         assert word in text.partition("<h2>")[0]
 
 
-def test_intervals_are_shown_beside_the_values(study: Path) -> None:
+def test_intervals_are_shown_beside_the_values(study: Path, shared_tiny_store: Path, tmp_path: Path) -> None:
     records = read_runs([study])
-    assert "<small>95% 11.90 to 12.80; 512 images</small>" in plain(runs_table(records, methods_of(records)))
+    assert "<small>95% 11.90 to 12.80</small>" in plain(runs_table(records, methods_of(records)))
+    assert "says nothing of another seed's training. All are of 512 images." in plain(page(records, "x", real=False))
+    for seed, n in ((1, 64), (2, 32)):
+        run = make_run(tmp_path, shared_tiny_store, seed, 0.5, measured=False)
+        evaluate(run, 1.0, metrics={"fid": {"value": 3.0, "n_generated": n, "interval": [2.0, 4.0]}})
+    records = read_runs([tmp_path])
+    assert "<small>95% 2.00 to 4.00; 64 images</small>" in plain(runs_table(records, methods_of(records)))
 
 
 def test_pictures_of_the_store_have_captions_in_words(study: Path, runs: Path) -> None:

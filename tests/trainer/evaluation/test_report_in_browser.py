@@ -113,7 +113,7 @@ def test_a_click_shows_an_image_large_and_arrows_go_to_the_same_of_the_next_run(
         assert browser.run("document.querySelector('dialog p').innerText") == "repa-seed0: class2"
         press = "document.querySelector('dialog').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowDown'}))"
         browser.run(f"void {press}")
-        assert browser.run("document.querySelector('dialog p').innerText") == "repa-seed1: class2"
+        assert browser.run("document.querySelector('dialog p').innerText") == "vanilla-seed0: class2"
         browser.run("document.querySelector('dialog').close()")
         click(browser, f"{strip}.querySelector('.all')")
         assert browser.run("document.querySelector('dialog img').naturalWidth") > 64

@@ -65,15 +65,32 @@ def test_a_difference_beyond_the_seeds_spread(make) -> None:  # type: ignore[no-
 def test_a_difference_within_the_seeds_spread(make) -> None:  # type: ignore[no-untyped-def]
     said = answer(make({"repa": [20.0, 24.0], "vanilla": [21.0, 25.0]}))
     assert said.outcome == "within"
-    assert said.sentence.startswith("No method is best beyond the seeds' spread: FID 22.00")
-    assert "differ by 1.00, seeds of one method by 2.83 (2 seeds each)" in said.sentence
+    reach = stats.t.ppf(0.975, 2) * 8**0.5
+    assert said.sentence == (
+        "repa and vanilla cannot be told apart: FID 22.00 ± 2.83 and 23.00 ± 2.83 are 1.00 apart, and seeds alone "
+        f"could make a difference of {reach:.2f} (95% interval, 2 seeds each)."
+    )
+
+
+def test_what_is_surely_behind_is_said_although_the_first_two_are_level(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [20.0, 20.4], "half": [20.1, 20.6], "vanilla": [30.0, 30.4]})
+    said = answer(records)
+    assert said.outcome == "within"
+    assert said.sentence.endswith(" Surely behind repa: vanilla by 10.00.")
+    assert [line.split("(")[1].split(")")[0] for line in said.how if line.startswith("The seeds' spread")] == [
+        "0.283 in 2 seeds of repa, 0.354 in 2 seeds of half, 0.283 in 2 seeds of vanilla"
+    ]
+    html = plain(page(records, "x"))
+    assert ">lowest<" in html
+    assert ">best<" not in html
+    assert "projection weight 0.25" in html, "what a method is stands below its name"
 
 
 def test_a_difference_that_so_few_seeds_do_not_settle(make) -> None:  # type: ignore[no-untyped-def]
     said = answer(make({"repa": [20.0, 21.0], "vanilla": [22.0, 23.0]}))
     assert said.outcome == "open"
     assert "but not surely" in said.sentence
-    assert "2 seeds each are too few" in said.sentence
+    assert "seeds alone could make a difference of 3.04 (95% interval, 2 seeds each)" in said.sentence
 
 
 def test_one_seed_a_method_says_nothing_of_the_spread(make) -> None:  # type: ignore[no-untyped-def]
@@ -100,7 +117,7 @@ def test_seeds_of_one_method_tell_the_spread_of_another(make) -> None:  # type: 
     lent = "vanilla-seed0 has one seed: spread taken from the other methods' seeds"
     assert f"of 4 seeds and 1 seed; {lent})" in said.sentence
     (line,) = (line for line in said.how if line.startswith("The seeds' spread"))
-    assert "taken to be the same for all methods; from 4 seeds of repa" in line
+    assert "taken to be the same for all methods (0.129 in 4 seeds of repa)" in line
     assert lent in line
     assert f"by the seeds; {lent.replace(chr(39), '&#x27;')}" in plain(page(records, "x"))
 
@@ -185,7 +202,8 @@ def test_measures_of_another_order_and_unlike_training_are_said(make) -> None:  
         metrics = {"fid": {"value": fid, **counts}, "recall": {"value": recall, **counts, "k": 3}}
         evaluate(record.path, 0, metrics=metrics, step=STEPS if fid == 5 else STEPS // 2)
     said = answer(read_runs([record.path for record in records]))
-    assert "Of another order: Recall 0.300 against 0.600" in said.how
+    others = "Other measures, whose spread is below: repa-seed0 is behind vanilla-seed0 in Recall (0.300 against 0.600)"
+    assert others in said.how
     assert (
         "Not trained alike: measured after steps 300 (repa-seed0), 150 (vanilla-seed0); "
         "images seen 2,400 (repa-seed0), 1,200 (vanilla-seed0)"

@@ -248,5 +248,8 @@ def strip(values: Sequence[float], axis: Axis, number: int) -> str:
         f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="3" y2="{STRIP_HEIGHT - 3}" style="stroke:{own}"/>'
     )
     if len(values) > 1:
-        parts += [f'<circle cx="{at(v):.1f}" cy="{middle}" r="3.6" style="fill:{own}"/>' for v in values]
+        parts += [
+            f'<circle cx="{at(v):.1f}" cy="{middle}" r="3.6" style="fill:{own};fill-opacity:.5;stroke:{own}"/>'
+            for v in values
+        ]
     return f'<svg class="strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" aria-hidden="true">{"".join(parts)}</svg>'

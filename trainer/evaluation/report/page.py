@@ -1,7 +1,7 @@
 """`python -m trainer report`: one HTML page about any number of runs, which loads nothing and needs no network.
 
 In the order in which a reader asks: which method is best and how sure that is (`verdict`), samples side by side,
-curves, every number, how the numbers were made (`cards`), settings, and where runs and stores are from. What was not
+curves, every number, settings, how the numbers were made (`cards`), and where runs and stores are from. What was not
 measured is left out. What was measured otherwise than that of other runs stands in columns and charts of its own, or is
 left out and named with the command that measures it alike (`alike`). The page's frame, style and script are
 `report_page.html`, `report.css` and `report.js`; pictures are in the page, which stays below 5 MB with them.
@@ -34,7 +34,7 @@ LONGEST_VALUES = 33
 MOST_COMMANDS = 6
 INTERVALS = (
     "Below a measure of images: its 95 % interval by the choice of the images that were drawn, which says nothing of "
-    "another seed's training, and how many images it is of."
+    "another seed's training"
 )
 STACKED = """
 @, @ tbody, @ tr, @ th, @ td { display: block; }
@@ -77,8 +77,8 @@ def page(records: Sequence[RunRecord], title: str, *, beside: Path | None = None
     parts = {
         "title": escaped(title),
         "summary": f"{_counted(records, methods)} · {html.escape(made)}",
-        "answer": answered(answer),
-        "samples": samples(records, real=real),
+        "answer": answered(answer, records),
+        "samples": samples(records, methods, real=real),
         "curves": curves_section(records, methods),
         "numbers": numbers(records, methods),
         "cards": cards.cards(records),
@@ -117,13 +117,13 @@ def _counted(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
     )
 
 
-def answered(answer: Verdict) -> str:
-    """HTML: the sentence, how it was measured, the ranking, and what to run for what is missing."""
+def answered(answer: Verdict, records: Sequence[RunRecord]) -> str:
+    """HTML: the sentence, the ranking, how it was measured, and what to run for what is missing."""
     how = "".join(f"<li>{escaped(line)}</li>" for line in answer.how)
     return (
         f'<p class="verdict {answer.outcome}">{escaped(answer.sentence).replace(" ± ", "&nbsp;±&nbsp;")}</p>'
+        + results.ranking_table(answer, records)
         + (f'<ul class="how">{how}</ul>' if how else "")
-        + results.ranking_table(answer)
         + results.commands(
             f"What is still missing ({len(answer.missing)})" if answer.is_answered else "What would answer it:",
             answer.missing,
@@ -168,7 +168,9 @@ def numbers(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
     heading = "<p>Mean and standard deviation over a method's seeds; of one seed, its value.</p>" if of_methods else ""
     every = "<h3>Every run</h3>" if of_methods else ""
     with_interval = any(m.interval for run in records for line in run.evaluations for m in line.metrics.values())
-    intervals = f"<p>{INTERVALS}</p>" if with_interval else ""
+    n_images = results.images_behind(records)
+    of_images = ", and how many images it is of." if n_images is None else f". All are of {n_images:,} images."
+    intervals = f"<p>{INTERVALS}{of_images}</p>" if with_interval else ""
     return f"{heading}{of_methods}{every}{intervals}{of_runs}{explained(records)}{results.apart(records)}"
 
 

@@ -45,6 +45,8 @@ const choose = () => {
     const best = looks.reduce((a, b) => fits(b) > fits(a) ? b : a);
     looks.forEach(look => { look.hidden = look !== best; });
   }
+  const ofRuns = chosen.look === "smooth" || chosen.look === "logged";
+  for (const run of document.querySelectorAll(".legend .run")) run.hidden = !ofRuns;
 };
 
 if (controls) {
@@ -60,6 +62,7 @@ if (controls) {
       choose();
     });
   }
+  choose();
 }
 
 // The legend hides and shows a method's lines.

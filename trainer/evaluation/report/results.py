@@ -18,7 +18,7 @@ from trainer.evaluation.report.axes import axis_of
 from trainer.evaluation.report.charts import dash, escaped, strip, swatch
 from trainer.evaluation.report.curves import ANALYSES, ANALYSES_IN_WORDS, LOSSES, LOSSES_IN_WORDS, compared
 from trainer.evaluation.report.measures import better, explained, measured, spelled, title, with_spread
-from trainer.evaluation.report.methods import Method, style_of
+from trainer.evaluation.report.methods import SEED, Method, differing, setting, style_of
 from trainer.evaluation.report.reached import EPOCHS, EPOCHS_IN_WORDS, epochs_column
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, deviation, mean
@@ -26,6 +26,7 @@ from trainer.evaluation.report.table import NOTHING, Cell, number_cell, table
 from trainer.evaluation.report.verdict import Ranked, Verdict, spread_lent
 
 STEPS = "Steps"
+LONGEST_SETTINGS = 100  # letters of what sets a method apart, below its name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ def names(records: Sequence[RunRecord], methods: Sequence[Method]) -> list[Cell]
 # ---- the answer -------------------------------------------------------------------------------------------------
 
 
-def ranking_table(answer: Verdict) -> str:
-    """HTML: the methods that were measured alike, the best first; "" where there is none."""
+def ranking_table(answer: Verdict, records: Sequence[RunRecord]) -> str:
+    """HTML: the methods that were measured alike, the best first, with what sets each apart; "" where there is none."""
     if answer.group is None or not answer.ranking:
         return ""
     way = answer.group.protocol
@@ -57,21 +58,31 @@ def ranking_table(answer: Verdict) -> str:
     spreads = [ranked.behind.spread for ranked in answer.ranking if ranked.behind is not None]
     columns = {
         "Method": [
-            Cell(text=ranked.method.name, key=ranked.method.name, before=swatch(ranked.method.number, ""))
-            for ranked in answer.ranking
+            Cell(text=ranked.method.name, key=ranked.method.name, note=told, before=swatch(ranked.method.number, ""))
+            for ranked, told in zip(answer.ranking, _set_apart(answer.ranking, records), strict=True)
         ],
         f"{title(way.metric, way.name)}, {better(way.metric)} is better": [
             Cell(text=ranked.text, key=ranked.mean, note=_what(ranked)) for ranked in answer.ranking
         ],
-        "Seeds, from 0" if axis.begins_at_zero else f"Seeds, {spelled(axis.low)} to {spelled(axis.high)}": [
+        f"Seeds, {'0' if axis.begins_at_zero else spelled(axis.low)} to {spelled(axis.high)}": [
             Cell(text="", key=ranked.mean, svg=_strip(ranked, axis)) for ranked in answer.ranking
         ],
         "Number of seeds": [number_cell(len(ranked.values), "d") for ranked in answer.ranking],
-        "Behind the best": [_behind(ranked, answer) for ranked in answer.ranking],
     }
-    if len(answer.ranking) == 1 or not spreads:
-        columns.pop("Behind the best")
+    if len(answer.ranking) > 1 and spreads:
+        columns[f"Behind {answer.ranking[0].method.name}"] = [_behind(ranked, answer) for ranked in answer.ranking]
     return table(columns, label="Methods, the best first", sortable=False)
+
+
+def _set_apart(ranking: Sequence[Ranked], records: Sequence[RunRecord]) -> list[str]:
+    """The settings in which the methods differ, of each; "" where they are too many for a line."""
+    firsts = [records[ranked.method.runs[0]] for ranked in ranking]
+    names = [name for name in differing(firsts) if name != SEED]
+    told = [
+        ", ".join(f"{name.rpartition('.')[2].replace('_', ' ')} {setting(run, name) or NOTHING}" for name in names)
+        for run in firsts
+    ]
+    return told if max(map(len, told)) <= LONGEST_SETTINGS else [""] * len(ranking)
 
 
 def _strip(ranked: Ranked, axis: object) -> str:
@@ -90,7 +101,8 @@ def _span(interval: tuple[float, float]) -> str:
 
 def _behind(ranked: Ranked, answer: Verdict) -> Cell:
     if ranked.behind is None:
-        return Cell(text="best", key=0.0)
+        lead = "lowest" if better(answer.group.protocol.metric) == "lower" else "highest"  # type: ignore[union-attr]
+        return Cell(text="best" if answer.outcome == "clear" else lead, key=0.0)
     value = abs(ranked.behind.value)
     if answer.outcome == "unlike":
         return Cell(text=spelled(value), key=value, note="measured differently")
@@ -226,11 +238,19 @@ def _measure_columns(records: Sequence[RunRecord], measure: str, text: str) -> l
     return [column(group, text + suffix) for group, suffix in zip(groups, how, strict=False)]
 
 
+def images_behind(records: Sequence[RunRecord]) -> int | None:
+    """How many images every measure of images is of; None where they are not of equally many."""
+    evaluations = (line for record in records for line in record.evaluations)
+    counts = {metric.n_generated for line in evaluations for metric in line.metrics.values()}
+    return next(iter(counts)) if len(counts) == 1 else None
+
+
 def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> list[Column]:
     text = title(metric, name)
     first, *others = evaluated_alike(records, name, metric)
     groups = [first, *(group for group in others if len(group.values) > 1)]
     places = {id(record): i for i, record in enumerate(records)}
+    alike = images_behind(records)
 
     def column(number: int) -> Column:
         def cell(run: RunRecord) -> Cell:
@@ -238,10 +258,12 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
             if line is None:
                 return Cell(text=NOTHING)
             figures = line.metrics[metric]
-            late = "" if line.step == run.checkpoint_step else f", step {line.step or 0:,}"
-            images = "number of images not known" if figures.n_generated is None else f"{figures.n_generated:,} images"
-            interval = f"{LEVEL:.0%} {_span(figures.interval)}; " if figures.interval is not None else ""
-            return number_cell(figures.value, ".3f", note=f"{interval}{images}{late}")
+            late = "" if line.step == run.checkpoint_step else f"step {line.step or 0:,}"
+            interval = f"{LEVEL:.0%} {_span(figures.interval)}" if figures.interval is not None else ""
+            images = "" if alike is not None else "number of images not known"
+            if alike is None and figures.n_generated is not None:
+                images = f"{figures.n_generated:,} images"
+            return number_cell(figures.value, ".3f", note="; ".join(filter(None, (interval, images, late))))
 
         other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""
         return Column(title=f"{text}{other}", cell=cell)

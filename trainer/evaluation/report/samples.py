@@ -1,4 +1,4 @@
-"""Samples of every run, the same image numbers side by side, with their classes and real images of these above.
+"""Samples of every method, the same image numbers side by side, with their classes and real images of these above.
 
 Image i of two runs has the same noise and the same class where both were drawn by the same settings, so what differs
 between them is the model. Of a run's sets, the one is shown that most runs have. A run without a set of images shows
@@ -23,6 +23,7 @@ from storage import StoreError, UserError, open_store
 from storage.base.shown import LONGEST
 from trainer.evaluation.generate.image_files import Drawn, image_path, read_image
 from trainer.evaluation.report.charts import escaped
+from trainer.evaluation.report.methods import Method
 from trainer.evaluation.report.pictures import encoded, spread_over
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.table import breakable
@@ -46,8 +47,11 @@ class Strip:
     whole_title: str = ""
 
 
-def samples(records: Sequence[RunRecord], *, real: bool = True) -> str:
-    """HTML of the section."""
+def samples(records: Sequence[RunRecord], methods: Sequence[Method], *, real: bool = True) -> str:
+    """HTML of the section; where there are several methods, a run of each that has images stands for all its seeds."""
+    shown = [records[_first_with_images(records, method)] for method in methods] if len(methods) > 1 else list(records)
+    others = len(records) - len(shown)
+    records = shown
     chosen = [_choose(record, _usual_recipe(records)) for record in records]
     labels = next((found for drawn in chosen if drawn is not None and (found := drawn.labels()) is not None), None)
     least = min((drawn.n for drawn in chosen if drawn is not None), default=0)
@@ -60,7 +64,12 @@ def samples(records: Sequence[RunRecord], *, real: bool = True) -> str:
         strips.insert(0, _real(store, [labels[i] for i in numbers], names, n_rows_of))
     none = [strip.title for strip in strips if not strip.images and strip.whole is None and not strip.note]
     without = f" No images yet: {', '.join(none)}." if none else ""
+    without += f" One run of each method is shown; {others} of other seeds are not." if others else ""
     return _shown([strip for strip in strips if strip.title not in none], _alike(chosen) + without)
+
+
+def _first_with_images(records: Sequence[RunRecord], method: Method) -> int:
+    return next((i for i in method.runs if records[i].drawn), method.runs[0])
 
 
 def _usual_recipe(records: Sequence[RunRecord]) -> str:
@@ -81,9 +90,9 @@ def _alike(chosen: Sequence[Drawn | None]) -> str:
     n = sum(drawn is not None for drawn in chosen)
     if n < 2:
         return "Click on an image to see it large; “all” shows the whole set."
-    same = "The same column has the same noise and class in every run"
+    same = "The same place has the same noise and class in every run"
     if len(recipes) > 1:
-        same = "Not every run was drawn by the same settings, so columns need not have the same noise and class"
+        same = "Not every run was drawn by the same settings, so places need not have the same noise and class"
     return f"{same}. Click on an image to see it large; “all” shows the whole set."
 
 
@@ -155,7 +164,7 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     if isinstance(guidance, int | float):
         away = " away from a weaker model" if settings.get("weaker_sha256") else ""
         parts.append("no guidance" if guidance == 1 else f"guidance {guidance:g}{away}")
-    parts.append(f"seed {settings['seed']}" if "seed" in settings else "")
+    parts.append(f"noise of seed {settings['seed']}" if "seed" in settings else "")
     return ", ".join(filter(None, map(str, parts)))
 
 

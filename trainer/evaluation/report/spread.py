@@ -25,6 +25,11 @@ class Difference:
     spread: float | None
 
     @property
+    def reach(self) -> float | None:
+        """How large a difference seeds alone could make: half the interval's width."""
+        return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
+
+    @property
     def is_settled(self) -> bool:
         """Whether the interval leaves zero out."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]

@@ -20,7 +20,7 @@ LETTER, SMALL, PADDING = 9.0, 7.4, 26.0  # pixels: a letter, one of a smaller li
 LONGEST_LINE = 30  # letters of a cell that stay on one line; longer ones wrap
 STEPS = (480, 720, 960, 1200)  # widths of a box, in pixels, below which a table turns into blocks
 ALWAYS = "always"
-BREAKS = re.compile(r"&[#\w]+;|[^\w\s](?=[^\W\d])|(?<=\w)[-/_=](?=\w)")  # an entity of HTML stays whole
+BREAKS = re.compile(r"&[#\w]+;|[^\w\s(\[](?=[^\W\d])|(?<=\w)[-/_=](?=\w)")  # an entity of HTML stays whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,17 +185,24 @@ def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str,
     if behind.is_settled:
         sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}, of {of_seeds}"
         return f"{best}: {both} ({sure}), which is more than the seeds' spread of {spread}.", "clear"
+    reach = f"seeds alone could make a difference of {spelled(behind.reach or 0.0)} ({LEVEL:.0%} interval, {of_seeds})"
+    surely = _surely_behind(ranking)
     if behind.is_within:
         return (
-            f"No method is best beyond the seeds' spread: {metric} {first.text} of {first.method.name} and "
-            f"{second.text} of {second.method.name} differ by {apart}, seeds of one method by {spread} ({of_seeds}).",
+            f"{first.method.name} and {second.method.name} cannot be told apart: {metric} {first.text} and "
+            f"{second.text} are {apart} apart, and {reach}.{surely}",
             "within",
         )
-    return (
-        f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, more than the seeds' spread "
-        f"of {spread}, yet {seeds} are too few to be {LEVEL:.0%} sure" + (f"; {lent}." if lent else "."),
-        "open",
-    )
+    return f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, and {reach}.{surely}", "open"
+
+
+def _surely_behind(ranking: Sequence[Ranked]) -> str:
+    """Of methods below the first two, those that the seeds put behind the best."""
+    settled = [each for each in ranking[2:] if each.behind is not None and each.behind.is_settled]
+    if not settled:
+        return ""
+    words = [f"{each.method.name} by {spelled(abs(each.behind.value))}" for each in settled if each.behind is not None]
+    return f" Surely behind {ranking[0].method.name}: {', '.join(words)}."
 
 
 def _measured_differently(ranking: Sequence[Ranked], metric: str, differing: dict[str, list[str]]) -> str:
@@ -228,7 +235,12 @@ def _how(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], rank
     few = ""
     if way.n_generated is not None and way.n_generated < PUBLISHED_IMAGES:
         few = f"; too few images to compare with published figures, which are of {PUBLISHED_IMAGES:,}"
-    return f"{title(way.metric, way.name)} of {images}{against}{after}; {word} is better{few}"
+    intervals = [found for line in group.values.values() if (found := line.metrics[way.metric].interval) is not None]
+    drawn = ""
+    if intervals:
+        half = mean([(high - low) / 2 for low, high in intervals])
+        drawn = f"; drawing as many other images would move a run's value by some {spelled(half)} ({LEVEL:.0%})"
+    return f"{title(way.metric, way.name)} of {images}{against}{after}; {word} is better{drawn}{few}"
 
 
 def _spread(ranking: Sequence[Ranked]) -> list[str]:
@@ -238,11 +250,14 @@ def _spread(ranking: Sequence[Ranked]) -> list[str]:
         return []
     if found is None:
         return ["One seed each: no interval can be given for a difference between methods"]
-    of = [f"{len(ranked.values)} seeds of {ranked.method.name}" for ranked in ranking if len(ranked.values) > 1]
+    several_seeds = [(ranked, list(ranked.values.values())) for ranked in ranking if len(ranked.values) > 1]
+    of = [f"{spelled(deviation(v) or 0.0)} in {len(v)} seeds of {ranked.method.name}" for ranked, v in several_seeds]
     lent = spread_lent(ranking, ranking)
+    several = f", {LEVEL:.0%} for all {len(ranking) - 1} of them together (Bonferroni)" if len(ranking) > 2 else ""
     return [
         f"The seeds' spread is the deviation of one training from its method's mean, {spelled(found[0])}, "
-        f"taken to be the same for all methods; from {', '.join(of)}" + (f". {lent}" if lent else "")
+        f"taken to be the same for all methods ({', '.join(of)}); intervals for differences from the best are "
+        f"Student's{several}" + (f". {lent}" if lent else "")
     ]
 
 
@@ -255,24 +270,39 @@ def _unlike(group: Group[Evaluated, Evaluation]) -> list[str]:
 
 
 def _others(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]) -> list[str]:
-    """Which other measures put the same method first of the two that lead, and which do not."""
+    """By which other measures the same method is first of the two that lead, and by which it is not."""
     if len(ranking) < 2:
         return []
-    agree: list[str] = []
-    otherwise: list[str] = []
     a, b = ranking[0].method, ranking[1].method
+    ahead: list[str] = []
+    behind: list[str] = []
+    level: list[str] = []
     for name, metric in measured(records):
         sense = better(metric)
         if sense is None or (name, metric) == (group.protocol.name, group.protocol.metric):
             continue
         for other in evaluated_alike(records, name, metric)[:1]:
-            found = {ranked.method: ranked.mean for ranked in rank(other, [a, b])}
-            if len(found) == 2 and found[a] != found[b]:
-                first = found[a] < found[b] if sense == "lower" else found[a] > found[b]
-                word = f"{title(metric, name)} {spelled(found[a])} against {spelled(found[b])}"
-                (agree if first else otherwise).append(word)
-    said = [f"Of the same order: {', '.join(agree)}"] if agree else []
-    return [*said, *([f"Of another order: {', '.join(otherwise)}"] if otherwise else [])]
+            means = {ranked.method: ranked.mean for ranked in rank(other, [a, b])}
+            if len(means) < 2:
+                continue
+            word = title(metric, INCEPTION if name == group.protocol.name else name)  # the encoder is named above
+            both = f"{word} ({spelled(means[a])} against {spelled(means[b])})"
+            if spelled(means[a]) == spelled(means[b]):
+                level.append(word)
+            elif (means[a] < means[b]) == (sense == "lower"):
+                ahead.append(both)
+            else:
+                behind.append(both)
+    listed = [
+        f"{words} {', '.join(names)}"
+        for words, names in (
+            (f"{a.name} is ahead of {b.name} in", ahead),
+            (f"{a.name} is behind {b.name} in", behind),
+            ("they are level in", level),
+        )
+        if names
+    ]
+    return [f"Other measures, whose spread is below: {'; '.join(listed)}"] if listed else []
 
 
 # ---- what is missing --------------------------------------------------------------------------------------------
