@@ -72,11 +72,11 @@ def test_a_difference_within_the_seeds_spread(make) -> None:  # type: ignore[no-
     )
 
 
-def test_what_is_surely_behind_is_said_although_the_first_two_are_level(make) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_well_behind_is_said_although_the_first_two_are_level(make) -> None:  # type: ignore[no-untyped-def]
     records = make({"repa": [20.0, 20.4], "half": [20.1, 20.6], "vanilla": [30.0, 30.4]})
     said = answer(records)
     assert said.outcome == "within"
-    assert said.sentence.endswith(" Surely behind repa: vanilla by 10.00.")
+    assert said.sentence.endswith(" Behind repa by more than seeds explain: vanilla (10.00).")
     assert [line.split("(")[1].split(")")[0] for line in said.how if line.startswith("The seeds' spread")] == [
         "0.283 in 2 seeds of repa, 0.354 in 2 seeds of half, 0.283 in 2 seeds of vanilla"
     ]

@@ -186,23 +186,23 @@ def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str,
         sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}, of {of_seeds}"
         return f"{best}: {both} ({sure}), which is more than the seeds' spread of {spread}.", "clear"
     reach = f"seeds alone could make a difference of {spelled(behind.reach or 0.0)} ({LEVEL:.0%} interval, {of_seeds})"
-    surely = _surely_behind(ranking)
+    others = _well_behind(ranking)
     if behind.is_within:
         return (
             f"{first.method.name} and {second.method.name} cannot be told apart: {metric} {first.text} and "
-            f"{second.text} are {apart} apart, and {reach}.{surely}",
+            f"{second.text} are {apart} apart, and {reach}.{others}",
             "within",
         )
-    return f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, and {reach}.{surely}", "open"
+    return f"{first.method.name} is ahead of {second.method.name}, but not surely: {both}, and {reach}.{others}", "open"
 
 
-def _surely_behind(ranking: Sequence[Ranked]) -> str:
+def _well_behind(ranking: Sequence[Ranked]) -> str:
     """Of methods below the first two, those that the seeds put behind the best."""
     settled = [each for each in ranking[2:] if each.behind is not None and each.behind.is_settled]
     if not settled:
         return ""
-    words = [f"{each.method.name} by {spelled(abs(each.behind.value))}" for each in settled if each.behind is not None]
-    return f" Surely behind {ranking[0].method.name}: {', '.join(words)}."
+    words = [f"{each.method.name} ({spelled(abs(each.behind.value))})" for each in settled if each.behind is not None]
+    return f" Behind {ranking[0].method.name} by more than seeds explain: {', '.join(words)}."
 
 
 def _measured_differently(ranking: Sequence[Ranked], metric: str, differing: dict[str, list[str]]) -> str:
