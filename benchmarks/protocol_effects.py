@@ -43,8 +43,8 @@ DRAWN: dict[str, dict[str, Any]] = {
     "half the steps": {"steps": 0.5},
     "truncated": {"rounding": "truncate"},
     "guidance 1.8 up to 0.7": {"guidance": 1.8, "guidance_high": 0.7},
-    "guidance 1.8 everywhere": {"guidance": 1.8, "guidance_low": 0.0, "guidance_high": 1.0},
     "another seed": {"seed": 1},
+    "guidance 1.8 everywhere": {"guidance": 1.8, "guidance_low": 0.0, "guidance_high": 1.0},
 }
 JPEG_QUALITIES = (75, 95)  # Pillow's default, and what is often asked for
 METRICS = ("fid", "fd", "kid", "kd", "precision", "recall", "density", "coverage")
@@ -54,7 +54,8 @@ def measured(folder: Path, where: Path, reference: str, description: Description
     """The metrics of a folder of images, read where they were measured before."""
     file = where / f"{description.label}.json"
     if not file.is_file():
-        evaluate(folder, reference, description, out=where, resamples=1000, **options)
+        cache = where.parent / "reference-features"  # described once for all rows
+        evaluate(folder, reference, description, out=where, cache=cache, resamples=1000, **options)
     found: dict[str, Any] = json.loads(file.read_text())["metrics"]
     return found
 
