@@ -264,6 +264,8 @@ def main(argv: Sequence[str]) -> int:
 def _about(args: argparse.Namespace) -> list[str]:
     options = " ".join(f"`{name} {value}`" for name, value in COMMON.items())
     return [
+        "What it says, and how to go on: [docs/photographs.md](../../docs/photographs.md).",
+        "",
         f"Features: {args.encoder}; final layer: {args.final}. {args.images:,} images a Fréchet distance, which falls "
         "with their number too. Several seeds: mean (least to most).",
         f"Options of every run: {options}.",
