@@ -100,7 +100,7 @@ def distances(setting: Setting, run: Path, step: int, folder: Path, command: Com
          "--out", str(images), *options]
     )  # fmt: skip
     picture = images.with_suffix(".png")
-    with Image.open(picture) as grid:
+    with Image.open(picture, formats=["PNG"]) as grid:
         grid.save(images.with_suffix(".jpg"), quality=80)
     picture.unlink()
     for name in missing:

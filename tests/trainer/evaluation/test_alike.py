@@ -202,6 +202,25 @@ def test_the_papers_figure_has_only_distances_that_compare(runs: list[Path]) -> 
     assert "1 measured otherwise" in panel.note
 
 
+def test_distances_in_two_encoders_features_stand_on_axes_of_their_own(runs: list[Path]) -> None:
+    found = [
+        {
+            "name": run.name,
+            "aligned_blocks": [1],
+            "points": [{"step": STEPS, "t": 0.5, "block": 1, "cknna": 0.1, "probe": 0.2}],
+            "features": {"path": "f"},
+        }
+        for run in runs
+    ]
+    for run in runs:
+        lines = [json.dumps(evaluation(value, name=name)) for name, value in (("near", 0.7), ("far", 228.0))]
+        (run / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
+    *_, far, near = key_idea(found, [record.evaluations for record in read_runs(runs)], 0.5)
+    assert (far.y_label, near.y_label) == ("Fréchet distance, far", "Fréchet distance, near")
+    assert {y for series in far.series for y in series.y} == {228.0}
+    assert {y for series in near.series for y in series.y} == {0.7}
+
+
 def test_what_the_commands_write_is_known_and_alike(micro_run: Path, tmp_path: Path) -> None:
     """And another number of samples is not."""
     copies = [Path(shutil.copytree(micro_run, tmp_path / name)) for name in ("a", "b", "c")]

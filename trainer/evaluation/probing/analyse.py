@@ -165,28 +165,27 @@ def key_idea(measured: list[dict[str, Any]], records: list[list[Evaluation]], mi
             for group, run in enumerate(measured)
         ]
         panels.append(_over_depth(measure, f"Over depth, t = {middle:g}", series, measured))
-    against = []
     distances, n_left_out = _alike([_distances(record) for record in records])
     encoders = sorted({encoder for distance in distances for encoder, _ in distance})
-    for group, (run, distance) in enumerate(zip(measured, distances, strict=True)):
-        best = _best_alignment(run, middle)
-        for encoder in encoders:
+    for encoder in encoders or [""]:  # each on an axis of its own: they differ by orders of magnitude
+        against = []
+        for group, (run, distance) in enumerate(zip(measured, distances, strict=True)):
+            best = _best_alignment(run, middle)
             steps = [step for name, step in distance if name == encoder and step in best]
             if steps:
-                label = f"{_described(run)}, {encoder}" if len(encoders) > 1 else _described(run)
-                y = [distance[encoder, step] for step in steps]
-                against.append(Series(label=label, x=[best[s] for s in steps], y=y, group=group, style="points"))
-    return [
-        *panels,
-        Panel(
-            title="Alignment and generation",
-            x_label=f"CKNNA of the best block, t = {middle:g}",
-            y_label="Fréchet distance",
-            series=against,
-            whole_x=False,
-            note=_note(bool(against), n_left_out),
-        ),
-    ]
+                x, y = [best[step] for step in steps], [distance[encoder, step] for step in steps]
+                against.append(Series(label=_described(run), x=x, y=y, group=group, style="points"))
+        panels.append(
+            Panel(
+                title="Alignment and generation",
+                x_label=f"CKNNA of the best block, t = {middle:g}",
+                y_label=f"Fréchet distance, {encoder}" if len(encoders) > 1 else "Fréchet distance",
+                series=against,
+                whole_x=False,
+                note=_note(bool(against), n_left_out),
+            )
+        )
+    return panels
 
 
 def _over_depth(measure: Measure, title: str, series: list[Series], measured: list[dict[str, Any]]) -> Panel:
