@@ -184,38 +184,26 @@ def test_commands_can_be_pasted_whatever_the_run_is_called(runs: list[Path], tmp
     assert shlex.split(line)[4] == str(odd)
 
 
+def swept(runs: list[Path]) -> list[dict[str, Any]]:
+    """What a sweep measured of each run, as `analyse` has it."""
+    point = {"step": STEPS, "t": 0.5, "block": 1, "cknna": 0.1, "probe": 0.2}
+    return [{"name": run.name, "aligned_blocks": [1], "points": [point], "features": {"path": "f"}} for run in runs]
+
+
 def test_the_papers_figure_has_only_distances_that_compare(runs: list[Path]) -> None:
-    found = [
-        {
-            "name": run.name,
-            "aligned_blocks": [1],
-            "points": [{"step": STEPS, "t": 0.5, "block": 1, "cknna": 0.1, "probe": 0.2}],
-            "features": {"path": "f"},
-        }
-        for run in runs
-    ]
     (runs[2] / "evaluations.jsonl").write_text(
         json.dumps(evaluation(1.0, reference={"path": "/other", "digest": "9"})) + "\n"
     )
-    *_, panel = key_idea(found, [record.evaluations for record in read_runs(runs)], 0.5)
+    *_, panel = key_idea(swept(runs), [record.evaluations for record in read_runs(runs)], 0.5)
     assert [series.label.split()[0] for series in panel.series] == ["run-1", "run-2"]
     assert "1 measured otherwise" in panel.note
 
 
 def test_distances_in_two_encoders_features_stand_on_axes_of_their_own(runs: list[Path]) -> None:
-    found = [
-        {
-            "name": run.name,
-            "aligned_blocks": [1],
-            "points": [{"step": STEPS, "t": 0.5, "block": 1, "cknna": 0.1, "probe": 0.2}],
-            "features": {"path": "f"},
-        }
-        for run in runs
-    ]
     for run in runs:
         lines = [json.dumps(evaluation(value, name=name)) for name, value in (("near", 0.7), ("far", 228.0))]
         (run / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
-    *_, far, near = key_idea(found, [record.evaluations for record in read_runs(runs)], 0.5)
+    *_, far, near = key_idea(swept(runs), [record.evaluations for record in read_runs(runs)], 0.5)
     assert (far.y_label, near.y_label) == ("Fréchet distance, far", "Fréchet distance, near")
     assert {y for series in far.series for y in series.y} == {228.0}
     assert {y for series in near.series for y in series.y} == {0.7}
