@@ -21,7 +21,7 @@ On a store of 1,152 photographs at 128 px, made with the built-in encoders:
     (8,) (8, 8, 16, 16)
 
 The examples of the other docstrings are of this store too. Whoever writes needs `create_store`, `create_group`,
-`Staging` and `publish_unit`. docs/reading.md has more.
+`Staging` and `publish_unit`. docs/reading.md has more, and `help(storage.Store)` what is in a store.
 
 Imports numpy, zarr, pyarrow and h5py only; never ray or an encoder library, and torch in `storage.torch` alone, which
 nothing here imports. A name's module is imported when the name is first asked for, so that a command's `--help` loads
@@ -32,30 +32,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage.any_array import RowReader, open_array
-    from storage.base.errors import StoreError, UserError
+    from storage.any_array import RowReader as RowReader
+    from storage.any_array import open_array
+    from storage.base.errors import StoreError as StoreError
+    from storage.base.errors import UserError as UserError
     from storage.batches import iterate_batches
-    from storage.cache import CacheConfig
-    from storage.gather import ArrayReader, gather_into
+    from storage.cache import CacheConfig as CacheConfig
+    from storage.gather import ArrayReader as ArrayReader
+    from storage.gather import gather_into
     from storage.latents import to_latents
-    from storage.layout import ArrayLayout, GroupLayout, StoreLayout
-    from storage.reader import GroupReader, Store, open_store
-    from storage.staging import Staging
-    from storage.writer import Failure, create_group, create_store, publish_unit
+    from storage.layout import ArrayLayout as ArrayLayout
+    from storage.layout import GroupLayout as GroupLayout
+    from storage.layout import StoreLayout as StoreLayout
+    from storage.reader import GroupReader as GroupReader
+    from storage.reader import Store as Store
+    from storage.reader import open_store
+    from storage.staging import Staging as Staging
+    from storage.writer import Failure as Failure
+    from storage.writer import create_group, create_store, publish_unit
 
+# What functions return is imported from here just as well, but `help` would put its 700 lines before the functions.
 __all__ = [
-    "ArrayLayout",
-    "ArrayReader",
-    "CacheConfig",
-    "Failure",
-    "GroupLayout",
-    "GroupReader",
-    "RowReader",
-    "Staging",
-    "Store",
-    "StoreError",
-    "StoreLayout",
-    "UserError",
     "create_group",
     "create_store",
     "gather_into",
@@ -88,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULE_OF})

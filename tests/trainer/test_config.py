@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +44,15 @@ def test_a_preset_survives_yaml(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(preset(name)), encoding="utf-8")
     assert read_config(path).config == preset(name)
+
+
+def test_a_folder_that_nobody_gave_is_empty_in_what_a_run_saves(tmp_path: Path) -> None:
+    """It is no cache, rather than a cache in the current folder, which `.` would say; older runs say `.`."""
+    flat = yaml.safe_load(to_yaml(preset("sit-tiny-2")))
+    assert flat["data"]["cache"] == flat["data"]["latent_statistics"] == ""
+    for text in ("", "."):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"cache": text}}))
+        assert read_config(tmp_path / "config.yaml").config.data.cache == Path()
 
 
 def test_published_sizes_and_settings() -> None:

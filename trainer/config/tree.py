@@ -55,14 +55,17 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Dotted name → plain value, as compared on resume and saved in a checkpoint; a tuple of one is its value."""
+    """Dotted name → plain value, as compared on resume and saved in a checkpoint; a tuple of one is its value, and
+    a path that nobody gave is empty."""
     return {name: _plain(value) for name, value, _ in leaves(config)}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return value[0] if len(value) == 1 else list(value)
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return "" if value == Path() else str(value)
+    return value
 
 
 def free_fields(config: Any) -> set[str]:
