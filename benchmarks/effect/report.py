@@ -1,7 +1,7 @@
 """From the measures that are there: figures by arm and step, what vanilla needs to reach REPA, tables and curves.
 
 Every figure is that of the averaged weights. Of several seeds: mean, least and most. "Steps to reach" reads the step at
-which the line through vanilla's means first is as good as REPA's mean.
+which the line through vanilla's means first is as good as REPA's mean, over the seeds that both have there.
 """
 
 from __future__ import annotations
@@ -80,9 +80,14 @@ def steps_to_reach(curve: Mapping[int, float], value: float, *, less_is_better: 
     return None
 
 
-def means(figures: Figures, arm: str) -> dict[int, float]:
-    """Step → mean over the seeds that are there."""
-    return {step: statistics.mean(of.values()) for step, of in sorted(figures.get(arm, {}).items())}
+def vanilla_beside(figures: Figures, step: int) -> tuple[dict[int, float], float | None]:
+    """Vanilla's means by step, and REPA's at `step`, both over the seeds that have both there; None: there is none."""
+    of_repa, of_vanilla = figures.get(REPA, {}).get(step, {}), figures.get(VANILLA, {})
+    seeds = of_repa.keys() & of_vanilla.get(step, {}).keys()
+    if not seeds:
+        return {}, None
+    whole = {at: [of[seed] for seed in seeds] for at, of in sorted(of_vanilla.items()) if seeds <= of.keys()}
+    return {at: statistics.mean(of) for at, of in whole.items()}, statistics.mean(of_repa[seed] for seed in seeds)
 
 
 def pairs(figures: Figures, step: int) -> list[float]:
@@ -92,7 +97,7 @@ def pairs(figures: Figures, step: int) -> list[float]:
 
 
 def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading: str, about: Sequence[str]) -> str:
-    """OUT.md, OUT.json, OUT.svg; returns the text."""
+    """OUT.md, OUT.json, OUT.svg and, of REPA and vanilla alone, OUT_difference.svg; returns the text."""
     found = collect(measures, of_arms)
     by_t = {name: read_by_t(measures, name, arm.seeds) for name, arm in of_arms.items()}
     text = "\n".join([f"## {heading}", "", *about, "", *_tables(found, of_arms), ""])
@@ -101,6 +106,7 @@ def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading:
     out.with_suffix(".json").write_text(json.dumps({"figures": found, "heldout_loss_by_t": by_t}, indent=1) + "\n")
     if any(found.values()):
         draw(out.with_suffix(".svg"), found, by_t, of_arms)
+        draw_differences(out.with_name(f"{out.name}_difference.svg"), found)
     return text
 
 
@@ -129,13 +135,13 @@ def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[st
         ]
         differences = [pairs(figures, step) for step in steps]
         if any(differences):
-            vanilla, repa = means(figures, VANILLA), means(figures, REPA)
-            reached = [
-                _reached(steps_to_reach(vanilla, repa[step], less_is_better=quantity.less_is_better), vanilla)
-                if step in repa and vanilla
-                else "–"
-                for step in steps
-            ]
+            reached = []
+            for step in steps:
+                vanilla, repa = vanilla_beside(figures, step)
+                better = quantity.less_is_better
+                reached.append(
+                    "–" if repa is None else _reached(steps_to_reach(vanilla, repa, less_is_better=better), vanilla)
+                )
             rows.append(["REPA − vanilla", *(_difference(values, quantity) for values in differences)])
             rows.append(["steps vanilla needs for REPA's", *reached])
         lines += [f"### {quantity.title[0].upper()}{quantity.title[1:]}", ""]
@@ -202,5 +208,36 @@ def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_a
         axes[-1].set(title=f"held-out loss − vanilla's, step {newest:,}", xlabel="t (0 image, 1 noise)")
         axes[-1].grid(alpha=0.3)
     axes[0].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_differences(path: Path, found: Mapping[str, Figures]) -> None:
+    """REPA − vanilla over steps, a line a seed and their mean, in what neither was aligned with."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [quantity for quantity in QUANTITIES if quantity.key in ("loss", "fd_other")]
+    figure, axes = plt.subplots(1, len(shown), figsize=(9, 3), layout="constrained")
+    for panel, quantity in zip(axes, shown, strict=True):
+        figures = found[quantity.key]
+        of_seed: dict[int, dict[int, float]] = {}
+        for step in sorted(figures.get(REPA, {})):
+            ours, theirs = figures[REPA][step], figures.get(VANILLA, {}).get(step, {})
+            for seed in sorted(ours.keys() & theirs.keys()):
+                of_seed.setdefault(seed, {})[step] = ours[seed] - theirs[seed]
+        panel.axhline(0, color="gray", lw=1)
+        for seed, curve in of_seed.items():
+            panel.plot(list(curve), list(curve.values()), "o-", ms=3, lw=1, alpha=0.5, label=f"seed {seed}")
+        whole = [step for step in figures.get(REPA, {}) if all(step in curve for curve in of_seed.values())]
+        if len(of_seed) > 1:
+            mean = [statistics.mean(curve[step] for curve in of_seed.values()) for step in sorted(whole)]
+            panel.plot(sorted(whole), mean, "k-", lw=2, label="mean")
+        panel.set(title=f"{quantity.title}: REPA − vanilla", xlabel="training step")
+        panel.grid(alpha=0.3)
+        if of_seed:
+            panel.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -214,8 +214,20 @@ def test_the_report_has_what_is_there_with_signs_and_steps_to_reach(tmp_path: Pa
     text = write_report(tmp_path / "results" / "effect", measures, OF_ARMS, "title", ["about"])
     assert "-0.0400, better in 1 of 2" in text
     assert "| steps vanilla needs for REPA's | 1,200 | > 2,000 |" in text
-    assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".md", ".json", ".svg"}
+    files = {"effect.md", "effect.json", "effect.svg", "effect_difference.svg"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == files
     assert json.loads((tmp_path / "results" / "effect.json").read_text())["figures"]["loss"]["vanilla"]["1000"]
+
+
+def test_steps_to_reach_compare_the_seeds_that_both_have(tmp_path: Path) -> None:
+    """A seed of vanilla alone, much better by chance, moves neither the difference nor the steps."""
+    for step, loss in ((1000, 0.9), (2000, 0.7)):
+        write_loss(tmp_path, "vanilla-seed0", step, loss)
+        write_loss(tmp_path, "repa-seed0", step, loss - 0.1)
+        write_loss(tmp_path, "vanilla-seed1", step, loss - 0.6)
+    text = write_report(tmp_path / "r" / "effect", tmp_path, OF_ARMS, "title", [])
+    assert "| REPA − vanilla | -0.1000, better in 1 of 1 | -0.1000, better in 1 of 1 |" in text
+    assert "| steps vanilla needs for REPA's | 1,500 | > 2,000 |" in text
 
 
 def test_a_report_of_nothing_says_nothing(tmp_path: Path) -> None:
