@@ -53,7 +53,7 @@ def main() -> None:
     random_store.SHARD_ROWS = SHARD_ROWS
     with tempfile.TemporaryDirectory() as folder, one_blas_thread():
         root = Path(folder) / "store"
-        random_store.write(root, args.rows, args.width, "float16")
+        random_store.write(root, args.rows, [args.width], "float16")
         with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
             rows = []
             for codec in args.codec:

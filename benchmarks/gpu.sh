@@ -61,7 +61,7 @@ for name in "${@:-tests train_step encoders}"; do
           --seconds 1.5 --minutes $((MINUTES - 1)) "${COMMON[@]}" ${ARGS:-} ;;
       methods)  # images a second of each, in one table beside REPA's
         step methods $((MINUTES * 60)) "$PYTHON" -m benchmarks.train_step --batches 32 --compile yes --seconds 1.5 \
-          --presets "sit-xl-2,sit-xl-2:irepa,sit-xl-2-reg,sit-xl-2:stopped,sit-xl-2-vanilla,sit-xl-1,lightningdit-xl-1" \
+          --presets "sit-xl-2,sit-xl-2:irepa,sit-xl-2-reg,sit-xl-2:stopped,sit-xl-2-vanilla,sit-xl-1,lightningdit-xl-1,rit-xl-1,ditdh-xl-1" \
           --minutes $((MINUTES - 1)) "${COMMON[@]}" --out "$OUT/methods" ${ARGS:-} ;;
       codes)  # a step of SiT-B/2 from codes beside one from float16: decoding may take 2 % of it
         for dtype in float16 rotated1 rotated2 rotated4; do

@@ -25,6 +25,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 SD_VAE, F16 = (4, 8), (32, 16)  # channels, and pixels a side of one latent
 FEATURES = {"rit": (384, 16), "ditdh": (768, 16)}
+LEARNT = {"rit": "dinov2-vits14-reg", "ditdh": "dinov2-vitb14-reg"}  # whose tokens these are
 
 
 def method(name: str) -> TrainConfig:

@@ -24,6 +24,8 @@ ENCODERS = {
     "dinov2-vitb14": ("vit_base_patch14_dinov2", 768),
     "dinov2-vitl14": ("vit_large_patch14_dinov2", 1024),
     "dinov2-vitg14": ("vit_giant_patch14_dinov2", 1536),
+    "dinov2-vits14-reg": ("vit_small_patch14_reg4_dinov2", 384),  # whose tokens RiT diffuses
+    "dinov2-vitb14-reg": ("vit_base_patch14_reg4_dinov2", 768),  # and RAE
 }
 SD_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,

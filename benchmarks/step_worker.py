@@ -26,20 +26,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import N_CLASSES, latents_of, measured_step, method
+from benchmarks.methods import LEARNT, N_CLASSES, latents_of, measured_step, method
 from benchmarks.online import Encoders, encode_moments, encode_tokens, random_images
 from benchmarks.public_repa import PublicStep
 from benchmarks.random_store import LATENTS
 from storage.base.errors import UserError
 from storage.torch.codecs import Tokens
 from trainer.config.tree import override
+from trainer.data.feature_latents import on_grid
 from trainer.data.groups import geometry_of, open_data
-from trainer.data.latent_scale import LatentScale
 from trainer.data.loader import Batch, Loader
 from trainer.loop.readback import Readback
 from trainer.loop.step import build, compile_blocks, train_step, without_alignment
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
+from trainer.run.latent_map import map_of
 from trainer.run.settings import resolve
 
 FEWEST_STEPS, WARM_UP_STEPS, PROFILED_STEPS = 3, 3, 3
@@ -55,6 +56,7 @@ class Task:
     store: str
     encoder: str
     device: str
+    features: str  # the group that is aligned with or, where a model learns an encoder's tokens, learnt
     public: str = ""  # a clone of REPA's repository; empty: our trainer
 
 
@@ -76,7 +78,12 @@ class Ours:
 
     def __init__(self, task: Task, device: torch.device) -> None:
         config = method(task.preset)
-        latents = next((path for path, of in LATENTS.items() if of == latents_of(config)), "")
+        channels, side = latents_of(config)
+        latents = next((path for path, of in LATENTS.items() if of == (channels, side)), "")
+        if config.model.kind in LEARNT:
+            latents = task.features
+        elif config.aligns:
+            config = override(config, {"data.features": (task.features.removeprefix("features/"),)})
         # The published label embedding, whatever the store's classes.
         changes = {"store": task.store, "batch": task.batch, "device": task.device, "model.classes": N_CLASSES}
         config = override(config, {**changes, "data.latents": latents})
@@ -85,7 +92,7 @@ class Ours:
             config = resolve(config, self.data, world)
             set_arithmetic(config)
             geometry = geometry_of(config, self.data)
-            self.parts = build(config, geometry, LatentScale.of(self.data.latents.identity, config.data), world)
+            self.parts = build(config, geometry, map_of(config, self.data, config.run), world)
         self.start = measured_step(config)
         if config.aligns and not config.aligns_at(self.start):
             self.parts = without_alignment(self.parts)
@@ -162,6 +169,9 @@ class Ours:
 
         def batches() -> Iterator[Batch]:
             for batch in self._repeated():
+                if self.data.of_features:
+                    yield self._learnt(batch, encode_tokens(encoders.vision, images, class_token=True))
+                    continue
                 moments = batch.moments if encoders.vae is None else encode_moments(encoders.vae, images)
                 with_class = batch.class_tokens is not None
                 tokens = encode_tokens(encoders.vision, images, class_token=with_class)
@@ -172,6 +182,12 @@ class Ours:
             yield batches()
         finally:
             encoders.to(torch.device("cpu"))
+
+    def _learnt(self, batch: Batch, tokens: torch.Tensor) -> Batch:
+        """The batch with the class and patch tokens that it learns computed."""
+        latents = on_grid(tokens[:, 1:], self.data.latents.identity.token_grid)
+        class_tokens = None if batch.class_tokens is None else tokens[:, 0]
+        return dataclasses.replace(batch, moments=latents, class_tokens=class_tokens)
 
 
 class Public:

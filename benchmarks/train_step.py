@@ -11,7 +11,8 @@
     public       REPA's own step, from a clone (--public); see public_repa.py
 
 Ours is the trainer's own step, with and without compiled blocks; models are presets, or methods as `methods.py` spells
-them. Online, a method without features has no rows, and latents of factor 16 have no VAE. For each model and batch, one
+them. Online, a method without features has no rows, and latents of factor 16 have no VAE; one that learns an encoder's
+tokens (RiT, DiT^DH) has that encoder in the loop, whatever --encoder says. For each model and batch, one
 process holds ours and one the public model; rounds go through all variants in turn, each timed for --seconds after
 three steps untimed. Figures are medians over rounds. MFU counts the transformer alone, three times its forward pass,
 over the GPU's dense bf16 peak. Stall is the share of time that a step waited for its batch. `store / this` is how many
@@ -41,9 +42,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import measured_step, method, step_flops
+from benchmarks.methods import LEARNT, measured_step, method, step_flops
 from benchmarks.online import ENCODERS, vae_flops, vision_flops
-from benchmarks.random_store import write
+from benchmarks.random_store import count_places, features_path, write
 from benchmarks.report import RESULTS, machine, table
 from benchmarks.step_worker import RESULT, Request, Task
 from storage.base.console import EXIT_OK, run_command
@@ -125,11 +126,23 @@ class Case:
         model, plain = self.config.model, ":" not in self.preset and self.config.aligns
         return bool(self.args.public) and plain and model.kind == "sit" and model.patch > 1 and not model.class_token
 
+    @property
+    def encoder(self) -> str:
+        """What runs online: where the model learns an encoder's tokens, that one."""
+        return LEARNT.get(self.config.model.kind) or str(self.args.encoder)
+
+    @property
+    def features(self) -> str:
+        """The store's group of that encoder's width."""
+        return features_path(ENCODERS[self.encoder][1], widths_of(self.args))
+
     def rows(self) -> list[Row]:
         """What is measured, ours first."""
         modes = {"both": (True, False), "yes": (True,), "no": (False,)}[self.args.compile]
         variants = list(OURS[:2])
-        if self.config.aligns_at(measured_step(self.config)):
+        if self.config.model.kind in LEARNT:
+            variants += ["online"]
+        elif self.config.aligns_at(measured_step(self.config)):
             variants += ["online"] + ["online+vae"] * (self.args.vae and self.config.model.patch > 1)
         rows = [Row(variant=variant, compiled=compiled) for compiled in modes for variant in variants]
         return rows + ([Row(variant="public", compiled=False)] if self.has_public else [])
@@ -137,20 +150,27 @@ class Case:
     def workers(self, store: Path) -> dict[bool, Worker]:
         """One for ours and, if asked for, one for the public step (True)."""
         task = Task(
-            preset=self.preset, batch=self.batch, store=str(store), encoder=self.args.encoder, device=self.args.device
-        )
+            preset=self.preset, batch=self.batch, store=str(store), encoder=self.encoder, device=self.args.device,
+            features=self.features,
+        )  # fmt: skip
         public = {True: dataclasses.replace(task, public=str(self.args.public))} if self.has_public else {}
         return {is_public: Worker(each) for is_public, each in ({False: task} | public).items()}
 
     def flops(self) -> int:
         """Forward and backward pass of one image."""
-        return step_flops(self.config, ENCODERS[self.args.encoder][1])
+        return step_flops(self.config, ENCODERS[self.encoder][1])
 
     def arithmetic(self, variant: str) -> float:
         """How many times the FLOPs of ours from the store."""
-        extra = vision_flops(self.args.encoder) if variant in ("online", "online+vae", "public") else 0
+        extra = vision_flops(self.encoder) if variant in ("online", "online+vae", "public") else 0
         extra += vae_flops() if variant == "online+vae" else 0
         return (self.flops() + extra) / self.flops()
+
+
+def widths_of(args: argparse.Namespace) -> list[int]:
+    """Of the features that the store holds: the encoder's, and of what models learn that learn tokens."""
+    learnt = [LEARNT[kind] for name in args.presets if (kind := method(name).model.kind) in LEARNT]
+    return list(dict.fromkeys(ENCODERS[name][1] for name in (args.encoder, *learnt)))
 
 
 def measure(case: Case, store: Path) -> list[list[str]]:
@@ -295,7 +315,9 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(dir=args.directory, prefix=".bench-"))
     try:
         store = folder / "store"
-        write(store, args.rows, ENCODERS[args.encoder][1], args.dtype)
+        write(store, args.rows, widths_of(args), args.dtype)
+        for path in {case.features for case in cases if case.config.model.kind in LEARNT}:
+            count_places(store, path)
         tell(f"store of {args.rows} rows written in {time.perf_counter() - start_s:.0f} s")
         for case in cases:
             if args.profile:

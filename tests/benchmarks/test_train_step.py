@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import flops, step_worker, train_step
 from benchmarks.methods import method
+from benchmarks.online import ENCODERS
 from benchmarks.public_repa import PublicStep
-from benchmarks.random_store import write
+from benchmarks.random_store import count_places, features_path, write
 from benchmarks.step_worker import Ours, Request, Step, Task, Timer
 from benchmarks.train_step import Case, Row, parse, ratio
 from storage.base.errors import UserError
@@ -21,6 +22,7 @@ from trainer.config.presets import preset
 from trainer.config.tree import override
 
 CPU = torch.device("cpu")
+WIDTHS = (384, 768)
 
 
 @pytest.mark.slow
@@ -59,7 +61,8 @@ def test_ratios_of_flops_are_the_design_s(name: str, encoder: str, online: float
     assert case.arithmetic("online+vae") == pytest.approx(with_vae, rel=0.03)
 
 
-SMALL = {"model.depth": 1, "model.width": 32, "model.heads": 2, "model.align_block": (1,), "precision": "fp32"}
+SMALL = {"model.depth": 1, "model.width": 32, "model.heads": 2, "model.align_block": (1,), "precision": "fp32",
+         "model.context_block": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,8 @@ SMALL = {"model.depth": 1, "model.width": 32, "model.heads": 2, "model.align_blo
         ("sit-xl-2-reg", ["store", "ceiling", "online"]),
         ("sit-xl-1", ["store", "ceiling", "online"]),
         ("lightningdit-xl-1", ["store", "ceiling"]),
+        ("rit-xl-1", ["store", "ceiling", "online"]),
+        ("ditdh-xl-1", ["store", "ceiling", "online"]),
     ],
 )
 def test_every_method_takes_steps_from_a_store(
@@ -82,18 +87,23 @@ def test_every_method_takes_steps_from_a_store(
 
 
 @pytest.mark.slow
-def test_reg_takes_steps_with_its_class_token_from_an_encoder(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["sit-xl-2-reg", "rit-xl-1", "ditdh-xl-1"])
+def test_steps_are_taken_with_tokens_from_an_encoder(name: str, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a class token, or learnt."""
     variants = ["store", "ceiling", "online"]
-    take_steps("sit-xl-2-reg", variants, variants, store, monkeypatch)
+    take_steps(name, variants, variants, store, monkeypatch)
 
 
 def take_steps(name: str, variants: list[str], taken: list[str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the methods' own settings in a small model; at full size a CPU would take minutes."""
     monkeypatch.setattr(step_worker, "method", lambda name: override(method(name), SMALL))
     monkeypatch.setattr(step_worker, "WARM_UP_STEPS", 1)
-    args = parse(["--encoder", "dinov2-vits14", "--device", "cpu", "--compile", "no"])
-    assert [row.variant for row in Case(preset=name, batch=2, args=args).rows()] == variants
-    ours = Ours(Task(preset=name, batch=2, store=str(store), encoder="dinov2-vits14", device="cpu"), CPU)
+    case = Case(preset=name, batch=2, args=parse(["--encoder", "dinov2-vits14", "--device", "cpu", "--compile", "no"]))
+    assert [row.variant for row in case.rows()] == variants
+    features = features_path(ENCODERS[case.encoder][1], WIDTHS)
+    ours = Ours(
+        Task(preset=name, batch=2, store=str(store), encoder=case.encoder, device="cpu", features=features), CPU
+    )
     for variant in taken:
         found = Timer(ours, 2, CPU).answer(Request(variant=variant, compiled=False, seconds=1e-9))
         assert found["images_per_s"] > 0
@@ -102,9 +112,11 @@ def take_steps(name: str, variants: list[str], taken: list[str], store: Path, mo
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of eight rows, for a vision encoder 384 wide."""
+    """Of eight rows, for vision encoders of these widths."""
     root = tmp_path_factory.mktemp("random") / "store"
-    write(root, 8, 384, "float16")
+    write(root, 8, WIDTHS, "float16")
+    for width in WIDTHS:
+        count_places(root, features_path(width, WIDTHS))
     return root
 
 
