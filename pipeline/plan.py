@@ -109,7 +109,7 @@ def plan_groups(
             config.latents,
             config.latents_weights,
             "latents",
-            partial(registry.resolve_latents, dtype=config.features_dtype, **arithmetic),
+            partial(registry.resolve_latents, dtype=config.features_dtype, fetch=not config.dry_run, **arithmetic),
         ),
         *registry.resolve_all(
             config.features,

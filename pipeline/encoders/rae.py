@@ -37,7 +37,7 @@ PIXELS = {"encoder_norm_mean": (0.485, 0.456, 0.406), "encoder_norm_std": (0.229
 
 def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     """Identity of the tokens. Raises UserError, also where `--resolution` is not what the decoder makes."""
-    directory = find_directory(spec.model, spec.weights)
+    directory = find_directory(spec.model, spec.weights, fetch=spec.fetch)
     settings = read_settings(directory)
     kind = settings.get("encoder_type", "dinov2")
     if kind not in ENCODERS:

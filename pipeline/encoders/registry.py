@@ -34,7 +34,7 @@ import numpy as np
 
 from pipeline.encoders.catalogue import VAES, VISION, VisionModel
 from pipeline.encoders.precision import ARITHMETIC
-from pipeline.encoders.settings import holds_rae
+from pipeline.encoders.settings import CONFIG_FILE, holds_rae
 from storage import codecs
 from storage.base.errors import UserError
 from storage.codecs import PLAIN, Codec, codec_named
@@ -109,14 +109,17 @@ def resolve_latents(
     *,
     precision: str = "fp32",
     compiled: bool = False,
+    fetch: bool = True,
 ) -> EncoderSpec:
     """The VAE `text`: a known name, a diffusers directory, or a hub id. Raises UserError for anything else.
 
-    Of an AutoencoderRAE, whose latents are tokens, a features group is made, in the codec `dtype` (`rae.py`).
+    Of an AutoencoderRAE, whose latents are tokens, a features group is made, in the codec `dtype` (`rae.py`). What a
+    hub id is says its configuration, which is taken from the hub's cache or, with `fetch`, from the hub.
     """
     request = Request.parse(text, ("precision",))
     name, precision = request.name, request.options.get("precision", precision)
     weights = vae_folder(weights) if weights else None
+    folder = weights
     if name in VAES:
         known = VAES[name]
         if precision == "fp16" and not known.float16:
@@ -125,15 +128,16 @@ def resolve_latents(
         store_name, family, model = name, known.family, known.model
     elif Path(name).is_dir():
         store_name, family, model = Path(name).absolute().name, "vae", str(vae_folder(Path(name)))
-        decoder = model
+        decoder, folder = model, weights or Path(model)
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}", name):
         store_name, family, model, decoder = name.replace("/", "--"), "vae", name, str(weights) if weights else name
+        folder = weights or hub_folder(name, fetch=fetch)
     else:
         raise UserError(
             f"unknown VAE {name!r}; name one of {', '.join(VAES)}, an existing diffusers directory, or a hub id "
             "(org/name, org/name/folder)"
         )
-    if holds_rae(weights or Path(model)):
+    if folder is not None and holds_rae(folder):
         return EncoderSpec(
             kind="features",
             store_name=store_name,
@@ -157,6 +161,17 @@ def resolve_latents(
         precision=precision,
         compiled=compiled,
     )
+
+
+def hub_folder(model: str, *, fetch: bool) -> Path | None:
+    """Where the configuration of ORG/NAME[/FOLDER] lies on this machine; None where it is not to be had."""
+    from pipeline.encoders.weights import hub_file
+
+    organisation, name, *folders = model.split("/")
+    try:
+        return hub_file(f"{organisation}/{name}", "/".join([*folders, CONFIG_FILE]), fetch=fetch).parent
+    except LookupError:
+        return None  # whoever asks for the weights says so
 
 
 def vae_folder(directory: Path) -> Path:

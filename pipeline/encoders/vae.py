@@ -199,8 +199,8 @@ def probe(settings: dict[str, Any], name: str, directory: Path) -> Geometry:
     """Any autoencoder's geometry, by running it without memory."""
     if name == RAE:
         raise UserError(
-            f"{directory} holds an {RAE}, whose latents are its encoder's tokens, and was named by a hub id; say where "
-            f"it lies too, --latents-weights {directory}"
+            f"{directory} holds an {RAE}, whose latents are its encoder's tokens: --latents {directory} stores these, "
+            "as features"
         )
     import diffusers
 

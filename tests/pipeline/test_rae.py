@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from storage.base.extras import what_to_install
 from storage.final_norm import PLAIN
 from storage.identity import FeaturesIdentity
 from tests.pipeline.encoding import encode_store
+from tests.pipeline.hub import empty_cache, put_in_cache
 from tests.trainer.runs import micro
 from trainer.data.feature_latents import read_latents
 from trainer.data.groups import TrainingData, open_data
@@ -151,6 +153,22 @@ def test_statistics_of_an_autoencoder_without_any_are_one_line(
     data.close()
 
 
+def test_a_hub_id_is_what_its_configuration_says(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group, whether the autoencoder is named by a folder or by a hub id, whose decoder is the hub's."""
+    cache = empty_cache(tmp_path / "hub", monkeypatch)
+    with pytest.raises(UserError, match="weights of VAE org/rae/xl are neither in the Hugging Face cache"):
+        planned(folder, latents="org/rae/xl")
+    for file in folder.iterdir():
+        put_in_cache(cache, "org/rae", file, f"xl/{file.name}")
+    plan = planned(folder, latents="org/rae/xl")
+    assert plan.layout.path == "features/org--rae--xl"
+    assert plan.spec.decoder == "org/rae/xl"
+    assert dataclasses.replace(plan.identity, name="tiny-rae") == planned(folder).identity
+    pixels = torch.zeros(1, PIXELS, PIXELS, 3, dtype=torch.uint8)
+    named, of_folder = (registry.load(each.spec, resolution=PIXELS, device=CPU) for each in (plan, planned(folder)))
+    assert torch.equal(named.encode(pixels)["patches"], of_folder.encode(pixels)["patches"])
+
+
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(says: str, where: Path = folder, **changes: Any) -> None:
         with pytest.raises(UserError, match=says) as caught:
@@ -178,9 +196,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
     (deeper / "config.json").write_text(json.dumps(settings | {"encoder_num_hidden_layers": 2}))
     with pytest.raises(UserError, match=r"lacks \d+ weights of its AutoencoderRAE, such as encoder\."):
         registry.load(planned(deeper).spec, resolution=PIXELS, device=CPU)
-    with pytest.raises(
-        UserError, match=r"was named by a hub id; say where it lies too, --latents-weights \S+tiny-rae$"
-    ):
+    with pytest.raises(UserError, match=r"whose latents are its encoder's tokens: --latents \S+tiny-rae stores these"):
         read_geometry(folder)  # which is asked of autoencoders only
     assert planned(folder, latents="org/rae", latents_weights=str(folder)).layout.path == "features/org--rae"
     monkeypatch.setitem(sys.modules, "transformers", None)
