@@ -181,7 +181,8 @@ def derive_group(
 
 
 def features_path(store: Store, name: str) -> str:
-    """`features/NAME` of NAME or features/NAME. Raises UserError for latents, which have no codecs."""
+    """`features/NAME` of NAME or features/NAME, a slash behind it or not. Raises UserError for latents: no codecs."""
+    name = name.rstrip("/")
     if name.startswith("latents/"):
         raise UserError(f"{name} are latents, and codecs are for features; name a group features/NAME")
     path = name if name.startswith(FEATURES) else FEATURES + name

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,12 @@ INDEX_FILE = "index.parquet"
 RECEIPTS_DIR = "receipts"
 STORE_RECEIPT = f"{RECEIPTS_DIR}/store.json"
 GROUP_KINDS = ("latents", "features")
+
+
+def is_group_path(path: str) -> bool:
+    """Whether a group may lie there: latents/<name> or features/<name>, spelled in no other way."""
+    kind, _, name = path.partition("/")
+    return kind in GROUP_KINDS and name != "" and "/" not in name and not name.startswith(".")
 
 
 def sample_in_words(row_shape: Sequence[int], dtype: DTypeLike) -> str:
@@ -160,8 +165,7 @@ class GroupLayout:
     arrays: tuple[ArrayLayout, ...]
 
     def __post_init__(self) -> None:
-        parts = PurePosixPath(self.path).parts
-        if len(parts) != 2 or parts[0] not in GROUP_KINDS or parts[1].startswith("."):
+        if not is_group_path(self.path):
             raise UserError(
                 f"a group lies at latents/<name> or features/<name>, no name begins with a dot, got {self.path!r}"
             )

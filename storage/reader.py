@@ -37,6 +37,7 @@ from storage.layout import (
     GroupLayout,
     StoreLayout,
     checked_rows,
+    is_group_path,
     sample_in_words,
 )
 from storage.metadata import (
@@ -252,8 +253,8 @@ class Store:
 
     def group_layout(self, path: str) -> tuple[GroupLayout, dict[str, Any]]:
         """The group's geometry and attributes as its Zarr metadata say. Raises StoreError naming what exists."""
-        kind, _, name = path.partition("/")
-        if kind not in GROUP_KINDS or not name or not self._has(path):
+        path = path.rstrip("/")  # as a shell completes it
+        if not is_group_path(path) or not self._has(path):
             raise StoreError(f"store {self.root} has no {path}; {self._what_there_is()}")
         self._check_rows()
         where = self.root.at(path)
@@ -292,6 +293,7 @@ class Store:
         remote group on a local disk, and does nothing for a directory.
         """
         layout, attributes = self.group_layout(path)
+        path = layout.path
         if expect is not None:
             require_same(expect.plain(), attributes["identity"], self.root.at(path), "open the group you mean")
         failures: list[Failure] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from storage import StoreError, open_store
 from storage.__main__ import PROG, main
 from storage.base.console import EXIT_NOBODY_READS
 from storage.codecs.int8 import INT8
@@ -152,6 +153,24 @@ def test_mistakes_are_one_line(tmp_path: Path, storage: Storage) -> None:
         assert status == 2, argv
         assert says in err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_a_group_s_name_may_end_as_a_shell_completes_it(tmp_path: Path, storage: Storage) -> None:
+    make_store(tmp_path / "s")
+    for argv in (
+        ["statistics", tmp_path / "s", f"{FEATURES}/"],
+        ["derive", tmp_path / "s", f"{FEATURES}/", "--codec", "int8"],
+        ["derive", tmp_path / "s", f"{FEATURES.partition('/')[2]}/", "--codec", "rotated4"],
+        ["info", f"{tmp_path / 's' / FEATURES}/"],
+    ):
+        status, out, err = storage(*argv)
+        assert status == 0, err
+        assert "//" not in out
+    store = open_store(tmp_path / "s")
+    store.group(f"{FEATURES}//").close()
+    for path in ("features//tiny-vit", f"{FEATURES}/patches", "features/..", "features/.", "features/", "index"):
+        with pytest.raises(StoreError, match=r"has no .*; it has latents/tiny-vae, features/tiny-vit"):
+            store.group(path)
 
 
 def test_what_is_listed_is_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

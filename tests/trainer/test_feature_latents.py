@@ -245,8 +245,22 @@ def test_codes_whose_error_would_be_felt_are_refused(tmp_path: Path, spelling: s
         assert "codes" not in told
         assert error < 1e-3
     else:
-        assert float(told.split(" codes are ")[1].split(":")[0]) == pytest.approx(error, rel=0.25)
+        assert float(told.split(" codes are ")[1].split(" ")[0]) == pytest.approx(error, rel=0.25)
     assert require_normal(group, ValidRows(48, np.array([])), scale, accept=spelling != "int8")
+    group.close()
+
+
+def test_codes_that_spoil_one_channel_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel far weaker than those that share its factor is nothing but codes, which hundreds of others hide."""
+    monkeypatch.setattr("trainer.data.feature_latents.MOST_LEVEL", 0.5)  # there are 24 here
+    tokens = plain_tokens()
+    tokens[..., 5] /= 150
+    write(tmp_path, tokens, layer=PLAIN_NORM, codec=CODECS["int8"])
+    group = open_store(tmp_path).group(FEATURES)
+    statistics, _ = statistics_of(open_store(tmp_path), group, Path(), class_token=False)
+    scale = scale_of(group, statistics, source="s")
+    with pytest.raises(UserError, match=r"is in int8 codes, .* in channel 5; .*: store float16, or pass"):
+        require_normal(group, ValidRows(48, np.array([])), scale, accept=False)
     group.close()
 
 

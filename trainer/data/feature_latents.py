@@ -8,7 +8,8 @@ lines are one map of f (`LatentScale`), so what a model draws goes back to f, an
 
 Codes lose a little. An error of deviation ε in x is as large as the noise from the noise level t = ε / (1 + ε) down:
 below it a model learns the codes, not the features. MOST_LEVEL is where RiT stops telling noise levels apart; codes
-whose error reaches it are refused. Measured on tokens of real photographs: `python -m benchmarks.feature_codes`.
+whose error reaches it are refused, and so are those that spoil a single channel (MOST_OF_CHANNEL). Measured on tokens
+of real photographs: `python -m benchmarks.feature_codes`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from trainer.data.latent_scale import LatentScale
 
 EPSILON = 1e-5  # added to a variance
 MOST_LEVEL = 0.05
+MOST_OF_CHANNEL = 0.25  # deviation of the codes' error, where the channel's own is 1
 LOOKED_AT = 64  # rows, evenly spread
 LEAST, MOST, MOST_MEAN = 0.5, 2.0, 1.0  # of the deviation and the mean of any channel after the map
 OF_FEATURES = "features/"
@@ -173,18 +175,23 @@ def require_normal(
     error = np.broadcast_to(group.codec.error_variance(stored), (len(rows), size[0] * size[1], group.identity.width))
     factors = torch.as_tensor(scale.scale).double().square()
     of_x = on_grid(torch.from_numpy(np.array(error)).double(), size) * factors
-    deviation = float(of_x.mean().sqrt())
+    deviation, of_channel = float(of_x.mean().sqrt()), of_x.mean((0, 2, 3)).sqrt().numpy()
     level = deviation / (1 + deviation)
     in_words = f"deviation {np.sqrt(np.square(std).mean()):.3g} ({std.min():.3g} to {std.max():.3g} a channel)"
     if deviation:
-        in_words += f", of which {group.codec.spelling} codes are {deviation:.2g}: noise up to level {level:.2g}"
+        in_words += (
+            f", of which {group.codec.spelling} codes are {deviation:.2g} ({of_channel.max():.2g} in the worst channel)"
+            f": noise up to level {level:.2g}"
+        )
     if accept:
         return in_words
-    if level > MOST_LEVEL:
+    if level > MOST_LEVEL or of_channel.max() > MOST_OF_CHANNEL:
+        fix = "float16" if group.codec.exact else "float16 or int8 (rotated codes are for alignment)"
         raise UserError(
             f"{group.path} is in {group.codec.spelling} codes, whose error in normalised tokens is {deviation:.2g}, as "
-            f"much as the noise at level {level:.2g}; at most {MOST_LEVEL:g} is not felt: store float16 or int8 "
-            "(rotated codes are for alignment), or pass --data.latent-deviation accept if it is meant"
+            f"much as the noise at level {level:.2g}, and {of_channel.max():.2g} in channel "
+            f"{int(of_channel.argmax())}; at most level {MOST_LEVEL:g}, and {MOST_OF_CHANNEL:g} in a channel, is not "
+            f"felt: store {fix}, or pass --data.latent-deviation accept if it is meant"
         )
     far = (std < LEAST) | (std > MOST) | (np.abs(mean) > MOST_MEAN)
     if far.any():

@@ -191,11 +191,26 @@ def test_a_decoder_of_something_else_is_refused_before_training(
         with pytest.raises(UserError, match=says):
             train(override(config, {"data.decoder": str(other)}))
         assert not RunFolder(tmp_path / "run").is_run
+    (tmp_path / "file").touch()
+    for nothing in (str(tmp_path / "nowhere"), str(tmp_path / "file"), "typo", "a/b/c/d/e", "./a"):
+        with pytest.raises(UserError, match="is no folder on this machine, and no hub id ORG/NAME"):
+            train(override(config, {"data.decoder": nothing}))
+        assert not RunFolder(tmp_path / "run").is_run
     for decoder in ("", "glyph-decoder", "hub/id"):
         train(override(config, {"run": tmp_path / f"of-{decoder[:3]}", "data.decoder": decoder}))
         said = capsys.readouterr().out
         assert f"pictures   by {decoder or 'glyph-decoder'}\n" in said
         assert ", 17 to 20 tokens\n" in said  # 4×4 patches, the class token, the label's from the second block on
+
+
+def test_a_group_s_name_may_end_as_a_shell_completes_it(store: Path, tmp_path: Path) -> None:
+    """And a resume may spell it otherwise."""
+    names = {"data.latents": f"{A}/", "data.features": (f"{B}/",)}
+    config = micro(store, tmp_path / "run", **{**RIT, **names, "steps": 1})
+    train(config)
+    kept = RunFolder(tmp_path / "run").read_config().config
+    assert (kept.data.latents, kept.data.features) == (A, (B,))
+    train(override(config, {"data.latents": A, "data.features": (B,), "steps": 2}))
 
 
 def test_a_derived_group_is_described_by_its_encoder(store: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ autoencoder normalises latents cancel out. Weights are read as data. diffusers i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ MEAN, STD = "encoder_mean", "encoder_std"  # of pixels
 COMPUTED = ("decoder_pos_embed",)
 # What a name of ours has in it, by the encoder that an autoencoder says it has.
 ENCODERS = {"dinov2": ("dinov2", "reg"), "siglip2": ("siglip",), "mae": ("mae",)}
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}")
 FIX = "name a folder or hub id of diffusers' AutoencoderRAE"  # with --data.decoder, or --vae of generate
 
 
@@ -64,14 +66,18 @@ def load_feature_decoder(
 
 
 def require_decoder(where: str, features: GroupReader[FeaturesIdentity]) -> None:
-    """Raise UserError for a decoder in a folder here that is not of these features; no weight is read.
-
-    What is no folder may be a hub id, or lie on the machine that draws, and is looked at there.
+    """Raise UserError for a decoder in a folder here that is not of these features, and for what is neither a folder
+    here nor spelled as a hub id; no weight is read, and a hub is not asked.
     """
     if Path(folder_of(where)).is_dir():
         config_file, _ = _files(where, fetch=False)
         with _one_line(where):
             _require_fitting(_settings(config_file, where), features, where)
+    elif Path(where).exists() or not HUB_ID.fullmatch(where):
+        raise UserError(
+            f"the decoder {where} is no folder on this machine, and no hub id ORG/NAME[/FOLDER]; {FIX}, or leave "
+            "--data.decoder out and name it to generate"
+        )
 
 
 def _settings(config_file: Path, where: str) -> dict[str, Any]:
