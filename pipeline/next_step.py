@@ -25,7 +25,7 @@ from storage.identity import FeaturesIdentity, LatentsIdentity
 PATCHES = (1, 2, 4, 8)
 PIXELS_A_TOKEN = 16  # of features, and so of published models
 TINY, TINY_PATCH = "sit-tiny-2", 2
-OF_FEATURES, OF_FEATURES_WIDTH, OF_FEATURES_RESOLUTION = "rit-xl-1", 1152, 256  # no wider tokens can be learned
+OF_FEATURES, OF_FEATURES_WIDTH, OF_FEATURES_RESOLUTION = "rit-xl-1", 1152, 256  # the model's, which wider tokens exceed
 
 
 def train_commands(where: str, preferred: Collection[str] = ()) -> list[str]:
@@ -79,7 +79,7 @@ def _on_features(
             "patches" in group.arrays and height == width and (group.identity.width or math.inf) <= OF_FEATURES_WIDTH
         ):
             continue
-        if group.identity.codec is not None:  # what it adds to a token may be refused
+        if not group.codec.exact:  # what it adds to a token is refused
             continue
         options = [f"--data.latents {shlex.quote(path)}"]
         options += ["--data.resolution 0"] * (resolution != OF_FEATURES_RESOLUTION)

@@ -13,6 +13,7 @@ import pytest
 from pipeline.encoders.catalogue import VAES, VISION
 from pipeline.encoders.tiny import RESOLUTION
 from pipeline.next_step import train_commands
+from storage.derive import derive_group
 from tests.stores import make_groups
 from trainer.config.command_line import train_config
 from trainer.config.presets import PRESETS, preset
@@ -97,6 +98,16 @@ def test_the_trainer_takes_it(tmp_path: Path, resolution: int, groups: dict[str,
     if before:
         assert shlex.split(before[0])[3:] == ["statistics", config.store, config.data.latents, "--places"]
     assert config.preset == says if says in PRESETS else says in command
+
+
+def test_features_are_learned_from_codes_that_stand_for_themselves(tmp_path: Path) -> None:
+    """As the docs precompute them; rotated codes would be refused, and another group is named."""
+    make_groups(tmp_path, 256, {"features/b": {"n": 24, "side": 16}})
+    derive_group(tmp_path, "features/b", "int8", n_workers=1)
+    derive_group(tmp_path, "features/b", "rotated4", n_workers=1)
+    for preferred, chosen in (("b-int8", "b-int8"), ("b-rotated4", "b"), ("b", "b")):
+        *_, command = train_commands(str(tmp_path), {f"features/{preferred}"})
+        assert taken(command).data.latents == f"features/{chosen}"
 
 
 @pytest.mark.parametrize("resolution", [RESOLUTION, 256, 384, 512])

@@ -274,8 +274,14 @@ def test_a_class_token_is_guided_as_the_image_unless_said(
     config.write_text(config.read_text().replace("guidance_class: -1.0", "guidance_class: 2.3"))
     assert drawn(out=tmp_path / "run-s")[1]["sample.guidance_class"] == 2.3
     assert drawn(guidance=9.0, out=tmp_path / "both")[1] == {**record, "sample.guidance_class": 9.0}
-    with pytest.raises(UserError, match=r"^--guidance-class 2 is of a class token; \S+ has none$"):
-        drawn(run=trained["irepa"], guidance_class=2.0)
+    capsys.readouterr()
+    name, record = drawn(guidance=9.0, guidance_class_low=0.1, guidance_class_high=0.8)
+    assert name.endswith("-guidance9-seed0-guidance-class-low0.1-guidance-class-high0.8")
+    assert (record["sample.guidance_class_low"], record["sample.guidance_class_high"]) == (0.1, 0.8)
+    assert "for t from 0 to 1, of the class token from 0.1 to 0.8" in capsys.readouterr().err
+    for option in ("guidance-class", "guidance-class-low", "guidance-class-high"):
+        with pytest.raises(UserError, match=rf"^--{option} 0.5 is of a class token; \S+ has none$"):
+            drawn(run=trained["irepa"], **{option.replace("-", "_"): 0.5})
 
     capsys.readouterr()
     train(micro(shared_tiny_store, tmp_path / "new", steps=1, **REG, **{"sample.guidance": 1.8}))

@@ -20,7 +20,8 @@ sampling in 250 steps without guidance; with `--guidance 1.5` it is that of DiT'
 `-512` is for stores at 512 px: latents of 64×64, features of 32×32 tokens (DINOv2 at 448 px). Its settings are those at
 256 px; which guidance REPA's figures at 512 px were drawn with is not known here.
 
-Generated images have labels drawn at random, as the public scripts of REPA, DiT, REG and LightningDiT draw them.
+Generated images have labels drawn at random, as the public scripts of REPA, DiT, REG and LightningDiT draw them; those
+of RAE's `ditdh-…` take every class equally often.
 
 Labels are dropped once, with probability 0.1, as the paper says. (With `--legacy`, which it keeps for its early runs,
 the public script drops them twice, 19 % in all.)
@@ -172,7 +173,7 @@ def ditdh(name: str, size: str) -> TrainConfig:
             lr=2e-4, beta2=0.95, decay="linear", decay_from=40 * IMAGENET // 1024, decay_until=800 * IMAGENET // 1024,
             final_lr=2e-5,
         ),
-        sample=SampleConfig(sampler="ode", steps=49, shift=0.0, end=0.001, labels="random"),
+        sample=SampleConfig(sampler="ode", steps=49, shift=0.0, end=0.001),
     )  # fmt: skip
 
 

@@ -44,9 +44,15 @@ class GenerateConfig:
     )
     guidance_class: float | None = option(
         None,
-        "guidance scale of a class token (REG); 0: none (default: that of --guidance where that is given, else the "
-        "run's)",
+        "guidance scale of a class token (REG, RiT); 0: none (default: that of --guidance where that is given, else "
+        "the run's)",
         at_least=0,
+    )
+    guidance_class_low: float | None = option(
+        None, "guidance of a class token from this noise level (default: the run's)", at_least=0
+    )
+    guidance_class_high: float | None = option(
+        None, "guidance of a class token up to this noise level (default: the run's)", at_least=0
     )
     guidance_low: float | None = option(None, "guidance from this noise level (default: the run's)", at_least=0)
     guidance_high: float | None = option(None, "guidance up to this noise level (default: the run's)", at_least=0)

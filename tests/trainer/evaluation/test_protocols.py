@@ -68,6 +68,21 @@ def test_every_setting_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("repa", "sit-xl-2"),
+        ("reg", "sit-xl-2-reg"),
+        ("lightningdit", "lightningdit-xl-1"),
+        ("rae", "ditdh-xl-1"),
+        ("rae", "ditdh-s-1"),
+        ("adm", "dit-xl-2"),
+    ],
+)
+def test_a_preset_draws_labels_as_the_release_of_its_method(name: str, of: str) -> None:
+    assert preset(of).sample.labels == PROTOCOLS[name].labels
+
+
+@pytest.mark.parametrize(
     ("name", "of", "calls", "guided", "levels"),
     [
         ("repa", "sit-xl-2", 250, 172, (1.0, 0.04, 0.0)),  # 1 − 0.96 i / 249 is at most 0.7 from i = 78 to 249

@@ -32,7 +32,11 @@ def in_words(config: TrainConfig) -> str:
     if config.model.class_token:
         of_class = f"{sample.class_guidance:g}" if sample.class_guidance else "none"
         what += f" of the image and {of_class} of the class token"
-    return f"{steps}, {what} for t from {sample.guidance_low:g} to {sample.guidance_high:g}"
+    what += f" for t from {sample.guidance_low:g} to {sample.guidance_high:g}"
+    low, high = sample.class_interval
+    if config.model.class_token and (low, high) != (sample.guidance_low, sample.guidance_high):
+        what += f", of the class token from {low:g} to {high:g}"
+    return f"{steps}, {what}"
 
 
 def labels_of(images: Tensor, n_classes: int, labels: LabelsDrawn | None, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from storage.base.boundary import parse_json, read_regular
 from storage.base.errors import UserError
+from storage.base.options import flag_of
 from storage.base.shown import LONGEST, shown
 from trainer.config.sample import AS_IMAGE
 from trainer.config.schema import TrainConfig
@@ -31,7 +32,10 @@ from trainer.run.opened import OpenRun, checkpoints_of, open_run, step_of
 from trainer.run.settings import with_shifts
 
 VERSION = 1
-IN_NAME = ("guidance_low", "guidance_high", "guidance_channels", "heun", "shift", "end")  # where they are given
+IN_NAME = (  # where they are given
+    "guidance_low", "guidance_high", "guidance_class_low", "guidance_class_high", "guidance_channels", "heun", "shift",
+    "end",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,7 @@ def _weaker(path: Path, run: OpenRun, recipe: TrainConfig) -> Weaker:
 
 SAMPLE_OPTIONS = (
     "sampler", "steps", "heun", "shift", "end", "guidance", "guidance_low", "guidance_high", "guidance_channels",
-    "guidance_class", "class_noise", "labels",
+    "guidance_class", "guidance_class_low", "guidance_class_high", "class_noise", "labels",
 )  # fmt: skip
 
 
@@ -146,8 +150,10 @@ def _recipe(run: OpenRun, config: GenerateConfig, protocol: Protocol | None, dev
     asked = {f"sample.{name}": getattr(config, name) for name in SAMPLE_OPTIONS}
     if config.guidance is not None and config.guidance_class is None:  # whatever number the run was saved with
         asked["sample.guidance_class"] = AS_IMAGE
-    if config.guidance_class is not None and not run.config.model.class_token:
-        raise UserError(f"--guidance-class {config.guidance_class:g} is of a class token; {config.run} has none")
+    for name in ("guidance_class", "guidance_class_low", "guidance_class_high"):
+        value = getattr(config, name)
+        if value is not None and not run.config.model.class_token:
+            raise UserError(f"{flag_of(name)} {value:g} is of a class token; {config.run} has none")
     if config.sampler not in (None, "ode"):
         asked |= {n: v for n, v in (("sample.heun", False), ("sample.end", 0.0)) if asked[n] is None}
     of_protocol = of_sample(protocol) if protocol else {}
