@@ -24,6 +24,7 @@ from storage.final_norm import AFFINE, ATTRIBUTE, FinalNorm, final_norm_of
 from storage.final_norm import PLAIN as PLAIN_NORM
 from storage.index import make_index
 from storage.order import ValidRows
+from storage.roots import open_root
 from tests.stores import FEATURES, encoded, make_identities, make_layouts, make_store
 from tests.trainer.reference import load_reference
 from tests.trainer.runs import assert_same_run, micro
@@ -68,8 +69,9 @@ def write(
     norm: FinalNorm | None = None,
     encoder: str = "test",
 ) -> None:
-    """A store of features (N, 1, 64, 24), whose first is the class token too, with counted statistics."""
-    store = StoreLayout(n_rows=len(tokens), views=("original",), resolution=128, shard_rows=16)
+    """A store of features (N, V, 64, 24), whose first is the class token too, with counted statistics."""
+    views = ("original", "hflip")[: tokens.shape[1]]
+    store = StoreLayout(n_rows=len(tokens), views=views, resolution=128, shard_rows=16)
     layout, identity = make_layouts(store, codec=codec)[FEATURES], make_identities(codec=codec)[FEATURES]
     identity = dataclasses.replace(identity, layer=layer, encoder=encoder)  # type: ignore[call-arg]
     keys = [str(row) for row in range(len(tokens))]
@@ -291,6 +293,27 @@ def test_a_step_reads_one_group_and_no_vae_latents(store: Path, tmp_path: Path) 
     data.close()
 
 
+def test_either_view_of_an_image_is_learned(tmp_path: Path) -> None:
+    """Where the store has its mirror image too; its class token goes with it, and both are in the statistics."""
+    views = np.concatenate([plain_tokens(), 3 + plain_tokens()[:, :, ::-1]], axis=1)
+    write(tmp_path / "store", views, layer=PLAIN_NORM)
+    data = open_data(micro(tmp_path / "store", tmp_path / "run", **RIT))
+    statistics, _ = statistics_of(data.store, data.latents, Path(), class_token=True)
+    mean = views.astype(np.float16).astype(np.float64).mean((0, 1)).T.reshape(24, 8, 8)
+    np.testing.assert_allclose(statistics.mean, mean, atol=1e-4)
+    seen = set()
+    with Loader(data, seed=0, batch=8, start=0, stop=6, rank=0, world_size=1, device=CPU, prefetch=1) as loader:
+        for batch in loader:
+            assert batch.class_tokens is not None
+            for row, latents, class_token in zip(batch.rows, batch.moments, batch.class_tokens, strict=True):
+                of_views = on_grid(torch.from_numpy(views[int(row)]), (8, 8)).half()
+                (view,) = [view for view in (0, 1) if torch.equal(latents, of_views[view])]
+                assert np.array_equal(class_token, views[int(row), view, 0].astype(np.float16))
+                seen.add(view)
+    assert seen == {0, 1}
+    data.close()
+
+
 def test_aligned_with_another_encoder(tmp_path: Path) -> None:
     """Each group is read once, also where latents and target are the same; class tokens are not aligned."""
     make_store(tmp_path / "store")
@@ -324,9 +347,27 @@ def test_a_run_keeps_its_statistics(store: Path, tmp_path: Path, capsys: pytest.
     run.data.close()
     assert run.config.loss.time_shift == run.config.sample.shift == pytest.approx((24 * 64 / 4096) ** 0.5)
     assert str(run.scale) == str(map_of(run.config, run.data, parts))
-    RunFolder(parts).latent_statistics.unlink()
+    kept = RunFolder(parts).latent_statistics
+    copy = kept.read_bytes()
+    kept.unlink()
     with pytest.raises(UserError, match=r"has no statistics of its places, by which latents are normalised; run `pyt"):
         train(micro(root, parts, steps=5, **RIT))
+    group = open_store(root).group(FEATURES)
+    counted = places.count(group, 1)
+    with Staging(root) as staging:
+        others = dataclasses.replace(counted, var=1.01 * counted.var)
+        places.publish(open_root(root), group, others, staging.run_id)
+    group.close()
+    with pytest.raises(
+        UserError, match=r"was trained with other statistics of \S+ than all tokens of the group .*; res"
+    ):
+        train(micro(root, parts, steps=5, **RIT))
+    with pytest.raises(UserError, match=r"was trained with other statistics of"):
+        generate(GenerateConfig(run=parts, n=1, device="cpu"))
+    kept.write_bytes(copy)
+    train(micro(root, parts, steps=5, **RIT))
+    train(micro(root, whole, steps=5, **RIT))  # by its own copy
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.parametrize(
