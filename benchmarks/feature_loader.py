@@ -3,16 +3,18 @@
     .venv/bin/python -m benchmarks.feature_loader        # --help; stores of 350 MB are made and removed
 
 An image is 256 tokens of 384 channels, as DINOv2-S has them at 256 px; one features group is read, no other array, in
-shuffled batches from a warm page cache, with a model that does nothing: read only, as a GPU is given them, and decoded
-too, here on the CPU. Codecs take turns in one process, --rounds times for --seconds each; figures are medians over
-rounds, and ratios are medians of the ratio to float16 of the same round, which a machine that does other things
-meanwhile changes least. CPU is of the whole process, user and system.
+shuffled batches with a model that does nothing: from a warm page cache, read only, as a GPU is given them, and decoded
+too, here on the CPU; and cold, each store's pages dropped (`posix_fadvise`) before a round of at most one visit a row,
+whose chunks are checked on the way. Codecs take turns in one process, --rounds times for --seconds each; figures are
+medians over rounds, and ratios are medians of the ratio to float16 of the same round, which a machine that does other
+things meanwhile changes least. CPU is of the whole process, user and system.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shutil
 import statistics
 import tempfile
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import RESULTS, machine, table
+from benchmarks.storage_read import evict
 from storage import ArrayLayout, GroupLayout, Staging, StoreLayout, create_group, create_store, publish_unit
 from storage.codecs import CODECS
 from storage.identity import FeaturesIdentity
@@ -80,15 +83,16 @@ class Undecoded(Loader):
         return on_device["rows"]
 
 
-KINDS: dict[str, type[Loader]] = {"read": Undecoded, "read and decoded": Loader}
+COLD = "read, cold"
+KINDS: dict[str, type[Loader]] = {"read": Undecoded, "read and decoded": Loader, COLD: Undecoded}
 Found = dict[tuple[str, str], list[tuple[float, float]]]  # by kind and codec: images a second, CPU µs an image
 
 
-def timed(batches: Iterator[Batch], batch: int, seconds: float) -> tuple[float, float]:
-    """Images a second, and CPU microseconds an image."""
+def timed(batches: Iterator[Batch], batch: int, seconds: float, most: float = math.inf) -> tuple[float, float]:
+    """Images a second, and CPU microseconds an image; at most so many images."""
     n = 0
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    while (passed_s := time.perf_counter() - start_s) < seconds:
+    while (passed_s := time.perf_counter() - start_s) < seconds and n < most:
         next(batches)
         n += batch
     return n / passed_s, (time.process_time() - start_cpu_s) / n * 1e6
@@ -101,6 +105,8 @@ def measure(folder: Path, args: Any) -> tuple[dict[str, int], Found]:
     changes: dict[str, Any] = {"data.latents": GROUP, "model.class_token": False, "data.threads": 1}
     for _ in range(args.rounds):
         for kind, name in found:
+            if kind == COLD:
+                evict(folder / name)
             with ExitStack() as stack:
                 data = open_data(override(preset("rit-xl-1"), {**changes, "store": folder / name}))
                 stack.callback(data.close)
@@ -109,7 +115,11 @@ def measure(folder: Path, args: Any) -> tuple[dict[str, int], Found]:
                     device=torch.device("cpu"), prefetch=3, with_targets=False,
                 )  # fmt: skip
                 batches = iter(stack.enter_context(loader))
-                for _ in range(WARM_UP + args.rows // args.batch):  # every chunk is checked once, and is in memory
+                epoch = args.rows // args.batch
+                if kind == COLD:  # a second visit would be warm
+                    found[kind, name].append(timed(batches, args.batch, args.seconds, epoch * args.batch))
+                    continue
+                for _ in range(WARM_UP + epoch):  # every chunk is checked once, and is in memory
                     next(batches)
                 found[kind, name].append(timed(batches, args.batch, args.seconds))
     return sizes, found
@@ -140,8 +150,8 @@ def main() -> None:
         lines.append([f"{name}, {kind}", f"{sizes[name]:,}", *cells])
     text = "\n".join([
         "## Features as latents from a store", "", where, "",
-        f"Batches of {args.batch} images of {TOKENS[0]} × {TOKENS[1]}, shuffled, from a warm page cache, one thread "
-        f"that reads and one that decodes; medians of {args.rounds} rounds of {args.seconds:g} s.", "",
+        f"Batches of {args.batch} images of {TOKENS[0]} × {TOKENS[1]}, shuffled, from a warm page cache unless said, "
+        f"one thread that reads and one that decodes; medians of {args.rounds} rounds of {args.seconds:g} s.", "",
         table(["codec", "bytes an image", "images/s", "of float16", "CPU µs an image", "of float16"], lines), "",
     ])  # fmt: skip
     print(text)
