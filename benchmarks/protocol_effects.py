@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -52,10 +53,10 @@ METRICS = ("fid", "fd", "kid", "kd", "precision", "recall", "density", "coverage
 
 def measured(folder: Path, where: Path, reference: str, description: Description, **options: Any) -> dict[str, Any]:
     """The metrics of a folder of images, read where they were measured before."""
-    file = where / f"{description.label}.json"
-    if not file.is_file():
+    if not any(where.glob("*.json")):
         cache = where.parent / "reference-features"  # described once for all rows
         evaluate(folder, reference, description, out=where, cache=cache, resamples=1000, **options)
+    (file,) = where.glob("*.json")
     found: dict[str, Any] = json.loads(file.read_text())["metrics"]
     return found
 
@@ -82,7 +83,15 @@ def as_jpeg(images: Path, quality: int, folder: Path) -> None:
 
 
 def rows(
-    run: Path, out: Path, n: int, steps: int, precision: str, description: Description, data: str, other: str
+    run: Path,
+    out: Path,
+    n: int,
+    steps: int,
+    precision: str,
+    description: Description,
+    data: str,
+    other: str,
+    other_encoders: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Metrics by what was changed."""
     reference = RunFolder(run).read_config().config.store
@@ -104,6 +113,9 @@ def rows(
     )
     if other:
         found["the reference is held out"] = measured(images, out / "numbers-other", other, description)
+    for encoder in other_encoders:
+        described = replace(description, encoder=encoder)
+        found[f"described by {encoder}"] = measured(images, out / f"numbers-{encoder}", reference, described)
     if data:
         cut = out / "reference-torchvision.npz"
         if not cut.is_file():
@@ -148,13 +160,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/protocol-effects"))
     parser.add_argument("--data", default="", help="the run's images in full size, to be cut otherwise")
     parser.add_argument("--other-reference", default="", help="a store of other images of the same classes")
+    parser.add_argument(
+        "--other-encoders", nargs="*", default=(), help="describe by these as well, of the same weights"
+    )
     options = parser.parse_args()
     description = Description(
         encoder=options.encoder, weights=options.weights, token=options.token, device=options.device
     )
     found = rows(
         options.run, options.out, options.n, options.steps, options.precision, description, options.data,
-        options.other_reference,
+        options.other_reference, options.other_encoders,
     )  # fmt: skip
     print(lines(found))
 
