@@ -220,6 +220,17 @@ def test_intervals_are_shown_beside_the_values(study: Path, shared_tiny_store: P
     assert "<small>95% 2.00 to 4.00; 64 images</small>" in plain(runs_table(records, methods_of(records)))
 
 
+def test_a_small_value_has_the_digits_of_its_interval(shared_tiny_store: Path, tmp_path: Path) -> None:
+    """Not `0.003` above an interval of 0.00314 to 0.00341."""
+    run = make_run(tmp_path, shared_tiny_store, 0, 0.5, measured=False)
+    evaluate(run, 1.0, metrics={"kid": {"value": 0.003271, "n_generated": 2000, "interval": [0.003142, 0.003412]}})
+    (page,) = write_report([run], tmp_path / "report.html", "")
+    text = plain(page.read_text())
+    assert "0.00327" in text
+    assert "95% 0.00314 to 0.00341" in text
+    assert not re.search(r"0\.003(?!\d)", text)
+
+
 def test_pictures_of_the_store_have_captions_in_words(study: Path, runs: Path) -> None:
     text = page(read_runs([study]), "x", beside=study, real=False)
     assert "Images, and their stored patch tokens: the first three principal components as colours" in text

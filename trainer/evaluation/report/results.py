@@ -263,7 +263,8 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
             images = "" if alike is not None else "number of images not known"
             if alike is None and figures.n_generated is not None:
                 images = f"{figures.n_generated:,} images"
-            return number_cell(figures.value, ".3f", note="; ".join(filter(None, (interval, images, late))))
+            note = "; ".join(filter(None, (interval, images, late)))
+            return Cell(text=spelled(figures.value), key=figures.value, note=note)
 
         other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""
         return Column(title=f"{text}{other}", cell=cell)
@@ -293,7 +294,7 @@ def not_compared(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
             for i, line in way.values.items():
                 if i in main_way.values:
                     continue
-                value = f"{title(metric, 'inception')} {line.metrics[metric].value:.3f} by {name}"
+                value = f"{title(metric, 'inception')} {spelled(line.metrics[metric].value)} by {name}"
                 why = way.protocol.apart(main_way.protocol) or main_way.protocol.apart(way.protocol)
                 alike = evaluate_command(records[i], line, like, main_way.protocol)
                 rows.append((f"{records[i].name}: {value} ({why})", alike))
