@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage import open_store
 from storage.base.errors import UserError
@@ -26,6 +28,7 @@ from tests.trainer.evaluation.report_runs import (
 from trainer.evaluation.report import pictures
 from trainer.evaluation.report.alike import measured_alike
 from trainer.evaluation.report.cards import unlike
+from trainer.evaluation.report.measures import span
 from trainer.evaluation.report.methods import differing, methods_of
 from trainer.evaluation.report.page import named_shortly, page, write_report
 from trainer.evaluation.report.results import runs_table
@@ -229,6 +232,17 @@ def test_a_small_value_has_the_digits_of_its_interval(shared_tiny_store: Path, t
     assert "0.00327" in text
     assert "95% 0.00314 to 0.00341" in text
     assert not re.search(r"0\.003(?!\d)", text)
+
+
+@given(low=st.floats(-1e7, 1e7), width=st.floats(0, 1e7))
+def test_both_ends_of_an_interval_have_the_same_digits(low: float, width: float) -> None:
+    one, other = span(low, low + width).split(" to ")
+    assert float(one) <= float(other)
+    for text, value in ((one, low), (other, low + width)):
+        assert float(text) == pytest.approx(value, rel=0.01, abs=1e-5)
+    plain = [text for text in (one, other) if "e" not in text and float(text)]
+    if len(plain) == 2 and "e" not in one + other:
+        assert len({len(text.partition(".")[2]) for text in plain}) == 1
 
 
 def test_pictures_of_the_store_have_captions_in_words(study: Path, runs: Path) -> None:

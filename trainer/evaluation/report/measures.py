@@ -89,9 +89,19 @@ def measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
 def spelled(value: float) -> str:
     """A value, to the digits that may matter."""
     size = abs(value)
+    if size == 0:
+        return "0"
     if size >= 1e6 or 0 < size < 1e-4:
         return f"{value:.3g}"
     return f"{value:.{_decimals(size)}f}"
+
+
+def span(low: float, high: float) -> str:
+    """Two ends, to the same digits unless one is very large or small."""
+    if any(abs(end) >= 1e6 or 0 < abs(end) < 1e-4 for end in (low, high)):
+        return f"{spelled(low)} to {spelled(high)}"
+    decimals = max(_decimals(abs(end)) for end in (low, high) if end or low == high)
+    return " to ".join("0" if end == 0 else f"{end:.{decimals}f}" for end in (low, high))
 
 
 def with_spread(value: float, spread: float | None) -> str:

@@ -17,7 +17,7 @@ from trainer.evaluation.report.alike import (
 from trainer.evaluation.report.axes import axis_of
 from trainer.evaluation.report.charts import dash, escaped, strip, swatch
 from trainer.evaluation.report.curves import ANALYSES, ANALYSES_IN_WORDS, LOSSES, LOSSES_IN_WORDS, compared
-from trainer.evaluation.report.measures import better, explained, measured, spelled, title, with_spread
+from trainer.evaluation.report.measures import better, explained, measured, span, spelled, title, with_spread
 from trainer.evaluation.report.methods import SEED, Method, differing, setting, style_of
 from trainer.evaluation.report.reached import EPOCHS, EPOCHS_IN_WORDS, epochs_column
 from trainer.evaluation.report.run_record import RunRecord
@@ -95,10 +95,6 @@ def _what(ranked: Ranked) -> str:
     return f"mean ± deviation of {n} seeds" if n > 1 else "one seed"
 
 
-def _span(interval: tuple[float, float]) -> str:
-    return f"{spelled(interval[0])} to {spelled(interval[1])}"
-
-
 def _behind(ranked: Ranked, answer: Verdict) -> Cell:
     if ranked.behind is None:
         lead = "lowest" if better(answer.group.protocol.metric) == "lower" else "highest"  # type: ignore[union-attr]
@@ -113,7 +109,7 @@ def _behind(ranked: Ranked, answer: Verdict) -> Cell:
         what = "not settled by so few seeds"
     low, high = sorted(ranked.behind.interval, key=abs)
     low = low if ranked.behind.is_settled else -abs(low)
-    ends = f"{spelled(abs(low) if ranked.behind.is_settled else low)} to {spelled(abs(high))}"
+    ends = span(abs(low) if ranked.behind.is_settled else low, abs(high))
     lent = spread_lent(answer.ranking, [answer.ranking[0], ranked])
     note = f"{what} ({LEVEL:.0%} interval {ends} by the seeds{f'; {lent}' if lent else ''})"
     return Cell(text=spelled(value), key=value, note=note)
@@ -259,7 +255,7 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
                 return Cell(text=NOTHING)
             figures = line.metrics[metric]
             late = "" if line.step == run.checkpoint_step else f"step {line.step or 0:,}"
-            interval = f"{LEVEL:.0%} {_span(figures.interval)}" if figures.interval is not None else ""
+            interval = f"{LEVEL:.0%} {span(*figures.interval)}" if figures.interval is not None else ""
             images = "" if alike is not None else "number of images not known"
             if alike is None and figures.n_generated is not None:
                 images = f"{figures.n_generated:,} images"

@@ -22,7 +22,7 @@ from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import PROG, Evaluated, Group, evaluate_command, evaluated_alike
 from trainer.evaluation.report.cards import MOST_NAMED, unlike
-from trainer.evaluation.report.measures import better, decides, measured, place, spelled, title, with_spread
+from trainer.evaluation.report.measures import better, decides, measured, place, span, spelled, title, with_spread
 from trainer.evaluation.report.methods import Method
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean, pooled
@@ -183,7 +183,7 @@ def _compared(ranking: Sequence[Ranked], metric: str, lower: bool) -> tuple[str,
     of_seeds = f"{seeds}; {lent}" if lent else seeds
     low, high = sorted(abs(end) for end in behind.interval)
     if behind.is_settled:
-        sure = f"{LEVEL:.0%} interval {spelled(low)} to {spelled(high)}, of {of_seeds}"
+        sure = f"{LEVEL:.0%} interval {span(low, high)}, of {of_seeds}"
         return f"{best}: {both} ({sure}), which is more than the seeds' spread of {spread}.", "clear"
     reach = f"seeds alone could make a difference of {spelled(behind.reach or 0.0)} ({LEVEL:.0%} interval, {of_seeds})"
     others = _well_behind(ranking)
