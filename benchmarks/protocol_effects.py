@@ -34,6 +34,7 @@ from trainer.evaluation.generate.image_files import read_image
 from trainer.evaluation.options import GenerateConfig
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
+from trainer.evaluation.quality.result_files import file_name, result_file
 from trainer.run.folder import RunFolder
 
 BASE = {"sampler": "sde", "labels": "balanced", "rounding": "round", "guidance": 1.0}
@@ -53,10 +54,10 @@ METRICS = ("fid", "fd", "kid", "kd", "precision", "recall", "density", "coverage
 
 def measured(folder: Path, where: Path, reference: str, description: Description, **options: Any) -> dict[str, Any]:
     """The metrics of a folder of images, read where they were measured before."""
-    if not any(where.glob("*.json")):
+    file = result_file(where, description.label)
+    if not file.is_file():
         cache = where.parent / "reference-features"  # described once for all rows
         evaluate(folder, reference, description, out=where, cache=cache, resamples=1000, **options)
-    (file,) = where.glob("*.json")
     found: dict[str, Any] = json.loads(file.read_text())["metrics"]
     return found
 
@@ -115,7 +116,7 @@ def rows(
         found["the reference is held out"] = measured(images, out / "numbers-other", other, description)
     for encoder in other_encoders:
         described = replace(description, encoder=encoder)
-        found[f"described by {encoder}"] = measured(images, out / f"numbers-{encoder}", reference, described)
+        found[f"described by {encoder}"] = measured(images, out / f"numbers-{file_name(encoder)}", reference, described)
     if data:
         cut = out / "reference-torchvision.npz"
         if not cut.is_file():

@@ -43,7 +43,10 @@ def features_path(width: int, widths: Sequence[int]) -> str:
 
 
 def write(root: Path, n_rows: int, widths: Sequence[int], dtype: str) -> None:
-    """A whole store of `n_rows` samples at `root`, features (256, width) as `dtype`; not synced to the disk."""
+    """A whole store of `n_rows` samples at `root`, with a group of features (256, width) of each width as `dtype`.
+
+    It is not synced to the disk.
+    """
     store = StoreLayout(
         n_rows=n_rows, views=("original",), resolution=RESOLUTION, shard_rows=min(SHARD_ROWS, n_rows)
     )  # fmt: skip

@@ -285,7 +285,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="rounds through all variants (default 3)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timed run (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no model and batch is begun after so many")
-    parser.add_argument("--rows", type=int, default=4096, help="of the store (default 4096: 1.8 GB in float16)")
+    parser.add_argument(
+        "--rows", type=int, default=4096, help="of the store (default 4096: 1.8 GB in float16, and what models learn)"
+    )
     parser.add_argument("--dtype", choices=tuple(CODECS), default="float16", help="of the stored features")
     parser.add_argument("--directory", type=Path, default=Path(), help="where the store is made (default here)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the table and profiles are written")

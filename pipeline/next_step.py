@@ -79,7 +79,7 @@ def _on_features(
             "patches" in group.arrays and height == width and (group.identity.width or math.inf) <= OF_FEATURES_WIDTH
         ):
             continue
-        if not group.codec.exact:  # what it adds to a token is refused
+        if not _stands_for_itself(group):
             continue
         options = [f"--data.latents {shlex.quote(path)}"]
         options += ["--data.resolution 0"] * (resolution != OF_FEATURES_RESOLUTION)
@@ -87,6 +87,14 @@ def _on_features(
         statistics = command_line("storage", "statistics", where, path, "--places")
         return [statistics, _make_train(where, OF_FEATURES, options + unlabelled)]
     return []
+
+
+def _stands_for_itself(group: GroupReader[Any]) -> bool:
+    """Whether a run may take decoded tokens as latents; it looks at them itself, and may refuse what is uneven."""
+    try:
+        return group.codec.exact
+    except StoreError:  # a codec of newer code
+        return False
 
 
 def _preset(resolution: int, patch: int, target: GroupReader[FeaturesIdentity] | None) -> tuple[str, list[str]]:

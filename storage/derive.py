@@ -123,7 +123,11 @@ def derive(config: DeriveConfig) -> None:
     store = open_store(config.store)
     old, new = (sum(array.chunk_bytes for array in store.group_layout(path)[0].arrays) * store.n_views
                 for path in (features_path(store, config.group), child))  # fmt: skip
-    say(*rows({"derived": child, "bytes": f"an image: {new:,}, of {old:,} in {config.group}"}).splitlines())
+    say(
+        *rows(
+            {"derived": child, "bytes": f"an image: {new:,}, of {old:,} in {features_path(store, config.group)}"}
+        ).splitlines()
+    )
     say_next(command("storage", "verify", f"{config.store.rstrip('/')}/{child}", "--deep"))
 
 

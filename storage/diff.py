@@ -40,6 +40,7 @@ def diff_stores(a: Store, b: Store, groups: list[str] | None = None) -> Iterator
 def diff_groups(a: Store, path_a: str, b: Store, path_b: str) -> Iterator[str]:
     """Identity fields, arrays and rows in which group `path_b` of `b` differs from group `path_a` of `a`."""
     (layout_a, attributes_a), (layout_b, attributes_b) = a.group_layout(path_a), b.group_layout(path_b)
+    path_a, path_b = layout_a.path, layout_b.path
     name = path_a if path_a == path_b else f"{path_a} and {path_b}"
     verbs = ("the first has", "the second has")
     for line in differing_fields(attributes_b["identity"], attributes_a["identity"], verbs):

@@ -38,7 +38,7 @@ GROUP_KINDS = ("latents", "features")
 
 
 def is_group_path(path: str) -> bool:
-    """Whether a group may lie there: latents/<name> or features/<name>, spelled in no other way."""
+    """Whether a group may lie there: latents/<name> or features/<name>, with no slash more."""
     kind, _, name = path.partition("/")
     return kind in GROUP_KINDS and name != "" and "/" not in name and not name.startswith(".")
 

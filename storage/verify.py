@@ -71,7 +71,7 @@ def verify(
         yield str(error)
         return
     yield from _store_faults(store, deep)
-    wanted = groups if groups is not None else store.groups()
+    wanted = [path.rstrip("/") for path in groups] if groups is not None else store.groups()
     whole: dict[str, Group] = {}
     if groups is None:
         yield from _vanished_groups(store.root, wanted)

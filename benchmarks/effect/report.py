@@ -106,7 +106,8 @@ def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading:
     out.with_suffix(".json").write_text(json.dumps({"figures": found, "heldout_loss_by_t": by_t}, indent=1) + "\n")
     if any(found.values()):
         draw(out.with_suffix(".svg"), found, by_t, of_arms)
-        draw_differences(out.with_name(f"{out.name}_difference.svg"), found)
+        if any(pairs(found["loss"], step) for step in found["loss"].get(REPA, {})):
+            draw_differences(out.with_name(f"{out.stem}_difference.svg"), found)
     return text
 
 

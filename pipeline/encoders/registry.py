@@ -109,7 +109,7 @@ def resolve_latents(
     *,
     precision: str = "fp32",
     compiled: bool = False,
-    fetch: bool = True,
+    fetch: bool = False,
 ) -> EncoderSpec:
     """The VAE `text`: a known name, a diffusers directory, or a hub id. Raises UserError for anything else.
 

@@ -18,6 +18,7 @@ TIMM_FILES = ("model.safetensors", "open_clip_model.safetensors")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "encoder", "target_encoder", "module", "_orig_mod")
 PREFIXES = frozenset({"model", "net", "network", "encoder", "backbone"})
 MAX_WRAPPERS = 8
+_NOT_FETCHED: dict[tuple[str, str], str] = {}  # (repository, file) → what went wrong
 
 
 class MissingWeightsError(UserError):
@@ -60,7 +61,10 @@ def absent(error: LookupError, fetch: bool) -> str:
 
 
 def hub_file(repository: str, filename: str, *, fetch: bool = True) -> Path:
-    """A file of a hub repository: from the cache, else fetched. Raises LookupError naming what went wrong."""
+    """A file of a hub repository: from the cache, else fetched. Raises LookupError naming what went wrong.
+
+    A file that could not be fetched is not asked for again by this process: without a network that takes half a minute.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -70,8 +74,12 @@ def hub_file(repository: str, filename: str, *, fetch: bool = True) -> Path:
         except LocalEntryNotFoundError:
             if not fetch:
                 raise
+            if (repository, filename) in _NOT_FETCHED:
+                raise LookupError(_NOT_FETCHED[repository, filename]) from None
             return Path(hf_hub_download(repository, filename))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if fetch:
+            _NOT_FETCHED[repository, filename] = type(error).__name__
         raise LookupError(type(error).__name__) from None
 
 

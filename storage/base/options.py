@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -268,7 +269,8 @@ def parse_text(flag: str, text: str, kind: Any) -> Any:
         one_of(flag, text, typing.get_args(kind))
         return text
     if kind is Path or (_is_union(kind) and URL not in text):
-        return Path(text)
+        path = Path(text)  # a folder's name goes into names of files beside it, which `.` and `..` do not have
+        return Path(os.path.abspath(path)) if text and path.name in ("", "..") else path
     return text
 
 

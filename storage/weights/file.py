@@ -89,7 +89,7 @@ def open_weights(path: Path) -> Iterator[WeightFile]:
             try:
                 file = stack.enter_context(open(open_regular(path), "rb"))
             except FileNotFoundError:
-                raise UserError(f"{shown(str(path))} does not exist; name the file that is meant") from None
+                raise UserError(f"{shown(str(path))} does not exist; name a file of weights or statistics") from None
             nbytes = file.seek(0, io.SEEK_END)
             file.seek(0)
             head = file.read(9)

@@ -16,7 +16,7 @@ from benchmarks.online import ENCODERS
 from benchmarks.public_repa import PublicStep
 from benchmarks.random_store import count_places, features_path, write
 from benchmarks.step_worker import Ours, Request, Step, Task, Timer
-from benchmarks.train_step import Case, Row, parse, ratio
+from benchmarks.train_step import Case, Row, parse, ratio, widths_of
 from storage.base.errors import UserError
 from trainer.config.presets import preset
 from trainer.config.tree import override
@@ -84,6 +84,14 @@ def test_every_method_takes_steps_from_a_store(
     name: str, variants: list[str], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_steps(name, variants, variants[:1], store, monkeypatch)
+
+
+def test_a_model_that_learns_tokens_has_those_of_its_own_encoder_in_the_store() -> None:
+    args = parse(["--presets", "sit-xl-2,rit-xl-1,ditdh-xl-1", "--encoder", "dinov2-vitb14"])
+    assert widths_of(args) == [768, 384]
+    groups = {name: Case(preset=name, batch=2, args=args).features for name in args.presets}
+    of_b, of_s = "features/random", "features/random-384"
+    assert groups == {"sit-xl-2": of_b, "rit-xl-1": of_s, "ditdh-xl-1": of_b}
 
 
 @pytest.mark.slow

@@ -85,6 +85,17 @@ def test_what_is_given_arrives_and_nothing_else() -> None:
     }
 
 
+def test_a_folder_s_path_ends_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results lie beside it under its name; an empty path is one that is not given."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for text, path in ((".", "a/b"), ("./", "a/b"), ("..", "a"), ("../../a/..", "")):
+        assert parse(Options, "--out", text) == {"out": tmp_path / path}
+        assert parse(Options, "--out", "o", "--place", text)["place"] == tmp_path / path
+    assert parse_text("--x", "", Path) == Path()
+    assert parse(Options, "--out", "./c") == {"out": Path("c")}
+
+
 def test_an_empty_path_among_several_is_a_forgotten_variable() -> None:
     with pytest.raises(UserError, match="one of RUNS is empty; name paths"):
         parse(Positional, "a", "")

@@ -12,7 +12,10 @@ import pytest
 
 from storage.base.errors import UserError
 from trainer.config.command_line import add_train_options, train_config
+from trainer.config.saved import to_yaml
+from trainer.config.tree import override
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.folder import RunFolder
 from trainer.study.file import AblateConfig, read_ablation
 from trainer.study.runs import ablate as go_on
 from trainer.study.runs import precompute_command, train_command
@@ -62,6 +65,22 @@ def test_a_class_token_that_is_not_aligned_is_varied(tmp_path: Path) -> None:
     runs = read_ablation(write(tmp_path, text), "/stores/a", tmp_path / "runs").runs
     assert [run.name for run in runs] == ["class-weight-0.1_seed-0", "class-weight-0.2_seed-0"]
     assert [run.config.loss.class_weight for run in runs] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("latents", ["features/a", "features/a/"])
+def test_a_run_that_chose_its_own_shift_is_the_same_run(tmp_path: Path, latents: str) -> None:
+    """Presets of features as latents leave it to the run, which saves what it came to; so is a name with a slash."""
+    text = f"preset: rit-xl-1\nset: {{data.latents: {latents}}}\naxes: {{loss.class_weight: [0.1]}}"
+    (run,) = read_ablation(write(tmp_path, text), "/stores/a", tmp_path / "runs").runs
+    run.config.run.mkdir(parents=True)
+    chosen = override(run.config, {"data.latents": "features/a", "loss.time_shift": 4.9, "sample.shift": 4.9})
+    RunFolder(run.config.run).config.write_text(to_yaml(chosen))
+    (again,) = read_ablation(tmp_path / "study.yaml", "/stores/a", tmp_path / "runs").runs
+    assert again.name == run.name
+    other = text + "\nseeds: [0]\n" if latents.endswith("a") else text
+    shifted = other.replace("set: {", "set: {loss.time-shift: 2.0, ")
+    with pytest.raises(UserError, match=r"loss.time_shift: was 4.9, is 2.0"):
+        read_ablation(write(tmp_path, shifted), "/stores/a", tmp_path / "runs")
 
 
 def test_variants_are_named_and_set(tmp_path: Path) -> None:

@@ -274,7 +274,8 @@ def test_a_class_token_is_guided_as_the_image_unless_said(
     config.write_text(config.read_text().replace("guidance_class: -1.0", "guidance_class: 2.3"))
     assert drawn(out=tmp_path / "run-s")[1]["sample.guidance_class"] == 2.3
     assert drawn(guidance=9.0, out=tmp_path / "both")[1] == {**record, "sample.guidance_class": 9.0}
-    capsys.readouterr()
+    drawn(guidance=9.0, guidance_class=0.0, guidance_class_low=0.1)
+    assert "none of the class token for t from 0 to 1\n" in capsys.readouterr().err
     name, record = drawn(guidance=9.0, guidance_class_low=0.1, guidance_class_high=0.8)
     assert name.endswith("-guidance9-seed0-guidance-class-low0.1-guidance-class-high0.8")
     assert (record["sample.guidance_class_low"], record["sample.guidance_class_high"]) == (0.1, 0.8)

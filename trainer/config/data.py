@@ -108,5 +108,7 @@ class DataConfig:
             raise UserError(
                 "--data.latent-statistics is of features as latents; pass --data.latents features/NAME, or leave it out"
             )
-        object.__setattr__(self, "latents", self.latents.removeprefix("latents/"))
-        object.__setattr__(self, "features", tuple(name.removeprefix("features/") for name in self.features))
+        # as a shell completes names
+        object.__setattr__(self, "latents", self.latents.rstrip("/").removeprefix("latents/"))
+        of_features = tuple(name.rstrip("/").removeprefix("features/") for name in self.features)
+        object.__setattr__(self, "features", of_features)

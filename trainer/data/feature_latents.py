@@ -8,7 +8,7 @@ lines are one map of f (`LatentScale`), so what a model draws goes back to f, an
 
 Codes lose a little. An error of deviation ε in x is as large as the noise from the noise level t = ε / (1 + ε) down:
 below it a model learns the codes, not the features. MOST_LEVEL is where RiT stops telling noise levels apart; codes
-whose error reaches it are refused, and so are those that spoil a single channel (MOST_OF_CHANNEL). Measured on tokens
+whose error is beyond it are refused, and so are those that spoil a single channel (MOST_OF_CHANNEL). Measured on tokens
 of real photographs: `python -m benchmarks.feature_codes`.
 """
 

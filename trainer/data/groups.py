@@ -197,7 +197,6 @@ def _share_cache(config: TrainConfig, store: Store, paths: list[str]) -> dict[st
 
 def pick_group(store: Store, kind: str, name: str) -> str:
     """The path of the named group, or of the only one there is. Raises UserError naming the choices."""
-    name = name.rstrip("/")  # as a shell completes it
     if kind == "latents" and name.startswith(OF_FEATURES):
         return name
     if name:

@@ -26,7 +26,7 @@ SD_VAE = "stabilityai/sd-vae-ft-ema"
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Settings by the names that `generate` has for them; `guidance_class` -1 is the image's, `shift` 0 the run's.
+    """Settings by the names that `generate` has for them; a class token's are the image's at -1, `shift` 0 the run's.
 
     A scale of 1 is no guidance. `precision` is the model's and the decoder's arithmetic on a GPU.
     """
@@ -45,6 +45,8 @@ class Protocol:
     guidance_high: float = 1.0
     guidance_channels: int = 0
     guidance_class: float = -1.0
+    guidance_class_low: float = -1.0
+    guidance_class_high: float = -1.0
     guidance_by: Literal["null label", "weaker model"] = NULL_LABEL
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"
     rounding: Literal["round", "truncate"] = "truncate"
@@ -144,7 +146,7 @@ PROTOCOLS = {
 }
 OF_SAMPLE = (
     "labels", "sampler", "steps", "heun", "shift", "end", "guidance", "guidance_low", "guidance_high",
-    "guidance_channels", "guidance_class",
+    "guidance_channels", "guidance_class", "guidance_class_low", "guidance_class_high",
 )  # fmt: skip
 
 

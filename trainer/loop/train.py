@@ -70,7 +70,7 @@ from trainer.loop.readback import Readback
 from trainer.loop.step import StepNumbers, TrainingState, build, train_step, without_alignment
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import world_of_ranks
-from trainer.run.checkpoint import RunState, save_checkpoint
+from trainer.run.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.latent_map import keep_statistics, map_of, require_normalised
 from trainer.run.lock import only_writer
@@ -104,7 +104,8 @@ def train(config: TrainConfig, *, given: Collection[str] = (), accept_changes: b
             scale = map_of(config, data, config.run)
             require_normalised(config, data, scale)
             if data.of_features and config.data.decoder:
-                require_decoder(config.data.decoder, data.latents)
+                resumed = latest_checkpoint(config.run) is not None
+                require_decoder(config.data.decoder, data.latents, may_be_elsewhere=resumed)
             set_arithmetic(config)
             curve = DistanceCurve(config, data, geometry, scale, world) if config.log.distance_every else None
             with only_writer(config.run, world):

@@ -55,8 +55,6 @@ def resolve(config: TrainConfig, data: TrainingData, world: World) -> TrainConfi
     resolved: dict[str, Any] = {"data.latents": data.latents.path.removeprefix("latents/")}
     if not config.data.features:  # all targets share the only features there are
         resolved["data.features"] = tuple({group.path.removeprefix("features/") for group in data.features})
-    else:
-        resolved["data.features"] = tuple(name.rstrip("/") for name in config.data.features)
     if config.data.latent_normalisation == "channel" and not config.data.latent_mean:
         statistics = measured(data.latents)
         resolved |= {"data.latent_mean": statistics.mean, "data.latent_std": statistics.std}

@@ -50,6 +50,7 @@ OF_CLASS_TOKENS = ("model.class_token", "loss.class_weight")  # which RiT has wi
 NOT_AXES = {"run": "the runs are named after their settings", "store": "pass --store", "seed": "write seeds: [0, 1]"}
 MAX_RUNS = 10_000
 AUTOMATIC: tuple[object, ...] = ("", [], "auto")  # settings that a run resolves as it starts
+SHIFT = "loss.time_shift"  # so is this one where it is 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,10 @@ def _refuse_another_run(run: Run) -> None:
     differing = [
         f"{name}: was {saved_settings[name]}, is {value}"
         for name, value in wanted.items()
-        if name not in free_fields(run.config) and value not in AUTOMATIC and saved_settings[name] != value
+        if name not in free_fields(run.config)
+        and value not in AUTOMATIC
+        and not (name == SHIFT and value == 0)
+        and saved_settings[name] != value
     ]
     if differing:
         raise UserError(

@@ -153,6 +153,11 @@ def test_departures_name_what_is_not_as_published(tmp_path: Path) -> None:
     ]
     guided = measured(tmp_path, protocol="repa")["card"]["departures"]
     assert {"guidance: 1, not 1.8", "guidance_high: 1, not 0.7", "guidance_by: nothing, not null label"} <= set(guided)
+    of_class = {"class_noise": "own", "guidance_class": 2.3, "guidance_class_low": 0.1, "guidance_class_high": 0.3}
+    (tmp_path / "drawn" / SETTINGS_FILE).write_text(json.dumps({"card": {**noted, **of_class, "guidance": 2.3}}))
+    departures = measured(tmp_path, protocol="reg")["card"]["departures"]
+    assert {"guidance_class_low: 0.1, not 0", "guidance_class_high: 0.3, not 0.85"} <= set(departures)
+    assert not any(departure.startswith("guidance_class:") for departure in departures)
     with pytest.raises(UserError, match="--protocol nope is not known"):
         measured(tmp_path, protocol="nope")
 

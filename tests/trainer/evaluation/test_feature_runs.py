@@ -19,7 +19,7 @@ from pipeline.encoders.glyph.train import digits
 from pipeline.encoders.tiny.train import psnr_db
 from pipeline.plan import plan_groups
 from pipeline.sources.glyphs import DEMO, RESOLUTION
-from storage import StoreLayout, open_store
+from storage import StoreLayout, open_store, places
 from storage.__main__ import main as storage_main
 from storage.base.errors import UserError
 from storage.derive import derive_group
@@ -192,7 +192,7 @@ def test_a_decoder_of_something_else_is_refused_before_training(
             train(override(config, {"data.decoder": str(other)}))
         assert not RunFolder(tmp_path / "run").is_run
     (tmp_path / "file").touch()
-    for nothing in (str(tmp_path / "nowhere"), str(tmp_path / "file"), "typo", "a/b/c/d/e", "./a"):
+    for nothing in (str(tmp_path / "nowhere"), str(tmp_path / "file"), "typo", "a//b", "./a"):
         with pytest.raises(UserError, match="is no folder on this machine, and no hub id ORG/NAME"):
             train(override(config, {"data.decoder": nothing}))
         assert not RunFolder(tmp_path / "run").is_run
@@ -206,11 +206,14 @@ def test_a_decoder_of_something_else_is_refused_before_training(
 def test_a_group_s_name_may_end_as_a_shell_completes_it(store: Path, tmp_path: Path) -> None:
     """And a resume may spell it otherwise."""
     names = {"data.latents": f"{A}/", "data.features": (f"{B}/",)}
-    config = micro(store, tmp_path / "run", **{**RIT, **names, "steps": 1})
+    root = Path(shutil.copytree(store, tmp_path / "store"))
+    config = micro(root, tmp_path / "run", **{**RIT, **names, "steps": 1})
     train(config)
     kept = RunFolder(tmp_path / "run").read_config().config
     assert (kept.data.latents, kept.data.features) == (A, (B,))
     train(override(config, {"data.latents": A, "data.features": (B,), "steps": 2}))
+    (root / places.key_of(A)).unlink()  # a run keeps its own, however its group is spelled
+    train(override(config, {"steps": 3}))
 
 
 def test_a_derived_group_is_described_by_its_encoder(store: Path, tmp_path: Path) -> None:

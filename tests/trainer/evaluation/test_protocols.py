@@ -120,6 +120,14 @@ def test_calls_are_counted_as_the_sampler_makes_them(name: str) -> None:
     assert (found.total, found.guided) == (len(batches), batches.count(2))
 
 
+def test_a_protocol_guides_a_class_token_where_it_guides_the_image() -> None:
+    """Whatever interval the run was saved with."""
+    saved = override(
+        preset("sit-xl-2-reg"), {"sample.guidance_class_low": 0.5, "sample.guidance_class_high": 0.6}
+    )  # fmt: skip
+    assert override(saved, of_sample(protocol_named("reg"))).sample.class_interval == (0.0, 0.85)
+
+
 def test_truncation_is_half_a_step_darker_and_rounding_is_not() -> None:
     pixels = torch.linspace(-1.1, 1.1, 100_001)
     exact = (pixels.clamp(-1, 1) + 1) * 127.5

@@ -34,7 +34,11 @@ def in_words(config: TrainConfig) -> str:
         what += f" of the image and {of_class} of the class token"
     what += f" for t from {sample.guidance_low:g} to {sample.guidance_high:g}"
     low, high = sample.class_interval
-    if config.model.class_token and (low, high) != (sample.guidance_low, sample.guidance_high):
+    if (
+        config.model.class_token
+        and sample.class_guidance not in (0, 1)
+        and (low, high) != (sample.guidance_low, sample.guidance_high)
+    ):
         what += f", of the class token from {low:g} to {high:g}"
     return f"{steps}, {what}"
 

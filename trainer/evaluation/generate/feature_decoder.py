@@ -34,7 +34,7 @@ MEAN, STD = "encoder_mean", "encoder_std"  # of pixels
 COMPUTED = ("decoder_pos_embed",)
 # What a name of ours has in it, by the encoder that an autoencoder says it has.
 ENCODERS = {"dinov2": ("dinov2", "reg"), "siglip2": ("siglip",), "mae": ("mae",)}
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)+")
 FIX = "name a folder or hub id of diffusers' AutoencoderRAE"  # with --data.decoder, or --vae of generate
 
 
@@ -65,15 +65,15 @@ def load_feature_decoder(
     return _loaded(_settings(config_file, where), weight_file, features, where).to(device).eval()
 
 
-def require_decoder(where: str, features: GroupReader[FeaturesIdentity]) -> None:
+def require_decoder(where: str, features: GroupReader[FeaturesIdentity], *, may_be_elsewhere: bool = False) -> None:
     """Raise UserError for a decoder in a folder here that is not of these features, and for what is neither a folder
-    here nor spelled as a hub id; no weight is read, and a hub is not asked.
+    here nor spelled as a hub id, unless it `may_be_elsewhere`; no weight is read, and a hub is not asked.
     """
     if Path(folder_of(where)).is_dir():
         config_file, _ = _files(where, fetch=False)
         with _one_line(where):
             _require_fitting(_settings(config_file, where), features, where)
-    elif Path(where).exists() or not HUB_ID.fullmatch(where):
+    elif not may_be_elsewhere and (Path(where).exists() or not HUB_ID.fullmatch(where)):
         raise UserError(
             f"the decoder {where} is no folder on this machine, and no hub id ORG/NAME[/FOLDER]; {FIX}, or leave "
             "--data.decoder out and name it to generate"

@@ -90,6 +90,9 @@ def _wanted(card: Card, protocol: Protocol) -> Iterator[tuple[str, Any]]:
     if card.class_noise:  # a model with class tokens
         of_class = protocol.guidance if protocol.guidance_class < 0 else protocol.guidance_class
         yield "guidance_class", of_class if guided else 0.0
+        low, high = protocol.guidance_class_low, protocol.guidance_class_high
+        yield "guidance_class_low", (protocol.guidance_low if low < 0 else low) if guided else 0.0
+        yield "guidance_class_high", (protocol.guidance_high if high < 0 else high) if guided else 1.0
     yield "precision", f"{protocol.precision} on cuda"
     yield "rounding", protocol.rounding
     yield "n_images", protocol.n
