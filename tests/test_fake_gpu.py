@@ -29,13 +29,14 @@ from pipeline.plan import plan_groups
 from storage import StoreLayout
 from storage.codecs import CODECS, Codec
 from storage.codecs.int8 import INT8
-from storage.torch.codecs import twin_of
+from storage.torch.codecs import Tokens, twin_of
 from tests.slow import slow_but
 from tests.trainer.test_transformer import imagenet_config
 from trainer.alignment.cosine import Cosine
 from trainer.alignment.irepa import IREPA
 from trainer.config.presets import preset
 from trainer.config.tree import override
+from trainer.data.feature_latents import on_grid
 from trainer.data.loader import Batch, behind_class_token
 from trainer.evaluation.generate.draw import draw_latents
 from trainer.loop import step as update
@@ -96,19 +97,23 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def a_batch(step: int, geometry: Geometry, codec: Codec = INT8) -> Batch:
-    """Targets as the loader makes them of codes; latents and class tokens are float16 in the store."""
+    """Targets, and latents that are features, as the loader makes them of codes; others are float16 in the store."""
     n, twin = geometry.grid**2, twin_of(codec)
     rows, views = torch.arange(B, device=GPU), torch.zeros(B, dtype=torch.int64, device=GPU)
-    targets = tuple(
-        twin.decode(twin.encode(torch.randn(B, n, width, device=GPU), rows, views), rows, views)
-        for _, width in geometry.targets
-    )
+
+    def decoded(width: int) -> Tokens:
+        return twin.decode(twin.encode(torch.randn(B, n, width, device=GPU), rows, views), rows, views)
+
+    targets = tuple(decoded(width) for _, width in geometry.targets)
     class_tokens = None
     if geometry.class_width:
         class_tokens = torch.randn(B, geometry.class_width, device=GPU).half()
         if geometry.aligns_class_token:
             targets = tuple(behind_class_token(target, class_tokens) for target in targets)
-    moments = torch.randn(B, 2 * geometry.channels, geometry.input_size, geometry.input_size, device=GPU).half()
+    if geometry.kind in OF_FEATURES:
+        moments = on_grid(decoded(geometry.channels).values, (geometry.grid, geometry.grid))
+    else:
+        moments = torch.randn(B, 2 * geometry.channels, geometry.input_size, geometry.input_size, device=GPU).half()
     return Batch(
         step=step,
         rows=rows,
@@ -121,6 +126,7 @@ def a_batch(step: int, geometry: Geometry, codec: Codec = INT8) -> Batch:
 
 
 FEATURES_WIDTH = 768
+OF_FEATURES = ("rit", "ditdh")  # are learned by these
 TWICE = ("sit", "dit", "stopped")  # the second step finds the optimiser's state there
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "sit": ("sit-{}-2", {}),
@@ -129,11 +135,24 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "reg": ("sit-{}-2-reg", {}),
     "lightningdit": ("lightningdit-{}-1", {}),
     "rit": ("rit-{}-1", {"loss.projection_weight": (0.5,)}),
+    "rit, shallow": (
+        "rit-{}-1",
+        {"loss.projection_weight": (0.5,), "model.depth": 3, "model.context_block": 2, "model.align_block": (2,)},
+    ),
     "ditdh": ("ditdh-{}-1", {"loss.projection_weight": (0.5,)}),
     "irepa, kernel 1": ("sit-{}-2", {"loss.alignment": ("irepa:kernel=1",)}),
     "irepa, kernel 3": ("sit-{}-2", {"loss.alignment": ("irepa",)}),
     "stopped": ("sit-{}-2", {"loss.stop_alignment_at": 1}),
 }
+
+
+def map_of(geometry: Geometry) -> LatentScale:
+    """One factor, or numbers of every channel and place and of the class token, in the host's memory as read."""
+    if geometry.kind not in OF_FEATURES:
+        return LatentScale(scale=0.18, shift=0.0)
+    scale, shift = torch.rand(2, 1, geometry.channels, geometry.input_size, geometry.input_size)
+    of_class = (torch.rand(geometry.class_width), torch.rand(geometry.class_width)) if geometry.class_width else None
+    return LatentScale(scale=scale, shift=shift, has_posterior=False, of_class=of_class)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +162,14 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
         pytest.param("b", "dit", 2, marks=pytest.mark.slow),
         *(("b", name, 1) for name in ("reg", "lightningdit", "stopped")),
         ("s", "ditdh", 1),
+        ("xl", "rit, shallow", 1),
         *(pytest.param("b", name, 1, marks=pytest.mark.slow) for name in STEPS if name.startswith(("irepa", "patch"))),
         *(pytest.param("xl", name, n, marks=pytest.mark.slow) for name in ("sit", "dit") for n in (1, 2)),
-        *(pytest.param("xl", name, 1, marks=pytest.mark.slow) for name in STEPS if name not in ("sit", "dit")),
+        *(
+            pytest.param("xl", name, 1, marks=pytest.mark.slow)
+            for name in STEPS
+            if name not in ("sit", "dit", "rit, shallow")
+        ),
     ],
 )
 def test_a_step_stays_on_its_device_and_waits_for_nothing(
@@ -156,7 +180,7 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
     config = override(preset(name), {"precision": "fp32", "accumulate": accumulate, "optim.clip": 1.0, **changes})
     geometry = imagenet_config(name, **changes)
     config = with_shifts(config, geometry.channels * geometry.input_size**2)
-    parts = update.build(config, geometry, LatentScale(scale=0.18, shift=0.0), World(rank=0, size=1, device=GPU))
+    parts = update.build(config, geometry, map_of(geometry), World(rank=0, size=1, device=GPU))
 
     def backward(loss: Tensor) -> None:
         assert loss.device == GPU
