@@ -177,6 +177,7 @@ def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_a
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "effect"  # or the same figure would be another file
     import matplotlib.pyplot as plt
 
     shown = [quantity for quantity in QUANTITIES if found[quantity.key]]
@@ -218,6 +219,7 @@ def draw_differences(path: Path, found: Mapping[str, Figures]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "effect"  # or the same figure would be another file
     import matplotlib.pyplot as plt
 
     shown = [quantity for quantity in QUANTITIES if quantity.key in ("loss", "fd_other")]
@@ -236,7 +238,8 @@ def draw_differences(path: Path, found: Mapping[str, Figures]) -> None:
         if len(of_seed) > 1:
             mean = [statistics.mean(curve[step] for curve in of_seed.values()) for step in sorted(whole)]
             panel.plot(sorted(whole), mean, "k-", lw=2, label="mean")
-        panel.set(title=f"{quantity.title}: REPA − vanilla", xlabel="training step")
+        side = "below" if quantity.less_is_better else "above"
+        panel.set(title=f"{quantity.title}: REPA − vanilla", xlabel="training step", ylabel=f"{side} 0: REPA is better")
         panel.grid(alpha=0.3)
         if of_seed:
             panel.legend(fontsize=8)
