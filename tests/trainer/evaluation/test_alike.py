@@ -162,7 +162,7 @@ def test_evaluations_of_other_counts_references_and_encoders_are_kept_apart(
 ) -> None:
     (runs[2] / "evaluations.jsonl").write_text(json.dumps(evaluation(1.0, **changes)) + "\n")
     records = read_runs(runs)
-    assert ">1.000<" not in runs_table(records)
+    assert ">1.00<" not in runs_table(records)
     ((what, line),) = not_compared(records)
     assert said in what
     assert "--reference /reference" in line
@@ -173,8 +173,8 @@ def test_the_last_evaluation_of_a_way_counts(runs: list[Path]) -> None:
     lines = [evaluation(5.0), evaluation(6.0), evaluation(1.0, reference={"path": "/other", "digest": "9"})]
     (runs[2] / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = runs_table(read_runs(runs))
-    assert ">6.000<" in table
-    assert ">1.000<" not in table
+    assert ">6.00<" in table
+    assert ">1.00<" not in table
 
 
 def test_commands_can_be_pasted_whatever_the_run_is_called(runs: list[Path], tmp_path: Path) -> None:
