@@ -17,8 +17,8 @@ from storage import StoreLayout
 from storage.base.errors import UserError
 from tests.slow import slow_but
 from tests.stores import FEATURES, make_layouts, make_store, random_arrays
+from tests.trainer.feature_stores import DITDH, RIT
 from tests.trainer.runs import assert_same_run, curve, micro, train_on_ranks, weights
-from tests.trainer.test_feature_latents import DITDH, RIT
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import n_written

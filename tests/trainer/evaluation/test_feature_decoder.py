@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from storage import open_store
 from storage.base.errors import UserError
+from tests.stores import FEATURES
+from tests.trainer.feature_stores import DITDH, NORM, RIT, plain_tokens, write
 from tests.trainer.runs import micro
-from tests.trainer.test_feature_latents import DITDH, FEATURES, NORM, RIT, plain_tokens, write
 from trainer.evaluation.export.export import export
 from trainer.evaluation.generate.feature_decoder import load_feature_decoder
 from trainer.evaluation.generate.generate import GenerateConfig, generate
