@@ -63,6 +63,7 @@ def test_ratios_of_flops_are_the_design_s(name: str, encoder: str, online: float
 
 SMALL = {"model.depth": 1, "model.width": 32, "model.heads": 2, "model.align_block": (1,), "precision": "fp32",
          "model.context_block": 1}  # fmt: skip
+SMALL_HEAD = {"model.head_width": 768, "model.head_depth": 1}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,8 @@ def test_steps_are_taken_with_tokens_from_an_encoder(name: str, store: Path, mon
 
 def take_steps(name: str, variants: list[str], taken: list[str], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the methods' own settings in a small model; at full size a CPU would take minutes."""
-    monkeypatch.setattr(step_worker, "method", lambda name: override(method(name), SMALL))
+    small = SMALL | (SMALL_HEAD if name.startswith("ditdh") else {})
+    monkeypatch.setattr(step_worker, "method", lambda name: override(method(name), small))
     monkeypatch.setattr(step_worker, "WARM_UP_STEPS", 1)
     case = Case(preset=name, batch=2, args=parse(["--encoder", "dinov2-vits14", "--device", "cpu", "--compile", "no"]))
     assert [row.variant for row in case.rows()] == variants
