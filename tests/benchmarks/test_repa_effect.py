@@ -245,6 +245,7 @@ def test_commands_end_when_told_and_say_what_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three arms, two milestones, all measures; then a later milestone only adds to them."""
     from pipeline.encoders.tiny import TINY_VAE
