@@ -25,7 +25,7 @@ from storage.identity import FeaturesIdentity, LatentsIdentity
 PATCHES = (1, 2, 4, 8)
 PIXELS_A_TOKEN = 16  # of features, and so of published models
 TINY, TINY_PATCH = "sit-tiny-2", 2
-OF_FEATURES, OF_FEATURES_WIDTH, OF_FEATURES_RESOLUTION = "rit-xl-1", 1152, 256  # the model's, which wider tokens exceed
+OF_FEATURES, OF_FEATURES_WIDTH, OF_FEATURES_RESOLUTION = "rit-xl-1", 1152, 256  # wider tokens are not proposed
 
 
 def train_commands(where: str, preferred: Collection[str] = ()) -> list[str]:

@@ -121,13 +121,10 @@ def derive(config: DeriveConfig) -> None:
         n_workers=config.workers,
     )
     store = open_store(config.store)
+    parent = features_path(store, config.group)
     old, new = (sum(array.chunk_bytes for array in store.group_layout(path)[0].arrays) * store.n_views
-                for path in (features_path(store, config.group), child))  # fmt: skip
-    say(
-        *rows(
-            {"derived": child, "bytes": f"an image: {new:,}, of {old:,} in {features_path(store, config.group)}"}
-        ).splitlines()
-    )
+                for path in (parent, child))  # fmt: skip
+    say(*rows({"derived": child, "bytes": f"an image: {new:,}, of {old:,} in {parent}"}).splitlines())
     say_next(command("storage", "verify", f"{config.store.rstrip('/')}/{child}", "--deep"))
 
 
