@@ -28,6 +28,8 @@ COMMON: dict[str, str] = {
 SAMPLING: dict[str, str] = {"sampler": "ode", "steps": "25", "guidance": "1", "precision": "fp32"}
 VANILLA, REPA = "vanilla", "repa"
 STOPPED_AT = 4000
+VARIANTS_UNTIL = 4000
+LARGER = {"model.width": "288", "model.depth": "6", "model.heads": "6"}  # 9 M parameters without the projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,17 @@ class Arm:
     """A kind of run. `title` stands in tables; `options` are what differs from COMMON.
 
     `begins_as`: up to a step it is, bit for bit, another arm's run of the same seed, which need not be trained again.
+    `until`: its last milestone. `draws`: whether images are drawn of it. `beside`: the arm that a variant is compared
+    with, seed by seed, in a table of its own.
     """
 
     title: str
     seeds: tuple[int, ...]
     options: Mapping[str, str]
     begins_as: tuple[str, int] | None = None
+    until: int | None = None
+    draws: bool = True
+    beside: str = ""
 
 
 def arms(features: str, final: str, control: str) -> dict[str, Arm]:
@@ -65,6 +72,22 @@ def arms(features: str, final: str, control: str) -> dict[str, Arm]:
     }
 
 
+def variants(features: str) -> dict[str, Arm]:
+    """Arms that ask why alignment gains what it does here: its weight, its block, what reads it, the model's size."""
+    vanilla, repa = {"loss.projection-weight": "0"}, {"data.features": features}
+    of_them = (
+        ("repa-weight-2", "REPA, weight 2, not 0.5", VANILLA, {**repa, "loss.projection-weight": "2"}),
+        ("repa-block-4", "REPA after block 4 of 5, not 2", VANILLA, {**repa, "model.align-block": "4"}),
+        ("repa-wide", "REPA, projector of 2,048, not 512", VANILLA, {**repa, "model.projector-width": "2048"}),
+        ("vanilla-larger", "vanilla of 9 M parameters", "", {**LARGER, **vanilla}),
+        ("repa-larger", "REPA of 9 M parameters, not 3.5", "vanilla-larger", {**LARGER, **repa}),
+    )
+    return {
+        name: Arm(title=title, seeds=(0,), options=options, until=VARIANTS_UNTIL, draws=False, beside=beside)
+        for name, title, beside, options in of_them
+    }
+
+
 @dataclass(frozen=True, kw_only=True, order=True)
 class Run:
     """One arm with one seed."""
@@ -84,4 +107,9 @@ def interleaved(of_arms: Mapping[str, Arm], milestones: tuple[int, ...]) -> list
     Whenever the work is stopped, what is there compares.
     """
     runs = sorted((seed, place, name) for place, (name, arm) in enumerate(of_arms.items()) for seed in arm.seeds)
-    return [(step, Run(arm=name, seed=seed)) for step in sorted(milestones) for seed, _, name in runs]
+    return [
+        (step, Run(arm=name, seed=seed))
+        for step in sorted(milestones)
+        for seed, _, name in runs
+        if step <= (of_arms[name].until or step)
+    ]

@@ -1,6 +1,6 @@
 """Denoising loss of images that were not trained on, over times, with the same noise at every step of every run.
 
-    python -m benchmarks.effect.heldout_loss RUN --store HELDOUT --step 1000 --out FILE.json
+    python -m benchmarks.effect.heldout_loss RUN --store HELDOUT --step 1000 --out FILE.json [--n 542]
 
 The model's averaged weights are given the image's own class. Posterior draws and noise are keyed by (0, row), times are
 the middles of tenths, so that the mean over them estimates the loss under uniform t. A model that denoises the class
@@ -33,11 +33,15 @@ BATCH = 64
 
 
 @torch.inference_mode()
-def heldout_loss(run: OpenRun, checkpoint: Path, store_path: str, device: torch.device) -> dict[float, float]:
-    """t → mean loss over the rows of a store that has the run's latents."""
+def heldout_loss(
+    run: OpenRun, checkpoint: Path, store_path: str, device: torch.device, n: int | None = None
+) -> dict[float, float]:
+    """t → mean loss over the rows of a store that has the run's latents, or over `n` of them, evenly spread."""
     store = open_store(store_path)
     latents = store.group(run.data.latents.path, expect=None)
     rows = np.setdiff1d(np.arange(store.n_rows), latents.failed_rows)
+    if n is not None and n < len(rows):
+        rows = rows[np.linspace(0, len(rows) - 1, n).astype(int)]
     labels = store.classes.labels
     geometry = run.geometry
     features = store.group(run.data.features[0].path, expect=None) if geometry.class_width else None
@@ -77,11 +81,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--store", required=True)
     parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--n", type=int, help="only so many of the store's images, evenly spread")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     run = open_run(args.run)
-    found = heldout_loss(run, checkpoints_of(args.run, str(args.step))[0], args.store, device_named(args.device))
+    checkpoint = checkpoints_of(args.run, str(args.step))[0]
+    found = heldout_loss(run, checkpoint, args.store, device_named(args.device), args.n)
     run.data.close()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"mean": sum(found.values()) / len(found), "by_t": found}

@@ -90,22 +90,24 @@ def vanilla_beside(figures: Figures, step: int) -> tuple[dict[int, float], float
     return {at: statistics.mean(of) for at, of in whole.items()}, statistics.mean(of_repa[seed] for seed in seeds)
 
 
-def pairs(figures: Figures, step: int) -> list[float]:
-    """REPA − vanilla, seed by seed, at a step."""
-    ours, theirs = (figures.get(arm, {}).get(step, {}) for arm in (REPA, VANILLA))
+def pairs(figures: Figures, step: int, arm: str = REPA, beside: str = VANILLA) -> list[float]:
+    """An arm − another, seed by seed, at a step."""
+    ours, theirs = (figures.get(each, {}).get(step, {}) for each in (arm, beside))
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading: str, about: Sequence[str]) -> str:
     """OUT.md, OUT.json, OUT.svg and, of REPA and vanilla alone, OUT_difference.svg; returns the text."""
     found = collect(measures, of_arms)
-    by_t = {name: read_by_t(measures, name, arm.seeds) for name, arm in of_arms.items()}
-    text = "\n".join([f"## {heading}", "", *about, "", *_tables(found, of_arms), ""])
+    main = {name: arm for name, arm in of_arms.items() if arm.draws}
+    by_t = {name: read_by_t(measures, name, arm.seeds) for name, arm in main.items()}
+    tables = [*_tables(found, main), *_variants(found, of_arms)]
+    text = "\n".join([f"## {heading}", "", *about, "", *tables, ""])
     out.parent.mkdir(exist_ok=True)
     out.with_suffix(".md").write_text(text)
     out.with_suffix(".json").write_text(json.dumps({"figures": found, "heldout_loss_by_t": by_t}, indent=1) + "\n")
     if any(found.values()):
-        draw(out.with_suffix(".svg"), found, by_t, of_arms)
+        draw(out.with_suffix(".svg"), found, by_t, main)
         if any(pairs(found["loss"], step) for step in found["loss"].get(REPA, {})):
             draw_differences(out.with_name(f"{out.stem}_difference.svg"), found)
     return text
@@ -126,7 +128,7 @@ def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[st
     lines: list[str] = []
     for quantity in QUANTITIES:
         figures = found[quantity.key]
-        steps = sorted({step for of in figures.values() for step in of})
+        steps = sorted({step for name in of_arms for step in figures.get(name, {})})
         if not steps:
             continue
         rows = [
@@ -147,6 +149,25 @@ def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[st
             rows.append(["steps vanilla needs for REPA's", *reached])
         lines += [f"### {quantity.title[0].upper()}{quantity.title[1:]}", ""]
         lines += [table(["", *(f"{step:,} steps" for step in steps)], rows), ""]
+    return lines
+
+
+def _variants(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[str]:
+    """What other settings of the alignment gain over the arm beside them, below what the arm `repa` gains there."""
+    beside = {name: arm.beside for name, arm in of_arms.items() if arm.beside}
+    shown = [quantity for quantity in QUANTITIES if any(name in found[quantity.key] for name in beside)]
+    if not shown:
+        return []
+    steps = sorted({step for quantity in shown for name in beside for step in found[quantity.key].get(name, {})})
+    lines = ["### Other settings, what they gain over the same without alignment", ""]
+    for quantity in shown:
+        figures = found[quantity.key]
+        rows = []
+        for name, other in {REPA: VANILLA, **beside}.items():
+            cells = [_difference(pairs(figures, step, name, other), quantity) for step in steps]
+            if name in of_arms and set(cells) != {"–"}:
+                rows.append([of_arms[name].title, *cells])
+        lines += [table([quantity.title, *(f"{step:,} steps" for step in steps)], rows), ""]
     return lines
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks import repa_effect
 from benchmarks.effect import arms as arms_module
-from benchmarks.effect.arms import Run, arms, interleaved
+from benchmarks.effect.arms import VANILLA, Run, arms, interleaved, variants
 from benchmarks.effect.control import is_whole, others_of_the_class, write_control
 from benchmarks.effect.heldout_loss import TIMES, heldout_loss
 from benchmarks.effect.measure import ALIGNED_EYES, Setting
@@ -31,6 +31,7 @@ from trainer.loop.train import train
 from trainer.run.opened import checkpoints_of, open_run
 
 OF_ARMS = arms("middle", "final", "other")
+WITH_VARIANTS = {**OF_ARMS, **variants("middle")}
 
 
 def setting(out: Path) -> Setting:
@@ -47,19 +48,59 @@ def setting(out: Path) -> Setting:
     )
 
 
+def config_of(arm: str, out: Path) -> Any:
+    options = train_command(Run(arm=arm, seed=0), WITH_VARIANTS[arm], setting(out), 100, 50)[2:]
+    pairs = (option.removeprefix("--").split("=", 1) for option in options)
+    return train_config({name.replace("-", "_"): text for name, text in pairs})
+
+
 @pytest.mark.parametrize("name", OF_ARMS)
 def test_every_arm_is_a_run_that_differs_from_vanilla_in_its_alignment_only(name: str, tmp_path: Path) -> None:
-    def config(arm: str) -> Any:
-        options = train_command(Run(arm=arm, seed=0), OF_ARMS[arm], setting(tmp_path), 100, 50)[2:]
-        pairs = (option.removeprefix("--").split("=", 1) for option in options)
-        return train_config({name.replace("-", "_"): text for name, text in pairs})
-
-    mine, vanilla = config(name), config("vanilla")
+    mine, vanilla = config_of(name, tmp_path), config_of(VANILLA, tmp_path)
     assert dataclasses.replace(mine.model, class_token=False) == vanilla.model
     assert mine.model.class_token == (name == "reg")
     assert (mine.optim, mine.batch, mine.seed, mine.steps) == (vanilla.optim, vanilla.batch, vanilla.seed, 100)
     assert not vanilla.aligns
     assert mine.aligns == (name != "vanilla")
+
+
+@pytest.mark.parametrize("name", [name for name, arm in WITH_VARIANTS.items() if arm.beside])
+def test_a_variant_differs_from_the_arm_beside_it_in_its_alignment_only(name: str, tmp_path: Path) -> None:
+    mine, other = config_of(name, tmp_path), config_of(WITH_VARIANTS[name].beside, tmp_path)
+    of_alignment = {"align_block": other.model.align_block, "projector_width": other.model.projector_width}
+    assert dataclasses.replace(mine.model, **of_alignment) == other.model
+    assert (mine.optim, mine.batch, mine.seed) == (other.optim, other.batch, other.seed)
+    assert mine.aligns
+    assert not other.aligns
+
+
+def test_a_variant_ends_before_the_arms_and_no_image_is_drawn_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until = WITH_VARIANTS["repa-weight-2"].until
+    assert until
+    order = interleaved(WITH_VARIANTS, (until, until + 1))
+    assert {run.arm for step, run in order if step > until} == set(OF_ARMS)
+    assert {run.arm for step, run in order if step == until} == set(WITH_VARIANTS)
+    drawn = {}
+    monkeypatch.setattr(repa_effect, "measure", lambda _, run, *__, draws: drawn.update({run.name: draws}))
+    monkeypatch.setattr(Commands, "__call__", lambda *_: None)
+    commands = Commands(tmp_path / "log", 1, math.inf)
+    for name in ("repa", "repa-weight-2"):
+        run = Run(arm=name, seed=0)
+        repa_effect.stage(run, WITH_VARIANTS[name], setting(tmp_path), until, [until], commands)
+    assert drawn == {"repa-seed0": True, "repa-weight-2-seed0": False}
+
+
+def test_variants_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+    for name, loss in (("vanilla", 1.0), ("repa", 0.9), ("vanilla-larger", 0.8), ("repa-larger", 0.5)):
+        write_loss(tmp_path, f"{name}-seed0", 2000, loss)
+    of_arms, other = write_report(tmp_path / "r" / "effect", tmp_path, WITH_VARIANTS, "title", []).split(
+        "### Other settings"
+    )
+    assert "9 M" not in of_arms
+    assert "| REPA | -0.1000, better in 1 of 1 |" in other
+    assert "| REPA of 9 M parameters, not 3.5 | -0.3000, better in 1 of 1 |" in other
 
 
 def test_all_runs_reach_a_milestone_before_any_goes_on_and_first_seeds_go_first() -> None:
@@ -165,6 +206,18 @@ def test_the_loss_of_a_model_that_says_nothing_is_the_velocity_s_square_at_every
     assert np.ptp(list(found.values())) < 1e-5
     # Mean and deviation are standard normal, halved: x has variance (1 + 1) / 4, the noise one.
     assert found[TIMES[0]] == pytest.approx(1.5, rel=0.03)
+
+
+def test_the_loss_of_fewer_images_is_theirs(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", n_rows=6)
+    train(micro(tmp_path / "store", tmp_path / "run", steps=2))
+    run = open_run(tmp_path / "run")
+    checkpoint, cpu = checkpoints_of(tmp_path / "run", "2")[0], torch.device("cpu")
+    half = heldout_loss(run, checkpoint, str(tmp_path / "store"), cpu, n=3)
+    whole = heldout_loss(run, checkpoint, str(tmp_path / "store"), cpu, n=6)
+    assert half != whole
+    assert whole == heldout_loss(run, checkpoint, str(tmp_path / "store"), cpu)
+    run.data.close()
 
 
 def test_the_loss_of_a_model_with_a_class_token_is_that_of_its_latents(tmp_path: Path) -> None:
