@@ -1,10 +1,16 @@
 """What each setting of a protocol does to a number: one model, one reference, one setting changed at a time.
 
-    python -m benchmarks.protocol_effects runs/demo/repa --n 2048 [--data SOURCE] [--other-reference STORE]
+    python -m benchmarks.protocol_effects runs/demo/repa --n 2048 [--data SOURCE] [--other-reference STORE] \
+        [--second-weights LITE0.pth [--third-weights LITE1.pth] [--many 10000 50000]]
 
 SOURCE are the images of the run's store as `python -m pipeline precompute --data` took them: they are cut once more as
 torchvision does it (short side by bilinear interpolation, then the middle), where ADM and this project halve by boxes
 and end with a bicubic filter. STORE holds other images of the same classes, such as a held-out part.
+
+With the weights of `benchmarks.effect.second_encoder` a second table has what one name may stand for: the first images
+in EfficientNet-Lite0 as it was trained, padded as another library pads, fed with images brought to its size otherwise,
+and in the next network of the family. --many adds a third, of many more images (drawn by the ODE in few steps, since
+their number is what matters there) and of as few of them as published figures have.
 
 Every row is drawn from the same seeds, so that the rows' common part of the noise cancels between them; the interval is
 of the first row's choice of images. Described by the built-in encoder unless another is named, against the originals of
@@ -15,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,11 +29,12 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image
 
+from benchmarks.effect.second_encoder import Network, Size, describe
 from benchmarks.report import table
 from pipeline.decode import to_rgb
 from pipeline.sources import open_source
 from storage import open_store
-from storage.base.choices import Token
+from storage.base.choices import Device, Token
 from storage.roots import absolute
 from trainer.evaluation.generate.generate import generate
 from trainer.evaluation.generate.image_files import read_image
@@ -132,6 +139,49 @@ def rows(
     return found
 
 
+def as_networks(
+    images: Path, reference: str, out: Path, weights: Mapping[Size, Path], device: Device
+) -> dict[str, dict[str, Any]]:
+    """Metrics of the same images in networks that go by nearly the same name."""
+    networks = {
+        "EfficientNet-Lite0, as it was trained": Network(),
+        "padded as another library pads": Network(padding="torch"),
+        "images brought to 224 pixels without antialiasing": Network(resize="bilinear"),
+        **({"EfficientNet-Lite1": Network(size="lite1")} if "lite1" in weights else {}),
+    }
+    return {
+        title: in_network(images, reference, out, weights[network.size], device, network)
+        for title, network in networks.items()
+    }
+
+
+def of_many(
+    base: GenerateConfig, reference: str, out: Path, weights: Path, device: Device, numbers: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Metrics of many images and of fewer among them, evenly spread, the first number first."""
+    images, *_ = generate(replace(base, n=max(numbers), sampler="ode", out=out / "images-many"))
+    return {
+        f"{n:,} images": in_network(images, reference, out, weights, device, Network(), n)
+        for n in dict.fromkeys(numbers)
+    }
+
+
+def in_network(
+    images: Path, reference: str, out: Path, weights: Path, device: Device, network: Network, n: int = 0
+) -> dict[str, Any]:
+    """Metrics of a folder of images (or of `n` of them) in a network's features."""
+    described = out / f"{images.name}-{network.name}{f'-{n}' if n else ''}.npz"
+    of_reference = out / f"reference-{network.name}.npz"
+    describe(str(images), weights, described, n, device, network)
+    describe(reference, weights, of_reference, 0, device, network)
+    folder = out / f"numbers-{described.stem}"
+    file = result_file(folder, network.name)
+    if not file.is_file():
+        evaluate(described, of_reference, Description(encoder=network.name, device=device), out=folder)
+    found: dict[str, Any] = json.loads(file.read_text())["metrics"]
+    return found
+
+
 def lines(found: dict[str, dict[str, Any]]) -> str:
     """Values of the first row with their intervals, of the others with what they are more."""
     first = next(iter(found.values()))
@@ -140,6 +190,9 @@ def lines(found: dict[str, dict[str, Any]]) -> str:
     for i, (title, metrics) in enumerate(found.items()):
         row = [title]
         for name in names:
+            if name not in metrics:  # too few images for it
+                row.append("–")
+                continue
             value, ends = metrics[name]["value"], metrics[name].get("interval")
             spread = f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
             row.append(f"{value:.4g}{spread}" if i == 0 else f"{value:.4g} ({value - first[name]['value']:+.3g})")
@@ -164,7 +217,13 @@ def main() -> None:
     parser.add_argument(
         "--other-encoders", nargs="*", default=(), help="describe by these as well, of the same weights"
     )
+    parser.add_argument("--second-weights", type=Path, help="EfficientNet-Lite0's weights: describe by it as well")
+    parser.add_argument("--third-weights", type=Path, help="EfficientNet-Lite1's weights")
+    parser.add_argument("--many", type=int, nargs="*", default=(), help="numbers of images, beside --n")
+    parser.add_argument("--many-steps", type=int, default=10, help="steps of the ODE that draws them")
     options = parser.parse_args()
+    if (options.third_weights or options.many) and not options.second_weights:
+        parser.error("--third-weights and --many need --second-weights")
     description = Description(
         encoder=options.encoder, weights=options.weights, token=options.token, device=options.device
     )
@@ -173,6 +232,19 @@ def main() -> None:
         options.other_reference, options.other_encoders,
     )  # fmt: skip
     print(lines(found))
+    reference = RunFolder(options.run).read_config().config.store
+    weights: dict[Size, Path] = {"lite0": options.second_weights} if options.second_weights else {}
+    weights |= {"lite1": options.third_weights} if options.third_weights else {}
+    if weights:
+        print(f"\n{lines(as_networks(options.out / 'images-0', reference, options.out, weights, options.device))}")
+    if options.many:
+        base = GenerateConfig(
+            run=options.run,
+            steps=options.many_steps,
+            **{**BASE, "precision": options.precision, "device": options.device},
+        )
+        numbers = (options.n, *options.many)
+        print(f"\n{lines(of_many(base, reference, options.out, weights['lite0'], options.device, numbers))}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from benchmarks.effect.second_encoder import describe, load, prepare
+from benchmarks.effect.second_encoder import Network, describe, load, prepare
 from storage.base.errors import UserError
 from storage.feature_file import FEATURES, open_feature_file
 
@@ -55,3 +55,26 @@ def test_a_second_call_describes_nothing_and_another_networks_weights_are_an_err
     torch.save({"weight": torch.zeros(3)}, images.parent / "other.pth")
     with pytest.raises(UserError, match="does not hold the weights"):
         load(images.parent / "other.pth")
+
+
+def test_a_network_is_as_it_was_trained_or_says_in_its_name_what_is_not(images: Path, weights: Path) -> None:
+    networks = (Network(), Network(padding="torch"), Network(resize="bilinear"))
+    found = []
+    for network in networks:
+        out = images.parent / f"{network.name}.npz"
+        describe(str(images), weights, out, 0, "cpu", network)
+        file = open_feature_file(out)
+        assert file.label == network.name
+        found.append(file.read(FEATURES))
+    assert [network.name for network in networks] == [
+        "efficientnet-lite0", "efficientnet-lite0-torch-padding", "efficientnet-lite0-bilinear"
+    ]  # fmt: skip
+    for other in found[1:]:
+        assert np.abs(found[0] - other).max() > 1e-3
+
+
+def test_the_next_network_takes_other_weights_and_larger_images(weights: Path) -> None:
+    larger = Network(size="lite1")
+    assert prepare(np.zeros((1, 32, 32, 3), dtype=np.uint8), CPU, larger).shape == (1, 3, 240, 240)
+    with pytest.raises(UserError, match="of efficientnet-lite1"):
+        load(weights, larger)
