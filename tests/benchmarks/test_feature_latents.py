@@ -27,7 +27,7 @@ def setting(out: Path) -> Setting:
         encoder_weights=None,
         second_weights=None,
         n_images=8,
-        sampling=SAMPLING,
+        sampling={**SAMPLING, "precision": "bf16"},
         measures=out / "measures",
     )
 
@@ -40,6 +40,7 @@ def test_a_step_of_either_model_costs_the_same_within_three_per_cent(tmp_path: P
         config = train_config({key.replace("-", "_"): text for key, text in pairs})
         assert not config.aligns
         assert (config.batch, config.optim.clip, config.seed, config.steps) == (32, 1, 0, 10)
+        assert config.precision == "bf16"
         model = config.model
         cost[name] = forward_flops_per_image(
             Geometry(
