@@ -13,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from benchmarks import repa_effect
 from benchmarks.effect import arms as arms_module
 from benchmarks.effect.arms import VANILLA, Run, arms, interleaved, variants
+from benchmarks.effect.constant_cosine import constant_cosine
 from benchmarks.effect.control import is_whole, others_of_the_class, write_control
 from benchmarks.effect.heldout_loss import TIMES, heldout_loss
 from benchmarks.effect.measure import ALIGNED_EYES, Setting
@@ -321,3 +323,15 @@ def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: py
     assert [path.stat().st_mtime_ns for path in first] == times
     assert (tmp_path / "out" / "measures" / "repa-seed2" / "0000004" / f"{ALIGNED_EYES}.json").is_file()
     assert "4 steps" in (tmp_path / "results" / "effect.md").read_text()
+
+
+@given(tokens=arrays(np.float64, (5, 3, 4), elements=st.floats(0.1, 1)), seed=st.integers(0, 9))
+def test_no_constant_has_a_larger_cosine_than_the_best_one(tokens: np.ndarray, seed: int) -> None:
+    of_all, by_place = constant_cosine(tokens)
+    units = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    other = np.random.default_rng(seed).normal(size=(3, 4))
+    other /= np.linalg.norm(other, axis=-1, keepdims=True)
+    assert (units @ other[0]).mean() <= of_all + 1e-12
+    assert (units * other).sum(-1).mean() <= by_place + 1e-12
+    assert of_all <= by_place + 1e-12
+    assert by_place <= 1 + 1e-12
