@@ -10,7 +10,7 @@ and end with a bicubic filter. STORE holds other images of the same classes, suc
 With the weights of `benchmarks.effect.second_encoder` a second table has what one name may stand for: the first images
 in EfficientNet-Lite0 as it was trained, padded as another library pads, fed with images brought to its size otherwise,
 and in the next network of the family. --many adds a third, of many more images (drawn by the ODE in few steps, since
-their number is what matters there) and of as few of them as published figures have.
+their number is what matters there) and of fewer among them.
 
 Every row is drawn from the same seeds, so that the rows' common part of the noise cancels between them; the interval is
 of the first row's choice of images. Described by the built-in encoder unless another is named, against the originals of
@@ -146,7 +146,7 @@ def as_networks(
     networks = {
         "EfficientNet-Lite0, as it was trained": Network(),
         "padded as another library pads": Network(padding="torch"),
-        "images brought to 224 pixels without antialiasing": Network(resize="bilinear"),
+        "images brought to 224 pixels by bilinear interpolation": Network(resize="bilinear"),
         **({"EfficientNet-Lite1": Network(size="lite1")} if "lite1" in weights else {}),
     }
     return {
@@ -159,7 +159,7 @@ def of_many(
     base: GenerateConfig, reference: str, out: Path, weights: Path, device: Device, numbers: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Metrics of many images and of fewer among them, evenly spread, the first number first."""
-    images, *_ = generate(replace(base, n=max(numbers), sampler="ode", out=out / "images-many"))
+    images, *_ = generate(replace(base, n=max(numbers), sampler="ode", out=out / f"images-of-{max(numbers)}"))
     return {
         f"{n:,} images": in_network(images, reference, out, weights, device, Network(), n)
         for n in dict.fromkeys(numbers)

@@ -17,8 +17,8 @@ checkpoint, where the run is at hand.
 - vanilla and REPA with a middle block's features, three seeds each
 - one seed each: REPA with the final norm's features; with a middle block's of another photograph of the same class, a
   control that must not help as much; stopped half-way; iREPA; REG
-- half as long, without images, to find out why the gain is as large as it is: another weight, another block, a wider
-  projector, and both in a model of 9 M parameters
+- half as long, without images, to find out why the gain is as large as it is: REPA with another weight, another block,
+  a wider projector; vanilla and REPA of 9 M parameters
 
 Everything but the held-out loss and the second encoder is a command that a user types. All of it goes on where it was
 after any kill; SIGTERM, Ctrl-C and the end of `--minutes` let the commands in hand save. Results so far are written by
@@ -120,7 +120,7 @@ def train_command(run: Run, arm: Arm, setting: Setting, step: int, every: int) -
 
 def stage(run: Run, arm: Arm, setting: Setting, step: int, milestones: Sequence[int], command: Commands) -> None:
     """Train one run to one milestone and measure it there; nothing that is there is done again."""
-    draws = arm.draws and (step in DRAWN_AT or step == max(milestones))
+    draws = not arm.variant and (step in DRAWN_AT or step == max(milestones))
     if is_measured(setting, run.name, step, draws=draws):
         return
     folder = setting.out / "runs" / run.name
@@ -270,7 +270,7 @@ def _about(args: argparse.Namespace) -> list[str]:
         "",
         f"Features: {args.encoder}; final layer: {args.final}. {args.images:,} images a Fréchet distance, which falls "
         "with their number too. Several seeds: mean (least to most).",
-        f"Options of every run: {options}.",
+        f"Options of every run, unless its arm says otherwise (benchmarks/effect/arms.py): {options}.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which runs are compared: what all of them share, and what each arm changes, as options of `python -m trainer train`.
+"""Which runs are compared: what they share, and what each arm changes, as options of `python -m trainer train`.
 
 Options are strings, as typed. A new arm is one line of `arms`.
 """
@@ -37,8 +37,8 @@ class Arm:
     """A kind of run. `title` stands in tables; `options` are what differs from COMMON.
 
     `begins_as`: up to a step it is, bit for bit, another arm's run of the same seed, which need not be trained again.
-    `until`: its last milestone. `draws`: whether images are drawn of it. `beside`: the arm that a variant is compared
-    with, seed by seed, in a table of its own.
+    A variant asks why the gain is as large as it is: it ends at `until`, no images are drawn of it, and it stands in a
+    table of its own, compared with the arm `beside` it, seed by seed.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Arm:
     options: Mapping[str, str]
     begins_as: tuple[str, int] | None = None
     until: int | None = None
-    draws: bool = True
+    variant: bool = False
     beside: str = ""
 
 
@@ -83,7 +83,7 @@ def variants(features: str) -> dict[str, Arm]:
         ("repa-larger", "REPA of 9 M parameters, not 3.5", "vanilla-larger", {**LARGER, **repa}),
     )
     return {
-        name: Arm(title=title, seeds=(0,), options=options, until=VARIANTS_UNTIL, draws=False, beside=beside)
+        name: Arm(title=title, seeds=(0,), options=options, until=VARIANTS_UNTIL, variant=True, beside=beside)
         for name, title, beside, options in of_them
     }
 

@@ -1,4 +1,4 @@
-"""Denoising loss of images that were not trained on, over times, with the same noise at every step of every run.
+"""Denoising loss of images over times, with the same noise at every step of every run: of those not trained on.
 
     python -m benchmarks.effect.heldout_loss RUN --store HELDOUT --step 1000 --out FILE.json [--n 542]
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.images import spread
 from storage import open_store
 from storage.base.files import write_atomic
 from trainer.data.loader import Batch
@@ -34,14 +35,13 @@ BATCH = 64
 
 @torch.inference_mode()
 def heldout_loss(
-    run: OpenRun, checkpoint: Path, store_path: str, device: torch.device, n: int | None = None
+    run: OpenRun, checkpoint: Path, store_path: str, device: torch.device, n: int = 0
 ) -> dict[float, float]:
-    """t → mean loss over the rows of a store that has the run's latents, or over `n` of them, evenly spread."""
+    """t → mean loss of the rows of a store that has the run's latents, or of `n` evenly spread (0: all)."""
     store = open_store(store_path)
     latents = store.group(run.data.latents.path, expect=None)
     rows = np.setdiff1d(np.arange(store.n_rows), latents.failed_rows)
-    if n is not None and n < len(rows):
-        rows = rows[np.linspace(0, len(rows) - 1, n).astype(int)]
+    rows = rows[spread(len(rows), n)]
     labels = store.classes.labels
     geometry = run.geometry
     features = store.group(run.data.features[0].path, expect=None) if geometry.class_width else None
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--store", required=True)
     parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--n", type=int, help="only so many of the store's images, evenly spread")
+    parser.add_argument("--n", type=int, default=0, help="at most so many of the store's images, evenly spread")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 MEASURES is a folder of small files, which may be kept where no run is.
 
 MEASURES/RUN/STEP/heldout_loss.json   denoising loss of held-out images, by t
+MEASURES/RUN/STEP/trained_loss.json   the same of as many training images, where images are drawn
 MEASURES/RUN/STEP/probe.json          linear probe of every block at t = 0.5, on the training images
 MEASURES/RUN/STEP/cknna.json          alignment of every block with the features, on the held-out images
 MEASURES/RUN/STEP/NAME.json           Fréchet distance, precision, recall in an encoder's features, of the first
@@ -20,6 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.effect.arms import SAMPLING
+from storage import open_store
 
 ALIGNED_EYES, OTHER_EYES = "aligned-encoder", "other-encoder"
 Command = Callable[[Sequence[str]], None]  # runs a module with arguments, raises where it fails
@@ -69,11 +71,14 @@ def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: 
     """Everything of one run at one step that is missing; `draws`: images and their distances as well."""
     folder = setting.folder(run.name, step)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "heldout_loss.json").is_file():
-        command(
-            ["benchmarks.effect.heldout_loss", str(run), "--store", str(setting.heldout_store), "--step", str(step),
-             "--out", str(folder / "heldout_loss.json")]
-        )  # fmt: skip
+    losses = {"heldout_loss": setting.heldout_store, **({"trained_loss": setting.train_store} if draws else {})}
+    for name, store in losses.items():
+        if not (folder / f"{name}.json").is_file():
+            n = open_store(setting.heldout_store).n_rows
+            command(
+                ["benchmarks.effect.heldout_loss", str(run), "--store", str(store), "--step", str(step), "--n", str(n),
+                 "--out", str(folder / f"{name}.json")]
+            )  # fmt: skip
     for name, store in (("probe", setting.train_store), ("cknna", setting.heldout_store)):
         if not (folder / f"{name}.json").is_file():
             command(

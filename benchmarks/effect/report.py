@@ -32,6 +32,7 @@ class Quantity:
 
 QUANTITIES = (
     Quantity(key="loss", title="held-out denoising loss", less_is_better=True, digits=4),
+    Quantity(key="trained", title="denoising loss of as many training images", less_is_better=True, digits=4),
     Quantity(key="fd_aligned", title="Fréchet distance, aligned encoder", less_is_better=True, digits=2),
     Quantity(key="fd_other", title="Fréchet distance, other encoder", less_is_better=True, digits=2),
     Quantity(key="probe", title="linear probe, best block", less_is_better=False),
@@ -44,6 +45,7 @@ def read_measures(folder: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for key, name, read in (
         ("loss", "heldout_loss", lambda record: record["mean"]),
+        ("trained", "trained_loss", lambda record: record["mean"]),
         ("fd_aligned", ALIGNED_EYES, lambda record: record["metrics"]["fd"]["value"]),
         ("fd_other", OTHER_EYES, lambda record: record["metrics"]["fd"]["value"]),
         ("probe", "probe", lambda record: max(point["probe"] for point in record["points"])),
@@ -99,7 +101,7 @@ def pairs(figures: Figures, step: int, arm: str = REPA, beside: str = VANILLA) -
 def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading: str, about: Sequence[str]) -> str:
     """OUT.md, OUT.json, OUT.svg and, of REPA and vanilla alone, OUT_difference.svg; returns the text."""
     found = collect(measures, of_arms)
-    main = {name: arm for name, arm in of_arms.items() if arm.draws}
+    main = {name: arm for name, arm in of_arms.items() if not arm.variant}
     by_t = {name: read_by_t(measures, name, arm.seeds) for name, arm in main.items()}
     tables = [*_tables(found, main), *_variants(found, of_arms)]
     text = "\n".join([f"## {heading}", "", *about, "", *tables, ""])
@@ -153,18 +155,31 @@ def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[st
 
 
 def _variants(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[str]:
-    """What other settings of the alignment gain over the arm beside them, below what the arm `repa` gains there."""
-    beside = {name: arm.beside for name, arm in of_arms.items() if arm.beside}
-    shown = [quantity for quantity in QUANTITIES if any(name in found[quantity.key] for name in beside)]
+    """Variants' figures, vanilla's and REPA's of the same seeds first, and what each gains over the arm beside it."""
+    variants = {name: arm for name, arm in of_arms.items() if arm.variant}
+    seeds = {seed for arm in variants.values() for seed in arm.seeds}
+    shown = [quantity for quantity in QUANTITIES if any(name in found[quantity.key] for name in variants)]
     if not shown:
         return []
-    steps = sorted({step for quantity in shown for name in beside for step in found[quantity.key].get(name, {})})
-    lines = ["### Other settings, what they gain over the same without alignment", ""]
+    steps = sorted({step for quantity in shown for name in variants for step in found[quantity.key].get(name, {})})
+    lines = [
+        f"### Other settings (seeds {', '.join(map(str, sorted(seeds)))}; in brackets: less the same unaligned)",
+        "",
+    ]
     for quantity in shown:
-        figures = found[quantity.key]
+        figures: Figures = {
+            name: {step: {seed: of[seed] for seed in of if seed in seeds} for step, of in at.items()}
+            for name, at in found[quantity.key].items()
+        }
         rows = []
-        for name, other in {REPA: VANILLA, **beside}.items():
-            cells = [_difference(pairs(figures, step, name, other), quantity) for step in steps]
+        for name in (VANILLA, REPA, *variants):
+            beside = VANILLA if name == REPA else of_arms[name].beside if name in of_arms else ""
+            cells = []
+            for step in steps:
+                values = figures.get(name, {}).get(step, {}).values()
+                gains = pairs(figures, step, name, beside)
+                cell = f"{statistics.mean(values):.{quantity.digits}f}" if values else "–"
+                cells.append(cell + (f" ({statistics.mean(gains):+.{quantity.digits}f})" if gains else ""))
             if name in of_arms and set(cells) != {"–"}:
                 rows.append([of_arms[name].title, *cells])
         lines += [table([quantity.title, *(f"{step:,} steps" for step in steps)], rows), ""]
@@ -201,7 +216,7 @@ def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_a
     matplotlib.rcParams["svg.hashsalt"] = "effect"  # or the same figure would be another file
     import matplotlib.pyplot as plt
 
-    shown = [quantity for quantity in QUANTITIES if found[quantity.key]]
+    shown = [quantity for quantity in QUANTITIES if found[quantity.key] and quantity.key != "trained"]
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     axes = panels.flatten()
     for unused in axes[len(shown) : -1]:

@@ -9,7 +9,7 @@ checked. IMAGES is what `python -m pipeline features` takes, and the file what i
 
 --network, --padding and --resize make another network of it that goes by nearly the same name, as the Inceptions of
 published Fréchet distances do: the next size; the same weights padded as the other library pads; images brought to the
-network's size by two-point interpolation.
+network's size by bilinear interpolation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROG = "python -m benchmarks.effect.second_encoder"
 MEAN, DEVIATION = 127.0, 128.0
 Size = Literal["lite0", "lite1"]
 Padding = Literal["tensorflow", "torch"]  # at stride 2: more behind than before, or as much
-Resize = Literal["bicubic", "bilinear"]  # with antialiasing, and without
+Resize = Literal["bicubic", "bilinear"]
 SIDES: dict[Size, int] = {"lite0": 224, "lite1": 240}  # pixels that they were trained at
 
 
@@ -59,22 +59,22 @@ class Network:
         return "-".join((f"efficientnet-{self.size}", *changed))
 
     @property
-    def timm_name(self) -> str:
-        """Of the architecture."""
-        return f"{'tf_' if self.padding == 'tensorflow' else ''}efficientnet_{self.size}"
+    def architecture(self) -> str:
+        """timm's name, and what is not as there."""
+        return f"timm.tf_efficientnet_{self.size}{', padded as torch does' * (self.padding == 'torch')}"
 
     @property
     def preprocessing(self) -> str:
         """In words, for the file."""
-        side = f"{SIDES[self.size]}, antialias" if self.resize == "bicubic" else f"{SIDES[self.size]}"
-        return f"{self.resize} {side}; (x-{MEAN:g})/{DEVIATION:g}"
+        return f"{self.resize} {SIDES[self.size]}, antialias; (x-{MEAN:g})/{DEVIATION:g}"
 
 
 def load(weights: Path, network: Network = Network()) -> Any:
     """The network, 1,000 classes and all. Raises UserError when the file holds another's weights."""
     import timm
 
-    model = timm.create_model(network.timm_name, pretrained=False).eval()
+    padding = "same" if network.padding == "tensorflow" else ""
+    model = timm.create_model(f"tf_efficientnet_{network.size}", pretrained=False, pad_type=padding).eval()
     theirs = list(_tensors(torch.load(weights, weights_only=True)).values())
     ours = _tensors(model.state_dict())
     if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours.values()]:
@@ -95,7 +95,7 @@ def prepare(images: np.ndarray, device: torch.device, network: Network = Network
     """uint8 (B, H, W, 3) as the network takes them, float32 (B, 3, side, side)."""
     x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
     side = SIDES[network.size]
-    x = F.interpolate(x, size=(side, side), mode=network.resize, antialias=network.resize == "bicubic").clamp(0, 255)
+    x = F.interpolate(x, size=(side, side), mode=network.resize, antialias=True).clamp(0, 255)
     return (x - MEAN) / DEVIATION
 
 
@@ -107,7 +107,7 @@ def resolver(
     identity = VectorsIdentity(
         name=name,
         vector="pooled",
-        encoder=f"timm.{network.timm_name}",
+        encoder=network.architecture,
         weights_sha256=file_sha256(weights),
         preprocessing=network.preprocessing,
     )

@@ -91,10 +91,10 @@ def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: py
         f"--results={tmp_path}/results.md", "--decoder-steps=2", "--steps", "2",
     ]  # fmt: skip
     assert feature_latents.main(options) == 0
-    first = sorted((tmp_path / "out" / "measures").rglob("*.json"))
+    first = sorted((tmp_path / "out" / "measures-fp32").rglob("*.json"))
     assert len(first) == 2
     times = [path.stat().st_mtime_ns for path in first]
     assert feature_latents.main([*options, "4"]) == 0
     assert [path.stat().st_mtime_ns for path in first] == times
     assert "4 steps" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "out" / "measures" / FEATURES_RUN / "0000004" / "samples.jpg").is_file()
+    assert (tmp_path / "out" / "measures-fp32" / FEATURES_RUN / "0000004" / "samples.jpg").is_file()

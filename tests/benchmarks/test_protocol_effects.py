@@ -19,7 +19,7 @@ ROWS = (
     "base: SDE", "random labels", "ODE (Euler)", "half the steps", "truncated", "guidance 1.8 up to 0.7",
     "another seed", "guidance 1.8 everywhere", "bf16, not fp32", "4 images, not 20", "of the reference",
     "the reference is held out", "the reference is cut by torchvision", "saved as JPEG, quality 75",
-    "EfficientNet-Lite0, as it was trained", "padded as another library pads", "without antialiasing",
+    "EfficientNet-Lite0, as it was trained", "padded as another library pads", "by bilinear interpolation",
     "20 images", "24 images",
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 from benchmarks import repa_effect
 from benchmarks.effect import arms as arms_module
+from benchmarks.effect import heldout_loss as heldout_loss_module
 from benchmarks.effect.arms import VANILLA, Run, arms, interleaved, variants
 from benchmarks.effect.constant_cosine import constant_cosine
 from benchmarks.effect.control import is_whole, others_of_the_class, write_control
@@ -94,15 +95,20 @@ def test_a_variant_ends_before_the_arms_and_no_image_is_drawn_of_it(
     assert drawn == {"repa-seed0": True, "repa-weight-2-seed0": False}
 
 
-def test_variants_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+def test_variants_stand_in_a_table_of_their_own_beside_runs_of_the_same_seed(tmp_path: Path) -> None:
     for name, loss in (("vanilla", 1.0), ("repa", 0.9), ("vanilla-larger", 0.8), ("repa-larger", 0.5)):
         write_loss(tmp_path, f"{name}-seed0", 2000, loss)
+    write_loss(tmp_path, "vanilla-seed1", 2000, 1.0)
+    write_loss(tmp_path, "repa-seed1", 2000, 0.3)
     of_arms, other = write_report(tmp_path / "r" / "effect", tmp_path, WITH_VARIANTS, "title", []).split(
         "### Other settings"
     )
+    assert "| REPA − vanilla | -0.4000, better in 2 of 2 |" in of_arms
     assert "9 M" not in of_arms
-    assert "| REPA | -0.1000, better in 1 of 1 |" in other
-    assert "| REPA of 9 M parameters, not 3.5 | -0.3000, better in 1 of 1 |" in other
+    assert "| vanilla | 1.0000 |" in other
+    assert "| REPA | 0.9000 (-0.1000) |" in other
+    assert "| vanilla of 9 M parameters | 0.8000 |" in other
+    assert "| REPA of 9 M parameters, not 3.5 | 0.5000 (-0.3000) |" in other
 
 
 def test_all_runs_reach_a_milestone_before_any_goes_on_and_first_seeds_go_first() -> None:
@@ -210,15 +216,24 @@ def test_the_loss_of_a_model_that_says_nothing_is_the_velocity_s_square_at_every
     assert found[TIMES[0]] == pytest.approx(1.5, rel=0.03)
 
 
-def test_the_loss_of_fewer_images_is_theirs(tmp_path: Path) -> None:
-    make_store(tmp_path / "store", n_rows=6)
+def test_the_loss_of_fewer_images_is_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "store", n_rows=5)
     train(micro(tmp_path / "store", tmp_path / "run", steps=2))
     run = open_run(tmp_path / "run")
-    checkpoint, cpu = checkpoints_of(tmp_path / "run", "2")[0], torch.device("cpu")
-    half = heldout_loss(run, checkpoint, str(tmp_path / "store"), cpu, n=3)
-    whole = heldout_loss(run, checkpoint, str(tmp_path / "store"), cpu, n=6)
-    assert half != whole
-    assert whole == heldout_loss(run, checkpoint, str(tmp_path / "store"), cpu)
+    checkpoint, store = checkpoints_of(tmp_path / "run", "2")[0], str(tmp_path / "store")
+
+    def loss(n: int) -> np.ndarray:
+        return np.array(list(heldout_loss(run, checkpoint, store, torch.device("cpu"), n).values()))
+
+    of_three, of_all = loss(3), loss(0)
+    np.testing.assert_array_equal(of_all, loss(9))
+    of_row = []
+    for row in range(5):
+        monkeypatch.setattr(heldout_loss_module, "spread", lambda total, n, row=row: np.array([row]))
+        of_row.append(loss(1))
+    np.testing.assert_allclose(of_three, np.mean([of_row[0], of_row[2], of_row[4]], 0), rtol=1e-5)
+    np.testing.assert_allclose(of_all, np.mean(of_row, 0), rtol=1e-5)
+    assert np.abs(of_three - of_all).max() > 1e-3
     run.data.close()
 
 
@@ -325,13 +340,19 @@ def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: py
     assert "4 steps" in (tmp_path / "results" / "effect.md").read_text()
 
 
-@given(tokens=arrays(np.float64, (5, 3, 4), elements=st.floats(0.1, 1)), seed=st.integers(0, 9))
-def test_no_constant_has_a_larger_cosine_than_the_best_one(tokens: np.ndarray, seed: int) -> None:
-    of_all, by_place = constant_cosine(tokens)
+@given(tokens=arrays(np.float64, (6, 3, 4), elements=st.floats(0.1, 1)), seed=st.integers(0, 9))
+def test_a_constant_s_cosine_is_reached_by_the_mean_s_direction_and_by_no_other(tokens: np.ndarray, seed: int) -> None:
+    labels = np.array([0, 1, 0, 1, 1, 0])
     units = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+
+    def best(of: np.ndarray, axis: Any) -> float:
+        mean = of.mean(axis, keepdims=True)
+        return float((of * mean / np.linalg.norm(mean, axis=-1, keepdims=True)).sum(-1).mean())
+
+    found = constant_cosine(tokens, labels)
+    by_class = (best(units[labels == 0], 0) + best(units[labels == 1], 0)) / 2  # as many of each
+    assert found == pytest.approx((best(units, (0, 1)), best(units, 0), by_class))
+    assert sorted(found) == list(found)
     other = np.random.default_rng(seed).normal(size=(3, 4))
     other /= np.linalg.norm(other, axis=-1, keepdims=True)
-    assert (units @ other[0]).mean() <= of_all + 1e-12
-    assert (units * other).sum(-1).mean() <= by_place + 1e-12
-    assert of_all <= by_place + 1e-12
-    assert by_place <= 1 + 1e-12
+    assert (units * other).sum(-1).mean() <= found[1] + 1e-12

@@ -73,6 +73,22 @@ def test_a_network_is_as_it_was_trained_or_says_in_its_name_what_is_not(images: 
         assert np.abs(found[0] - other).max() > 1e-3
 
 
+def test_padding_alone_is_what_the_other_padding_changes(weights: Path) -> None:
+    """At stride 2 one more row behind than before, against as many: the rest of the network is the same."""
+    ours, other = load(weights), load(weights, Network(padding="torch"))
+    for name, module in ours.named_modules():
+        twin = other.get_submodule(name)
+        assert (getattr(module, "eps", None), getattr(module, "stride", None)) == (
+            getattr(twin, "eps", None), getattr(twin, "stride", None)
+        )  # fmt: skip
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        stem, padded = (model.conv_stem for model in (ours, other))
+        moved = torch.nn.functional.pad(pixels, (0, 1, 0, 1))
+        torch.testing.assert_close(stem(pixels), torch.nn.functional.conv2d(moved, stem.weight, stride=2))
+        torch.testing.assert_close(padded(pixels), torch.nn.functional.conv2d(pixels, stem.weight, stride=2, padding=1))
+
+
 def test_the_next_network_takes_other_weights_and_larger_images(weights: Path) -> None:
     larger = Network(size="lite1")
     assert prepare(np.zeros((1, 32, 32, 3), dtype=np.uint8), CPU, larger).shape == (1, 3, 240, 240)
