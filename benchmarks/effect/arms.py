@@ -1,6 +1,6 @@
 """Which runs are compared: what they share, and what each arm changes, as options of `python -m trainer train`.
 
-Options are strings, as typed. A new arm is one line of `arms`.
+Options are strings, as typed. A new arm is one line of `arms`, a new variant one of `variants`.
 """
 
 from __future__ import annotations

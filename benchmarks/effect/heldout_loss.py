@@ -1,4 +1,4 @@
-"""Denoising loss of images over times, with the same noise at every step of every run: of those not trained on.
+"""Denoising loss of images over times, held out or trained on, with the same noise at every step of every run.
 
     python -m benchmarks.effect.heldout_loss RUN --store HELDOUT --step 1000 --out FILE.json [--n 542]
 
