@@ -65,6 +65,9 @@ def test_the_loss(reference: dict[str, Tensor]) -> None:
     loss = LossConfig(time_sampling="logit-normal", time_shift=SHIFT)
     t = objective.draw_times(torch.zeros(3), torch.special.ndtri(reference["loss_u"].double()), loss).float()
     torch.testing.assert_close(t, reference["loss_t"], atol=1e-6, rtol=0)
+    uniform = dataclasses.replace(loss, time_sampling="uniform")
+    of_uniform = objective.draw_times(reference["loss_u"], torch.zeros(3), uniform)
+    torch.testing.assert_close(of_uniform, reference["loss_t_uniform"], atol=1e-6, rtol=0)
     x, noise = reference["latents"], reference["loss_noise"]
     x_t = objective.perturb(x, noise, t, loss)
     with torch.no_grad():

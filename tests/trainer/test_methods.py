@@ -283,6 +283,10 @@ def test_a_class_token_is_guided_as_the_image_unless_said(
     for option in ("guidance-class", "guidance-class-low", "guidance-class-high"):
         with pytest.raises(UserError, match=rf"^--{option} 0.5 is of a class token; \S+ has none$"):
             drawn(run=trained["irepa"], **{option.replace("-", "_"): 0.5})
+    with pytest.raises(UserError, match=r"^--class-noise own is of a class token; \S+ has none$"):
+        drawn(run=trained["irepa"], class_noise="own")
+    with pytest.raises(UserError, match=r"^--guidance-class 3.0 has no effect with --guidance 1 "):
+        drawn(guidance=1.0, guidance_class=3.0)
 
     capsys.readouterr()
     train(micro(shared_tiny_store, tmp_path / "new", steps=1, **REG, **{"sample.guidance": 1.8}))

@@ -26,7 +26,7 @@ from trainer.loop.losses import compare, draw, losses
 from trainer.models.make import make_model
 from trainer.models.reg import join, split
 from trainer.objectives import rit as objective
-from trainer.objectives.sampling import sample
+from trainer.objectives.sampling import Drawing, calls_of, sample
 from trainer.objectives.sit import shifted
 
 GEOMETRY = GEOMETRIES["rit"]
@@ -119,6 +119,25 @@ def test_the_samplers(reference: dict[str, Tensor], name: str) -> None:
         )  # fmt: skip
     assert len(called) == (2 * steps - 1 if heun else steps)
     torch.testing.assert_close(split(drawn, GEOMETRY)[0].float(), reference[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("of_image", "of_class"), [(1.0, 3.0), (2.0, 1.0), (2.0, 3.0), (1.0, 1.0)])
+def test_the_class_token_has_its_own_guidance(of_image: float, of_class: float) -> None:
+    """Each part is o_∅ + s (o_y − o_∅) by its own scale, also where the other has none; of o_∅ = 1, o_y = 2."""
+    config = SampleConfig(sampler="ode", steps=1, guidance=of_image, guidance_class=of_class)
+    drawing = Drawing(
+        predict=lambda x, t, y: (2.0 - y.float())[:, None].expand_as(x), labels=torch.tensor([0]), null_label=1,
+        config=config, path="linear", noise=lambda step: torch.zeros(0), dtype=torch.float32, class_width=2,
+        objective=objective,
+    )  # fmt: skip
+    output = drawing.output(torch.zeros(1, 5, dtype=torch.float64), torch.zeros(1), 0.5)
+    assert output.tolist() == [[1 + of_image] * 3 + [1 + of_class] * 2]
+    calls = calls_of(config, objective, class_token=True)
+    assert calls.guided == (0 if of_image == of_class == 1 else 1)
+
+
+def test_a_block_for_the_context_is_asked_of_a_context_alone() -> None:
+    config_of(**{"model.context": 0, "model.context_block": 5})
 
 
 def test_guidance_s_interval_is_open() -> None:
@@ -250,6 +269,10 @@ def test_a_step_is_one_graph() -> None:
     ("changes", "says"),
     [
         ({"model.context_block": 5}, "--model.context-block must be a block, 1 to 4 .*, got 5"),
+        (
+            {"model.class_token": False, "sample.class_noise": "mean"},
+            "--sample.class-noise mean are of a class token; leave them at own",
+        ),
         ({"loss.direction_weight": 1.0}, "--loss.direction-weight is of a velocity, which --model.kind rit does not"),
         ({"loss.path": "cosine"}, "--model.kind rit has a linear path"),
         ({"model.head_depth": 2}, "--model.head-depth is of --model.kind ditdh; leave it at 0 with rit"),

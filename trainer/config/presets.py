@@ -45,7 +45,7 @@ is Euler's. The published figure with guidance is `--guidance 3.7 --class-noise 
 `ditdh` is RAE's DiT^DH, on DINOv2-B with registers: AdamW at 2e-4 with β₂ = 0.95, which falls to 2e-5 over epochs 40 to
 800, global batch 1024, EMA 0.9995, float32; 80 epochs. Sampling: Euler at 50 points, the last of which is level 0.001
 before the shift. The published figure with guidance is `--guidance 1.42 --weaker RUN`, of a ditdh-s-1 after 14 epochs.
-(The published code cuts the logit-normal off at 0.999, which our draws do not reach.)
+(Times are cut off at 0.999 before the shift, which logit-normal draws do not reach here.)
 
 Patch 1 has REPA's settings, and the guidance interval of REPA-E's figures (arXiv 2504.10483), t ≤ 0.75.
 

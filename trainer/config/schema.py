@@ -76,7 +76,9 @@ class ModelConfig:
             raise UserError(f"--model.width must be a multiple of 4 for the position embedding, got {self.width}")
         if not self.align_block:
             raise UserError("--model.align-block must name a block; a vanilla run is --loss.projection-weight 0")
-        self.require_block("context-block", self.context_block)
+        at_least(self, "model", "context", 0)
+        if self.context:
+            self.require_block("context-block", self.context_block)
         for name in ("head_width", "head_depth", "head_heads"):
             at_least(self, "model", name, 1 if self.kind == "ditdh" else 0)
             if self.kind != "ditdh" and getattr(self, name):
@@ -89,7 +91,6 @@ class ModelConfig:
             self._check_heads("width", self.width, self.heads)
         if self.kind == "ditdh":
             self._check_heads("head_width", self.head_width, self.head_heads)
-        at_least(self, "model", "context", 0)
         if self.context and self.kind != "rit":
             raise UserError(f"--model.context is of --model.kind rit; leave it at 0 with {self.kind}")
 
@@ -137,7 +138,7 @@ class LossConfig:
         of_alignment=True,
     )
     class_weight: float = option(
-        0.03, "weight of the class token's denoising loss, where the model has one", of_alignment=True
+        0.03, "weight of the class token's denoising loss, where the model has one (RiT's is 0.2)", of_alignment=True
     )
     class_noise: Literal["own", "mean"] = option(
         "own", "rit: noise of the class token, drawn for itself or the mean of the latents' noise over their places"
@@ -292,10 +293,17 @@ class TrainConfig:
                 f"--loss.direction-weight is of a velocity, which --model.kind {self.model.kind} does not predict; "
                 "leave it at 0"
             )
-        if "mean" in (self.loss.class_noise, self.sample.class_noise) and self.model.kind != "rit":
-            raise UserError(
-                f"--loss.class-noise mean and --sample.class-noise mean are of --model.kind rit, not {self.model.kind}"
-            )
+        if "mean" in (self.loss.class_noise, self.sample.class_noise):
+            if self.model.kind != "rit":
+                raise UserError(
+                    "--loss.class-noise mean and --sample.class-noise mean are of --model.kind rit, not "
+                    f"{self.model.kind}"
+                )
+            if not self.model.class_token:
+                raise UserError(
+                    "--loss.class-noise mean and --sample.class-noise mean are of a class token; leave them at own "
+                    "with --model.class-token false"
+                )
         for name, shift in (("--sample.shift", self.sample.shift), ("--loss.time-shift", self.loss.time_shift)):
             if self.model.kind == "dit" and shift != 1:
                 raise UserError(f"{name} {shift} is of flows; leave it at 1 with --model.kind dit")

@@ -1,6 +1,6 @@
 """What is minimised: an objective for each kind of model.
 
-An objective is a module with the functions of `Objective`, and two facts for the sampler. The training step
+An objective is a module with the functions of `Objective`, and three facts for the sampler. The training step
 draws the numbers and calls it, so it knows no objective by name; to add one, write the module and its line in
 `OBJECTIVES`.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from trainer.config.schema import LossConfig
-from trainer.objectives import dit, lightningdit, rit, sit
+from trainer.objectives import dit, lightningdit, rae, rit, sit
 
 
 class Objective(Protocol):
@@ -22,6 +22,7 @@ class Objective(Protocol):
     each_slope_guided: (
         bool  # whether guidance's interval is open and asked of each slope, not of a step (`sampling.py`)
     )
+    class_guided_alone: bool  # whether a class token has its guidance where the image has none
 
     def draw_times(self, uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
         """What the model is given as t, from draws (B,) of both kinds, of which one is used."""
@@ -44,4 +45,4 @@ class Objective(Protocol):
         """What the model is given as t at times (B,) on that scale; the inverse of `unit_times`."""
 
 
-OBJECTIVES: dict[str, Objective] = {"sit": sit, "dit": dit, "lightningdit": lightningdit, "rit": rit, "ditdh": sit}
+OBJECTIVES: dict[str, Objective] = {"sit": sit, "dit": dit, "lightningdit": lightningdit, "rit": rit, "ditdh": rae}

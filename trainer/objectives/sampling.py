@@ -9,9 +9,9 @@ figures were sampled; so does the chain. Euler may end before 0 (`--sample.end`)
 
 Classifier-free guidance o = o_∅ + s·(o_y − o_∅) of the model's output applies for t in an interval (arXiv 2404.07724);
 outside it and at scale 1 the batch is not doubled. The ends of the interval count, and a step's start decides for both
-of Heun's slopes, as in REPA's sampler; RiT's asks each slope, and an end counts only where it is 0 or 1. With a weaker
-model, o_∅ is what that says of the same label (autoguidance, arXiv 2406.02507). State is float64; the model sees its
-own dtype.
+of Heun's slopes, as in REPA's sampler; RiT's asks each slope, and an end counts only where it is 0 or 1. A class token
+has a scale and an interval of its own, in REG's sampler only where the image is guided at all. With a weaker model, o_∅
+is what that says of the same label (autoguidance, arXiv 2406.02507). State is float64; the model sees its own dtype.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class Drawing:
         """
         config = self.config
         scale = config.guidance if self._guides(unit_time, config.guidance_low, config.guidance_high) else 1.0
-        of_class = config.class_guidance if self.class_width and self._guides(unit_time, *config.class_interval) else 0
-        if config.guidance == 1 or (scale == 1 and of_class in (0, 1)):
+        of_class = class_scale(config, self.objective) if self.class_width else 0.0
+        of_class = of_class if self._guides(unit_time, *config.class_interval) else 0.0
+        if scale == 1 and of_class in (0, 1):
             return self.predict(state.to(self.dtype), t, self.labels).double()
         conditional, other = self._both(state, t)
         n = state.shape[1] - self.class_width if self.class_width else config.guidance_channels or state.shape[1]
@@ -91,6 +92,11 @@ def guides(objective: Objective, t: float, low: float, high: float) -> bool:
     if objective.each_slope_guided:
         return (low < t or low == 0) and (t < high or high == 1)
     return low <= t <= high
+
+
+def class_scale(config: SampleConfig, objective: Objective) -> float:
+    """The scale at which a class token is guided where its interval says so; 0 or 1: not at all."""
+    return config.class_guidance if config.guidance > 1 or objective.class_guided_alone else 0.0
 
 
 def _towards(other: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -186,12 +192,10 @@ def calls_of(config: SampleConfig, objective: Objective, *, class_token: bool) -
         asked_of.append(t)
         if config.sampler == "ode" and config.heun and i < config.steps - 1:
             asked_of.append(t_next if objective.each_slope_guided else t)
-    guided = 0
-    if config.guidance > 1:
-        intervals = [(config.guidance_low, config.guidance_high)]
-        if class_token and config.class_guidance not in (0, 1):
-            intervals.append(config.class_interval)
-        guided = sum(any(guides(objective, t, *interval) for interval in intervals) for t in asked_of)
+    intervals = [(config.guidance_low, config.guidance_high)] if config.guidance > 1 else []
+    if class_token and class_scale(config, objective) not in (0, 1):
+        intervals.append(config.class_interval)
+    guided = sum(any(guides(objective, t, *interval) for interval in intervals) for t in asked_of)
     return Calls(total=len(asked_of), guided=guided)
 
 

@@ -18,7 +18,7 @@ from trainer.loop import random_keys
 from trainer.models.reg import join, split
 from trainer.models.transformer import Geometry
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.sampling import sample
+from trainer.objectives.sampling import class_scale, sample
 from trainer.ranks.arithmetic import autocast_dtype
 
 
@@ -26,17 +26,17 @@ def in_words(config: TrainConfig) -> str:
     """How images are drawn, for people."""
     sample = config.sample
     steps = f"{sample.sampler}{' (Heun)' if sample.heun else ''} in {sample.steps} steps"
-    if sample.guidance == 1:
+    of_class = class_scale(sample, OBJECTIVES[config.model.kind]) if config.model.class_token else 0.0
+    if sample.guidance == 1 and of_class in (0, 1):
         return f"{steps}, without guidance"
     what = f"guidance {sample.guidance:g}"
     if config.model.class_token:
-        of_class = f"{sample.class_guidance:g}" if sample.class_guidance else "none"
-        what += f" of the image and {of_class} of the class token"
+        what += f" of the image and {f'{of_class:g}' if of_class else 'none'} of the class token"
     what += f" for t from {sample.guidance_low:g} to {sample.guidance_high:g}"
     low, high = sample.class_interval
     if (
         config.model.class_token
-        and sample.class_guidance not in (0, 1)
+        and of_class not in (0, 1)
         and (low, high) != (sample.guidance_low, sample.guidance_high)
     ):
         what += f", of the class token from {low:g} to {high:g}"

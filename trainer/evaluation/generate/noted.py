@@ -22,7 +22,7 @@ from trainer.evaluation.generate.image_files import NOTED, settings_file_of
 from trainer.evaluation.protocols import NULL_LABEL, WEAKER
 from trainer.evaluation.quality.card import Card
 from trainer.objectives import OBJECTIVES, Objective
-from trainer.objectives.sampling import calls_of, noise_levels
+from trainer.objectives.sampling import calls_of, class_scale, noise_levels
 from trainer.run.provenance import DISTRIBUTION, version
 
 NOTHING = "nothing"
@@ -79,7 +79,8 @@ def _of_sample(sample: SampleConfig, objective: Objective, *, class_token: bool,
     calls = calls_of(sample, objective, class_token=class_token)
     levels = noise_levels(sample)
     guided = sample.guidance > 1
-    of_class = sample.class_guidance if guided and class_token and sample.class_guidance != 1 else 0.0
+    of_class = class_scale(sample, objective) if class_token else 0.0
+    of_class = 0.0 if of_class == 1 else of_class
     low, high = sample.class_interval if of_class else (0.0, 1.0)
     euler = "heun" if sample.heun else "euler"
     return Card(
@@ -96,7 +97,7 @@ def _of_sample(sample: SampleConfig, objective: Objective, *, class_token: bool,
         guidance_low=sample.guidance_low if guided else 0.0,
         guidance_high=sample.guidance_high if guided else 1.0,
         guidance_channels=sample.guidance_channels if guided else 0,
-        guidance_by=(WEAKER if weaker else NULL_LABEL) if guided else NOTHING,
+        guidance_by=(WEAKER if weaker else NULL_LABEL) if guided or of_class else NOTHING,
         weaker_sha256=weaker,
         guidance_class=of_class,
         guidance_class_low=low,

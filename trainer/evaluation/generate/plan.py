@@ -26,6 +26,7 @@ from trainer.evaluation.generate.noted import Drawn, card_of, kept
 from trainer.evaluation.options import GenerateConfig
 from trainer.evaluation.protocols import WEAKER, Protocol, of_sample, protocol_named
 from trainer.objectives import OBJECTIVES
+from trainer.objectives.sampling import class_scale
 from trainer.run.checkpoint import EMA_WEIGHTS
 from trainer.run.folder import RunFolder
 from trainer.run.opened import OpenRun, checkpoints_of, open_run, step_of
@@ -127,7 +128,8 @@ def _weaker(path: Path, run: OpenRun, recipe: TrainConfig) -> Weaker:
     ):
         if a != b:
             raise UserError(f"--weaker {path} has {what} {b}, {run.path} has {a}; name a run like it")
-    if OBJECTIVES[ours.kind] is not OBJECTIVES[theirs.kind]:
+    our_objective, their_objective = OBJECTIVES[ours.kind], OBJECTIVES[theirs.kind]
+    if (our_objective.velocity, our_objective.model_times) != (their_objective.velocity, their_objective.model_times):
         raise UserError(
             f"--weaker {path} is of --model.kind {theirs.kind}, whose outputs are not those of {ours.kind}; name a run "
             "like it"
@@ -150,15 +152,21 @@ def _recipe(run: OpenRun, config: GenerateConfig, protocol: Protocol | None, dev
     asked = {f"sample.{name}": getattr(config, name) for name in SAMPLE_OPTIONS}
     if config.guidance is not None and config.guidance_class is None:  # whatever number the run was saved with
         asked["sample.guidance_class"] = AS_IMAGE
-    for name in ("guidance_class", "guidance_class_low", "guidance_class_high"):
+    for name in ("guidance_class", "guidance_class_low", "guidance_class_high", "class_noise"):
         value = getattr(config, name)
         if value is not None and not run.config.model.class_token:
-            raise UserError(f"{flag_of(name)} {value:g} is of a class token; {config.run} has none")
+            raise UserError(f"{flag_of(name)} {value} is of a class token; {config.run} has none")
     if config.sampler not in (None, "ode"):
         asked |= {n: v for n, v in (("sample.heun", False), ("sample.end", 0.0)) if asked[n] is None}
     of_protocol = of_sample(protocol) if protocol else {}
     named = {name: value for name, value in asked.items() if value is not None}
     recipe = override(run.config, {"precision": precision, **of_protocol, **named})
+    objective = OBJECTIVES[recipe.model.kind]
+    if config.guidance_class not in (None, AS_IMAGE, 0, 1) and class_scale(recipe.sample, objective) == 0:
+        raise UserError(
+            f"--guidance-class {config.guidance_class} has no effect with --guidance 1 (a class token of "
+            f"--model.kind {recipe.model.kind} is guided where the image is); give a scale above 1, or leave it out"
+        )
     if protocol and protocol.guidance_by == WEAKER and recipe.sample.guidance > 1 and config.weaker is None:
         raise UserError(
             f"--protocol {protocol.name} guides away from a weaker model; pass --weaker RUN, or take "
@@ -196,8 +204,9 @@ def _sha256(checkpoint: Path) -> str:
 def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
     sampler = recipe.sample
     guidance = f"guidance{sampler.guidance:g}"
-    if recipe.model.class_token and sampler.class_guidance != sampler.guidance > 1:
-        guidance += f"-class{sampler.class_guidance:g}"
+    of_class = class_scale(sampler, OBJECTIVES[recipe.model.kind]) if recipe.model.class_token else sampler.guidance
+    if of_class != sampler.guidance and (sampler.guidance > 1 or of_class not in (0, 1)):
+        guidance += f"-class{of_class:g}"
     if config.weaker is not None:
         guidance += "-weaker"
     if config.rounding != "round":
