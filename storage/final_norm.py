@@ -8,6 +8,7 @@ n = (f − bias) / weight, but for the rounding of f. It is an attribute beside 
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,14 @@ class FinalNorm:
 
     weight: np.ndarray
     bias: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the numbers."""
+        numbers = hashlib.sha256()
+        for values in (self.weight, self.bias):
+            numbers.update(values.astype("<f4").tobytes())
+        return numbers.hexdigest()
 
     def packed(self) -> PackedNorm:
         """As attributes hold it: base64 of little-endian float32."""

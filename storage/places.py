@@ -122,7 +122,7 @@ def read(root: Root, group: GroupReader[FeaturesIdentity]) -> PlaceStatistics | 
             raw = file.read()
     except FileNotFoundError:
         return None
-    about = _metadata(raw)
+    about = metadata(raw)
     if {name: about.get(name) for name in _about(group)} != _about(group):
         raise StoreError(f"{where} is of other rows than {group.path} has now; {fix}")
     statistics = unpacked(raw, where, fix, shape_of(group))
@@ -192,8 +192,8 @@ def _about(group: GroupReader[Any]) -> dict[str, str]:
     return {"identity_digest": group.identity_digest, "rows_crc32c": f"{group.rows_crc32c:08x}"}
 
 
-def _metadata(raw: bytes) -> dict[str, str]:
-    """What a safetensors file says beside its tensors, {} of one that is none."""
+def metadata(raw: bytes) -> dict[str, str]:
+    """What the bytes of a safetensors file say beside its tensors, {} of one that is none."""
     try:
         n = int.from_bytes(raw[:8], "little")
         about = json.loads(raw[8 : 8 + n]).get("__metadata__", {}) if n <= HEADER_BYTES else {}

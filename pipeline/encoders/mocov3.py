@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.encoders import timm_vit
 from pipeline.encoders.registry import EncoderSpec
 from pipeline.encoders.vision import VisionTransformerEncoder
+from storage.final_norm import FinalNorm
 from storage.identity import FeaturesIdentity
 
 BASE = "base_encoder."
@@ -39,6 +40,11 @@ def outline(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
 def load(spec: EncoderSpec, *, resolution: int, device: torch.device) -> VisionTransformerEncoder:
     """Load the encoder at a crop's resolution."""
     return timm_vit.load(spec, resolution=resolution, device=device, convert=public_to_timm)
+
+
+def final_norm(spec: EncoderSpec) -> FinalNorm | None:
+    """Weight and bias of the base encoder's final norm."""
+    return timm_vit.final_norm(spec, convert=public_to_timm)
 
 
 def public_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -98,12 +98,25 @@ def load_state(
 
     Raises UserError.
     """
+    converted = _converted(model, state, path)
     try:
-        converted = sys.modules[type(model).__module__].checkpoint_filter_fn(dict(state), model)
         model.load_state_dict({k: v for k, v in converted.items() if not k.startswith(without)})
+    except RuntimeError as error:
+        raise _not_of_this_model(path, error) from error
+
+
+def _converted(model: Any, state: Mapping[str, Tensor], path: Path) -> State:
+    """The state under timm's names. Raises UserError."""
+    try:
+        converted: State = sys.modules[type(model).__module__].checkpoint_filter_fn(dict(state), model)
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not hold the weights of this model ({first}…); pass the right file") from error
+        raise _not_of_this_model(path, error) from error
+    return converted
+
+
+def _not_of_this_model(path: Path, error: Exception) -> UserError:
+    first = " ".join(str(error).split())[:200]
+    return UserError(f"{path} does not hold the weights of this model ({first}…); pass the right file")
 
 
 def layer_name(spec: EncoderSpec, depth: int) -> str:
@@ -127,17 +140,31 @@ def cut(model: Any, spec: EncoderSpec) -> Any:
     return model
 
 
-def final_norm(spec: EncoderSpec) -> FinalNorm | None:
-    """Weight and bias of the final norm, as the weight file names them; None where it has none of that name."""
-    return norm_in(_weights(spec, spec.vision or look_up(spec.model)))
+def final_norm(spec: EncoderSpec, convert: Callable[[State], State] | None = None) -> FinalNorm | None:
+    """Weight and bias of the final norm in the weight file; None where it has none. `convert` as of `load`.
+
+    The whole file is read, and converted, only where these have other names in it than timm's.
+    """
+    known = spec.vision or look_up(spec.model)
+    path = _weights(spec, known)
+    of_these_names = norm_in(path)
+    if of_these_names is not None:
+        return of_these_names
+    state = read_weights(path)
+    with torch.device("meta"):
+        model = build(known, 16 * known.preprocessing.patch)
+    return _norm_of(_converted(model, convert(state) if convert else state, path))
 
 
 def norm_in(path: Path) -> FinalNorm | None:
     """Weight and bias of the final norm in a weight file, if it is of that name."""
-    found = read_weights(path, NORM)
-    if found.keys() != set(NORM):
+    return _norm_of(read_weights(path, NORM))
+
+
+def _norm_of(state: Mapping[str, Tensor]) -> FinalNorm | None:
+    if not set(NORM) <= state.keys():
         return None
-    weight, bias = (found[name].float().numpy() for name in NORM)
+    weight, bias = (state[name].float().numpy() for name in NORM)
     return FinalNorm(weight=weight, bias=bias)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from storage.codecs.codec import TOKENS, Codec, StoredArray
+from storage.codecs.codec import TOKENS, Codec, StoredArray, rounding_variance
 from storage.visits import Views
 
 
@@ -39,6 +39,10 @@ class Plain(Codec):
         """The array, of `dtype`."""
         with np.errstate(over="ignore"):
             return arrays[TOKENS].astype(dtype, copy=False)
+
+    def error_variance(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of rounding to float16, (B, T, D)."""
+        return rounding_variance(arrays[TOKENS])
 
     def number_dtype(self, stored: np.dtype[Any]) -> np.dtype[Any]:
         """As stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from storage import GroupReader, open_store, places
 from storage.base.errors import UserError
 from storage.codecs import CODECS
 from storage.derive import derive_group
-from storage.final_norm import AFFINE, final_norm_of
+from storage.final_norm import AFFINE, FinalNorm, final_norm_of
 from storage.final_norm import PLAIN as PLAIN_NORM
 from storage.order import ValidRows
 from tests.stores import FEATURES
@@ -154,7 +155,7 @@ def test_a_norm_that_nobody_recorded(tmp_path: Path) -> None:
     torch.testing.assert_close(x.std(0, correction=0), torch.ones(24, 8, 8), atol=0.1, rtol=0)
     with pytest.raises(UserError, match=r"does not say what that is, and x.pt is of tokens without; precompute with"):
         statistics_of(open_store(root), group, Path("x.pt"), class_token=True)
-    with pytest.raises(UserError, match=r"and a decoder takes tokens without; precompute it again"):
+    with pytest.raises(UserError, match=r"and a decoder takes tokens without; precompute with"):
         without_affine(x, group)
     group.close()
 
@@ -205,6 +206,40 @@ def test_codes_that_spoil_one_channel_are_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"is in int8 codes, .* in channel 5; .*: store float16, or pass"):
         require_normal(group, ValidRows(48, np.array([])), scale, accept=False)
     group.close()
+
+
+def test_rounding_that_spoils_a_channel_is_refused(tmp_path: Path) -> None:
+    """Float16 of a channel that hardly varies beside its mean: what undoing the norm makes of it is rounding."""
+    weight = np.ones(24, np.float32)
+    weight[7] = 2e-3
+    norm = FinalNorm(weight=weight, bias=np.full(24, 6, np.float32))
+    tokens = plain_tokens()
+    write(tmp_path, tokens * norm.weight + norm.bias, layer=AFFINE, norm=norm)
+    group = open_store(tmp_path).group(FEATURES)
+    statistics, _ = statistics_of(open_store(tmp_path), group, Path(), class_token=False)
+    scale = scale_of(group, statistics, source="s")
+    says = r"is in float16 numbers, .* and (0\.\d+) in channel 7; .*: precompute with --features ENCODER:norm=plain"
+    with pytest.raises(UserError, match=says) as refused:
+        require_normal(group, ValidRows(48, np.array([])), scale, accept=False)
+    exact = scale.normalised(on_grid(torch.from_numpy(tokens[:, 0] * norm.weight + norm.bias), (8, 8)))
+    error = scale.normalised(read_latents(group, np.arange(48))) - exact
+    said = re.search(says, str(refused.value))
+    assert said is not None
+    assert float(said[1]) == pytest.approx(float(error[:, 7].square().mean().sqrt()), rel=0.15)
+    group.close()
+
+
+@pytest.mark.parametrize(("mean", "var"), [(50.0, 1.0), (0.0, 1e6), (0.0, 1e-6)])
+def test_statistics_of_other_class_tokens_are_refused(store: Path, group: GroupReader, mean: float, var: float) -> None:
+    statistics, _ = statistics_of(open_store(store), group, Path(), class_token=True)
+    assert statistics.mean_class is not None
+    assert statistics.var_class is not None
+    other = dataclasses.replace(
+        statistics, mean_class=statistics.mean_class + mean, var_class=statistics.var_class * var
+    )
+    require_normal(group, ValidRows(48, np.array([])), scale_of(group, statistics, source="s"), accept=False)
+    with pytest.raises(UserError, match=r"^the class token of features/\S+ is normalised by s, after which"):
+        require_normal(group, ValidRows(48, np.array([])), scale_of(group, other, source="s"), accept=False)
 
 
 def test_statistics_of_other_features_are_refused(store: Path, group: GroupReader) -> None:

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from storage import Staging, open_store, places
 from storage.__main__ import main as storage_main
 from storage.base.errors import StoreError, UserError
+from storage.final_norm import AFFINE
 from storage.final_norm import PLAIN as PLAIN_NORM
 from storage.roots import open_root
 from tests.stores import FEATURES, make_store
-from tests.trainer.feature_stores import DITDH, RIT, plain_tokens, write, write_affine
+from tests.trainer.feature_stores import DITDH, NORM, RIT, plain_tokens, write, write_affine
 from tests.trainer.runs import assert_same_run, micro
 from trainer.data.feature_latents import (
     on_grid,
@@ -93,6 +95,25 @@ def test_aligned_with_another_encoder(tmp_path: Path) -> None:
     last = train(config)["last"]
     parts = last["denoising_loss"] + 0.03 * last["class_denoising_loss"] + 0.5 * last["alignment_loss"]
     assert last["loss"] == pytest.approx(parts)
+
+
+def test_a_norm_that_became_known_makes_no_other_map(tmp_path: Path) -> None:
+    """The same numbers, counted before the group said what its norm was: of f, and then taken for those of n."""
+    root, run = tmp_path / "store", tmp_path / "run"
+    tokens = plain_tokens() * NORM.weight + NORM.bias
+    write(root, tokens, layer=AFFINE)
+    train(micro(root, run, steps=1, **RIT))
+    shutil.rmtree(root)
+    write(root, tokens, layer=AFFINE, norm=NORM)
+    says = r"said that the affine part of its final norm is none, and it says [0-9a-f]{12} now, .*; pass --store with"
+    with pytest.raises(UserError, match=says):
+        generate(GenerateConfig(run=run, n=1, device="cpu"))
+    with pytest.raises(UserError, match=says):
+        train(micro(root, run, steps=2, **RIT))
+    copy = RunFolder(run).latent_statistics
+    saved = load_file(copy)
+    save_file(saved, copy)  # a run of before copies said it goes on
+    open_run(run).data.close()
 
 
 def test_a_run_in_memory_is_the_same(store: Path, tmp_path: Path) -> None:

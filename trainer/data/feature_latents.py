@@ -6,10 +6,10 @@
 f is what is stored. Statistics are counted (`storage/places.py`) or those of a published file, which are of n. Both
 lines are one map of f (`LatentScale`), so what a model draws goes back to f, and to n for a decoder (`without_affine`).
 
-Codes lose a little. An error of deviation ε in x is as large as the noise from the noise level t = ε / (1 + ε) down:
-below it a model learns the codes, not the features. MOST_LEVEL is where RiT stops telling noise levels apart; codes
-whose error is beyond it are refused, and so are those that spoil a single channel (MOST_OF_CHANNEL). Measured on tokens
-of real photographs: `python -m benchmarks.feature_codes`.
+Codes lose a little, and so does float16 where a channel hardly varies beside its mean. An error of deviation ε in x is
+as large as the noise from the noise level t = ε / (1 + ε) down: below it a model learns the codes, not the features.
+MOST_LEVEL is where RiT stops telling noise levels apart; what is stored with a larger error is refused, and so is what
+spoils a single channel (MOST_OF_CHANNEL). Measured on tokens of real photographs: `python -m benchmarks.feature_codes`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from storage import GroupReader, Store, UserError, places
 from storage.codecs import TOKENS
+from storage.codecs.codec import rounding_variance
 from storage.final_norm import AFFINE, FinalNorm, final_norm_of
 from storage.identity import FeaturesIdentity, LatentsIdentity
 from storage.order import ValidRows
@@ -33,10 +34,12 @@ from trainer.data.latent_scale import LatentScale
 EPSILON = 1e-5  # added to a variance
 MOST_LEVEL = 0.05
 MOST_OF_CHANNEL = 0.25  # deviation of the codes' error, where the channel's own is 1
-LOOKED_AT = 64  # rows, evenly spread
+LOOKED_AT, ENOUGH = 64, 32  # rows, evenly spread; of which a class token's moments can be judged
+TOLD = 1e-3  # deviation of the error of what is stored, from which on it is told
 LEAST, MOST, MOST_MEAN = 0.5, 2.0, 1.0  # of the deviation and the mean of any channel after the map
 OF_FEATURES = "features/"
 CLASS_TOKEN = "cls"
+NO_NORM = "none"
 
 
 def latents_identity(features: FeaturesIdentity) -> LatentsIdentity:
@@ -138,6 +141,12 @@ def statistics_of(
     return statistics, source
 
 
+def norm_digest(group: GroupReader[FeaturesIdentity]) -> str:
+    """Which affine part of the final norm is undone in a group's map, SHA-256 (hex); "none" of none."""
+    norm = _final_norm(group)
+    return NO_NORM if norm is None else norm.digest
+
+
 def without_affine(tokens: Tensor, group: GroupReader[FeaturesIdentity]) -> Tensor:
     """n of f (B, D, h, w), which decoders of features take. Raises UserError where the group does not say it."""
     norm = _final_norm(group)
@@ -145,7 +154,7 @@ def without_affine(tokens: Tensor, group: GroupReader[FeaturesIdentity]) -> Tens
         if group.identity.layer == AFFINE:
             raise UserError(
                 f"{group.path} has the affine part of its final norm and does not say what that is, and a decoder "
-                "takes tokens without; precompute it again"
+                "takes tokens without; precompute with --features ENCODER:norm=plain, and train on that"
             )
         return tokens
     weight, bias = (
@@ -165,43 +174,100 @@ def require_normal(
     group: GroupReader[FeaturesIdentity], valid_rows: ValidRows, scale: LatentScale, *, accept: bool
 ) -> str:
     """Look at rows that are evenly spread: raise UserError where channels are far from mean 0 and deviation 1, or where
-    the codes' error would be felt; returns what there is to say of both. With `accept` nothing is refused.
+    the error of what is stored would be felt; returns what there is to say of both. With `accept` nothing is refused.
+
+    Class tokens are looked at where they are latents too, and there are at least ENOUGH rows.
     """
-    places_of_rows = np.unique(np.linspace(0, len(valid_rows) - 1, LOOKED_AT).astype(np.int64))
-    rows = valid_rows.rows(places_of_rows)
-    stored, size = group.gather(rows, 0, group.codec_arrays), group.identity.token_grid
-    x = scale.normalised(read_latents(group, rows)).double()
-    mean, std = x.mean((0, 2, 3)).numpy(), x.std((0, 2, 3), correction=0).numpy()
-    error = np.broadcast_to(group.codec.error_variance(stored), (len(rows), size[0] * size[1], group.identity.width))
-    factors = torch.as_tensor(scale.scale).double().square()
-    of_x = on_grid(torch.from_numpy(np.array(error)).double(), size) * factors
-    deviation, of_channel = float(of_x.mean().sqrt()), of_x.mean((0, 2, 3)).sqrt().numpy()
-    level = deviation / (1 + deviation)
-    in_words = f"deviation {np.sqrt(np.square(std).mean()):.3g} ({std.min():.3g} to {std.max():.3g} a channel)"
-    if deviation:
+    rows = valid_rows.rows(np.unique(np.linspace(0, len(valid_rows) - 1, LOOKED_AT).astype(np.int64)))
+    tokens = _tokens_looked_at(group, rows, scale)
+    in_words = f"deviation {_rms(tokens.std):.3g} ({tokens.std.min():.3g} to {tokens.std.max():.3g} a channel)"
+    if _rms(tokens.error) >= TOLD:
         in_words += (
-            f", of which {group.codec.spelling} codes are {deviation:.2g} ({of_channel.max():.2g} in the worst channel)"
-            f": noise up to level {level:.2g}"
+            f", of which {_stored_as(group)} are {_rms(tokens.error):.2g} ({tokens.error.max():.2g} in the worst "
+            f"channel): noise up to level {_level(tokens.error):.2g}"
         )
     if accept:
         return in_words
-    if level > MOST_LEVEL or of_channel.max() > MOST_OF_CHANNEL:
-        fix = "float16" if group.codec.exact else "float16 or int8 (rotated codes are for alignment)"
-        raise UserError(
-            f"{group.path} is in {group.codec.spelling} codes, whose error in normalised tokens is {deviation:.2g}, as "
-            f"much as the noise at level {level:.2g}, and {of_channel.max():.2g} in channel "
-            f"{int(of_channel.argmax())}; at most level {MOST_LEVEL:g}, and {MOST_OF_CHANNEL:g} in a channel, is not "
-            f"felt: store {fix}, or pass --data.latent-deviation accept if it is meant"
-        )
-    far = (std < LEAST) | (std > MOST) | (np.abs(mean) > MOST_MEAN)
-    if far.any():
-        worst = int(np.argmax(np.abs(np.log(np.maximum(std, 1e-30))) + np.abs(mean)))
-        raise UserError(
-            f"{group.path} is normalised by {scale.source}, after which channel {worst} has mean {mean[worst]:.3g} and "
-            f"deviation {std[worst]:.3g}; each must have a mean within ±{MOST_MEAN:g} and a deviation of {LEAST:g} "
-            f"to {MOST:g}: use the statistics of these features, or pass --data.latent-deviation accept if it is meant"
-        )
+    looked_at = {group.path: tokens}
+    if scale.of_class is not None and len(rows) >= ENOUGH:
+        looked_at[f"the class token of {group.path}"] = _class_tokens_looked_at(group, rows, scale)
+    for what, each in looked_at.items():
+        _require_small_error(group, what, each)
+        _require_mean_and_deviation(what, each, scale)
     return in_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LookedAt:
+    """Of x, by channel, float64 (D,): mean, deviation, and the deviation of the error of what is stored.
+
+    The error is of a deviation of 1 where that is larger, so that statistics of other tokens do not pass for an error.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    error: np.ndarray
+
+
+def _looked_at(x: Tensor, error_variance: Tensor, over: tuple[int, ...]) -> _LookedAt:
+    std = x.double().std(over, correction=0).numpy()
+    error = error_variance.double().mean(over).sqrt().numpy() / np.maximum(std, 1)
+    return _LookedAt(mean=x.double().mean(over).numpy(), std=std, error=error)
+
+
+def _tokens_looked_at(group: GroupReader[FeaturesIdentity], rows: np.ndarray, scale: LatentScale) -> _LookedAt:
+    stored, size = group.gather(rows, 0, group.codec_arrays), group.identity.token_grid
+    shape = (len(rows), size[0] * size[1], group.identity.width)
+    error = on_grid(torch.from_numpy(np.broadcast_to(group.codec.error_variance(stored), shape).copy()), size)
+    factors = torch.as_tensor(scale.scale).double().square()
+    return _looked_at(scale.normalised(read_latents(group, rows)), error * factors, (0, 2, 3))
+
+
+def _class_tokens_looked_at(group: GroupReader[FeaturesIdentity], rows: np.ndarray, scale: LatentScale) -> _LookedAt:
+    assert scale.of_class is not None
+    stored = group.gather(rows, 0, [CLASS_TOKEN])[CLASS_TOKEN]
+    error = torch.from_numpy(rounding_variance(stored)) * scale.of_class[0].double().square()
+    return _looked_at(scale.normalised_class(torch.from_numpy(stored)), error, (0,))
+
+
+def _require_small_error(group: GroupReader[FeaturesIdentity], what: str, tokens: _LookedAt) -> None:
+    if not (_level(tokens.error) > MOST_LEVEL or tokens.error.max() > MOST_OF_CHANNEL):
+        return
+    if group.codec.identity is None:
+        fix = "precompute with --features ENCODER:norm=plain, whose numbers float16 holds"
+    else:
+        fix = "store float16" if group.codec.exact else "store float16 or int8 (rotated codes are for alignment)"
+    raise UserError(
+        f"{what} is in {_stored_as(group)}, whose error in normalised tokens is {_rms(tokens.error):.2g}, as much as "
+        f"the noise at level {_level(tokens.error):.2g}, and {tokens.error.max():.2g} in channel "
+        f"{int(tokens.error.argmax())}; at most level {MOST_LEVEL:g}, and {MOST_OF_CHANNEL:g} in a channel, is not "
+        f"felt: {fix}, or pass --data.latent-deviation accept if it is meant"
+    )
+
+
+def _require_mean_and_deviation(what: str, tokens: _LookedAt, scale: LatentScale) -> None:
+    near = (tokens.std >= LEAST) & (tokens.std <= MOST) & (np.abs(tokens.mean) <= MOST_MEAN)  # NaN is not
+    if near.all():
+        return
+    worst = int(np.argmax(np.abs(np.log(np.maximum(tokens.std, 1e-30))) + np.abs(tokens.mean)))
+    raise UserError(
+        f"{what} is normalised by {scale.source}, after which channel {worst} has mean {tokens.mean[worst]:.3g} and "
+        f"deviation {tokens.std[worst]:.3g}; each must have a mean within ±{MOST_MEAN:g} and a deviation of {LEAST:g} "
+        f"to {MOST:g}: use the statistics of these features, or pass --data.latent-deviation accept if it is meant"
+    )
+
+
+def _stored_as(group: GroupReader[FeaturesIdentity]) -> str:
+    return f"{group.codec.spelling} {'numbers' if group.codec.identity is None else 'codes'}"
+
+
+def _level(error: np.ndarray) -> float:
+    """The noise level as large as an error whose deviations by channel are `error`."""
+    return _rms(error) / (1 + _rms(error))
+
+
+def _rms(of_channels: np.ndarray) -> float:
+    return float(np.sqrt(np.square(of_channels).mean()))
 
 
 def _of_plain(counted: PlaceStatistics, affine: _Affine) -> PlaceStatistics:

@@ -2,7 +2,8 @@
 
 Statistics of features have a number a channel and place, too many for a configuration. Its place has their SHA-256, and
 the run's folder a copy in RAE's format (`latent-statistics.safetensors`), of tokens without the affine part of the
-final norm. So a run goes on, and is sampled from, with those that it was trained with, whatever became of the store's.
+final norm where the group says what that is; the copy names that part, or none. So a run goes on, and is sampled from,
+with the map that it was trained with, whatever became of the store.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from storage.base.boundary import read_regular
 from storage.base.files import write_atomic
 from storage.places import PlaceStatistics
 from trainer.config.schema import TrainConfig
-from trainer.data.feature_latents import require_normal, scale_of, statistics_of
+from trainer.data.feature_latents import norm_digest, require_normal, scale_of, statistics_of
 from trainer.data.groups import TrainingData
 from trainer.data.latent_scale import LatentScale, require_deviation
 from trainer.run.folder import RunFolder
 
 MAX_BYTES = 1 << 28
+NORM = "final_norm"  # in the metadata of a run's copy
 
 
 def map_of(config: TrainConfig, data: TrainingData, run: Path) -> LatentScale:
@@ -43,8 +45,10 @@ def statistics_of_run(config: TrainConfig, data: TrainingData, run: Path) -> Pla
     wanted, copy = config.data.latent_statistics_sha256, RunFolder(run).latent_statistics
     if wanted and copy.is_file():
         fix = f"restore it, or remove it to take those of {data.latents.path} again"
-        kept = places.unpacked(read_regular(copy, MAX_BYTES), str(copy), fix, places.shape_of(data.latents))
+        raw = read_regular(copy, MAX_BYTES)
+        kept = places.unpacked(raw, str(copy), fix, places.shape_of(data.latents))
         if kept.digest == wanted:
+            _require_norm(data, run, places.metadata(raw).get(NORM))
             return kept
     of_latents = data.class_tokens is not None
     statistics, source = statistics_of(data.store, data.latents, config.data.latent_statistics, class_token=of_latents)
@@ -56,8 +60,24 @@ def statistics_of_run(config: TrainConfig, data: TrainingData, run: Path) -> Pla
     return statistics
 
 
+def packed(statistics: PlaceStatistics, data: TrainingData) -> bytes:
+    """A run's copy."""
+    return statistics.packed(**{NORM: norm_digest(data.latents)})
+
+
 def keep_statistics(config: TrainConfig, data: TrainingData) -> None:
     """Write the run's copy, before anything is trained with it."""
     if data.of_features:
         statistics = statistics_of_run(config, data, config.run)
-        write_atomic(RunFolder(config.run).latent_statistics, statistics.packed(), "statistics")
+        write_atomic(RunFolder(config.run).latent_statistics, packed(statistics, data), "statistics")
+
+
+def _require_norm(data: TrainingData, run: Path, kept: str | None) -> None:
+    """`kept` is what a copy says, None of one of before it was said there: a map has no trace of it."""
+    now = norm_digest(data.latents)
+    if kept not in (None, now):
+        raise UserError(
+            f"{run} was trained when {data.latents.path} said that the affine part of its final norm is {kept[:12]}, "
+            f"and it says {now[:12]} now, so the same statistics are another map; pass --store with the store that it "
+            "was trained from, or train another run"
+        )

@@ -30,7 +30,7 @@ from trainer.models.transformer import Geometry
 from trainer.objectives.dit import BETA_FIRST, BETA_LAST, N_STEPS
 from trainer.run.checkpoint import load_ema_weights
 from trainer.run.folder import RunFolder
-from trainer.run.latent_map import statistics_of_run
+from trainer.run.latent_map import packed, statistics_of_run
 from trainer.run.opened import OpenRun, checkpoints_of, open_run, step_of
 
 PIPELINE_SOURCE = Path(__file__).with_name("diffusers_pipeline.py")
@@ -55,7 +55,7 @@ def export(run: Path, to: str, out: Path | None, checkpoint: str) -> list[Path]:
             described = {name: spelled(value) for name, value in flatten(opened.config).items()}
             if opened.data.of_features:  # a number a channel and place: a file beside the weights
                 statistics = statistics_of_run(opened.config, opened.data, run)
-                (aside / RunFolder(run).latent_statistics.name).write_bytes(statistics.packed())
+                (aside / RunFolder(run).latent_statistics.name).write_bytes(packed(statistics, opened.data))
             else:
                 described |= {
                     "latent_scale": json.dumps(_plain(opened.scale.scale)),
