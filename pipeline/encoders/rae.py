@@ -39,13 +39,12 @@ def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
     """Identity of the tokens. Raises UserError, also where `--resolution` is not what the decoder makes."""
     directory = find_directory(spec.model, spec.weights, fetch=spec.fetch)
     settings = read_settings(directory)
-    kind = settings.get("encoder_type", "dinov2")
+    where, fix = f"{directory / 'config.json'}", "copy the folder again"
+    kind = checked(str, settings.get("encoder_type", "dinov2"), f"{where}: encoder_type", fix)
     if kind not in ENCODERS:
         raise UserError(
-            f"{directory} has an encoder {shown(str(kind)[:60])}; encoders of an AutoencoderRAE are "
-            f"{', '.join(ENCODERS)}"
+            f"{directory} has an encoder {shown(kind[:60])}; encoders of an AutoencoderRAE are {', '.join(ENCODERS)}"
         )
-    where, fix = f"{directory / 'config.json'}", "copy the folder again"
     width, patch, size, out = (
         checked(int, settings.get(name, default), f"{where}: {name}", fix) for name, default in SIZES.items()
     )
@@ -57,7 +56,7 @@ def describe(spec: EncoderSpec, *, resolution: int) -> FeaturesIdentity:
             f"{spec.store_name} decodes to {side * out} px; pass --resolution {side * out}, got {resolution}"
         )
     mean, std = (
-        checked(list[float], list(settings.get(name) or default), f"{where}: {name}", fix)
+        list(checked(tuple[float, float, float], settings.get(name) or default, f"{where}: {name}", fix))
         for name, default in PIXELS.items()
     )
     importlib.import_module("transformers")  # before anything starts

@@ -181,6 +181,9 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
         ("kind", {"encoder_type": "clip"}, "has an encoder clip; encoders of an AutoencoderRAE are dinov2, siglip2, "),
         ("size", {"encoder_input_size": 57}, "encoder_input_size 57 is no multiple of encoder_patch_size 14; copy"),
         ("width", {"encoder_hidden_size": "wide"}, r"config.json: encoder_hidden_size"),
+        ("list", {"encoder_type": ["dinov2"]}, r"config.json: encoder_type is damaged"),
+        ("mean", {"encoder_norm_mean": 0.5}, r"config.json: encoder_norm_mean is damaged"),
+        ("std", {"encoder_norm_std": [0.5, "x", 0.5]}, r"config.json: encoder_norm_std is damaged"),
     ):
         broken = tmp_path / name
         broken.mkdir()

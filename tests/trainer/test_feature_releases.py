@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from storage.base.errors import UserError
 from storage.base.options import spelled
 from tests.stores import count_places, make_groups
 from tests.trainer.reference import load_reference, reference_state
@@ -19,7 +20,7 @@ from trainer.config.saved import read_config
 from trainer.models.lightningdit import rotary_angles
 from trainer.models.reg import join
 from trainer.run.opened import load_model, open_run
-from trainer.run.published import Release
+from trainer.run.published import Release, check_release
 
 CPU = torch.device("cpu")
 FEATURES = "features/f"
@@ -91,3 +92,14 @@ def test_statistics_beside_the_weights_are_the_run_s(
     torch.testing.assert_close(run.scale.shift[0], statistics["mean"])
     config = read_config(tmp_path / "run" / "config.yaml").config
     assert config.data.latent_statistics == tmp_path / "stat.pt"
+
+
+def test_rae_s_plain_dit_is_named() -> None:
+    """Its file has RAE's time embedding and no head; another --release would not fit it either."""
+    state = {name: value for name, value in public_state("rae").items() if not name.startswith("s_")}
+    releases: tuple[Release, ...] = ("rae", "lightningdit")
+    for release in releases:
+        with pytest.raises(
+            UserError, match=r"has t_embedder.W and no s_embedder.proj.weight, so it is RAE's plain DiT"
+        ):
+            check_release(release, state, Path("c.pt"))

@@ -22,6 +22,7 @@ Release = Literal["repa", "irepa", "reg", "lightningdit", "rae", "rit", "sit", "
 Shapes = Mapping[str, tuple[int, ...]]  # of weights, under this project's names
 
 ANCHOR = "x_embedder.proj.weight"  # a name that every set of weights has
+PLAIN_DIT = "t_embedder.W"  # of RAE's time embedding, which its DiT without a head has too
 PIXELS_A_LATENT = {1: 16}  # by the patch of models for such latents; 8 for other patches
 
 
@@ -59,6 +60,11 @@ def check_release(release: Release, names: Iterable[str], file: Path) -> None:
     names = list(names)
     marked = {other for other, of in PUBLISHED.items() if of.mark and any(name.startswith(of.mark) for name in names)}
     mine = PUBLISHED[release]
+    if "rae" not in marked and PLAIN_DIT in names:
+        raise UserError(
+            f"{file} has {PLAIN_DIT} and no {PUBLISHED['rae'].mark}weight, so it is RAE's plain DiT, which cannot be imported; "
+            "RAE's DiT^DH can"
+        )
     if mine.mark and not mine.optional and release not in marked:
         raise UserError(f"{file} has no {mine.mark}weight, so it is not {mine.name}'s; pass another --release")
     if marked and release not in marked:

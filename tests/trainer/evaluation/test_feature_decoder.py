@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from storage import open_store
 from storage.base.errors import UserError
+from storage.final_norm import PLAIN as PLAIN_NORM
 from tests.stores import FEATURES
 from tests.trainer.feature_stores import DITDH, NORM, RIT, plain_tokens, write
 from tests.trainer.runs import micro
 from trainer.evaluation.export.export import export
-from trainer.evaluation.generate.feature_decoder import load_feature_decoder
+from trainer.evaluation.generate.feature_decoder import load_feature_decoder, require_decoder
 from trainer.evaluation.generate.generate import GenerateConfig, generate
 from trainer.evaluation.generate.image_files import image_path, n_written, read_image
 from trainer.evaluation.generate.outcome import outcome
@@ -105,6 +106,32 @@ def test_a_decoder_of_other_tokens_is_one_line(store: Path, decoder: Path, tmp_p
         settings = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(settings | change))
         refused(folder, says)
+    group.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoder", "fits"),
+    [
+        ("siglip2", "timm.vit_base_patch16_siglip_256.v2_webli", True),
+        ("siglip2", "diffusers.AutoencoderRAE.siglip2", True),
+        ("siglip2", "timm.vit_base_patch16_siglip_256.webli", False),
+        ("dinov2", "timm.vit_small_patch14_reg4_dinov2", True),
+        ("dinov2", "timm.vit_small_patch14_dinov2", False),
+        ("dinov2", "diffusers.AutoencoderRAE.dinov2_reg", True),
+        ("mae", "timm.vit_large_patch16_224.mae", True),
+    ],
+)
+def test_which_encoders_a_decoder_is_of(tmp_path: Path, kind: str, encoder: str, fits: bool) -> None:
+    """SigLIP 2 is not SigLIP, and DINOv2's registers count."""
+    write(tmp_path / "store", plain_tokens(8), layer=PLAIN_NORM, encoder=encoder)
+    group = open_store(tmp_path / "store").group(FEATURES)
+    folder = tmp_path / "decoder"
+    autoencoder(folder, encoder_type=kind)
+    if fits:
+        require_decoder(str(folder), group)
+    else:
+        with pytest.raises(UserError, match=rf"decodes {kind} of width 24 .*; name a decoder of this encoder"):
+            require_decoder(str(folder), group)
     group.close()
 
 

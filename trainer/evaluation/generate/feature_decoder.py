@@ -32,8 +32,8 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.
 DECODER = "decoder."
 MEAN, STD = "encoder_mean", "encoder_std"  # of pixels
 COMPUTED = ("decoder_pos_embed",)
-# What a name of ours has in it, by the encoder that an autoencoder says it has.
-ENCODERS = {"dinov2": ("dinov2", "reg"), "siglip2": ("siglip",), "mae": ("mae",)}
+# What a name of ours has in it, by the encoder that an autoencoder says it has: timm's, or that of an AutoencoderRAE.
+ENCODERS = {"dinov2": r"(?=.*dinov2)(?=.*reg)", "siglip2": r".*siglip.*v2|.*siglip2", "mae": r".*mae"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)+")
 FIX = "name a folder or hub id of diffusers' AutoencoderRAE"  # with --data.decoder, or --vae of generate
 
@@ -160,7 +160,7 @@ def _require_fitting(settings: dict[str, Any], features: GroupReader[FeaturesIde
 def _require_encoder(encoder: str, width: int, side: int, features: GroupReader[FeaturesIdentity], where: str) -> None:
     identity = features.identity
     mine, ours = str(identity.encoder), (identity.width, math.prod(identity.token_grid))
-    if all(part in mine for part in ENCODERS.get(encoder, (encoder,))) and ours == (width, side**2):
+    if re.match(ENCODERS.get(encoder, f".*{re.escape(encoder)}"), mine) and ours == (width, side**2):
         return
     raise UserError(
         f"{where} decodes {encoder} of width {width} on {side}×{side} tokens, and {features.path} is {mine}, "

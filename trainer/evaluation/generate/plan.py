@@ -21,6 +21,7 @@ from trainer.config.sample import AS_IMAGE
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import flatten, leaves, override
 from trainer.evaluation.generate.decode import decoder_of, decoder_sha256
+from trainer.evaluation.generate.feature_decoder import require_decoder
 from trainer.evaluation.generate.image_files import NOTED, SETTINGS_FILE, n_written
 from trainer.evaluation.generate.noted import Drawn, card_of, kept
 from trainer.evaluation.options import GenerateConfig
@@ -75,6 +76,8 @@ def plan(config: GenerateConfig, device: torch.device) -> Plan:
     if not decoder:
         what = "a folder or hub id of diffusers' AutoencoderRAE" if run.data.of_features else "a diffusers directory"
         raise UserError(f"{run.data.latents.path} does not say what decodes it; pass --vae with {what}")
+    if run.data.of_features:
+        require_decoder(decoder, run.data.latents)
     weaker = _weaker(config.weaker, run, recipe) if config.weaker is not None else None
     if not run.geometry.n_classes and recipe.sample.guidance > 1 and weaker is None:
         raise UserError(
