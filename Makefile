@@ -1,4 +1,4 @@
-# Thin: each target makes the environment if it is missing and hands over to `python -m …`, whose --help is complete.
+# Thin: each target makes the environment if it is missing and hands over to `python -m …`, whose --help (train: --help-all) is complete.
 VENV     ?= .venv
 PYTHON   ?= python3
 PY       := $(VENV)/bin/python
@@ -101,7 +101,7 @@ export: $(STAMP)  ## a run for other programs: RUN=folder [ARGS="--to safetensor
 # Most of the time goes into processes that the tests start; a file stays with one worker, for what its tests share.
 # Three for two cores: what a test waits for leaves room.
 PYTEST = $(PY) -m pytest -n $$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 )) --dist loadfile
-test: $(STAMP)  ## the tests, a few minutes
+test: $(STAMP)  ## the tests, five to ten minutes on two cores
 	$(PYTEST) $(ARGS)
 
 test-quick: $(STAMP)  ## those of them that start no process

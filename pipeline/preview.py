@@ -188,7 +188,10 @@ def decode_means(group: GroupReader, rows: np.ndarray, decoder: Path) -> np.ndar
 
 
 def principal_components(group: GroupReader, rows: np.ndarray, resolution: int) -> np.ndarray:
-    """First three principal components over all patch tokens of the rows, each stretched to 0–255; (n, R, R, 3)."""
+    """First three principal components over all patch tokens of the rows, each stretched to 0–255; (n, R, R, 3).
+
+    Raises UserError for tokens that are not finite, StoreError for a group without patch tokens.
+    """
     group.require("token_grid")
     tokens = group.tokens(rows)
     if not np.isfinite(tokens).all():

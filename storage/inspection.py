@@ -44,7 +44,7 @@ def list_stores(config: ListConfig) -> None:
             say(str(error))
     if not found:
         open_store(where)  # says what is wrong with it
-        raise StoreError(f"{where} holds no store")
+        raise StoreError(f"{where} holds no store; name the folder that holds one, or a store")
     say_next(command("storage", "info", found[0]), command("storage", "verify", found[0]))
 
 

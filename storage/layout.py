@@ -26,6 +26,7 @@ from storage.base.errors import UserError
 from storage.base.shown import counted
 
 FORMAT_VERSION = 1
+ANOTHER_VERSION = "update this project, or use the one that wrote it"
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and length, uint64 each
 EMPTY = np.uint64(2**64 - 1)  # what the specification writes for a chunk that is not there

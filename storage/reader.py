@@ -28,6 +28,7 @@ from storage.gather import ArrayReader, gather_into
 from storage.identity import AnyIdentity, Identity, identity_digest, require_same
 from storage.index import Classes, Index, count_rows, read_classes, read_index
 from storage.layout import (
+    ANOTHER_VERSION,
     FORMAT_VERSION,
     GROUP_KINDS,
     INDEX_FILE,
@@ -264,7 +265,7 @@ class Store:
         attributes = read_attributes(self.root, f"{path}/{METADATA}") or {}
         if attributes.get("format_version") != FORMAT_VERSION:
             version = shown(str(attributes.get("format_version")))[:LONGEST]
-            raise StoreError(f"{where} has format version {version}, not {FORMAT_VERSION}")
+            raise StoreError(f"{where} has format version {version}, not {FORMAT_VERSION}; {ANOTHER_VERSION}")
         about = typed_attributes(GroupAttributes, attributes, f"{where}/{METADATA}")
         if identity_digest(about.identity) != about.identity_digest:
             raise StoreError(f"{where}: the identity was edited, its digest no longer fits; restore zarr.json")

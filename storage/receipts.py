@@ -32,7 +32,16 @@ from pydantic import FiniteFloat
 from storage.base.boundary import parse_json
 from storage.base.errors import StoreError
 from storage.base.shown import LONGEST
-from storage.layout import FORMAT_VERSION, GROUP_KINDS, INDEX_FILE, METADATA, RECEIPTS_DIR, STORE_RECEIPT, GroupLayout
+from storage.layout import (
+    ANOTHER_VERSION,
+    FORMAT_VERSION,
+    GROUP_KINDS,
+    INDEX_FILE,
+    METADATA,
+    RECEIPTS_DIR,
+    STORE_RECEIPT,
+    GroupLayout,
+)
 from storage.metadata import read_attributes
 from storage.roots import Root
 from storage.schema import Base64, Count, Made, MetadataReceipt, PackedSums, Row, Version
@@ -151,7 +160,9 @@ def unseal(kind: type[T], raw: bytes, where: str) -> T:
 
 def _require_version(receipt: Any, where: str) -> None:
     if receipt.format_version != FORMAT_VERSION:
-        raise StoreError(f"receipt {where} has format version {receipt.format_version}, this code {FORMAT_VERSION}")
+        raise StoreError(
+            f"receipt {where} has format version {receipt.format_version}, not {FORMAT_VERSION}; {ANOTHER_VERSION}"
+        )
 
 
 def _signature(body: bytes) -> bytes:

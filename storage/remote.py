@@ -25,13 +25,14 @@ import numpy as np
 
 from storage.base.boundary import MAX_JSON_BYTES
 from storage.base.errors import StoreError, UserError
+from storage.base.extras import how_to_install
 
 try:
     import obstore
     from obstore import exceptions
     from obstore.store import HTTPStore, from_url
 except ImportError:
-    raise UserError("a store at a URL needs obstore; pip install 'offline-repa[remote]'") from None
+    raise UserError(f"a store at a URL needs obstore; {how_to_install('remote')}") from None
 
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=180)}
 

@@ -98,20 +98,24 @@ def test_train_alone_trains_and_resumes(shared_tiny_store: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("extra", "command_line", "needed"),
     [
-        ("", "storage export STORE --to hdf5 --out OUT", "h5py; pip install 'offline-repa[precompute]'"),
+        ("", "storage export STORE --to hdf5 --out OUT", "h5py; pip install '.[precompute]' in this project's folder"),
         pytest.param(
             "",
             "storage import HERE --from lightningdit --store OUT --name a",
             "safetensors; pip install",
             marks=pytest.mark.slow,
         ),
-        ("", "trainer train --store STORE", "torch; pip install 'offline-repa[train]'"),
-        ("", "pipeline index HERE", "; pip install 'offline-repa[precompute]'"),
-        ("train", "pipeline precompute --data HERE --store OUT", "; pip install 'offline-repa[precompute]'"),
+        ("", "trainer train --store STORE", "torch; pip install '.[train]' in this project's folder"),
+        ("", "pipeline index HERE", "; pip install '.[precompute]' in this project's folder"),
+        (
+            "train",
+            "pipeline precompute --data HERE --store OUT",
+            "; pip install '.[precompute]' in this project's folder",
+        ),
         pytest.param(
             "train",
             "pipeline preview STORE --out OUT",
-            "; pip install 'offline-repa[precompute]'",
+            "; pip install '.[precompute]' in this project's folder",
             marks=pytest.mark.slow,
         ),
     ],

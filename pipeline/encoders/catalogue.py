@@ -136,7 +136,6 @@ VAES = {
 }
 
 PATCH_14 = Preprocessing(patch=14)
-PATCH_16 = Preprocessing()
 
 
 def _dinov2(size: str, width: int, depth: int, registers: bool) -> VisionModel:

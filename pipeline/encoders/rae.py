@@ -7,7 +7,7 @@ enough; and the same folder, which the group names as its decoder, makes picture
 
     x / 255 → bicubic to the encoder's size without antialias → (x − mean) / std → encoder → tokens
 
-The encoder is one of `transformers`, an extra of its own (`pip install 'offline-repa[rae]'`).
+The encoder is one of `transformers`, an extra of its own (`pip install '.[rae]'`).
 """
 
 from __future__ import annotations

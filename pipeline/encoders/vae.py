@@ -73,7 +73,10 @@ def find_directory(model: str, weights: Path | None, *, fetch: bool = True) -> P
             )
         return directory
     if "/" not in model:
-        raise UserError(f"VAE {model!r} is neither a directory nor ORG/NAME on the hub")
+        raise UserError(
+            f"VAE {model!r} is neither a directory nor ORG/NAME on the hub; name one of these, or a VAE that "
+            "`python -m pipeline encoders` lists"
+        )
     parts = model.split("/")
     repository, prefix = "/".join(parts[:2]), "".join(f"{folder}/" for folder in parts[2:])
     try:

@@ -29,6 +29,7 @@ from pipeline.sources.leftovers import OWN_FILE, leftover
 from pipeline.sources.protocol import MAX_SAMPLE_BYTES, Unreadable, too_large
 from storage.base.boundary import open_regular
 from storage.base.errors import StoreError, UserError
+from storage.base.extras import how_to_install
 from storage.base.shown import shown
 
 REQUESTS = 32  # range requests in flight; an answer takes tens of milliseconds, whatever its size
@@ -345,7 +346,7 @@ def _connect(root: str) -> tuple[Any, str]:
 
 
 def _cannot_be_opened(root: str, error: Exception) -> UserError:
-    return UserError(f"DATA {root} cannot be opened: {error}; pip install 'offline-repa[remote]'")
+    return UserError(f"DATA {root} cannot be opened: {error}; {how_to_install('remote')}")
 
 
 @contextmanager

@@ -29,10 +29,15 @@ def package_of(module: str) -> str:
     return PACKAGES.get(module, module.replace("_", "-"))
 
 
+def how_to_install(extra: str) -> str:
+    """In words, for whoever lacks a package of an extra."""
+    return f"pip install '.[{extra}]' in this project's folder"
+
+
 def what_to_install(error: ModuleNotFoundError, prog: str) -> UserError | None:
     """The error for a package that the command `prog` lacks, None where the missing module is of no extra."""
     module = (error.name or "").partition(".")[0]
     for extra in EXTRAS_OF.get(package_named(prog), tuple(MODULES)):
         if module in MODULES[extra].split():
-            return UserError(f"this needs the package {package_of(module)}; pip install 'offline-repa[{extra}]'")
+            return UserError(f"this needs the package {package_of(module)}; {how_to_install(extra)}")
     return None

@@ -46,7 +46,7 @@ class ExportConfig:
     out: Path = required("file (hdf5, parquet) or folder to make")
     groups: tuple[str, ...] = option((), "latents/NAME features/NAME (default all)", spaced=True, metavar="GROUP")
     rows: str = option(":", "rows A to B-1 (default all)", metavar="A:B")
-    decode: bool = option(False, "write int8 features as float16 numbers")
+    decode: bool = option(False, "write features that are in codes as float16 numbers, which cannot be imported again")
 
     def __post_init__(self) -> None:
         one_of("--to", self.to, EXPORTS)

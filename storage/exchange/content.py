@@ -89,7 +89,7 @@ def make_content(store: Store, groups: list[str], rows: str, decode: bool) -> Co
     """The content that the command line names. Raises UserError for rows outside the store or no group at all."""
     names = list(dict.fromkeys(groups)) or store.groups()
     if not names:
-        raise UserError(f"{store.root} has no group to export")
+        raise UserError(f"{store.root} has no group to export; precompute or import one first")
     start, colon, stop = rows.partition(":")
     try:
         span = range(int(start or 0), int(stop or store.n_rows))

@@ -45,7 +45,7 @@ class About:
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
-    """Describe the file; it stays open until the import ends."""
+    """Describe the file; it stays open until the import ends. Raises UserError for another or a damaged one."""
     try:
         file = h5py.File(source, "r")
     except OSError as error:
@@ -80,8 +80,7 @@ def _exported(file: h5py.File, source: Path) -> Incoming:
             raise UserError(f"{path} was decoded, which its identity does not describe; export as stored")
         if codec_of(identity, path).keyed and _whole_rows(file) != n_rows:
             raise UserError(
-                f"{path} is in a codec that is keyed by the row, and the file has a part of the rows; export all rows, "
-                "or with --decode"
+                f"{path} is in a codec that is keyed by the row, and the file has a part of the rows; export all rows"
             )
         datasets = {str(name): _named_dataset(group, name) for name in group}
         arrays = {name: (data.dtype.name, tuple(data.shape[2:])) for name, data in datasets.items()}

@@ -32,11 +32,11 @@ STATISTICS = "latents_stats.pt"
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
-    """Describe the folder: its files in the order of their names."""
+    """Describe the folder: its files in the order of their names. Raises UserError for another or a damaged one."""
     require_folder(source, "folder of .safetensors files")
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{source} has no .safetensors file")
+        raise UserError(f"{source} has no .safetensors file; name the folder that the extraction wrote")
     labels: list[int] = []
     counts = []
     shape: tuple[int, ...] = ()

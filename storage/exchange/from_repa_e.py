@@ -41,7 +41,7 @@ class _Labels:
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
-    """Describe the file; it stays open until the import ends."""
+    """Describe the file; it stays open until the import ends. Raises UserError for another or a damaged one."""
     if source.is_dir():
         with_labels = sorted(path for path in source.glob("*.h5") if (source / f"{path.stem}_h5.json").is_file())
         latents = [path for path in with_labels if path.stem != "images"]

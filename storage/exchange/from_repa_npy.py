@@ -37,7 +37,7 @@ class _Dataset:
 
 
 def read(source: Path, options: ImportOptions) -> Incoming:
-    """Describe the folder; every file that dataset.json names must be there, and no other `.npy`."""
+    """Describe the folder. Raises UserError unless every file that dataset.json names is there, and no other `.npy`."""
     require_folder(source, "folder that holds dataset.json and 00000/, 00001/, …")
     where = source / "dataset.json"
     try:

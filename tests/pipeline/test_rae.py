@@ -206,4 +206,4 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ModuleNotFoundError) as lacking:
         planned(folder)
     told = what_to_install(lacking.value, "repa-pipeline")
-    assert str(told) == "this needs the package transformers; pip install 'offline-repa[rae]'"
+    assert str(told) == "this needs the package transformers; pip install '.[rae]' in this project's folder"

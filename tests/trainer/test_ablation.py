@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.encoders.registry import describe, resolve_features
+from pipeline.sources.glyphs import RESOLUTION
 from storage.base.errors import UserError
 from trainer.config.command_line import add_train_options, train_config
 from trainer.config.saved import to_yaml
@@ -107,6 +109,17 @@ def test_the_methods_of_the_repository_s_own_file(tmp_path: Path) -> None:
     assert not runs["repa-stopped"].aligns_at(100)
 
 
+@pytest.mark.parametrize("name", ["demo.yaml", "methods.yaml"])
+def test_the_repository_s_own_files_fit_the_demo_s_store(name: str, tmp_path: Path) -> None:
+    """Which they say they run on: every features group is the demo's, or its encoder makes it at that resolution."""
+    ablation = read_ablation(Path(__file__).parents[2] / "ablations" / name, "/s", tmp_path)
+    assert ablation.features
+    for features in filter(None, ablation.features):
+        spec = resolve_features(ablation.encoders.get(features, features))
+        assert spec.store_name == features
+        describe(spec, resolution=RESOLUTION)
+
+
 def test_sizes_and_several_targets(tmp_path: Path) -> None:
     text = "axes: {preset: [sit-s-2, sit-b-2], data.features: [[a, b], a]}\nset: {model.align-block: [3, 4]}"
     ablation = read_ablation(write(tmp_path, text.replace("a, b], a", "a, b], [b, a]")), "/s", tmp_path)
@@ -165,7 +178,7 @@ def test_command_lines_say_the_same_as_the_configurations(tmp_path: Path) -> Non
         ("seeds: 3", "seeds must be a list"),
         ("gpus: none", "gpus must be a number"),
         ("axes: {data.features: ['a:b', 'a-b']}", "two runs would be named features-a-b_seed-0"),
-        ("- a", "must be a mapping with preset"),
+        ("- a", "must be a mapping with axes"),
         ("a: [", "is not YAML"),
     ],
 )

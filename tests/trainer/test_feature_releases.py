@@ -97,9 +97,8 @@ def test_statistics_beside_the_weights_are_the_run_s(
 def test_rae_s_plain_dit_is_named() -> None:
     """Its file has RAE's time embedding and no head; another --release would not fit it either."""
     state = {name: value for name, value in public_state("rae").items() if not name.startswith("s_")}
+    says = r"has t_embedder.W and no s_embedder.proj.weight, so it is RAE's plain DiT"
     releases: tuple[Release, ...] = ("rae", "lightningdit")
     for release in releases:
-        with pytest.raises(
-            UserError, match=r"has t_embedder.W and no s_embedder.proj.weight, so it is RAE's plain DiT"
-        ):
+        with pytest.raises(UserError, match=says):
             check_release(release, state, Path("c.pt"))

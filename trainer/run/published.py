@@ -62,8 +62,8 @@ def check_release(release: Release, names: Iterable[str], file: Path) -> None:
     mine = PUBLISHED[release]
     if "rae" not in marked and PLAIN_DIT in names:
         raise UserError(
-            f"{file} has {PLAIN_DIT} and no {PUBLISHED['rae'].mark}weight, so it is RAE's plain DiT, which cannot be imported; "
-            "RAE's DiT^DH can"
+            f"{file} has {PLAIN_DIT} and no {PUBLISHED['rae'].mark}weight, so it is RAE's plain DiT, which cannot be "
+            "imported; RAE's DiT^DH can"
         )
     if mine.mark and not mine.optional and release not in marked:
         raise UserError(f"{file} has no {mine.mark}weight, so it is not {mine.name}'s; pass another --release")

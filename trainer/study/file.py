@@ -57,7 +57,7 @@ SHIFT = "loss.time_shift"  # so is this one where it is 0
 class AblateConfig:
     """What `ablate` is asked to do."""
 
-    file: Path = argument("YAML: preset, set, axes, seeds")
+    file: Path = argument("YAML: preset, set, axes, variants, seeds, encoders, precompute, gpus")
     store: str = required("store that every run reads")
     out: Path | None = option(None, "folder of the runs (default runs/ablations/FILE's name)")
     ray_address: str | None = option(
@@ -138,9 +138,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         tree = parse_yaml(read_regular(path, MAX_CONFIG_BYTES), str(path))
     except FileNotFoundError:
-        raise UserError(f"ablation file {path} does not exist; name a YAML file with preset, axes and seeds") from None
+        raise UserError(f"ablation file {path} does not exist; name a YAML file with axes, variants or seeds") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must be a mapping with preset, axes and seeds")
+        raise UserError(f"{path} must be a mapping with axes, variants or seeds")
     return tree
 
 

@@ -30,7 +30,7 @@ class Int8Twin(Twin[Int8]):
         return dict(zip((TOKENS, SCALE), quantise(tokens, self.codec), strict=True))
 
     def decode(self, arrays: Mapping[str, Tensor], rows: Tensor, views: Tensor | int) -> Tokens:
-        """Float32."""
+        """Tokens float32 (B, T, D) of `patches` (B, T, D) and `scale` (B, T, G), on their device."""
         return Tokens(dequantise(arrays[TOKENS], arrays[SCALE], self.codec))
 
 

@@ -67,7 +67,11 @@ class RotatedTwin(Twin[Rotated]):
         return {TOKENS: packed, SCALE: torch.cat([f, root_mean_square], dim=-1).half(), MEAN: mean}
 
     def decode(self, arrays: Mapping[str, Tensor], rows: Tensor, views: Tensor | int) -> Tokens:
-        """Float32, with what is known of the exact tokens."""
+        """Tokens float32 (B, T, D) of codes (B, T, D·bits/8), `scale` (B, T, 2) and `mean` (B, D), on their device.
+
+        With what is known of the exact tokens: their lengths, and how far these are off (`Tokens`). `rows` and `views`
+        must be those that were encoded, as they key the rotations.
+        """
         codes, scale, mean = (arrays[name] for name in self.codec.names)
         tables = self.tables(codes.shape[-1] * self.codec.per_byte, codes.device)
         return self._decode(codes, scale, mean, rows, views, tables, self.codec.rho)

@@ -82,7 +82,10 @@ class HostTwin(Twin[Codec]):
         return {name: torch.from_numpy(array).to(tokens.device) for name, array in arrays.items()}
 
     def decode(self, arrays: Mapping[str, Tensor], rows: Tensor, views: Tensor | int) -> Tokens:
-        """Float32."""
+        """Tokens float32 (B, T, D) on the device of `rows`, decoded on the host.
+
+        Raises NotImplementedError for a codec that is right on average only: it needs a twin of its own.
+        """
         if not self.codec.exact:
             raise NotImplementedError(f"{self.codec.spelling} needs a twin, which says what is known of exact tokens")
         on_host = {name: array.cpu().numpy() for name, array in arrays.items()}
