@@ -30,8 +30,9 @@ class Point:
     cknna: Number | None = None
 
     def value(self, measure: str) -> float | None:
-        """What was measured."""
-        return self.probe if measure == "probe" else self.cknna
+        """What was measured; `measure` is one of MEASURES."""
+        value: float | None = getattr(self, measure)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
