@@ -1,7 +1,7 @@
 """Latents to pictures.
 
-diffusers and PIL are imported inside functions, below `trainer/evaluation/` alone. (`export/diffusers_pipeline.py` imports
-diffusers as it loads: it is a text that an export copies, and no module of the trainer imports it.)
+diffusers and PIL are imported inside functions, below `trainer/evaluation/` alone. (`export/diffusers_pipeline.py` is
+a text that an export copies; no module of the trainer imports it.)
 """
 
 from __future__ import annotations
