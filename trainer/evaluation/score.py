@@ -12,7 +12,6 @@ in the run's record.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from trainer.evaluation.generate.noted import read_noted
 from trainer.evaluation.generate.plan import plan
 from trainer.evaluation.options import GenerateConfig, ScoreConfig
 from trainer.evaluation.quality import spaces
-from trainer.evaluation.quality.card import DRAWN, Card
+from trainer.evaluation.quality.card import DRAWN, card_in
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate, require_ready
 from trainer.evaluation.quality.measures import VERSION, table
@@ -125,18 +124,14 @@ def _done(path: Path, folder: Path, config: ScoreConfig, reference: Path | str) 
 
 def _record_once(run: Path, result: dict[str, Any]) -> None:
     """Add a result to a run's record that a kill left out of it."""
-    card = _card(result)
+    card = card_in(result)
     if not any(line.card == card for line in read_record(run)):
         record(run, card.step, result)
 
 
-def _card(result: dict[str, Any]) -> Card:
-    return parse_json(Card, json.dumps(result.get("card", {})), "the card of a result", FIX)
-
-
 def _is_of(result: dict[str, Any], folder: Path, config: ScoreConfig, reference: Path | str) -> bool:
     """Whether a result is what this command would measure."""
-    card, noted = _card(result), read_noted(folder)
+    card, noted = card_in(result), read_noted(folder)
     drawn_alike = all(getattr(card, name) == getattr(noted, name) for name in (*DRAWN, "checkpoint_sha256", "protocol"))
     asked = {"reference": absolute(reference), "n_reference": config.n_reference}
     measured_alike = card.n_images == config.n and card.metrics_version == VERSION
@@ -151,7 +146,7 @@ def _is_older(page: Path, data: Path) -> bool:
 
 def _lines(result: dict[str, Any], file: Path, page: Path | None) -> list[str]:
     """For a person."""
-    card = _card(result)
+    card = card_in(result)
     lines = [spaces.table(result) if result["name"] == spaces.NAME else table(result)]
     if card.protocol and card.departures:
         lines += [f"not as {card.protocol} was published:", *(f"  {each}" for each in card.departures)]

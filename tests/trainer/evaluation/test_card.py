@@ -33,14 +33,20 @@ WHOLE: dict[str, Any] = {
     "guidance_class": 0.0, "guidance_class_low": 0.0, "guidance_class_high": 1.0, "class_noise": "",
     "precision": "tf32 on cuda", "decoder": "vae", "decoder_sha256": "d", "rounding": "truncate", "images": "/i",
     "images_format": "npz", "n_images": 50_000, "resolution": "256×256", "crop": 0, "reference": "/adm.npz",
-    "reference_sha256": "r", "n_reference": 0, "extractor": "inception", "extractor_sha256": "e",
+    "reference_sha256": "r", "references_sha256": (), "n_reference": 0, "divisors": (), "divisors_of": "", "extractor": "inception", "extractor_sha256": "e",
     "extractor_vector": "pool_3", "extractor_resize": "299", "extractor_precision": "", "metrics_version": 2,
     "project_version": "0.1.0", "protocol": "", "departures": None,
 }  # fmt: skip
 
 
 def other(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (*value, "another")
     return f"not {value}" if isinstance(value, str) else value + 1
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def result(folder: Path, name: str, **changes: Any) -> Path:
@@ -65,7 +71,7 @@ def test_two_cards_that_differ_in_one_setting_are_never_side_by_side_without_it(
     assert words_of(field) in out
     status, out, _ = run_here(main, "python -m trainer", ["compare", a, b, "--json"], capsys)
     assert status == 1
-    assert json.loads(out)["differences"] == [{"field": field, "a": WHOLE[field], "b": changed}]
+    assert json.loads(out)["differences"] == [{"field": field, "a": plain(WHOLE[field]), "b": plain(changed)}]
     assert json.loads(out)["alike"] is False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -22,10 +23,12 @@ from trainer.__main__ import main
 from trainer.evaluation import score as score_module
 from trainer.evaluation.options import EvaluateConfig, ScoreConfig
 from trainer.evaluation.quality import spaces
+from trainer.evaluation.quality.card import Card, differences
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.quality.frechet import Gaussian, frechet_distance, gaussian_of
 from trainer.evaluation.quality.record import read_record
+from trainer.evaluation.quality.six_spaces import warnings_of_spaces
 
 WIDTH = 5
 
@@ -199,6 +202,122 @@ def test_statistics_are_taken_for_the_extractor_that_their_file_is_named_for(tmp
     np.savez(tmp_path / "x-fdr-mae.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UserError, match="mean of 3 numbers, fdr-mae's features have 5"):
         evaluate(tmp_path / "generated-fdr-mae.npz", tmp_path / "x-fdr-mae.npz", how, out=tmp_path)
+
+
+def scored(folder: Path, reference: Path, **options: Any) -> dict[str, Any]:
+    np.savez(folder / "drawn.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    np.savez(folder / "held.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    out = options.pop("out", folder / "out")
+    options = {"resamples": 0, **options}
+    return spaces.evaluate_spaces(folder / "drawn.npz", reference, Description(encoder="fdr6"), out=out, **options)
+
+
+@pytest.mark.usefixtures("described")
+def test_the_card_has_divisors_and_references_of_all_six_spaces(tmp_path: Path) -> None:
+    references = statistics(tmp_path / "stats")
+    result = scored(tmp_path, tmp_path / "stats")
+    card = Card(**result["card"])
+    one = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text())["card"] for name in spaces.PUBLISHED}
+    assert card.divisors == [
+        *("inception 1.68", "fdr-convnext 56.87", "fdr-dinov2 14.19", "fdr-mae 0.04", "fdr-siglip 0.6", "fdr-clip 5.6"),
+    ]
+    assert card.divisors_of == "published"
+    assert card.references_sha256 == [f"{name} {one[name]['reference_sha256']}" for name in spaces.PUBLISHED]
+    assert len(set(card.references_sha256)) == 6
+    joined = "".join(one[name]["reference_sha256"] for name in spaces.PUBLISHED)
+    assert card.reference_sha256 == hashlib.sha256(joined.encode()).hexdigest()
+    assert card.reference == str(tmp_path / "stats")
+    assert card.extractor_vector == "; ".join(f"{name} {one[name]['extractor_vector']}" for name in spaces.PUBLISHED)
+    assert all((one[name]["divisors"], one[name]["divisors_of"]) == ([], "") for name in one)
+
+    own = Card(**scored(tmp_path, tmp_path / "stats", held_out=tmp_path / "held.npz", out=tmp_path / "b")["card"])
+    assert {name for name, *_ in differences(card, own)} == {"divisors", "divisors_of"}
+    assert own.divisors_of == str(tmp_path / "held.npz")  # which this fixture has for a digest
+    held = frechet_distance(gaussian_of(numbers("fdr-clip", "held")), references["fdr-clip"])
+    assert own.divisors is not None
+    assert own.divisors[-1].split()[0] == "fdr-clip"
+    assert float(own.divisors[-1].split()[1]) == pytest.approx(held)
+
+    other = gaussian_of(numbers("fdr-clip", "another reference", 90))
+    np.savez(tmp_path / "stats" / "in256-fdr-clip.npz", mu=other.mean, sigma=other.covariance)
+    moved = Card(**scored(tmp_path, tmp_path / "stats", out=tmp_path / "c")["card"])
+    assert {name for name, *_ in differences(card, moved)} == {"reference_sha256", "references_sha256"}
+
+
+@pytest.mark.usefixtures("described")
+def test_its_departures_are_its_own(tmp_path: Path) -> None:
+    statistics(tmp_path / "stats")
+    result = scored(tmp_path, tmp_path / "stats", protocol="repa")
+    assert "extractor: fdr6, not inception" in result["card"]["departures"]
+
+
+@pytest.mark.usefixtures("described")
+def test_interval_and_line_are_those_of_the_spaces_over_the_divisors(tmp_path: Path) -> None:
+    statistics(tmp_path / "stats")
+    result = scored(tmp_path, tmp_path / "stats", resamples=50)
+    of = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in spaces.PUBLISHED}
+    fds = {name: each["metrics"].get("fid") or each["metrics"]["fd"] for name, each in of.items()}
+    metric = result["metrics"]["fdr6"]
+    for end in (0, 1):
+        expected = np.mean([fds[name]["interval"][end] / divisor for name, divisor in spaces.PUBLISHED.items()])
+        assert metric["interval"][end] == pytest.approx(expected)
+    assert metric["interval"][0] < metric["value"] < metric["interval"][1]
+    assert metric["deviation"] == pytest.approx(
+        np.mean([fds[name]["deviation"] / divisor for name, divisor in spaces.PUBLISHED.items()])
+    )
+    assert (metric["resampled"], metric["resamples"]) == ("generated", 50)
+    lines = {name: each["bias"].get("fid") or each["bias"]["fd"] for name, each in of.items()}
+    bias = result["bias"]["fdr6"]
+    assert bias["sizes"] == [40, 20, 10]
+    assert bias["values"][0] == pytest.approx(metric["value"])
+    assert bias["infinity"] == pytest.approx(
+        np.mean([lines[name]["infinity"] / divisor for name, divisor in spaces.PUBLISHED.items()])
+    )
+    shown = spaces.table(result)
+    assert f"FDr⁶ is {metric['interval'][0]:.4f} to {metric['interval'][1]:.4f}" in shown
+    assert f"FDr⁶_inf is {bias['infinity']:.4f}" in shown
+    without = scored(tmp_path, tmp_path / "stats", out=tmp_path / "b")
+    assert "interval" not in without["metrics"]["fdr6"]
+    assert without["bias"] == {}
+
+
+@pytest.mark.usefixtures("described")
+def test_published_divisors_of_another_reference_are_warned_of(tmp_path: Path) -> None:
+    statistics(tmp_path / "stats")
+
+    def warned(result: dict[str, Any]) -> list[str]:
+        return [text for text in result["warnings"] if "published distances" in text]
+
+    assert warned(scored(tmp_path, tmp_path / "stats")) == []
+    (tmp_path / "stats" / "in256-fdr-mae.npz").rename(tmp_path / "stats" / "cars-fdr-mae.npz")
+    (text,) = warned(scored(tmp_path, tmp_path / "stats"))
+    assert "cars-fdr-mae.npz is that (in fdr-mae). Measure the divisors with --held-out IMAGES" in text
+    np.savez(tmp_path / "imagenet.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    result = scored(tmp_path, tmp_path / "imagenet.npz")  # some images of it
+    (text,) = warned(result)
+    assert text.count("fdr-") == 5
+    assert text in spaces.table(result)
+    assert warned(scored(tmp_path, tmp_path / "imagenet.npz", held_out=tmp_path / "held.npz")) == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "is_it"),
+    [
+        ({"kind": "statistics", "path": "/x/VIRTUAL_imagenet256_labeled.npz"}, True),
+        ({"kind": "statistics", "path": "/x/in256-fdr-clip.npz"}, True),
+        ({"kind": "statistics", "path": "/x/imagenet-fdr-clip.npz"}, True),
+        ({"kind": "statistics", "path": "/x/VIRTUAL_imagenet512.npz"}, False),
+        ({"kind": "statistics", "path": "/imagenet/train256-fdr-clip.npz"}, False),
+        ({"kind": "statistics", "path": "/x/imagenette-fdr-clip.npz"}, False),
+        ({"kind": "statistics", "path": "/x/tiny-imagenet-fdr-clip.npz"}, False),
+        ({"kind": "store", "path": "/x", "n": 1_281_160, "n_failed": 7, "size": [256, 256]}, True),
+        ({"kind": "store", "path": "/x", "n": 1_281_167, "size": [512, 512]}, False),
+        ({"kind": "store", "path": "/imagenet256", "n": 10_000, "size": [256, 256]}, False),
+    ],
+)
+def test_what_says_that_it_is_imagenet(reference: dict[str, Any], is_it: bool) -> None:
+    results = {"inception": {"warnings": [], "reference": reference}}
+    assert bool(warnings_of_spaces(results, "published")) != is_it
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

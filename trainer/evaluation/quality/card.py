@@ -3,21 +3,24 @@
 A field is of one of three kinds. `subject` says what was measured: two runs differ in it, or there is nothing to
 compare. `protocol` says how: numbers whose cards differ there compare only with the difference named. `note` changes no
 number. None is unknown, and is never filled by a guess: of samples of another program all that says how they were drawn
-stays None. What does not apply has a value that says so (0, 1 or ""), as the field's words tell, so that it is told
-from what is unknown.
+stays None. What does not apply has a value that says so (0, 1 or nothing at all), as the field's words tell, so that it
+is told from what is unknown.
 
 `generate` writes the first half beside the images (`images_by` to `rounding`), `evaluate` adds the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from storage.base.boundary import Count, Number
+from storage.base.boundary import Count, Number, parse_json
 
 VERSION = 1
+SPACES = "fdr6"  # the extractor of a card that is of six spaces
+OF_SPACES: Mapping[str, Any] = {"references_sha256": (), "divisors": (), "divisors_of": ""}  # of any other's card
 SUBJECT, PROTOCOL, NOTE = "subject", "protocol", "note"
 
 
@@ -71,7 +74,10 @@ class Card:
     crop: Count | None = _of(PROTOCOL, "side to which images were cropped before; 0: not at all")
     reference: str | None = _of(NOTE, "where the reference lies")
     reference_sha256: str | None = _of(PROTOCOL, "digest of its statistics, or of its pixels")
+    references_sha256: tuple[str, ...] | None = _of(PROTOCOL, "fdr6: each space and its reference's; empty: one space")
     n_reference: Count | None = _of(PROTOCOL, "images of the reference; 0: statistics of a number that is not said")
+    divisors: tuple[str, ...] | None = _of(PROTOCOL, "fdr6: each space and what its distance is over; empty: nothing")
+    divisors_of: str | None = _of(PROTOCOL, "fdr6: published, or digest of the held-out images; empty: no divisors")
     extractor: str | None = _of(PROTOCOL, "network that describes images")
     extractor_sha256: str | None = _of(PROTOCOL, "SHA-256 of its weights")
     extractor_vector: str | None = _of(PROTOCOL, "which of its outputs")
@@ -81,6 +87,13 @@ class Card:
     project_version: str | None = _of(NOTE, "version of what measured")
     protocol: str | None = _of(NOTE, "published protocol that was asked for; empty: none")
     departures: tuple[str, ...] | None = _of(NOTE, "in what it was not kept to")
+
+    def __post_init__(self) -> None:
+        """A card of one space has nothing of six, and nor has one of before there were these fields."""
+        if self.extractor not in (None, SPACES):
+            for name, nothing in OF_SPACES.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, nothing)
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -95,6 +108,11 @@ class Card:
     def of_another_program(self) -> bool:
         """Whether nothing says how the images were drawn."""
         return all(getattr(self, name) is None for name in DRAWN)
+
+
+def card_in(result: Mapping[str, Any]) -> Card:
+    """The card of a result; of one from before there were cards, nothing is known. Raises StoreError."""
+    return parse_json(Card, json.dumps(result.get("card", {})), "the card of a result", "remove it; it is made again")
 
 
 def _listed(value: Any) -> Any:

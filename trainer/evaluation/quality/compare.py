@@ -146,6 +146,8 @@ def _number(name: str, metric: Mapping[str, Any] | None) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = ", ".join(value)
     text = "unknown" if value is None else shown(f"{value:g}" if isinstance(value, float) else str(value))
     text = text or "none"
     return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"

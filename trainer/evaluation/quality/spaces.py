@@ -11,26 +11,32 @@ Two of the published divisors have one digit (MAE's 0.04), so that the mean is k
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from storage.base.boundary import parse_json
 from storage.base.choices import FDR6, INCEPTION
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from storage.roots import absolute
-from trainer.evaluation.quality.card import Card
+from trainer.evaluation.quality.card import SPACES
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
 from trainer.evaluation.quality.record import record
 from trainer.evaluation.quality.reference import is_named_for
 from trainer.evaluation.quality.result_files import folder_of, result_file
+from trainer.evaluation.quality.six_spaces import (
+    PUBLISHED_OF,
+    bias_of_spaces,
+    card_of_spaces,
+    distance_of,
+    interval_of_spaces,
+    warnings_of_spaces,
+)
 
-NAME = "fdr6"
+NAME = SPACES
 PUBLISHED = {  # the paper's evaluation, appendix B; release: eval_all_fds.py, scripts/README.md
     INCEPTION: 1.68,  # against ADM's statistics
     "fdr-convnext": 56.87,
@@ -86,42 +92,36 @@ def evaluate_spaces(
     described = described_in(description)
     folder = folder_of(images, out)
     against = {name: reference_of(reference, name) for name in PUBLISHED}
-    results, ratios = {}, {}
+    results, divisors, held_digests = {}, dict(PUBLISHED), set[str | None]()
     for name, how in described.items():
         results[name] = measured(images, against[name], how, out=folder, run=run, step=step, **options)
-        divisor = PUBLISHED[name]
         if held_out is not None:
-            beside = folder / "held-out"
-            divisor = _distance(evaluate(held_out, against[name], how, out=beside, **options | {"resamples": 0}))
-        ratios[name] = Ratio(fd=_distance(results[name]), held_out=divisor)
+            held = evaluate(held_out, against[name], how, out=folder / "held-out", **options | {"resamples": 0})
+            divisors[name] = float(distance_of(held)["value"])
+            held_digests.add(held["generated"].get("digest"))
+    ratios = {
+        name: Ratio(fd=float(distance_of(result)["value"]), held_out=divisors[name]) for name, result in results.items()
+    }
+    mean = mean_ratio(ratios)
+    divisors_of = PUBLISHED_OF if held_out is None else held_digests.pop() if len(held_digests) == 1 else None
+    card = card_of_spaces(results, divisors, divisors_of, reference)
     first, fid = results[INCEPTION], results[INCEPTION]["metrics"]["fid"]
-    digests = "".join(str(each["encoder"].get("weights_sha256")) for each in results.values())
-    card = replace(
-        parse_json(Card, json.dumps(first["card"]), "the card", "measure again"),
-        extractor=NAME,
-        extractor_sha256=hashlib.sha256(digests.encode()).hexdigest(),
-        extractor_vector="as each space has it",
-        extractor_resize="as each space has it",
-    )
+    counts = {name: fid[name] for name in ("n_generated", "n_reference")}
     result = {
         **first,
         "name": NAME,
-        "encoder": {"name": NAME, "weights_sha256": card.extractor_sha256, "held_out": str(held_out or "published")},
-        "metrics": {NAME: {"value": mean_ratio(ratios), **{n: fid[n] for n in ("n_generated", "n_reference")}}},
-        "bias": {},
+        "encoder": {"name": NAME, "weights_sha256": card.extractor_sha256, "held_out": str(held_out or PUBLISHED_OF)},
+        "metrics": {NAME: {"value": mean, **counts, **interval_of_spaces(results, divisors)}},
+        "bias": bias_of_spaces(results, divisors),
         "asked": first["asked"] | {"reference": absolute(reference)},
         "spaces": {name: {"fd": r.fd, "held_out": r.held_out, "fdr": r.ratio} for name, r in ratios.items()},
         "card": card.plain(),
+        "warnings": warnings_of_spaces(results, divisors_of),
     }
     write_atomic(result_file(folder, NAME), json.dumps(result, indent=1).encode(), "evaluate")
     if run is not None:
         record(run, card.step, result)
     return result
-
-
-def _distance(result: dict[str, Any]) -> float:
-    metrics = result["metrics"]
-    return float((metrics.get("fid") or metrics["fd"])["value"])
 
 
 def reference_of(reference: Path | str, name: str) -> Path | str:
@@ -143,7 +143,13 @@ def table(result: dict[str, Any]) -> str:
         (name, f"{each['fd']:.4f}", f"{each['held_out']:.4f}", f"{each['fdr']:.4f}")
         for name, each in result["spaces"].items()
     ]
-    rows.append(("FDr⁶", "", "", f"{result['metrics'][NAME]['value']:.4f}"))
+    metric = result["metrics"][NAME]
+    rows.append(("FDr⁶", "", "", f"{metric['value']:.4f}"))
     width = max(len(row[0]) for row in rows)
     lines = [f"{a:<{width}}  {b:>10}  {c:>10}  {d:>10}" for a, b, c, d in rows]
+    if ends := metric.get("interval"):
+        lines.append(f"FDr⁶ is {ends[0]:.4f} to {ends[1]:.4f} (95 %, of the choice of generated images alone)")
+    if found := result["bias"].get(NAME):
+        sizes = ", ".join(f"{value:.4f} of {n:,}" for n, value in zip(found["sizes"], found["values"], strict=True))
+        lines.append(f"FDr⁶_inf is {found['infinity']:.4f} (line in 1/N through {sizes})")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
