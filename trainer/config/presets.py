@@ -21,7 +21,7 @@ sampling in 250 steps without guidance; with `--guidance 1.5` it is that of DiT'
 256 px; which guidance REPA's figures at 512 px were drawn with is not known here.
 
 Generated images have labels drawn at random, as the public scripts of REPA, DiT, REG and LightningDiT draw them; those
-of RAE's `ditdh-…` take every class equally often.
+of RAE's `ditdh-…` and of RiT take every class equally often.
 
 Labels are dropped once, with probability 0.1, as the paper says. (With `--legacy`, which it keeps for its early runs,
 the public script drops them twice, 19 % in all.)
@@ -38,9 +38,10 @@ epochs it was 6.7, for t ≤ 0.875.)
 `rit` and `ditdh` learn features (`--data.latents features/NAME`): noise levels are logit-normal and shifted by
 √(dimension / 4096), 4.90 for DINOv2-S and 6.93 for DINOv2-B at 256 px, in training and sampling.
 
-`rit-xl-1` is RiT's XL, on DINOv2-S with registers: it predicts x, and the class token with weight 0.2; AdamW at 3e-4
-with β₂ = 0.95 after a warm-up of 5 epochs, global batch 1536, 800 epochs. Sampling: Heun in 25 steps, the last of which
-is Euler's. The published figure with guidance is `--guidance 3.7 --class-noise mean`.
+`rit-xl-1` is RiT's XL (arXiv 2605.21981), on DINOv2-S with registers: it predicts x, and the class token with weight
+0.2; AdamW at 3e-4 with β₂ = 0.95 after a warm-up of 5 epochs, global batch 1536, 800 epochs. Sampling: Heun in 25
+steps, the last of which is Euler's. The published figures are `--protocol rit` and `rit-unguided`: both with
+`--class-noise mean`, the one with `--guidance 3.7`.
 
 `ditdh` is RAE's DiT^DH, on DINOv2-B with registers: AdamW at 2e-4 with β₂ = 0.95, which falls to 2e-5 over epochs 40 to
 800, global batch 1024, EMA 0.9995, float32; 80 epochs. Sampling: Euler at 50 points, the last of which is level 0.001
@@ -148,7 +149,7 @@ def rit(name: str) -> TrainConfig:
         data=DataConfig(resolution=256),
         optim=OptimConfig(lr=3e-4, beta2=0.95, warmup=5 * IMAGENET // 1536),
         sample=SampleConfig(
-            sampler="ode", steps=25, heun=True, shift=0.0, guidance_low=0.02, guidance_high=0.9, labels="random"
+            sampler="ode", steps=25, heun=True, shift=0.0, guidance_low=0.02, guidance_high=0.9
         ),
     )  # fmt: skip
 

@@ -27,8 +27,8 @@ class GenerateConfig:
     n: int = option(50_000, "how many images", at_least=1)
     protocol: str = option(
         "",
-        "draw as a paper's release did: repa, reg, adm, lightningdit, rae (docs/evaluation.md has all); what is named "
-        "besides goes before it, and the card says so",
+        "draw as a paper's release did: repa, reg, adm, lightningdit, rae, rit (docs/evaluation.md has all); what is "
+        "named besides goes before it, and the card says so",
     )
     out: Path | None = option(None, "folder of the images (default RUN/samples-…, named after settings)")
     checkpoint: str = option("latest", CHECKPOINT_HELP)

@@ -2,43 +2,53 @@
 
 Where a line names a file it is of the public repository, as it was read; where it names none, the value is this
 project's own preset of the same method. What a protocol does not set, the run or the command's default decides: batch
-sizes above all, which change last bits only. Labels are drawn as the public scripts draw them, of which RAE's alone
-takes every class equally often.
+sizes above all, which change last bits only. Labels are drawn as the public scripts draw them, of which RAE's and RiT's
+take every class equally often.
 
 Rounding is that of the script: REPA, REG, RAE and ADM hand 255·(x + 1)/2 to uint8, which cuts the fraction off;
-LightningDiT hands over 127.5·x + 128, which is the same number rounded.
+LightningDiT hands over 127.5·x + 128, which is the same number rounded, and RiT rounds it itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from storage.base.choices import INCEPTION
 from storage.base.errors import UserError
 from storage.base.options import close_matches
+from trainer.config.schema import Kind
+from trainer.run.settings import DIMENSION
 
 NULL_LABEL: Final = "null label"
 WEAKER: Final = "weaker model"
 ADM_256 = "VIRTUAL_imagenet256_labeled.npz"  # statistics of the training set, and 10,000 images
 SD_VAE = "stabilityai/sd-vae-ft-ema"
+INCEPTION_SHA256: Final = "6726825d"  # its first digits, as torch-fidelity's release has them in the file's name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """Settings by the names that `generate` has for them; a class token's are the image's at -1, `shift` 0 the run's.
 
-    A scale of 1 is no guidance. `precision` is the model's and the decoder's arithmetic on a GPU.
+    A scale of 1 is no guidance. `precision` is the model's and the decoder's arithmetic on a GPU. `kind` is the model's
+    that the release draws from, on which `guided_calls` depend; a model of another may be drawn from like it.
     """
 
     name: str
     source: str
+    kind: Kind
     n: int = 50_000
+    resolution: int = 256
+    classes: int = 1000
+    ema_decay: float
     labels: Literal["balanced", "random"] = "random"
     sampler: Literal["sde", "ode", "ddpm"]
     steps: int
     heun: bool = False
     shift: float = 1.0
+    dimension: int = 0  # where `shift` is 0: numbers of a latent that the release's own follows from
     end: float = 0.0
     guidance: float
     guidance_low: float = 0.0
@@ -48,11 +58,21 @@ class Protocol:
     guidance_class_low: float = -1.0
     guidance_class_high: float = -1.0
     guidance_by: Literal["null label", "weaker model"] = NULL_LABEL
+    class_noise: Literal["own", "mean"] = "own"  # of a class token, where there is one
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"
     rounding: Literal["round", "truncate"] = "truncate"
     decoder: str
     reference: str = ADM_256
+    n_reference: int = 0  # the reference's statistics, not its 10,000 images
     extractor: str = INCEPTION
+    extractor_sha256: str = INCEPTION_SHA256
+    extractor_vector: str = "pool_3"
+    extractor_resize: str = "TensorFlow 1 bilinear to 299, (x-128)/128"
+
+    @property
+    def published_shift(self) -> float:
+        """The shift of the published figure."""
+        return self.shift or math.sqrt(self.dimension / DIMENSION)
 
     def unguided(self, source: str) -> Protocol:
         """The same without guidance."""
@@ -62,6 +82,8 @@ class Protocol:
 REPA = Protocol(
     name="repa",
     source="arXiv 2410.06940, table 4 (1.42 by SiT-XL/2); README.md section 4, generate.py",
+    kind="sit",
+    ema_decay=0.9999,  # arXiv 2410.06940, appendix D
     labels="random",  # generate.py: torch.randint
     sampler="sde",  # README.md: --mode=sde
     steps=250,  # README.md: --num_steps=250; samplers.py: 250 levels from 1 to 0.04, then 0
@@ -74,6 +96,8 @@ REPA = Protocol(
 REG = Protocol(
     name="reg",
     source="arXiv 2507.01467 (1.36 by SiT-XL/2 after 4M steps); eval.sh, generate.py",
+    kind="sit",
+    ema_decay=0.9999,  # as REPA's
     labels="random",  # generate.py: torch.randint
     sampler="sde",  # eval.sh: --mode=sde
     steps=250,  # eval.sh: NUM_STEP=250
@@ -87,6 +111,8 @@ REG = Protocol(
 LIGHTNINGDIT = Protocol(
     name="lightningdit",
     source="arXiv 2501.01423 (1.35 after 800 epochs); configs/reproductions/…_800ep_cfg.yaml, inference.py",
+    kind="lightningdit",
+    ema_decay=0.9999,  # arXiv 2501.01423; this project's preset
     labels="random",  # inference.py: torch.randint
     sampler="ode",  # mode: ODE, sampling_method: euler
     steps=249,  # num_sampling_steps: 250, which transport/integrators.py takes for 250 levels
@@ -101,10 +127,13 @@ LIGHTNINGDIT = Protocol(
 RAE = Protocol(
     name="rae",
     source="arXiv 2510.11690 (1.13 by DiT^DH-XL); README.md, src/sample_ddp.py, …/DiTDHXL-DINOv2-B_AG.yaml",
+    kind="ditdh",
+    ema_decay=0.9995,  # …/DiTDHXL-DINOv2-B.yaml; this project's preset
     labels="balanced",  # sample_ddp.py: --label-sampling equal is its default
     sampler="ode",  # sampler.mode: ODE, sampling_method: euler
     steps=49,  # num_steps: 50, which are 50 levels
     shift=0.0,  # misc: √(time_dist_shift_dim / time_dist_shift_base) of the latents, as in training
+    dimension=768 * 16 * 16,  # of DINOv2-B at 256 px
     end=0.001,  # transport: the last level before the shift
     guidance=1.42,  # guidance.scale: 1.42
     guidance_by=WEAKER,  # guidance.method: autoguidance, by DiT^DH-S after 14 epochs
@@ -112,9 +141,31 @@ RAE = Protocol(
     rounding="truncate",  # sample_ddp.py: mul(255) to uint8
     decoder="AutoencoderRAE",  # of DINOv2-B with registers, ViT-XL; hub ids of others' conversions differ
 )
+RIT = Protocol(
+    name="rit",
+    source="arXiv 2605.21981 (1.14 by RiT-XL after 800 epochs); scripts/eval.sh, engine.py, denoiser.py",
+    kind="rit",
+    ema_decay=0.9999,  # engine.py: ema_params1
+    labels="balanced",  # engine.py: every class 50 times, in order
+    sampler="ode",
+    steps=25,  # eval.sh: --num_sampling_steps 25, which are 26 points; the last step is Euler's, 49 calls in all
+    heun=True,  # eval.sh: --sampling_method heun
+    shift=0.0,  # eval.sh: --sample_schedule time_shift, √(dimension / 4096) as in training
+    dimension=384 * 16 * 16,  # of DINOv2-S at 256 px
+    guidance=3.7,  # eval.sh: CFG=3.7, of the class token too (denoiser.py: cfg_cls is cfg unless it is given)
+    guidance_low=0.02,  # eval.sh: --interval_max 0.98, of the data's time; each slope is asked, without the ends
+    guidance_high=0.9,  # eval.sh: --interval_min 0.1
+    class_noise="mean",  # eval.sh: --coupled_noise
+    precision="fp32",  # eval.sh: --gen_precision fp32; main.py leaves TF32 as torch has it, off but in convolutions
+    rounding="round",  # engine.py: np.round(clip(255 · x))
+    decoder="AutoencoderRAE",  # RAE's, of DINOv2-S with registers (download_assets.py); hub ids differ
+    reference="imagenet256_stats.npz",  # engine.py: fid_stats/imagenet256_stats.npz
+)
 ADM = Protocol(
     name="adm",
     source="arXiv 2105.05233 and guided-diffusion's README.md, image_sample.py; DiT (arXiv 2212.09748) draws so too",
+    kind="dit",
+    ema_decay=0.9999,  # image_train.py: --ema_rate 0.9999 is its default
     labels="random",  # image_sample.py, classifier_sample.py: th.randint
     sampler="ddpm",
     steps=250,  # README.md: --timestep_respacing 250
@@ -142,11 +193,14 @@ PROTOCOLS = {
         LIGHTNINGDIT.unguided("arXiv 2501.01423 (2.17 after 800 epochs, 5.14 after 64)"),
         RAE,
         RAE.unguided("arXiv 2510.11690 (1.51 by DiT^DH-XL after 800 epochs); …/DiTDHXL-DINOv2-B.yaml"),
+        RIT,
+        RIT.unguided("arXiv 2605.21981 (1.45 by RiT-XL after 800 epochs); README.md: CFG=1.0 scripts/eval.sh"),
     )
 }
 OF_SAMPLE = (
     "labels", "sampler", "steps", "heun", "shift", "end", "guidance", "guidance_low", "guidance_high",
     "guidance_channels", "guidance_class", "guidance_class_low", "guidance_class_high",
+    "class_noise",
 )  # fmt: skip
 
 
@@ -160,4 +214,4 @@ def protocol_named(name: str) -> Protocol:
 
 def of_sample(protocol: Protocol) -> dict[str, Any]:
     """Its settings among those of `sample`, by dotted name."""
-    return {f"sample.{each.name}": getattr(protocol, each.name) for each in fields(protocol) if each.name in OF_SAMPLE}
+    return {f"sample.{name}": getattr(protocol, name) for name in OF_SAMPLE}

@@ -151,5 +151,5 @@ def _lines(result: dict[str, Any], file: Path, page: Path | None) -> list[str]:
     if card.protocol and card.departures:
         lines += [f"not as {card.protocol} was published:", *(f"  {each}" for each in card.departures)]
     elif card.protocol:
-        lines.append(f"as {card.protocol} was published, in all that its card knows")
+        lines.append(f"as {card.protocol} was published, in every setting of the card (decoder and reference by name)")
     return [*lines, f"card: {file}", *([f"page: {page}"] if page else [])]

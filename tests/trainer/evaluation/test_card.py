@@ -18,6 +18,7 @@ from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import SETTINGS_FILE
 from trainer.evaluation.quality.card import PROTOCOL, Card, differences, names_of, unknown_to_both, words_of
 from trainer.evaluation.quality.compare import compared, load, text
+from trainer.evaluation.quality.departures import departures_of
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.epochs import epochs_until
 from trainer.evaluation.quality.evaluate import evaluate
@@ -33,7 +34,8 @@ WHOLE: dict[str, Any] = {
     "guidance_class": 0.0, "guidance_class_low": 0.0, "guidance_class_high": 1.0, "class_noise": "",
     "precision": "tf32 on cuda", "decoder": "vae", "decoder_sha256": "d", "rounding": "truncate", "images": "/i",
     "images_format": "npz", "n_images": 50_000, "resolution": "256×256", "crop": 0, "reference": "/adm.npz",
-    "reference_sha256": "r", "references_sha256": (), "n_reference": 0, "divisors": (), "divisors_of": "", "extractor": "inception", "extractor_sha256": "e",
+    "reference_sha256": "r", "references_sha256": (), "n_reference": 0, "divisors": (), "divisors_of": "",
+    "extractor": "inception", "extractor_sha256": "e",
     "extractor_vector": "pool_3", "extractor_resize": "299", "extractor_precision": "", "metrics_version": 2,
     "project_version": "0.1.0", "protocol": "", "departures": None,
 }  # fmt: skip
@@ -42,7 +44,7 @@ WHOLE: dict[str, Any] = {
 def other(value: Any) -> Any:
     if isinstance(value, tuple):
         return (*value, "another")
-    return f"not {value}" if isinstance(value, str) else value + 1
+    return f"not {value}, no more" if isinstance(value, str) else value + 1
 
 
 def plain(value: Any) -> Any:
@@ -145,25 +147,92 @@ def test_samples_of_another_program_have_a_card_of_what_was_measured_alone(tmp_p
     assert (card.protocol, card.departures) == (None, None)
 
 
-def test_departures_name_what_is_not_as_published(tmp_path: Path) -> None:
+AS_PUBLISHED = WHOLE | {
+    "protocol": "repa-unguided", "decoder": "/models/sd-vae-ft-ema", "reference": "/x/VIRTUAL_imagenet256_labeled.npz",
+    "extractor_sha256": "6726825d" + "0" * 56, "extractor_resize": "TensorFlow 1 bilinear to 299, (x-128)/128",
+}  # fmt: skip
+NOT_FIXED = (  # what a protocol leaves to whoever draws, what is not known of a release, what does not apply to REPA's
+    "seed", "weaker_sha256", "decoder_sha256", "reference_sha256", "references_sha256", "divisors", "divisors_of",
+    "guidance_class", "guidance_class_low", "guidance_class_high",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [*names_of(PROTOCOL), "decoder", "reference"])
+def test_no_setting_of_a_protocol_is_changed_unnoticed(field: str) -> None:
+    card = Card(**AS_PUBLISHED)
+    assert departures_of(card) == ()
+    for value in (other(AS_PUBLISHED[field]), None):
+        named = {each.partition(":")[0] for each in departures_of(dataclasses.replace(card, **{field: value})) or ()}
+        assert field in NOT_FIXED or field in named, value
+        assert named <= {field}
+
+
+@pytest.mark.parametrize(
+    ("changes", "departures"),
+    [
+        ({"extractor_sha256": "0" * 64}, ["extractor_sha256: 000000000000…, not 6726825d…"]),
+        ({"resolution": "512×512", "crop": 128}, ["resolution: 512×512, not 256×256", "crop: 128, not 0"]),
+        ({"ema_decay": 0.9}, ["ema_decay: 0.9, not 0.9999"]),
+        ({"metrics_version": 1}, ["metrics_version: 1, not 2"]),
+        ({"n_reference": 10_000}, ["n_reference: 10000, not 0"]),
+        ({"classes": 10}, ["classes: 10, not 1000"]),
+        ({"calls": 499}, ["calls: 499, not 250"]),  # which no setting accounts for
+        ({"steps": 4, "calls": 4}, ["steps: 4, not 250"]),  # of which the calls follow
+    ],
+)
+def test_departures_are_told_once_and_in_words(changes: dict[str, Any], departures: list[str]) -> None:
+    assert list(departures_of(Card(**AS_PUBLISHED | changes)) or ()) == departures
+
+
+OF_CLASS = {"class_noise": "own", "guidance_class": 2.3, "guidance_class_low": 0.0, "guidance_class_high": 0.85}
+REG = AS_PUBLISHED | OF_CLASS | {
+    "protocol": "reg", "guidance": 2.3, "guidance_high": 0.85, "guidance_by": "null label", "guided_calls": 211,
+}  # fmt: skip
+RIT = AS_PUBLISHED | OF_CLASS | {
+    "protocol": "rit", "labels": "balanced", "sampler": "heun", "equation": "ode", "steps": 25, "calls": 49,
+    "guided_calls": 32, "shift": 24**0.5, "last_step_from": 24**0.5 / 25 / (1 + (24**0.5 - 1) / 25), "guidance": 3.7,
+    "guidance_low": 0.02, "guidance_high": 0.9, "guidance_by": "null label", "guidance_class": 3.7,
+    "guidance_class_low": 0.02, "guidance_class_high": 0.9, "class_noise": "mean", "precision": "fp32 on cuda",
+    "rounding": "round", "decoder": "/x/AutoencoderRAE", "reference": "/x/imagenet256_stats.npz",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("card", "changes", "departures"),
+    [
+        (REG, {}, []),
+        (REG, {"class_noise": "mean"}, ["class_noise: mean, not own"]),
+        (REG, {"guidance_class_low": 0.1}, ["guidance_class_low: 0.1, not 0"]),
+        (REG, {"guidance_class_high": 0.3}, ["guidance_class_high: 0.3, not 0.85"]),
+        (REG, {"guidance_class": 1.0}, ["guidance_class: 1, not 2.3"]),
+        (RIT, {}, []),
+        (RIT, {"class_noise": "own"}, ["class_noise: own, not mean"]),
+        (RIT, {"shift": 1.0}, ["shift: 1, not 4.89898"]),
+        (RIT, {"sampler": "euler"}, ["sampler: euler, not heun"]),
+        (RIT, {"labels": "random"}, ["labels: random, not balanced"]),
+        (RIT, {"reference": "/x/VIRTUAL_imagenet256_labeled.npz"}, [
+            "reference: VIRTUAL_imagenet256_labeled.npz, not imagenet256_stats.npz"]),
+    ],
+)  # fmt: skip
+def test_departures_of_models_with_a_class_token(
+    card: dict[str, Any], changes: dict[str, Any], departures: list[str]
+) -> None:
+    assert list(departures_of(Card(**card | changes)) or ()) == departures
+
+
+def test_departures_stand_in_the_result(tmp_path: Path) -> None:
     (tmp_path / "drawn").mkdir()
-    noted = {name: WHOLE[name] for name in WHOLE if name not in ("departures",)}
-    noted |= {"labels": "balanced", "protocol": "repa-unguided", "decoder": "/models/sd-vae-ft-ema", "ema_decay": None}
+    noted = {name: value for name, value in AS_PUBLISHED.items() if name != "departures"} | {"labels": "balanced"}
     (tmp_path / "drawn" / SETTINGS_FILE).write_text(json.dumps({"card": noted}))
-    departures = measured(tmp_path)["card"]["departures"]
-    assert departures == [
+    assert measured(tmp_path)["card"]["departures"] == [
         "labels: balanced, not random",
         "n_images: 60, not 50000",
+        "resolution: 128×256, not 256×256",
         "extractor: vit, not inception",
         "reference: reference, not VIRTUAL_imagenet256_labeled.npz",
     ]
     guided = measured(tmp_path, protocol="repa")["card"]["departures"]
     assert {"guidance: 1, not 1.8", "guidance_high: 1, not 0.7", "guidance_by: nothing, not null label"} <= set(guided)
-    of_class = {"class_noise": "own", "guidance_class": 2.3, "guidance_class_low": 0.1, "guidance_class_high": 0.3}
-    (tmp_path / "drawn" / SETTINGS_FILE).write_text(json.dumps({"card": {**noted, **of_class, "guidance": 2.3}}))
-    departures = measured(tmp_path, protocol="reg")["card"]["departures"]
-    assert {"guidance_class_low: 0.1, not 0", "guidance_class_high: 0.3, not 0.85"} <= set(departures)
-    assert not any(departure.startswith("guidance_class:") for departure in departures)
     with pytest.raises(UserError, match="--protocol nope is not known"):
         measured(tmp_path, protocol="nope")
 

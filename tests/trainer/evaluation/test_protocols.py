@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.encoders import inception
 from pipeline.encoders.tiny import TINY_VAE
 from storage.base.errors import UserError
 from trainer.config.presets import preset
@@ -26,45 +27,89 @@ from trainer.objectives import OBJECTIVES
 from trainer.objectives.sampling import calls_of, noise_levels, sample
 
 SD, ADM_FILE = "stabilityai/sd-vae-ft-ema", "VIRTUAL_imagenet256_labeled.npz"
+# What all have: 50,000 images of ImageNet's 1,000 classes at 256 px, held by the Inception of 2015-12-05 against ADM's
+# statistics of its training set. Of a class token, the guidance of the image, and draws of its own.
+COMMON: dict[str, Any] = {
+    "n": 50_000, "resolution": 256, "classes": 1000, "heun": False, "shift": 1, "dimension": 0, "end": 0,
+    "guidance_low": 0, "guidance_channels": 0, "guidance_class": -1, "guidance_class_low": -1,
+    "guidance_class_high": -1, "guidance_by": "null label", "class_noise": "own", "reference": ADM_FILE,
+    "n_reference": 0, "extractor": "inception", "extractor_sha256": "6726825d", "extractor_vector": "pool_3",
+    "extractor_resize": "TensorFlow 1 bilinear to 299, (x-128)/128",
+}  # fmt: skip
+# arXiv 2410.06940, table 4 and appendix D; REPA's README.md, section 4: --mode=sde --num_steps=250 --cfg-scale=1.8
+# --guidance_high=0.7; generate.py: torch.randint, --tf32, --vae ema, clamp(255 · (x + 1) / 2) to uint8
+REPA = COMMON | {
+    "kind": "sit", "ema_decay": 0.9999, "labels": "random", "sampler": "sde", "steps": 250, "guidance": 1.8,
+    "guidance_high": 0.7, "precision": "tf32", "rounding": "truncate", "decoder": SD,
+}  # fmt: skip
+# arXiv 2507.01467; REG's eval.sh: NUM_STEP=250 CFG_SCALE=2.3 CLS_CFG_SCALE=2.3 GH=0.85 --mode=sde; generate.py: as REPA
+REG = COMMON | {
+    "kind": "sit", "ema_decay": 0.9999, "labels": "random", "sampler": "sde", "steps": 250, "guidance": 2.3,
+    "guidance_high": 0.85, "guidance_class": 2.3, "precision": "tf32", "rounding": "truncate", "decoder": SD,
+}  # fmt: skip
+# arXiv 2501.01423; LightningDiT's configs/reproductions/…_800ep_cfg.yaml: euler, 250 points, cfg 6.7 from 0.125 of the
+# data's time, timestep_shift 0.3; inference.py: torch.randint, allow_tf32; vavae.py: clamp(127.5 · x + 128) to uint8
+LIGHTNINGDIT = COMMON | {
+    "kind": "lightningdit", "ema_decay": 0.9999, "labels": "random", "sampler": "ode", "steps": 250 - 1,
+    "shift": 1 / 0.3, "guidance": 6.7, "guidance_high": 1 - 0.125, "guidance_channels": 3, "precision": "tf32",
+    "rounding": "round", "decoder": "hustvl/vavae-imagenet256-f16d32-dinov2",
+}  # fmt: skip
+# arXiv 2510.11690; RAE's DiTDHXL-DINOv2-B_AG.yaml: euler, 50 points, autoguidance 1.42, latents 768 × 16 × 16, EMA
+# 0.9995; transport: to 0.999 of the data's time; sample_ddp.py: --label-sampling equal, --tf32, mul(255) to uint8
+RAE = COMMON | {
+    "kind": "ditdh", "ema_decay": 0.9995, "labels": "balanced", "sampler": "ode", "steps": 50 - 1, "shift": 0,
+    "dimension": 768 * 256, "end": 1 - 0.999, "guidance": 1.42, "guidance_high": 1, "guidance_by": "weaker model",
+    "precision": "tf32", "rounding": "truncate", "decoder": "AutoencoderRAE",
+}  # fmt: skip
+# arXiv 2605.21981; RiT's scripts/eval.sh: heun, 25 steps, time_shift (of latents 384 × 16 × 16), CFG=3.7 in the data's
+# time from 0.1 to 0.98, --coupled_noise, --gen_precision fp32; denoiser.py: cfg_cls is cfg; engine.py: labels in turn,
+# ema_params1 (0.9999), np.round(clip(255 · x)), fid_stats/imagenet256_stats.npz
+RIT = COMMON | {
+    "kind": "rit", "ema_decay": 0.9999, "labels": "balanced", "sampler": "ode", "steps": 25, "heun": True, "shift": 0,
+    "dimension": 384 * 256, "guidance": 3.7, "guidance_low": 1 - 0.98, "guidance_high": 1 - 0.1, "class_noise": "mean",
+    "precision": "fp32", "rounding": "round", "decoder": "AutoencoderRAE", "reference": "imagenet256_stats.npz",
+}  # fmt: skip
+# arXiv 2105.05233; guided-diffusion's README.md: --timestep_respacing 250 --use_fp16 True; image_sample.py: th.randint,
+# ((x + 1) · 127.5) to uint8; image_train.py: --ema_rate 0.9999. It draws pixels, and guides by a classifier
+ADM = COMMON | {
+    "kind": "dit", "ema_decay": 0.9999, "labels": "random", "sampler": "ddpm", "steps": 250, "guidance": 1,
+    "guidance_high": 1, "precision": "fp16", "rounding": "truncate", "decoder": "",
+}  # fmt: skip
+UNGUIDED = {"guidance": 1, "guidance_by": "null label"}
 # Of the papers' figures and the options of their public scripts, read by hand; the data's times as noise levels.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "repa": {  # arXiv 2410.06940; README.md: --mode=sde --num_steps=250 --cfg-scale=1.8 --guidance_high=0.7
-        "labels": "random", "sampler": "sde", "steps": 250, "shift": 1, "guidance": 1.8, "guidance_low": 0,
-        "guidance_high": 0.7, "guidance_channels": 0, "precision": "tf32", "rounding": "truncate", "decoder": SD,
-    },
-    "reg": {  # arXiv 2507.01467; eval.sh: NUM_STEP=250 CFG_SCALE=2.3 CLS_CFG_SCALE=2.3 GH=0.85, --mode=sde
-        "labels": "random", "sampler": "sde", "steps": 250, "shift": 1, "guidance": 2.3, "guidance_low": 0,
-        "guidance_high": 0.85, "guidance_class": 2.3, "precision": "tf32", "rounding": "truncate", "decoder": SD,
-    },
-    "lightningdit": {  # arXiv 2501.01423; 800ep_cfg.yaml: euler, 250 points, cfg 6.7 from 0.125, shift 0.3
-        "labels": "random", "sampler": "ode", "steps": 250 - 1, "shift": 1 / 0.3, "end": 0, "guidance": 6.7,
-        "guidance_low": 0, "guidance_high": 1 - 0.125, "guidance_channels": 3, "rounding": "round",
-    },
-    "lightningdit-64ep": {"guidance": 10, "guidance_high": 1 - 0.10, "guidance_channels": 3, "steps": 250 - 1},
-    "rae": {  # arXiv 2510.11690; DiTDHXL-DINOv2-B_AG.yaml: euler, 50 points; --label-sampling equal
-        "labels": "balanced", "sampler": "ode", "steps": 50 - 1, "shift": 0, "end": 1 - 0.999, "guidance": 1.42,
-        "guidance_low": 0, "guidance_high": 1, "guidance_channels": 0, "guidance_by": "weaker model",
-        "rounding": "truncate", "precision": "tf32",
-    },
-    "adm": {  # arXiv 2105.05233; README.md: --timestep_respacing 250 --use_fp16 True
-        "labels": "random", "sampler": "ddpm", "steps": 250, "guidance": 1, "rounding": "truncate",
-        "precision": "fp16",
-    },
-    "repa-unguided": {"guidance": 1, "sampler": "sde", "steps": 250, "labels": "random"},
-    "reg-unguided": {"guidance": 1, "sampler": "sde", "steps": 250},
-    "lightningdit-unguided": {"guidance": 1, "steps": 249, "shift": 1 / 0.3},
-    "rae-unguided": {"guidance": 1, "guidance_by": "null label", "labels": "balanced", "steps": 49},
-}  # fmt: skip
+    "repa": REPA,
+    "repa-unguided": REPA | UNGUIDED,  # arXiv 2410.06940, tables 2 and 3
+    "reg": REG,
+    "reg-unguided": REG | UNGUIDED,  # arXiv 2507.01467
+    "lightningdit": LIGHTNINGDIT,
+    # arXiv 2501.01423; …_64ep_cfg.yaml: cfg 10 from 0.10 of the data's time
+    "lightningdit-64ep": LIGHTNINGDIT | {"guidance": 10, "guidance_high": 1 - 0.10},
+    "lightningdit-unguided": LIGHTNINGDIT | UNGUIDED,  # arXiv 2501.01423
+    "rae": RAE,
+    "rae-unguided": RAE | UNGUIDED,  # arXiv 2510.11690; DiTDHXL-DINOv2-B.yaml
+    "rit": RIT,
+    "rit-unguided": RIT | UNGUIDED,  # arXiv 2605.21981; README.md: CFG=1.0 scripts/eval.sh
+    "adm": ADM,
+}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_setting_is_the_published_one(name: str) -> None:
+    """Of every field: a setting that is added needs a line above."""
     protocol = PROTOCOLS[name]
     assert set(PUBLISHED) == set(PROTOCOLS)
-    for setting, value in PUBLISHED[name].items():
-        assert getattr(protocol, setting) == (pytest.approx(value) if isinstance(value, float) else value), setting
-    assert (protocol.n, protocol.reference, protocol.extractor) == (50_000, ADM_FILE, "inception")
-    assert protocol.source
+    found = dataclasses.asdict(protocol)
+    assert (found.pop("name"), "arXiv 2" in found.pop("source")) == (name, True)
+    assert found == {n: pytest.approx(v) if isinstance(v, float) else v for n, v in PUBLISHED[name].items()}
+
+
+def test_inception_is_what_the_pipeline_describes_images_by(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"")
+    described, protocol = inception.describe(tmp_path / "weights.pth"), PROTOCOLS["repa"]
+    assert described.name == protocol.extractor
+    assert (described.vector, described.preprocessing) == (protocol.extractor_vector, protocol.extractor_resize)
+    assert inception._expected_sha256() == protocol.extractor_sha256
 
 
 @pytest.mark.parametrize(
@@ -75,6 +120,7 @@ def test_every_setting_is_the_published_one(name: str) -> None:
         ("lightningdit", "lightningdit-xl-1"),
         ("rae", "ditdh-xl-1"),
         ("rae", "ditdh-s-1"),
+        ("rit", "rit-xl-1"),
         ("adm", "dit-xl-2"),
     ],
 )
@@ -89,6 +135,9 @@ def test_a_preset_draws_labels_as_the_release_of_its_method(name: str, of: str) 
         ("reg", "sit-xl-2-reg", 250, 211, (1.0, 0.04, 0.0)),
         ("lightningdit", "lightningdit-xl-1", 249, None, (1.0, None, 0.0)),
         ("rae", "ditdh-xl-1", 49, 49, (1.0, None, 6.93 * 0.001 / (1 + 5.93 * 0.001))),
+        # 4.9 s / (1 + 3.9 s), s = 1 − i / 25, lies in (0.02, 0.9) at i = 9 to 24, of two slopes each
+        ("rit", "rit-xl-1", 49, 32, (1.0, None, 0.0)),
+        ("rit-unguided", "rit-xl-1", 49, 0, (1.0, None, 0.0)),
         ("adm", "dit-xl-2", 250, 0, (999 / 1000, 0.0, 0.0)),
     ],
 )
@@ -96,7 +145,7 @@ def test_the_sampler_asks_the_model_as_often_as_the_published_one(
     name: str, of: str, calls: int, guided: int | None, levels: tuple[float, float | None, float]
 ) -> None:
     config = override(preset(of), of_sample(protocol_named(name))).sample
-    config = dataclasses.replace(config, shift=config.shift or 6.93)
+    config = dataclasses.replace(config, shift=config.shift or {"rae": 6.93}.get(name, 4.90))
     found = calls_of(config, OBJECTIVES[preset(of).model.kind], class_token=preset(of).model.class_token)
     visited = noise_levels(config)
     assert found.total == calls

@@ -51,7 +51,7 @@ def card_of(recipe: TrainConfig, drawn: Drawn) -> Card:
     """The card's first half."""
     of_project = version()
     return replace(
-        _of_sample(
+        card_of_sample(
             recipe.sample,
             OBJECTIVES[recipe.model.kind],
             class_token=recipe.model.class_token,
@@ -74,7 +74,9 @@ def card_of(recipe: TrainConfig, drawn: Drawn) -> Card:
     )
 
 
-def _of_sample(sample: SampleConfig, objective: Objective, *, class_token: bool, weaker: str, unlabelled: bool) -> Card:
+def card_of_sample(
+    sample: SampleConfig, objective: Objective, *, class_token: bool, weaker: str, unlabelled: bool
+) -> Card:
     """What the sampler's settings come to."""
     calls = calls_of(sample, objective, class_token=class_token)
     levels = noise_levels(sample)
@@ -147,7 +149,7 @@ def _of_before(settings: Mapping[str, Any]) -> Card:
         noise_levels(sample)
         guided = sample.guidance > 1  # which calls that doubles depends on the kind of model, which is not said
         card = replace(
-            _of_sample(
+            card_of_sample(
                 sample,
                 OBJECTIVES["sit"],
                 class_token=False,

@@ -28,7 +28,7 @@ def card_of_result(
         images_format=_text(images.get("kind")),
         n_images=images["n"],
         resolution=_size(images.get("size")),
-        crop=images.get("resolution") if isinstance(images.get("resolution"), int) else None,
+        crop=_crop(images),
         reference=_text(against.record.get("path")),
         reference_sha256=_text(against.record.get("digest")),
         n_reference=0 if against.statistics_given else against.record.get("n"),
@@ -46,6 +46,12 @@ def card_of_result(
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _crop(images: dict[str, Any]) -> int | None:
+    """An archive's images are taken as they are."""
+    side = images.get("resolution", 0 if images.get("kind") == "npz" else None)
+    return side if isinstance(side, int) else None
 
 
 def _size(value: Any) -> str | None:
