@@ -6,8 +6,8 @@
 
 What it lacks, an extractor's weights or the reference, is said before anything is drawn. Each part goes on from where
 it was stopped, and what is done is done once, of FDr⁶ in each of its six spaces: a second call only prints. It is done
-when the result at hand is of these images, this extractor, this reference and this version of the metrics, and stands
-in the run's record.
+when the result at hand is of these images, this extractor with these weights, this reference as it is now, this number
+of draws and this version of the metrics (`quality/asked.py`), and stands in the run's record.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 from storage.base.boundary import parse_json, read_regular
 from storage.base.errors import UserError
 from storage.base.waiting import waiting
-from storage.roots import absolute
 from trainer.evaluation.generate.generate import generate
 from trainer.evaluation.generate.image_files import n_written
 from trainer.evaluation.generate.noted import read_noted
 from trainer.evaluation.generate.plan import plan
 from trainer.evaluation.options import GenerateConfig, ScoreConfig
 from trainer.evaluation.quality import spaces
+from trainer.evaluation.quality.asked import asked_for, is_what_was_asked
 from trainer.evaluation.quality.card import DRAWN, card_in
 from trainer.evaluation.quality.description import Description
-from trainer.evaluation.quality.evaluate import evaluate, require_ready
+from trainer.evaluation.quality.evaluate import evaluate, require_ready, statistics_sha256
 from trainer.evaluation.quality.measures import VERSION, table
 from trainer.evaluation.quality.record import read_record, record
 from trainer.evaluation.quality.reference import contents
@@ -59,7 +59,8 @@ def score(config: ScoreConfig) -> list[str]:
             "in another --out"
         )
     # Every rank sees the same, none having written yet.
-    found = _done(result, folder, config, reference) if n_there == config.n else None
+    with waiting("looking whether the result is of what lies there", hidden=not is_main):
+        found = _done(result, folder, config, reference) if n_there == config.n else None
     if is_main and found is None:
         if config.held_out is not None:
             contents(config.held_out)
@@ -133,11 +134,23 @@ def _is_of(result: dict[str, Any], folder: Path, config: ScoreConfig, reference:
     """Whether a result is what this command would measure."""
     card, noted = card_in(result), read_noted(folder)
     drawn_alike = all(getattr(card, name) == getattr(noted, name) for name in (*DRAWN, "checkpoint_sha256", "protocol"))
-    asked = {"reference": absolute(reference), "n_reference": config.n_reference}
-    measured_alike = card.n_images == config.n and card.metrics_version == VERSION
-    if result.get("name") == spaces.NAME:
-        measured_alike &= result["encoder"].get("held_out") == str(config.held_out or "published")
-    return drawn_alike and measured_alike and result.get("asked") == asked
+    if not drawn_alike or card.n_images != config.n or card.metrics_version != VERSION:
+        return False
+    is_of_spaces = result.get("name") == spaces.NAME
+    if is_of_spaces and card.divisors is None:  # of before its card had them
+        return False
+    now = asked_for(
+        reference,
+        config.weights,
+        n_reference=config.n_reference,
+        resamples=config.resamples,
+        held_out=config.held_out if is_of_spaces else None,
+    )
+
+    def statistics() -> str | None:
+        return None if is_of_spaces else statistics_sha256(reference, str(result.get("name")))
+
+    return is_what_was_asked(result.get("asked") or {}, now, card, config.weights, statistics)
 
 
 def _is_older(page: Path, data: Path) -> bool:

@@ -149,6 +149,21 @@ def test_a_run_is_scored_in_six_spaces_each_of_which_is_described_once(
     assert asked == []
     assert len(read_record(run)) == 7
 
+    (file,) = run.glob("samples-*-evaluation/fdr6.json")
+    result = json.loads(file.read_text())
+    del result["card"]["divisors"], result["card"]["divisors_of"]  # as before its card had them
+    file.write_text(json.dumps(result))
+    assert score()[0] == 0
+    assert asked == []
+    assert read_record(run)[-1].card.divisors_of == "published"
+    other = gaussian_of(numbers("fdr-clip", "another reference", 90))
+    np.savez(tmp_path / "stats" / "in256-fdr-clip.npz", mu=other.mean, sigma=other.covariance)
+    status, moved, _ = score()
+    assert status == 0
+    assert asked == [("fdr-clip", True), ("fdr-clip", False)], "the others' references are as they were"
+    assert moved != again
+    assert [line.name for line in read_record(run)[-2:]] == ["fdr-clip", "fdr6"]
+
 
 def statistics(folder: Path) -> dict[str, Gaussian]:
     """A folder with a file for each space."""

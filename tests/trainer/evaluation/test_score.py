@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,15 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from pipeline.__main__ import main as describe
-from pipeline.encoders.tiny import TINY_VAE
+from pipeline.encoders.tiny import TINY_VAE, TINY_VIT
 from storage.base.console import run_command
 from storage.base.errors import UserError
 from tests.commands import run_here
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import n_written
 from trainer.evaluation.options import ScoreConfig
+from trainer.evaluation.quality.asked import asked_for, is_what_was_asked
+from trainer.evaluation.quality.card import Card, card_in
 from trainer.evaluation.quality.record import read_record
 from trainer.evaluation.score import score
 
@@ -146,6 +151,83 @@ def test_the_store_is_the_reference_unless_one_is_named(run: Path, here: list[li
     assert not list(run.glob("samples-*"))
     with pytest.raises(UserError, match="is not a run"):
         score(ScoreConfig(run=run.parent, n=N))
+
+
+def test_a_result_of_other_weights_or_of_another_reference_is_measured_again(
+    run: Path, reference: Path, here: list[list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def scored(*more: str) -> tuple[float, Card, int]:
+        """The distance that is printed last, its card, and how often images were described for it."""
+        before = len([line for line in here if "--check" not in line])
+        status, out, err = run_here(main, "python -m trainer", line(run, reference, "--no-report", *more), capsys)
+        assert status == 0, err
+        (file,) = run.glob("samples-*-evaluation/tiny-vit.json")
+        result = json.loads(file.read_text())
+        value = result["metrics"]["fd"]["value"]
+        assert f"{value:.4f}" in out
+        return value, card_in(result), len([line for line in here if "--check" not in line]) - before
+
+    def weights(path: Path, factor: float) -> str:
+        tensors = {
+            name: array * np.float32(factor) for name, array in load_file(TINY_VIT / "model.safetensors").items()
+        }
+        save_file(tensors, path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    own, card, described = scored()
+    assert described == 1
+    assert scored() == (own, card, 0)
+    sha256 = weights(tmp_path / "other.safetensors", 1.5)
+    of_others, its_card, described = scored("--weights", str(tmp_path / "other.safetensors"))
+    assert (its_card.extractor_sha256, described) == (sha256, 1)
+    assert of_others != own
+    shutil.copy(tmp_path / "other.safetensors", tmp_path / "copy.safetensors")
+    assert scored("--weights", str(tmp_path / "copy.safetensors")) == (of_others, its_card, 0)
+    sha256 = weights(tmp_path / "other.safetensors", 0.5)
+    replaced, its_card, described = scored("--weights", str(tmp_path / "other.safetensors"))
+    assert (its_card.extractor_sha256, described) == (sha256, 1)
+    assert replaced != of_others
+    assert scored() == (own, card, 1)
+    Image.fromarray(np.zeros((128, 128, 3), dtype=np.uint8)).save(reference / "3.png")
+    another, its_card, described = scored()
+    assert described == 1
+    assert its_card.reference_sha256 != card.reference_sha256
+    assert another != own
+    assert scored("--resamples", "20")[2] == 1
+    assert scored("--resamples", "20")[2] == 0
+    shutil.rmtree(reference)
+    assert scored("--resamples", "20")[2] == 0
+
+
+def test_what_is_gone_was_not_replaced_and_what_was_replaced_is_noticed(tmp_path: Path) -> None:
+    file, folder = tmp_path / "a.npz", tmp_path / "images" / "deep"
+    file.write_bytes(b"1")
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(b"1")
+    (folder / "loop").symlink_to(folder.parent)
+    weights = hashlib.sha256(b"1").hexdigest()
+    card = Card(reference_sha256="s", extractor_sha256=weights)
+
+    def asked(reference: Path) -> dict[str, Any]:
+        return asked_for(reference, file, n_reference=0, resamples=0)
+
+    before, of_folder = asked(file), asked(folder.parent)
+    assert is_what_was_asked(before, asked(file), card, file, lambda: None)
+    for path, now in ((file, before), (folder / "0.png", of_folder)):
+        reference = file if path == file else folder.parent
+        times = path.stat()
+        time.sleep(0.02)  # file systems' clocks are coarse
+        path.write_bytes(b"1")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert asked(reference)["reference_stamp"] != now["reference_stamp"], "of equal size and time of writing"
+        assert not is_what_was_asked(now, asked(reference), card, file, lambda: None)
+        assert is_what_was_asked(now, asked(reference), card, file, lambda: "s"), "the same statistics, and weights"
+        assert not is_what_was_asked(now, asked(reference), card, file, lambda: "others")
+    assert not is_what_was_asked(before, asked(file), Card(reference_sha256="s"), file, lambda: "s"), "other weights"
+    file.unlink()
+    assert is_what_was_asked(before, asked(file), card, file, lambda: None)
+    old = {"reference": str(file), "n_reference": 0}
+    assert not is_what_was_asked(old, asked(file), card, file, lambda: "s"), "nothing says with how many draws"
 
 
 @pytest.mark.timeout(900)

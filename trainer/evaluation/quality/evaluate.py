@@ -30,6 +30,7 @@ from storage.roots import absolute
 from trainer.evaluation.generate.image_files import step_drawn_at
 from trainer.evaluation.generate.noted import read_noted
 from trainer.evaluation.protocols import protocol_named
+from trainer.evaluation.quality.asked import asked_for
 from trainer.evaluation.quality.card import Card
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.frechet import Gaussian, gaussian_of
@@ -76,6 +77,7 @@ def evaluate(
         )
     device = device_named(description.device)
     of_images, of_reference = contents(images), contents(reference)
+    asked = asked_for(reference, description.weights, n_reference=n_reference, resamples=resamples)
     drawn = Path(open_feature_file(images).images["path"]) if of_images.features else images
     step = _step(run, step, drawn)
     if not of_images.features and not of_images.images:
@@ -106,7 +108,6 @@ def evaluate(
     against = _opened(reference, features, statistics, generated)
     file = open_feature_file(generated)
     card = card_of_result(read_noted(drawn), file, against, run=run, step=step, protocol=protocol)
-    asked = {"reference": absolute(reference), "n_reference": n_reference}
     return _result(file, against, card, asked, device, folder, run, step, resamples)
 
 
@@ -128,10 +129,10 @@ def require_ready(
         blank = Path(aside) / "blank.npz"
         np.savez(blank, arr_0=np.zeros((NEIGHBOURS + 1, side, side, 3), dtype=np.uint8))
         sets: list[tuple[Path | str, Path, int]] = [(blank, Path(aside) / "out.npz", 0)]
-        like = features if features is not None and features.is_file() else None
+        like = features if of_reference.features else None
         if like is not None:
             open_feature_file(like).read(FEATURES)
-        elif features is not None:
+        elif features is not None:  # where it is described by other weights, it is described again
             sets.append((reference, features, n_reference))
         description.describe(sets, like, check=True)
 
@@ -182,6 +183,15 @@ def _statistics(
         what = "Inception's" if label == INCEPTION else f"{shown(label)}'s"
         raise UserError(f"{reference} has a mean of {len(pooled.mean)} numbers, {what} features have {width}")
     return pooled, spatial if label == INCEPTION else None
+
+
+def statistics_sha256(reference: Path | str, label: str) -> str | None:
+    """The digest that a card has of a reference's statistics; None where it has not these alone."""
+    found = contents(reference)
+    if found != Contents(statistics=True):
+        return None
+    statistics = _statistics(reference, found, None, label)
+    return _digest(*statistics) if statistics is not None else None
 
 
 def _result(

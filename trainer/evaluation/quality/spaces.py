@@ -20,10 +20,11 @@ from typing import Any
 from storage.base.choices import FDR6, INCEPTION
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
-from storage.roots import absolute
+from trainer.evaluation.quality.asked import asked_for
 from trainer.evaluation.quality.card import SPACES
 from trainer.evaluation.quality.description import Description
 from trainer.evaluation.quality.evaluate import evaluate
+from trainer.evaluation.quality.intervals import RESAMPLES
 from trainer.evaluation.quality.record import record
 from trainer.evaluation.quality.reference import is_named_for
 from trainer.evaluation.quality.result_files import folder_of, result_file
@@ -91,6 +92,8 @@ def evaluate_spaces(
     """
     described = described_in(description)
     folder = folder_of(images, out)
+    of_measure = {name: options.get(name, default) for name, default in (("n_reference", 0), ("resamples", RESAMPLES))}
+    asked = asked_for(reference, None, held_out=held_out, **of_measure)
     against = {name: reference_of(reference, name) for name in PUBLISHED}
     results, divisors, held_digests = {}, dict(PUBLISHED), set[str | None]()
     for name, how in described.items():
@@ -113,7 +116,7 @@ def evaluate_spaces(
         "encoder": {"name": NAME, "weights_sha256": card.extractor_sha256, "held_out": str(held_out or PUBLISHED_OF)},
         "metrics": {NAME: {"value": mean, **counts, **interval_of_spaces(results, divisors)}},
         "bias": bias_of_spaces(results, divisors),
-        "asked": first["asked"] | {"reference": absolute(reference)},
+        "asked": asked,
         "spaces": {name: {"fd": r.fd, "held_out": r.held_out, "fdr": r.ratio} for name, r in ratios.items()},
         "card": card.plain(),
         "warnings": warnings_of_spaces(results, divisors_of),
