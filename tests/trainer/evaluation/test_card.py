@@ -16,7 +16,7 @@ from storage.identity import VectorsIdentity
 from tests.commands import run_here
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import SETTINGS_FILE
-from trainer.evaluation.quality.card import PROTOCOL, Card, differences, names_of, unknown_to_both, words_of
+from trainer.evaluation.quality.card import DRAWN, PROTOCOL, Card, differences, names_of, unknown_to_both, words_of
 from trainer.evaluation.quality.compare import compared, load, text
 from trainer.evaluation.quality.departures import departures_of
 from trainer.evaluation.quality.description import Description
@@ -85,6 +85,19 @@ def test_what_one_or_both_do_not_know_is_named(field: str, tmp_path: Path) -> No
     assert unknown_to_both(load(b).card, load(c).card) == [field]
     assert f"known of neither, and so perhaps different: {field}" in text(load(b), load(c))
     assert not compared(load(b), load(c))["alike"]
+
+
+def test_what_is_known_of_neither_is_named_of_samples_of_other_programs_too(tmp_path: Path) -> None:
+    drawn = dict.fromkeys(DRAWN)
+    a, b = load(result(tmp_path, "a", **drawn)), load(result(tmp_path, "b", **drawn))
+    (line,) = [line for line in text(a, b).splitlines() if line.startswith("known of neither")]
+    assert line == f"known of neither, and so perhaps different: {', '.join(DRAWN)}"
+    assert compared(a, b)["unknown"] == DRAWN
+    of_spaces = dict.fromkeys(("divisors", "divisors_of", "references_sha256")) | {"extractor": "fdr6"}
+    a, b = load(result(tmp_path, "a", **of_spaces)), load(result(tmp_path, "b", **of_spaces))
+    assert "known of neither, and so perhaps different: references_sha256, divisors, divisors_of" in text(a, b)
+    of_one_space = of_spaces | {"extractor": "inception"}  # of before there were these fields, which do not apply to it
+    assert compared(load(result(tmp_path, "a", **of_one_space)), load(result(tmp_path, "b")))["alike"]
 
 
 def test_results_alike_are_told_so_whatever_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

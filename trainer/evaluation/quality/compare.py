@@ -16,7 +16,7 @@ from typing import Any
 from storage.base.boundary import parse_json, read_regular
 from storage.base.errors import UserError
 from storage.base.shown import shown
-from trainer.evaluation.quality.card import DRAWN, Card, differences, unknown_to_both, words_of
+from trainer.evaluation.quality.card import Card, differences, unknown_to_both, words_of
 from trainer.evaluation.quality.measures import IN_THOUSANDTHS, TITLES
 from trainer.evaluation.quality.record import Evaluation, read_record
 from trainer.run.folder import RunFolder
@@ -107,13 +107,10 @@ def _how_alike(found: Mapping[str, Any], names: list[str]) -> list[str]:
     if found["alike"]:
         return ["measured alike: every setting of the protocol is known and the same"]
     lines = []
-    hidden: set[str] = set()
     others = [side for side in "ab" if found[side]["samples_of_another_program"]]
     for side in others:
         name = names["ab".index(side)]
         lines.append(f"{name}: samples of another program, or of before cards; how they were drawn is unknown")
-    if len(others) == 2:
-        hidden = set(DRAWN)
     known = [each for each in found["differences"] if None not in (each["a"], each["b"])]
     if known:
         lines.append("not measured alike; the numbers differ for these settings too:")
@@ -122,9 +119,8 @@ def _how_alike(found: Mapping[str, Any], names: list[str]) -> list[str]:
     if unknown:
         lines.append("known of one only, and so perhaps different:")
         lines += _in_columns([(f"  {each['field']}", _value(each["a"]), _value(each["b"])) for each in unknown])
-    of_neither = [name for name in found["unknown"] if name not in hidden]
-    if of_neither:
-        lines.append(f"known of neither, and so perhaps different: {', '.join(of_neither)}")
+    if found["unknown"]:
+        lines.append(f"known of neither, and so perhaps different: {', '.join(found['unknown'])}")
     fields = [each["field"] for each in known]
     if fields:
         lines.append("where " + "; ".join(f"{name} is: {words_of(name)}" for name in fields))
