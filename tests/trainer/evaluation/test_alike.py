@@ -16,7 +16,7 @@ from trainer.evaluation.probing.analyse import key_idea
 from trainer.evaluation.report.curves import figures
 from trainer.evaluation.report.methods import methods_of
 from trainer.evaluation.report.page import page, write_report
-from trainer.evaluation.report.results import not_compared
+from trainer.evaluation.report.results import columns_of, not_compared
 from trainer.evaluation.report.results import runs_table as table_of
 from trainer.evaluation.report.run_record import RunRecord, read_runs
 
@@ -172,9 +172,10 @@ def test_evaluations_of_other_counts_references_and_encoders_are_kept_apart(
 def test_the_last_evaluation_of_a_way_counts(runs: list[Path]) -> None:
     lines = [evaluation(5.0), evaluation(6.0), evaluation(1.0, reference={"path": "/other", "digest": "9"})]
     (runs[2] / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = runs_table(read_runs(runs))
-    assert ">6.00<" in table
-    assert ">1.00<" not in table
+    columns = {name: [cell.text for cell in cells] for name, cells in columns_of(read_runs(runs)).items()}
+    assert columns["FID"] == ["29.00", "28.00", "6.00"]
+    assert columns["FID [reference is another]"] == ["–", "–", "1.00"], "which nothing is to be measured for"
+    assert not_compared(read_runs(runs)) == []
 
 
 def test_commands_can_be_pasted_whatever_the_run_is_called(runs: list[Path], tmp_path: Path) -> None:
@@ -197,6 +198,19 @@ def test_the_papers_figure_has_only_distances_that_compare(runs: list[Path]) -> 
     *_, panel = key_idea(swept(runs), [record.evaluations for record in read_runs(runs)], 0.5)
     assert [series.label.split()[0] for series in panel.series] == ["run-1", "run-2"]
     assert "1 measured otherwise" in panel.note
+
+
+def test_the_papers_figure_has_one_protocol_and_names_what_no_card_says(runs: list[Path]) -> None:
+    for run, guidance in zip(runs, (1.0, 1.0, 1.8), strict=True):
+        line = evaluation(1.0, card={"guidance": guidance, "sampler": "heun"})
+        (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    *_, panel = key_idea(swept(runs), [record.evaluations for record in read_runs(runs)], 0.5)
+    assert [series.label.split()[0] for series in panel.series] == ["run-1", "run-2"]
+    assert "1 measured otherwise" in panel.note
+    note = panel.note.replace("\n", " ")
+    assert "known of none, and so perhaps different: weights, ema decay, labels" in note
+    assert "guidance," not in note
+    assert max(map(len, panel.note.splitlines())) <= 60
 
 
 def test_distances_in_two_encoders_features_stand_on_axes_of_their_own(runs: list[Path]) -> None:

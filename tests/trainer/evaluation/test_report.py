@@ -26,8 +26,7 @@ from tests.trainer.evaluation.report_runs import (
     structure,
 )
 from trainer.evaluation.report import pictures
-from trainer.evaluation.report.alike import measured_alike
-from trainer.evaluation.report.cards import unlike
+from trainer.evaluation.report.alike import evaluated, measured_alike
 from trainer.evaluation.report.measures import span
 from trainer.evaluation.report.methods import differing, methods_of
 from trainer.evaluation.report.page import named_shortly, page, write_report
@@ -201,9 +200,9 @@ def test_a_card_is_shown_with_all_its_fields(study: Path) -> None:
     for word in ("labels", "random", "balanced", "calls", "250", "decoder", "unknown", "rounding", "0.7", "none"):
         assert word in text
     assert "repa-seed0, repa-seed1, vanilla-seed0, vanilla-seed1" in text, "like cards share a column"
-    lines = [record.evaluations[-1] for record in records]
-    assert sorted(unlike(lines)) == ["labels"]
-    assert unlike(lines[1:3]) == {}
+    ways = [evaluated(record.evaluations[-1], "fid") for record in records]
+    assert {way.apart(ways[1]) for way in ways} == {"", "labels random, not balanced"}
+    assert ways[1].apart(ways[2]) == ""
 
 
 def test_a_record_without_a_card_says_what_it_knows(runs: Path) -> None:

@@ -211,6 +211,20 @@ def test_a_measure_at_several_steps_is_a_curve(records: list[RunRecord], tmp_pat
     assert list(line.y) == pytest.approx([0.9, 0.45, 0.3])
 
 
+def test_a_curve_is_of_one_protocol(records: list[RunRecord], tmp_path: Path) -> None:
+    """A guided point is not the end of an unguided line."""
+    values = [(100, 20.0, 1.0), (200, 10.0, 1.0), (300, 1.9, 1.8), (200, 4.0, 1.8)]
+    lines = [evaluation(fid, step=step, card={"guidance": guidance}) for step, fid, guidance in values]
+    (records[0].path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    for n, expected in ((3, {"no guidance": [20, 10]}), (4, {"guidance 1.8": [4, 1.9], "no guidance": [20, 10]})):
+        (records[0].path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:n]))
+        again = read_runs([records[0].path])
+        drawn = [each for each in figures(again, methods_of(again)) if each.title.startswith("FID")]
+        found = {each.note.split("; ")[2]: list(each.charts["step", "logged"].lines[0].y) for each in drawn}
+        assert found == expected
+        assert all("known of none, and so perhaps different: weights, " in each.note for each in drawn)
+
+
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 

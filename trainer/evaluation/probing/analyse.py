@@ -12,6 +12,7 @@ for one run.
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from trainer.run.opened import checkpoints_of, open_run
 
 MEASURES: dict[Measure, str] = {"probe": "linear probing accuracy", "cknna": "CKNNA"}
 ANALYSE = "analyse"
+LETTERS_OF_NOTE = 60
 STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 
 
@@ -156,7 +158,8 @@ def motivation(measured: list[dict[str, Any]], times: Sequence[float], middle: f
 def key_idea(measured: list[dict[str, Any]], records: list[list[Evaluation]], middle: float) -> list[Panel]:
     """The panels of figure 3, of what was measured of each run and what `evaluate` recorded of it.
 
-    Of the distances, those that were measured as most runs' were (`alike.py`); how many others there are, is noted.
+    Of the distances, those that were measured as most runs' were (`alike.py`); how many others there are, is noted, and
+    what the cards of those leave out.
     """
     panels = []
     for measure in MEASURES:
@@ -165,7 +168,7 @@ def key_idea(measured: list[dict[str, Any]], records: list[list[Evaluation]], mi
             for group, run in enumerate(measured)
         ]
         panels.append(_over_depth(measure, f"Over depth, t = {middle:g}", series, measured))
-    distances, n_left_out = _alike([_distances(record) for record in records])
+    distances, ways, n_left_out = _alike([_distances(record) for record in records])
     encoders = sorted({encoder for distance in distances for encoder, _ in distance})
     for encoder in encoders or [""]:  # each on an axis of its own: they differ by orders of magnitude
         against = []
@@ -182,7 +185,7 @@ def key_idea(measured: list[dict[str, Any]], records: list[list[Evaluation]], mi
                 y_label=f"Fréchet distance, {encoder}" if len(encoders) > 1 else "Fréchet distance",
                 series=against,
                 whole_x=False,
-                note=_note(bool(against), n_left_out),
+                note=_note(bool(against), n_left_out, ways[encoder].doubt if encoder in ways else ""),
             )
         )
     return panels
@@ -222,10 +225,11 @@ def _best_alignment(run: dict[str, Any], t: float) -> dict[int, float]:
     return {step: max(point["cknna"] for point in points if point["step"] == step) for step in steps}
 
 
-def _note(drawn: bool, n_left_out: int) -> str:
+def _note(drawn: bool, n_left_out: int, doubt: str) -> str:
     others = f"{n_left_out} measured otherwise, left out\n(`report` says how they differ)" if n_left_out else ""
     if drawn:
-        return others
+        unsure = textwrap.wrap(f"known of none, and so perhaps different: {doubt}", LETTERS_OF_NOTE) if doubt else []
+        return "\n".join(filter(None, [*unsure, others]))
     return "\n".join(
         filter(None, ["no Fréchet distance was measured of these checkpoints", "(evaluate … --run RUN)", others])
     )
@@ -241,8 +245,10 @@ def _distances(record: list[Evaluation]) -> dict[tuple[Evaluated, int], float]:
     return distances
 
 
-def _alike(of_runs: list[dict[tuple[Evaluated, int], float]]) -> tuple[list[dict[tuple[str, int], float]], int]:
-    """Of each run, (encoder, step) → what was measured as it was of most runs; and how many others there are.
+def _alike(
+    of_runs: list[dict[tuple[Evaluated, int], float]],
+) -> tuple[list[dict[tuple[str, int], float]], dict[str, Evaluated], int]:
+    """Of each run, (encoder, step) → what was measured as it was of most runs; how that was; how many others there are.
 
     What is not known to be alike is taken of one run only.
     """
@@ -261,7 +267,8 @@ def _alike(of_runs: list[dict[tuple[Evaluated, int], float]]) -> tuple[list[dict
         }
         for i, distances in enumerate(of_runs)
     ]
-    return kept, sum(map(len, of_runs)) - sum(map(len, kept))
+    how = {name: way for name, (way, _) in chosen.items()}
+    return kept, how, sum(map(len, of_runs)) - sum(map(len, kept))
 
 
 def _described(run: dict[str, Any]) -> str:

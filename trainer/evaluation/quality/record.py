@@ -61,6 +61,7 @@ class Evaluation:
     encoder: dict[str, Any] = field(default_factory=dict)
     generated: ImagesRecord = field(default_factory=ImagesRecord)
     reference: ImagesRecord = field(default_factory=ImagesRecord)
+    asked: dict[str, Any] = field(default_factory=dict)  # the reference and the number of its images, as asked for
     card: Card = field(default_factory=Card)  # of a line from before there were cards, nothing is known
 
 

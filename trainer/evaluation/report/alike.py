@@ -2,26 +2,26 @@
 
 CKNNA falls as samples are added (one checkpoint gave 0.617 on 100 and 0.309 on 1,000), a Fréchet distance with the
 images, a probe rises: so values compare only between runs that were measured on the same samples, with the same numbers
-of samples and neighbours, features, weights and times. Runs are grouped by all of these. What a file does not say is
-not known, and what is not known is alike to nothing.
+of samples and neighbours, features, weights and times. Runs are grouped by all of these, and results of images by
+every setting of their cards' protocols too. What a file does not say is not known, and what is not known is alike to
+nothing; but what the cards of two results leave out alike does not part them, and is named (`Evaluated.doubt`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from storage.base.ending import command as command_line
 from trainer.evaluation.probing.measured import Measured, Point
-from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
+from trainer.evaluation.quality.card import PROTOCOL, Card, names_of
 from trainer.evaluation.quality.record import Evaluation
+from trainer.evaluation.report.cards import apart_in_words, in_doubt
 from trainer.evaluation.report.run_record import RunRecord
-from trainer.run.folder import RunFolder
 
-PROG = "python -m trainer"
 NOT_KNOWN = "not known"
 
 
@@ -167,7 +167,7 @@ def _best(of_runs: Iterable[list[Point]], measure: str) -> float:
 
 def command(run: RunRecord, protocol: Protocol) -> str:
     """The command line that measures a run by a protocol, as far as that is known."""
-    line = [*PROG.split(), protocol.measure, str(run.path)]
+    line = [protocol.measure, str(run.path)]
     options: dict[str, object] = {
         "--n": protocol.n,
         "--seed": protocol.seed or None,
@@ -180,12 +180,16 @@ def command(run: RunRecord, protocol: Protocol) -> str:
     for name, value in options.items():
         if value is not None:
             line += [name, str(value)]
-    return shlex.join(line)
+    return command_line("trainer", *line)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """How a metric of images was measured; None is not known, or nothing where a metric has no reference or no k."""
+    """How a metric of images was measured; None is not known, or nothing where a metric has no reference or no k.
+
+    `card` has the settings of the evaluation card's protocol and nothing else: results whose cards differ in one are
+    measured otherwise. A setting that neither of two cards knows does not part them; `doubt` names it.
+    """
 
     name: str
     metric: str
@@ -196,33 +200,60 @@ class Evaluated:
     n_reference: int | None
     reference_resolution: int | None
     k: int | None
+    card: Card
 
     @property
     def not_known(self) -> list[str]:
-        """Names of what the record does not say."""
+        """Names of what the record does not say, without which it is alike to nothing."""
         names = {"encoder": self.encoder, "number of images": self.n_generated}
-        if self.metric != "inception_score":
+        if self.compares:
             names["reference"] = self.reference
         return [name for name, value in names.items() if value is None]
 
+    @property
+    def compares(self) -> bool:
+        """Whether the metric is a comparison with other images."""
+        return self.metric not in ALONE
+
+    @property
+    def doubt(self) -> str:
+        """In what results of this way may differ, since their cards do not say it; "" for nothing."""
+        told = {name for name, of in SAID_BESIDE.items() if getattr(self, of) is not None}
+        return in_doubt(self.card, told if self.compares else {*told, *OF_REFERENCE})
+
     def apart(self, other: Evaluated) -> str:
-        """What makes it another than `other`, in words."""
-        if self.not_known:
-            return f"{' and '.join(self.not_known)} {NOT_KNOWN}"
-        differing = []
+        """What makes it another than `other`, in words; every setting that differs is named."""
+        differing = [f"{' and '.join(self.not_known)} {NOT_KNOWN}"] if self.not_known else []
+        told: set[str] = set()
         for item in dataclasses.fields(self):
             mine, its = getattr(self, item.name), getattr(other, item.name)
-            if mine != its:
-                word = item.name.replace("_", " ").replace("n generated", "images").replace("n reference", "its images")
-                values = " is another" if item.name in ("encoder", "reference") else f" {mine}, not {its}"
-                differing.append(f"{word}{values}")
-        return ", ".join(differing)
+            if item.name == "card" or mine == its:
+                continue
+            told |= {name for name, of in SAID_BESIDE.items() if of == item.name}
+            if mine is None and self.not_known:
+                continue
+            word = item.name.replace("_", " ").replace("n generated", "images").replace("n reference", "its images")
+            values = " is another" if item.name in ("encoder", "reference") else f" {mine}, not {its}"
+            differing.append(f"{word}{values}")
+        return ", ".join([*differing, *apart_in_words(self.card, other.card, told)])
+
+
+ALONE = ("inception_score",)  # measures of images without a reference
+OF_REFERENCE = ("reference_sha256", "n_reference")
+SAID_BESIDE = {  # settings of a card that a record says in other words as well
+    "n_images": "n_generated",
+    "reference_sha256": "reference",
+    "n_reference": "n_reference",
+    "crop": "resolution",
+    **dict.fromkeys([name for name in names_of(PROTOCOL) if name.startswith("extractor")], "encoder"),
+}
 
 
 def evaluated(line: Evaluation, metric: str) -> Evaluated:
     """How a line of a run's record was measured."""
     figures = line.metrics[metric]
-    compares = metric != "inception_score"
+    compares = metric not in ALONE
+    counts = [name for name in names_of(PROTOCOL) if compares or name not in OF_REFERENCE]
     return Evaluated(
         name=line.name,
         metric=metric,
@@ -234,6 +265,7 @@ def evaluated(line: Evaluation, metric: str) -> Evaluated:
         # The digest is of the pixels as they were cropped, since such a record counts what could not be read.
         reference_resolution=None if line.reference.n_failed is not None else line.reference.resolution,
         k=figures.k,
+        card=Card(**{name: getattr(line.card, name) for name in counts}),
     )
 
 
@@ -252,21 +284,3 @@ def evaluated_alike(records: Sequence[RunRecord], name: str, metric: str) -> lis
         key=lambda group: (len(group.values), group.protocol.n_generated or 0, newest_last[id(group)]),
         reverse=True,
     )
-
-
-def evaluate_command(run: RunRecord, line: Evaluation, like: Evaluation, way: Evaluated) -> str:
-    """The command lines that evaluate a run's images as `way` says, of which `like` is an example."""
-    commands, images = [], line.generated.path
-    if images is None or (way.n_generated is not None and line.generated.n != way.n_generated):
-        n = way.n_generated or PUBLISHED_IMAGES
-        images = str(RunFolder(run.path).drawn(f"of-{n}"))
-        commands.append(shlex.join([*PROG.split(), "generate", str(run.path), "--n", str(n), "--out", images]))
-    vector = like.encoder.get("vector")
-    options = ["--encoder", str(like.encoder.get("name", way.name))] + ["--token", "mean"] * (vector == "mean")
-    if way.resolution:
-        options += ["--resolution", str(way.resolution)]
-    if way.n_reference is not None:
-        options += ["--n-reference", str(way.n_reference)]
-    reference = like.reference.path or "REFERENCE"
-    evaluate = [*PROG.split(), "evaluate", images, "--reference", reference, *options, "--run", str(run.path)]
-    return " && ".join([*commands, shlex.join(evaluate)])

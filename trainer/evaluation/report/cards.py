@@ -7,16 +7,17 @@ the same names, and the rest is unknown. Evaluations with equal cards share a co
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.evaluation.quality.card import NOTE, PROTOCOL, Card, differences, names_of, words_of
+from trainer.evaluation.quality.card import DRAWN, NOTE, PROTOCOL, Card, differences, names_of, words_of
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.table import Cell, table
 
 UNKNOWN = "unknown"
+OF_DIGESTS = "_sha256"
 HASH = 64  # letters of a SHA-256, of which a table shows the first
 SHOWN_OF_HASH = 12
 MOST_NAMED = 6
@@ -74,14 +75,52 @@ def cards_of(records: Sequence[RunRecord]) -> list[Shared]:
     return sorted(found.values(), key=lambda card: -len(card.runs))
 
 
-def unlike(lines: Sequence[Evaluation]) -> dict[str, list[str]]:
-    """Fields of the protocol in which cards of evaluations that are compared differ, and their values.
+def apart_in_words(card: Card, other: Card, told: Collection[str] = ()) -> list[str]:
+    """Every setting of the protocol in which a card differs from another, with both values; those `told` are left out.
 
-    Beside a card, a record from before there were cards differs in all that it does not say.
+    Where one of the two says nothing of how images were drawn, that is one difference.
     """
-    cards = [line.card for line in lines]
-    names = dict.fromkeys(name for card in cards for name, *_ in differences(cards[0], card))
-    return {name: list(dict.fromkeys(_text(getattr(card, name)) for card in cards)) for name in names}
+    undrawn = [each.of_another_program for each in (card, other)]
+    left_out, words = set(told), []
+    if undrawn in ([True, False], [False, True]):
+        left_out |= set(DRAWN)
+        words.append(f"how {'its' if undrawn[0] else 'the other'} images were drawn is not known")
+    return words + [_differs(*each) for each in differences(card, other) if each[0] not in left_out]
+
+
+def _differs(name: str, mine: Any, its: Any) -> str:
+    word = name.replace("_", " ")
+    if mine is None:
+        return f"{word} not known"
+    if its is None:
+        return f"{word} {_text(mine)}, of the other not known"
+    return (
+        f"{word} is another"
+        if name.endswith(OF_DIGESTS) and mine and its
+        else f"{word} {_text(mine)}, not {_text(its)}"
+    )
+
+
+def drawn_in_words(card: Card) -> str:
+    """Sampler, steps and guidance, as far as they are known; "" where none is."""
+    words = [] if card.sampler is None else [card.sampler]
+    if card.steps is not None:
+        words.append(f"{card.steps:,} steps")
+    if card.guidance is not None:
+        words.append("no guidance" if card.guidance == 1 else f"guidance {card.guidance:g}")
+    low, high = card.guidance_low, card.guidance_high
+    if low is not None and high is not None and (low, high) != (0, 1):
+        words.append(f"from {low:g} to {high:g}")
+    return ", ".join(words)
+
+
+def in_doubt(card: Card, told: Collection[str] = ()) -> str:
+    """Settings of the protocol that a card does not say, in words, but for those `told`; "" for none."""
+    left_out, words = set(told), []
+    if card.of_another_program:
+        left_out |= set(DRAWN)
+        words.append("how images were drawn")
+    return ", ".join([*words, *(name.replace("_", " ") for name in card.unknown if name not in left_out)])
 
 
 def cards(records: Sequence[RunRecord]) -> str:

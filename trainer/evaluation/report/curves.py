@@ -20,6 +20,7 @@ import numpy as np
 from trainer.evaluation.probing.measured import Point
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import Evaluated, Group, Protocol, evaluated, evaluated_alike, measured_alike
+from trainer.evaluation.report.cards import drawn_in_words
 from trainer.evaluation.report.charts import Chart, Line, figure
 from trainer.evaluation.report.measures import better, decides, measured, title
 from trainer.evaluation.report.methods import Method, equal_seeds, style_of
@@ -286,20 +287,26 @@ def _of_distances(records: Sequence[RunRecord], methods: Sequence[Method], over:
 
 
 def _of_evaluations(records: Sequence[RunRecord], methods: Sequence[Method], over: dict[str, XAxis]) -> list[Figure]:
-    """Measures of images over training, where a run was measured at several steps alike."""
+    """Measures of images over training: a figure for each way of measuring by which a run was measured at two steps."""
     drawn = []
     for name, metric in measured(records):
         if not decides(metric):
             continue
-        for group in evaluated_alike(records, name, metric)[:1]:
+        ways = evaluated_alike(records, name, metric)
+        for group in ways:
             curves = _evaluated_curves(records, group)
             if any(len(curve[0]) > 1 for curve in curves.values()):
-                text = title(metric, name)
-                n = group.protocol.n_generated
-                note = f"{better(metric)} is better" + (f"; of {n:,} images" if n else "")
-                charts = _charts(records, methods, over, curves, text, text, log=True)
-                drawn.append(Figure(title=text, note=note, charts=charts))
+                is_first = group is ways[0]
+                text = title(metric, name) + ("" if is_first else f" [{group.protocol.apart(ways[0].protocol)}]")
+                charts = _charts(records, methods, over, curves, title(metric, name), text, log=True)
+                drawn.append(Figure(title=text, note=_how_evaluated(group.protocol), charts=charts))
     return drawn
+
+
+def _how_evaluated(way: Evaluated) -> str:
+    images = f"of {way.n_generated:,} images" if way.n_generated else ""
+    doubt = f"known of none, and so perhaps different: {way.doubt}" if way.doubt else ""
+    return "; ".join(filter(None, (f"{better(way.metric)} is better", images, drawn_in_words(way.card), doubt)))
 
 
 def _evaluated_curves(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation]) -> dict[int, Curve]:

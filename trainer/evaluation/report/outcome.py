@@ -22,13 +22,16 @@ def outcome(records: Sequence[RunRecord], page: Path) -> tuple[str, str]:
         "runs": ", ".join(record.name for record in records),
         "page": f"{page}, {space.size(page.stat().st_size)}",
     }
+    if answer.doubt:
+        rows["perhaps unlike"] = f"{answer.doubt} (known of none of the runs compared)"
     if answer.missing:
         rows["missing"] = f"{len(answer.missing)}, the first: {answer.missing[0][0]} (the page lists the commands)"
     return "\n".join(map(shown, ending.rows(rows).splitlines())), _next(answer, page)
 
 
 def _next(answer: Verdict, page: Path) -> str:
-    if answer.missing:
-        return answer.missing[0][1]
+    commands = [command for _, command in answer.missing if command]
+    if commands:
+        return commands[0]
     folder = str(page.absolute().parent)
     return shlex.join(["python", "-m", "http.server", "8000", "--bind", "127.0.0.1", "--directory", folder])

@@ -10,7 +10,6 @@ from trainer.evaluation.report.alike import (
     Group,
     Protocol,
     command,
-    evaluate_command,
     evaluated_alike,
     measured_alike,
 )
@@ -19,7 +18,8 @@ from trainer.evaluation.report.charts import dash, escaped, strip, swatch
 from trainer.evaluation.report.curves import ANALYSES, ANALYSES_IN_WORDS, LOSSES, LOSSES_IN_WORDS, compared
 from trainer.evaluation.report.measures import better, explained, measured, span, spelled, title, with_spread
 from trainer.evaluation.report.methods import SEED, Method, differing, setting, style_of
-from trainer.evaluation.report.reached import EPOCHS, EPOCHS_IN_WORDS, epochs_column
+from trainer.evaluation.report.reached import EPOCHS_IN_WORDS, epochs_column
+from trainer.evaluation.report.remeasure import measure_alike
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, deviation, mean
 from trainer.evaluation.report.table import NOTHING, Cell, number_cell, table
@@ -31,10 +31,11 @@ LONGEST_SETTINGS = 100  # letters of what sets a method apart, below its name
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A heading, what it shows of a run, and how a number is spelled."""
+    """A heading, what it shows of a run, and what its number is, in words."""
 
     title: str
     cell: Callable[[RunRecord], Cell]
+    words: str = ""
 
 
 def names(records: Sequence[RunRecord], methods: Sequence[Method]) -> list[Cell]:
@@ -100,8 +101,6 @@ def _behind(ranked: Ranked, answer: Verdict) -> Cell:
         lead = "lowest" if better(answer.group.protocol.metric) == "lower" else "highest"  # type: ignore[union-attr]
         return Cell(text="best" if answer.outcome == "clear" else lead, key=0.0)
     value = abs(ranked.behind.value)
-    if answer.outcome == "unlike":
-        return Cell(text=spelled(value), key=value, note="measured differently")
     if ranked.behind.interval is None:
         return Cell(text=spelled(value), key=value, note="one seed each: cannot say")
     what = "more than seeds differ" if ranked.behind.is_settled else "within what seeds differ"
@@ -120,34 +119,39 @@ def _behind(ranked: Ranked, answer: Verdict) -> Cell:
 
 def columns_of(records: Sequence[RunRecord]) -> dict[str, list[Cell]]:
     """Every measure of every run; columns that say nothing of any run are left out."""
-    columns = [
-        *(column for name, metric in measured(records) for column in _metric_columns(records, name, metric)),
-        *(column for measure, text in ANALYSES.items() for column in _measure_columns(records, measure, text)),
-        *(_loss_column(name, text) for name, text in LOSSES.items()),
-        Column(title=STEPS, cell=lambda run: number_cell(run.steps, ",", note=_unfinished(run))),
-    ]
-    kept: dict[str, list[Cell]] = {}
-    for column in columns:
-        cells, heading = [column.cell(record) for record in records], column.title
-        while heading in ("Run", "Method", *kept):  # told apart by what a heading does not say
-            heading += " ′"
-        if any(cell.text != NOTHING for cell in cells):
-            kept[heading] = cells
+    cells = {heading: [column.cell(record) for record in records] for heading, column in _columns(records).items()}
     epochs = epochs_column(records)
-    return kept if epochs is None else {**dict([epochs]), **kept}
+    return cells if epochs is None else {**dict([epochs]), **cells}
 
 
 def in_words(records: Sequence[RunRecord]) -> dict[str, str]:
     """Heading → what the number below it is, of every column of `columns_of`."""
-    words = {title(metric, name): explained(metric, name) for name, metric in measured(records)}
-    words |= {ANALYSES[measure]: text for measure, text in ANALYSES_IN_WORDS.items()}
-    words |= {LOSSES[name]: text for name, text in LOSSES_IN_WORDS.items()}
-    words[STEPS] = "optimiser steps that the run has done"
-    found = {}
-    for heading in columns_of(records):
-        plain = heading.partition(" [")[0].rstrip(" ′")
-        found[heading] = EPOCHS_IN_WORDS if plain.startswith(EPOCHS) else words.get(plain, "")
+    words = {heading: column.words for heading, column in _columns(records).items()}
+    epochs = epochs_column(records)
+    found = words if epochs is None else {epochs[0]: EPOCHS_IN_WORDS, **words}
     return {heading: text for heading, text in found.items() if text}
+
+
+def _columns(records: Sequence[RunRecord]) -> dict[str, Column]:
+    """By heading; those that say something of a run."""
+    columns = [
+        *(column for name, metric in measured(records) for column in _metric_columns(records, name, metric)),
+        *(column for measure, text in ANALYSES.items() for column in _measure_columns(records, measure, text)),
+        *(_loss_column(name, text) for name, text in LOSSES.items()),
+        Column(
+            title=STEPS,
+            cell=lambda run: number_cell(run.steps, ",", note=_unfinished(run)),
+            words="optimiser steps that the run has done",
+        ),
+    ]
+    kept: dict[str, Column] = {}
+    for column in columns:
+        heading = column.title
+        while heading in ("Run", "Method", *kept):  # told apart by what a heading does not say
+            heading += " ′"
+        if any(column.cell(record).text != NOTHING for record in records):
+            kept[heading] = column
+    return kept
 
 
 def runs_table(records: Sequence[RunRecord], methods: Sequence[Method]) -> str:
@@ -210,7 +214,7 @@ def _loss_column(name: str, text: str) -> Column:
         applies = run.config.aligns or name != "alignment_loss"
         return number_cell(getattr(run.lines[-1], name) if run.lines and applies else None, ".4f")
 
-    return Column(title=text, cell=cell)
+    return Column(title=text, cell=cell, words=LOSSES_IN_WORDS[name])
 
 
 def _measure_columns(records: Sequence[RunRecord], measure: str, text: str) -> list[Column]:
@@ -227,7 +231,7 @@ def _measure_columns(records: Sequence[RunRecord], measure: str, text: str) -> l
             note = f"block {best.block}, t = {best.t:g}{features}{late}"
             return number_cell(best.value(measure), ".1%" if measure == "probe" else ".3f", note=note)
 
-        return Column(title=heading, cell=cell)
+        return Column(title=heading, cell=cell, words=ANALYSES_IN_WORDS[measure])
 
     groups = compared(records, measure)
     how = ["", *(f" [{group.protocol.apart(groups[0].protocol)}]" for group in groups[1:])]
@@ -242,9 +246,10 @@ def images_behind(records: Sequence[RunRecord]) -> int | None:
 
 
 def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> list[Column]:
+    """One for each way of measuring that most runs have, that several have, or that a run has besides the first."""
     text = title(metric, name)
     first, *others = evaluated_alike(records, name, metric)
-    groups = [first, *(group for group in others if len(group.values) > 1)]
+    groups = [first, *(each for each in others if len(each.values) > 1 or set(each.values) <= set(first.values))]
     places = {id(record): i for i, record in enumerate(records)}
     alike = images_behind(records)
 
@@ -263,7 +268,9 @@ def _metric_columns(records: Sequence[RunRecord], name: str, metric: str) -> lis
             return Cell(text=spelled(figures.value), key=figures.value, note=note)
 
         other = f" [{groups[number].protocol.apart(first.protocol)}]" if number else ""
-        return Column(title=f"{text}{other}", cell=cell)
+        doubt = groups[number].protocol.doubt if len(groups[number].values) > 1 else ""
+        perhaps = f"; known of none of these runs, and so perhaps different: {doubt}" if doubt else ""
+        return Column(title=f"{text}{other}", cell=cell, words=f"{explained(metric, name)}{perhaps}")
 
     return [column(number) for number in range(len(groups))]
 
@@ -292,8 +299,8 @@ def not_compared(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
                     continue
                 value = f"{title(metric, 'inception')} {spelled(line.metrics[metric].value)} by {name}"
                 why = way.protocol.apart(main_way.protocol) or main_way.protocol.apart(way.protocol)
-                alike = evaluate_command(records[i], line, like, main_way.protocol)
-                rows.append((f"{records[i].name}: {value} ({why})", alike))
+                alike = measure_alike(records[i], line, like, main_way.protocol)
+                rows.append(alike.row(f"{records[i].name}: {value} ({why})"))
     return rows
 
 
@@ -305,7 +312,9 @@ def apart(records: Sequence[RunRecord]) -> str:
 
 def commands(heading: str, rows: Sequence[tuple[str, str]], most: int = 1000, *, folded: bool = False) -> str:
     """HTML: a list of what there is to run, and why; "" for none."""
-    items = "".join(f"<li>{escaped(what)}<br><code>{escaped(line)}</code></li>" for what, line in rows[:most])
+    items = "".join(
+        f"<li>{escaped(what)}{f'<br><code>{escaped(line)}</code>' if line else ''}</li>" for what, line in rows[:most]
+    )
     more = f"<li>and {len(rows) - most} more</li>" if len(rows) > most else ""
     if not items:
         return ""

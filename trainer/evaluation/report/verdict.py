@@ -8,7 +8,6 @@ command lines that get it.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,18 +16,21 @@ from typing import Literal
 
 from storage import StoreError, UserError, open_store
 from storage.base.choices import INCEPTION
+from storage.base.ending import command as command_line
 from storage.roots import is_url
+from trainer.evaluation.quality.card import DRAWN
 from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
 from trainer.evaluation.quality.record import Evaluation
-from trainer.evaluation.report.alike import PROG, Evaluated, Group, evaluate_command, evaluated_alike
-from trainer.evaluation.report.cards import MOST_NAMED, unlike
+from trainer.evaluation.report.alike import Evaluated, Group, evaluated_alike
+from trainer.evaluation.report.cards import apart_in_words, drawn_in_words
 from trainer.evaluation.report.measures import better, decides, measured, place, span, spelled, title, with_spread
 from trainer.evaluation.report.methods import Method
+from trainer.evaluation.report.remeasure import measure_alike
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.spread import LEVEL, Difference, deviation, difference, mean, pooled
 from trainer.evaluation.report.training import unlike_training
 
-Outcome = Literal["clear", "open", "within", "unknown", "unlike", "missing", "alone"]
+Outcome = Literal["clear", "open", "within", "unknown", "missing", "alone"]
 BUILT_IN = ("tiny-vit", "glyph-vit", "glyph-namer")  # encoders that need no weights
 OF_FEATURES = "features/"  # latents that are an encoder's features
 FEW_IMAGES = 512  # where such an encoder will do
@@ -55,10 +57,14 @@ class Ranked:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The sentence, how its numbers were measured, and what to run for what is missing."""
+    """The sentence, how its numbers were measured, and what to run for what is missing.
+
+    `doubt` names what the cards of all that is compared leave out, in which they may differ.
+    """
 
     outcome: Outcome
     sentence: str
+    doubt: str = ""
     how: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     ranking: list[Ranked] = field(default_factory=list)
@@ -78,11 +84,14 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
     ranking = rank(group, methods)
     missing = _missing(records, methods, group)
     metric = title(group.protocol.metric, group.protocol.name)
+    doubt = group.protocol.doubt if len(group.values) > 1 else ""
+    otherwise = _otherwise(records, group, [each for each in methods if all(i not in group.values for i in each.runs)])
     how = [
         _how(records, group, ranking),
+        *([f"Known of none of them, and so perhaps different: {doubt}"] if doubt else []),
         *_spread(ranking),
-        *_unlike(group),
         *unlike_training(records, group.values, [ranked.method for ranked in ranking]),
+        *([f"Left out, not measured alike: {'; '.join(otherwise.values())}"] if otherwise else []),
         *_others(records, group, ranking),
     ]
     if len(ranking) < 2:
@@ -91,20 +100,35 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
         if len(methods) == 1:
             sentence, outcome = f"{said}; there is no other method to compare it with.", "alone"
         else:
-            sentence, outcome = f"Which is better is not known: {said}, and no other was measured alike.", "missing"
+            why = f" ({'; '.join(otherwise)})" if otherwise else ""
+            sentence, outcome = (
+                f"Which is better is not known: {said}, and no other was measured alike{why}.",
+                "missing",
+            )
     else:
-        lower = better(group.protocol.metric) == "lower"
-        differing = unlike([group.values[i] for ranked in ranking[:2] for i in ranked.values])
-        sentence, outcome = _compared(ranking, metric, lower)
-        if differing:
-            sentence, outcome = _measured_differently(ranking, metric, differing), "unlike"
-        if len(ranking) < len(methods):
-            ranked = {each.method for each in ranking}
-            left = [method.name for method in methods if method not in ranked]
-            how.append(f"Left out, not measured alike: {', '.join(left)}")
+        sentence, outcome = _compared(ranking, metric, better(group.protocol.metric) == "lower")
         if outcome == "unknown":
             missing += _other_seeds(records, ranking)
-    return Verdict(outcome=outcome, sentence=sentence, how=how, missing=missing, ranking=ranking, group=group)  # type: ignore[arg-type]
+    return Verdict(
+        outcome=outcome, sentence=sentence, doubt=doubt, how=how, missing=missing, ranking=ranking, group=group,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def _otherwise(
+    records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], left: Sequence[Method]
+) -> dict[str, str]:
+    """Of methods that were not measured as a group was, how each was measured → that with its value."""
+    way = group.protocol
+    found: dict[str, str] = {}
+    ways = evaluated_alike(records, way.name, way.metric)
+    for method in left:
+        of_method = [(other, ranked) for other in ways for ranked in rank(other, [method])]
+        for other, ranked in of_method:
+            differs = other.protocol.apart(way)
+            found[f"{method.name}: {differs}"] = f"{method.name} has {ranked.text}: {differs}"
+        if not of_method:
+            found[f"{method.name}: not measured"] = f"{method.name}: not measured"
+    return found
 
 
 def deciding(records: Sequence[RunRecord], methods: Sequence[Method]) -> Group[Evaluated, Evaluation] | None:
@@ -205,15 +229,6 @@ def _well_behind(ranking: Sequence[Ranked]) -> str:
     return f" Behind {ranking[0].method.name} by more than seeds explain: {', '.join(words)}."
 
 
-def _measured_differently(ranking: Sequence[Ranked], metric: str, differing: dict[str, list[str]]) -> str:
-    first, second = ranking[:2]
-    names = ", ".join(name.replace("_", " ") for name in differing)
-    return (
-        f"Which is better is not known: {metric} is {first.text} of {first.method.name} and {second.text} of "
-        f"{second.method.name}, but the two were measured differently ({names})."
-    )
-
-
 def _seeds(first: Ranked, second: Ranked) -> str:
     n, m = len(first.values), len(second.values)
     each = [f"{k} seed{'s' if k > 1 else ''}" for k in (n, m)]
@@ -240,7 +255,8 @@ def _how(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], rank
     if intervals:
         half = mean([(high - low) / 2 for low, high in intervals])
         drawn = f"; drawing as many other images would move a run's value by some {spelled(half)} ({LEVEL:.0%})"
-    return f"{title(way.metric, way.name)} of {images}{against}{after}; {word} is better{drawn}{few}"
+    by = f", drawn by {how}" if (how := drawn_in_words(way.card)) else ""
+    return f"{title(way.metric, way.name)} of {images}{against}{after}{by}; {word} is better{drawn}{few}"
 
 
 def _spread(ranking: Sequence[Ranked]) -> list[str]:
@@ -261,48 +277,42 @@ def _spread(ranking: Sequence[Ranked]) -> list[str]:
     ]
 
 
-def _unlike(group: Group[Evaluated, Evaluation]) -> list[str]:
-    """In what the cards of the evaluations differ."""
-    differing = unlike(list(group.values.values()))
-    values = [f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in differing.items()]
-    more = [f"and {len(values) - MOST_NAMED} more fields of the cards"] if len(values) > MOST_NAMED else []
-    return [f"Measured differently: {'; '.join([*values[:MOST_NAMED], *more])}"] if values else []
-
-
 def _others(records: Sequence[RunRecord], group: Group[Evaluated, Evaluation], ranking: Sequence[Ranked]) -> list[str]:
-    """By which other measures the same method is first of the two that lead, and by which it is not."""
+    """By which other measures, and ways of measuring, the same method is first of the two that lead, and by which not.
+
+    What was drawn otherwise than for the deciding measure is named with it.
+    """
     if len(ranking) < 2:
         return []
     a, b = ranking[0].method, ranking[1].method
-    ahead: list[str] = []
-    behind: list[str] = []
-    level: list[str] = []
+    words = ("ahead of", "behind", "level with")
+    listed: dict[str, list[str]] = {word: [] for word in words}
     for name, metric in measured(records):
         sense = better(metric)
-        if sense is None or (name, metric) == (group.protocol.name, group.protocol.metric):
-            continue
-        for other in evaluated_alike(records, name, metric)[:1]:
+        for other in evaluated_alike(records, name, metric) if sense is not None else []:
             means = {ranked.method: ranked.mean for ranked in rank(other, [a, b])}
-            if len(means) < 2:
+            if len(means) < 2 or other.protocol == group.protocol:
                 continue
             word = title(metric, INCEPTION if name == group.protocol.name else name)  # the encoder is named above
-            both = f"{word} ({spelled(means[a])} against {spelled(means[b])})"
+            word += _drawn_otherwise(other.protocol, group.protocol)
             if spelled(means[a]) == spelled(means[b]):
-                level.append(word)
-            elif (means[a] < means[b]) == (sense == "lower"):
-                ahead.append(both)
-            else:
-                behind.append(both)
-    listed = [
-        f"{words} {', '.join(names)}"
-        for words, names in (
-            (f"{a.name} is ahead of {b.name} in", ahead),
-            (f"{a.name} is behind {b.name} in", behind),
-            ("they are level in", level),
-        )
-        if names
-    ]
-    return [f"Other measures, whose spread is below: {'; '.join(listed)}"] if listed else []
+                listed["level with"].append(word)
+                continue
+            is_ahead = (means[a] < means[b]) == (sense == "lower")
+            both = f"{word} ({spelled(means[a])} against {spelled(means[b])})"
+            listed["ahead of" if is_ahead else "behind"].append(both)
+    parts = [f"{a.name} is {word} {b.name} in {', '.join(names)}" for word, names in listed.items() if names]
+    return [f"Other measures, whose spread is below: {'; '.join(parts)}"] if parts else []
+
+
+def _drawn_otherwise(way: Evaluated, main: Evaluated) -> str:
+    """In what images were drawn otherwise than those of another measure, in brackets."""
+    if way.metric == main.metric and way.name == main.name:
+        return f" [{way.apart(main)}]"
+    differing = apart_in_words(way.card, main.card, set(vars(way.card)) - {*DRAWN, "n_images"})
+    if way.doubt != main.doubt and way.doubt:
+        differing.append(f"known of neither: {way.doubt}")
+    return f" [{', '.join(differing)}]" if differing else ""
 
 
 # ---- what is missing --------------------------------------------------------------------------------------------
@@ -332,10 +342,10 @@ def _missing(
             continue
         lines = [line for line in run.evaluations if line.name == way.name and way.metric in line.metrics]
         if lines:
-            rows.append((f"{run.name}: measured otherwise", evaluate_command(run, lines[-1], like, way)))
+            rows.append(measure_alike(run, lines[-1], like, way).row(f"{run.name}: measured otherwise"))
         else:
             of_run = Evaluation(name=way.name, metrics={})
-            rows.append((f"{run.name}: not measured", evaluate_command(run, of_run, like, way)))
+            rows.append(measure_alike(run, of_run, like, way).row(f"{run.name}: not measured"))
     return rows
 
 
@@ -352,9 +362,9 @@ def evaluation_command(records: Sequence[RunRecord], run: RunRecord, images: Pat
     reference = ["--reference", run.config.store or "REFERENCE"]
     if images is None and not run.drawn:
         n = str(FEW_IMAGES if tiny else PUBLISHED_IMAGES)
-        return shlex.join([*PROG.split(), "score", str(run.path), "--n", n, *reference, *options])
+        return command_line("trainer", "score", run.path, "--n", n, *reference, *options)
     folder = str(images or run.drawn[-1].folder)
-    return shlex.join([*PROG.split(), "evaluate", folder, *reference, *options, "--run", str(run.path)])
+    return command_line("trainer", "evaluate", folder, *reference, *options, "--run", run.path)
 
 
 def _groups(store: str) -> list[str]:
@@ -377,15 +387,6 @@ def _other_seeds(records: Sequence[RunRecord], ranking: Sequence[Ranked]) -> lis
         run = records[ranked.method.runs[0]]
         seed = max(records[i].config.seed for i in ranked.method.runs) + 1
         to = run.path.with_name(f"{run.path.name}-seed{seed}")
-        line = [
-            *PROG.split(),
-            "train",
-            "--config",
-            str(run.path / "config.yaml"),
-            "--seed",
-            str(seed),
-            "--run",
-            str(to),
-        ]
-        rows.append((f"{ranked.method.name}: another seed", shlex.join(line)))
+        line = command_line("trainer", "train", "--config", run.path / "config.yaml", "--seed", str(seed), "--run", to)
+        rows.append((f"{ranked.method.name}: another seed", line))
     return rows
