@@ -20,6 +20,7 @@ from typing import Any
 
 from storage import GroupReader, StoreError, open_store
 from storage.base.ending import command as command_line
+from storage.base.programs import is_script
 from storage.identity import FeaturesIdentity, LatentsIdentity
 
 PATCHES = (1, 2, 4, 8)
@@ -31,6 +32,7 @@ OF_FEATURES, OF_FEATURES_WIDTH, OF_FEATURES_RESOLUTION = "rit-xl-1", 1152, 256  
 def train_commands(where: str, preferred: Collection[str] = ()) -> list[str]:
     """`make train STORE=… PRESET=…` and what it needs first, to be pasted into a shell; none where no model can train.
 
+    Of an installed script, beside which there may be no Makefile, it is `repa-trainer train --store …`.
     Of several groups the `preferred` ones are named, where they fit; those that are not complete never are.
     """
     store = open_store(where)
@@ -61,10 +63,13 @@ def train_commands(where: str, preferred: Collection[str] = ()) -> list[str]:
     for kind, chosen in (("latents", source), ("features", target)):
         if chosen and sum(path.startswith(f"{kind}/") for path in paths) > 1:
             options.append(f"--data.{kind} {shlex.quote(chosen.partition('/')[2])}")
-    return [_make_train(where, preset, options)]
+    return [_train(where, preset, options)]
 
 
-def _make_train(where: str, preset: str, options: list[str]) -> str:
+def _train(where: str, preset: str, options: list[str]) -> str:
+    """By the Makefile, or where this is an installed script, and there may be none, by the trainer's own command."""
+    if is_script():
+        return " ".join([command_line("trainer", "train", "--store", where, "--preset", preset), *options])
     line = f"make train STORE={shlex.quote(where)} PRESET={preset}"
     return f"{line} ARGS={shlex.quote(' '.join(options))}" if options else line
 
@@ -85,7 +90,7 @@ def _on_features(
         options += ["--data.resolution 0"] * (resolution != OF_FEATURES_RESOLUTION)
         options += ["--model.class-token false"] * ("cls" not in group.arrays)
         statistics = command_line("storage", "statistics", where, path, "--places")
-        return [statistics, _make_train(where, OF_FEATURES, options + unlabelled)]
+        return [statistics, _train(where, OF_FEATURES, options + unlabelled)]
     return []
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from storage.base.ending import command as command_line
 from storage.base.errors import StoreError
 from storage.codecs import TOKENS, decoded
 from storage.identity import FeaturesIdentity
@@ -133,7 +134,7 @@ def read(root: Root, group: GroupReader[FeaturesIdentity]) -> PlaceStatistics | 
 
 def command(root: Root, path: str) -> str:
     """What counts them."""
-    return f"python -m storage statistics {root} {path} --places"
+    return command_line("storage", "statistics", str(root), path, "--places")
 
 
 def publish(root: Root, group: GroupReader[FeaturesIdentity], statistics: PlaceStatistics, run_id: str) -> None:

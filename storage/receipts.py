@@ -31,6 +31,7 @@ from pydantic import FiniteFloat
 
 from storage.base.boundary import parse_json
 from storage.base.errors import StoreError
+from storage.base.programs import as_called, program
 from storage.base.shown import LONGEST
 from storage.layout import (
     ANOTHER_VERSION,
@@ -238,10 +239,10 @@ def maker(attributes: Mapping[str, Any]) -> str:
     """The command that a group of these attributes was made by, and is finished by."""
     identity = attributes.get("identity")
     if not isinstance(identity, Mapping) or not identity.get("derived_from"):
-        return "make precompute"
+        return as_called("make precompute")
     provenance = attributes.get("provenance")
     parent = provenance.get("derived_from") if isinstance(provenance, Mapping) else None
-    return f"python -m storage derive STORE {str(parent or 'GROUP')[:LONGEST]} …"
+    return f"{program('storage')} derive STORE {str(parent or 'GROUP')[:LONGEST]} …"
 
 
 def _maker_of(root: Root, key: str) -> str:

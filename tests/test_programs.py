@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,10 +17,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.__main__ import main as pipeline_main
+from pipeline.next_step import train_commands
 from storage.base import programs
 from storage.base.errors import UserError
 from tests.commands import run_here
-from tests.stores import make_store
+from tests.stores import make_groups, make_store
+from tests.trainer.evaluation.report_runs import draw, evaluate, make_run
+from trainer.evaluation.generate.outcome import evaluation_of
+from trainer.evaluation.report import results
+from trainer.evaluation.report.methods import methods_of
+from trainer.evaluation.report.outcome import outcome
+from trainer.evaluation.report.page import page
+from trainer.evaluation.report.run_record import read_runs
+from trainer.evaluation.report.verdict import verdict
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -84,8 +97,14 @@ def test_messages_name_commands_that_work_here(
     text = "run `python -m storage verify --deep` once, not python -m storages or .venv/bin/python -m pip"
     monkeypatch.setattr(sys, "argv", ["/x/trainer/__main__.py"])
     assert programs.as_called(text) == text
+    assert programs.as_called("`make train RUN=…`") == "`make train RUN=…`"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/repa-trainer"])
     assert programs.as_called(text) == text.replace("python -m storage verify", "repa-storage verify")
+    of_make = "it first (make train STORE=… RUN='a b'), or `make precompute` or `make precompute DATA=…`; make one"
+    assert programs.as_called(of_make) == (
+        "it first (repa-trainer train --store … --run 'a b'), or `repa-pipeline precompute` or "
+        "`repa-pipeline precompute --data …`; make one"
+    )
     assert {programs.package_named(programs.program("trainer")), programs.package_named("python -m trainer")} == {
         "trainer"
     }
@@ -94,6 +113,86 @@ def test_messages_name_commands_that_work_here(
         raise UserError(text)
 
     assert run_here(fail, "repa-trainer", [], capsys)[2] == f"repa-trainer: error: {programs.as_called(text)}\n"
+
+
+TAKEN_BY = ("UserError", "StoreError", "option", "argument", "required", "command", "Command")  # through `as_called`
+
+
+def test_no_command_to_run_is_spelled_out_in_what_is_printed() -> None:
+    """But in errors and help texts, which are printed as this program was called; docstrings may have any."""
+    found = []
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        source = path.read_text()
+        if path.name == "export.py":  # a model's card, for whoever reads it elsewhere
+            continue
+        if not programs.MODULE.search(source):
+            continue
+        tree = ast.parse(source)
+        kept = {id(text) for call in ast.walk(tree) if _is_taken(call) for text in ast.walk(call)}
+        kept |= {id(each.value) for each in ast.walk(tree) if isinstance(each, ast.Expr)}  # docstrings
+        for text in ast.walk(tree):
+            said = text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else ""
+            if programs.MODULE.search(said) and id(text) not in kept:
+                found.append(f"{path.relative_to(ROOT)}:{text.lineno}")
+    assert found == []
+
+
+def test_the_report_s_commands_are_those_of_the_script(
+    monkeypatch: pytest.MonkeyPatch, shared_tiny_store: Path, tmp_path: Path
+) -> None:
+    """In a folder with a trainer.py of the user's own, `python -m trainer` would run that."""
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/repa-trainer"])
+    for seed, weight in ((1, 0.5), (2, 0.5), (1, 0.0), (3, 0.0)):
+        make_run(tmp_path, shared_tiny_store, seed, weight, measured=weight > 0, name=f"run-{weight}-{seed}")
+    change = tmp_path / "run-0.5-2" / "analysis" / "cknna.json"
+    change.write_text(change.read_text().replace('"n": 1000', '"n": 600'))
+    draw(tmp_path / "run-0.0-3")
+    evaluate(tmp_path / "run-0.0-1", 40.0)
+    records = read_runs([tmp_path])
+    nothing = [dataclasses.replace(record, evaluations=[], drawn=[], picture=None) for record in records]
+    commands = [command for _, command in results.not_compared(records)]
+    for of in (records, records[:2], nothing, [records[0], records[2]]):
+        commands += [command for _, command in verdict(of, methods_of(of)).missing]
+        commands.append(outcome(of, tmp_path / "run-0.5-1" / "config.yaml")[1])
+    commands += [evaluation_of(record.path, record.path / "samples") for record in records]
+    ours = [command for command in commands if not command.startswith("python -m http.server")]
+    assert {command.split()[1] for command in ours} >= {"cknna", "generate", "evaluate", "score", "train"}
+    assert all(part.startswith("repa-trainer ") for command in ours for part in command.split(" && "))
+    assert "python -m trainer" not in page(nothing, "x", real=False)
+    assert "<code>repa-trainer generate RUN --n 64</code>" in page(nothing, "x", real=False)
+
+
+def test_what_follows_precompute_needs_no_makefile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = tmp_path / "a store"
+    make_groups(store, 384, {"latents/a": {"n": 4, "side": 48}, "features/b": {"n": 24, "side": 12}})
+    assert train_commands(str(store)) == [
+        f"make train STORE={shlex.quote(str(store))} PRESET=sit-tiny-2 ARGS='--model.patch 4'"
+    ]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/repa-pipeline"])
+    (line,) = train_commands(str(store))
+    assert shlex.split(line) == [
+        "repa-trainer", "train", "--store", str(store), "--preset", "sit-tiny-2", "--model.patch", "4"
+    ]  # fmt: skip
+
+
+def test_help_names_commands_that_work_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/repa-pipeline"])
+    for words in (["--help"], ["precompute", "--help"]):
+        with pytest.raises(SystemExit):
+            pipeline_main(words)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "`python -m" not in shown
+    assert "`repa-pipeline encoders` lists them" in shown
+
+
+def _is_taken(node: ast.AST) -> bool:
+    """Whether the texts of a call are printed as this program was called."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name in TAKEN_BY
 
 
 def test_workers_of_storage_are_ours(scripts: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from storage.base.console import EXIT_OK, Parser
 from storage.base.options import add_options, close_matches, given_options
+from storage.base.programs import as_called
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Command:
 
 def run_one(prog: str, description: str | None, commands: Mapping[str, Command], argv: Sequence[str]) -> int:
     """Run the command that `argv` names; returns its exit status. Raises UserError."""
-    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=prog, description=as_called(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     for name, command in commands.items():
-        parsers.add_parser(name, help=command.help, description=command.help)
+        parsers.add_parser(name, help=as_called(command.help), description=as_called(command.help))
     named = next((word for word in argv if not word.startswith("-")), "")
     if named not in commands:
         if named:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from storage.base.errors import UserError
+from storage.base.programs import as_called
 from storage.base.shown import LONGEST
 
 URL = "://"
@@ -177,7 +178,7 @@ def _help(each: Option, defaults: object) -> str:
         value = defaults
         for part in each.name.split("."):
             value = getattr(value, part)
-    text = str(each.field.metadata["help"])
+    text = as_called(str(each.field.metadata["help"]))
     if not each.is_required and "(default" not in text and value not in (None, "", (), Path()):
         text += f" (default {' '.join(map(spelled, value)) if each.takes_several else spelled(value)})"
     return text.replace("%", "%%")

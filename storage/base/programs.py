@@ -15,17 +15,29 @@ from pathlib import Path
 
 SCRIPT = "repa-"
 MODULE = re.compile(r"python -m (storage|pipeline|trainer)\b")
+TARGET = re.compile(r"\bmake (precompute|train)\b((?: [A-Z]+=[^\s`)]+)*)")  # of the Makefile
+PACKAGE_OF = {"precompute": "pipeline", "train": "trainer"}
 HERE = Path(__file__).resolve().parents[2]  # the folder that holds the three packages
 
 
 def program(package: str) -> str:
     """How a user calls a package's commands, in the way in which this process was called."""
-    return f"{SCRIPT}{package}" if Path(sys.argv[0]).name.startswith(SCRIPT) else f"python -m {package}"
+    return f"{SCRIPT}{package}" if is_script() else f"python -m {package}"
+
+
+def is_script() -> bool:
+    """Whether this process was called as an installed script, whose user may have no Makefile."""
+    return Path(sys.argv[0]).name.startswith(SCRIPT)
 
 
 def as_called(text: str) -> str:
-    """Text that names commands `python -m …`, as all messages do, with the names that work where the user is."""
-    return MODULE.sub(lambda found: program(found[1]), text)
+    """Text that names commands `python -m …` and `make …`, as all messages do, by what works where the user is."""
+    return MODULE.sub(lambda found: program(found[1]), TARGET.sub(_of_script, text) if is_script() else text)
+
+
+def _of_script(found: re.Match[str]) -> str:
+    options = re.sub(r" ([A-Z]+)=", lambda name: f" --{name[1].lower()} ", found[2])
+    return f"{program(PACKAGE_OF[found[1]])} {found[1]}{options}"
 
 
 def package_named(prog: str) -> str:

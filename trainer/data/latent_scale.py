@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from storage import GroupReader, UserError
+from storage.base.ending import command as command_line
 from storage.identity import LatentsIdentity
 from storage.latents import normalised, of_statistics, spread, stored
 from storage.normalisation import Normalisation, normalisation_of
@@ -131,8 +132,8 @@ def require_deviation(latents: GroupReader[LatentsIdentity], scale: LatentScale,
     """
     if not _has_sums(latents):
         return (
-            f"whose deviation is not known and was not checked, as {_without_sums(latents)}; run `python -m storage "
-            f"statistics STORE {latents.path}` once"
+            f"whose deviation is not known and was not checked, as {_without_sums(latents)}; run "
+            f"`{command_line('storage', 'statistics', 'STORE', latents.path)}` once"
         )
     mean, std = normalised_moments(latents, scale)
     over_all = float(np.sqrt(np.square(std).mean()))

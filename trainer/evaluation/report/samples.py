@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from storage import StoreError, UserError, open_store
+from storage.base.ending import command as command_line
 from storage.base.shown import LONGEST
 from trainer.evaluation.generate.image_files import Drawn, image_path, read_image
 from trainer.evaluation.report.charts import escaped
@@ -59,7 +60,8 @@ def samples(records: Sequence[RunRecord], methods: Sequence[Method], *, real: bo
     names, n_rows_of, store = _classes(records)
     strips = [_strip(record, drawn, numbers, names) for record, drawn in zip(records, chosen, strict=True)]
     if not any(strip.images or strip.whole is not None for strip in strips) and not any(strip.note for strip in strips):
-        return "<p>No run has drawn images yet: <code>python -m trainer generate RUN --n 64</code></p>"
+        line = command_line("trainer", "generate", "RUN", "--n", "64")
+        return f"<p>No run has drawn images yet: <code>{line}</code></p>"
     if real and labels is not None and store and any(strip.images for strip in strips):
         strips.insert(0, _real(store, [labels[i] for i in numbers], names, n_rows_of))
     none = [strip.title for strip in strips if not strip.images and strip.whole is None and not strip.note]
