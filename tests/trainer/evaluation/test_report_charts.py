@@ -93,6 +93,7 @@ def test_an_axis_is_logarithmic_over_large_factors_only() -> None:
     assert axis_of([2, 300], log=True).log
     assert not axis_of([2, 30], log=True).log
     assert not axis_of([0, 300], log=True).log
+    assert axis_of([0.03125, 1.0], log=True, zero=True).begins_at_zero, "a logarithmic one has no zero"
     assert Axis(low=1, high=100, log=True).place(10) == pytest.approx(0.5)
     assert axis_of([2, 300], log=True).ticks() == [2, 5, 10, 20, 50, 100, 200]
     assert counted_axis([10, 300]) == Axis(low=0, high=300)

@@ -53,7 +53,7 @@ def axis_of(values: Iterable[float], *, log: bool = False, zero: bool = False) -
     """The axis for values, at least one; `log` allows a logarithmic one, `zero` makes it begin at or cross zero."""
     values = list(values)
     low, high = min(values), max(values)
-    if log and low > TINY and high / low >= LOG_FROM:
+    if log and not zero and low > TINY and high / low >= LOG_FROM:
         return Axis(low=low / 1.1, high=high * 1.1, log=True)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)

@@ -94,6 +94,7 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
         *([f"Left out, not measured alike: {'; '.join(otherwise.values())}"] if otherwise else []),
         *_others(records, group, ranking),
     ]
+    outcome: Outcome
     if len(ranking) < 2:
         one = ranking[0]
         said = f"{one.method.name} has {metric} {_stated(one)}"
@@ -101,17 +102,21 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
             sentence, outcome = f"{said}; there is no other method to compare it with.", "alone"
         else:
             why = f" ({'; '.join(otherwise)})" if otherwise else ""
-            sentence, outcome = (
-                f"Which is better is not known: {said}, and no other was measured alike{why}.",
-                "missing",
-            )
+            sentence = f"Which is better is not known: {said}, and no other was measured alike{why}."
+            outcome = "missing"
     else:
         sentence, outcome = _compared(ranking, metric, better(group.protocol.metric) == "lower")
         if outcome == "unknown":
             missing += _other_seeds(records, ranking)
     return Verdict(
-        outcome=outcome, sentence=sentence, doubt=doubt, how=how, missing=missing, ranking=ranking, group=group,
-    )  # type: ignore[arg-type]  # fmt: skip
+        outcome=outcome,
+        sentence=sentence,
+        doubt=doubt,
+        how=how,
+        missing=missing,
+        ranking=ranking,
+        group=group,
+    )
 
 
 def _otherwise(
