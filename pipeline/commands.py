@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from storage.base.ending import say_next
 from storage.base.errors import UserError
 from storage.base.options import as_words
 from storage.base.programs import program
+from storage.base.waiting import waited, waiting
 
 if TYPE_CHECKING:
     from pipeline.config import (
@@ -67,6 +69,11 @@ COMMANDS = {
 }
 
 
+def loading(*, hidden: bool = False) -> AbstractContextManager[None]:
+    """Says that libraries are being loaded, which takes seconds from a cold disk."""
+    return waiting("loading libraries", hidden=hidden)
+
+
 def precompute(config: PrecomputeConfig) -> int:
     """Run stage one on the cluster that the option or the environment names."""
     address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
@@ -75,7 +82,8 @@ def precompute(config: PrecomputeConfig) -> int:
 
 def report_precompute(config: PrecomputeConfig) -> int:
     """Run stage one; prints the plan, the progress and the outcome."""
-    from pipeline.precompute import precompute
+    with loading():
+        from pipeline.precompute import precompute
 
     summary = precompute(config)
     status = EXIT_FAILED if summary.units_given_up else EXIT_OK
@@ -99,12 +107,15 @@ def report_precompute(config: PrecomputeConfig) -> int:
 
 def index(config: IndexConfig) -> None:
     """Print what the source lists."""
-    from pipeline.index import report
-    from pipeline.sources import open_source
-    from storage.roots import absolute
+    with loading():
+        from pipeline.index import report
+        from pipeline.sources import open_source
+        from storage.roots import absolute
 
-    source = open_source(absolute(config.data), config.source)
-    say(*report(source, source.listing(config.labels)).splitlines())
+    with waiting(f"listing {config.data}"):  # minutes, for a million headers far away
+        source = open_source(absolute(config.data), config.source)
+        lines = report(source, source.listing(config.labels)).splitlines()
+    say(*lines)
     name = re.sub(r"[^\w.-]", "", Path(config.data).stem) or "images"
     words = ["--data", *as_words(config), "--store", f"stores/{name}", "--dry-run"]
     say_next(command_line("pipeline", "precompute", *words))
@@ -120,11 +131,12 @@ def encoders(config: NoConfig) -> None:
 
 def status(config: StoreConfig) -> None:
     """Print units, rate, failures."""
-    from pipeline.next_step import train_commands
-    from pipeline.status import status
-    from storage import StoreError
+    with loading():
+        from pipeline.next_step import train_commands
+        from pipeline.status import status
+        from storage import StoreError
 
-    for line in status(config.store):
+    for line in waited("reading receipts", status(config.store)):
         say(line)
     try:
         train = train_commands(config.store)
@@ -135,8 +147,9 @@ def status(config: StoreConfig) -> None:
 
 def preview(config: PreviewConfig) -> None:
     """Write reconstruction.png and features.png."""
-    from pipeline.preview import write_preview
-    from storage import open_store
+    with loading():
+        from pipeline.preview import write_preview
+        from storage import open_store
 
     for picture in write_preview(config.store, config.out, n_images=config.images, vae=config.vae):
         say(f"{picture.path}  {picture.caption}")
@@ -147,16 +160,21 @@ def preview(config: PreviewConfig) -> None:
 
 def originals(config: OriginalsConfig) -> None:
     """Write the images of rows."""
-    from pipeline.originals import write_originals
+    with loading():
+        from pipeline.originals import write_originals
 
-    for image in write_originals(config.store, config.rows, config.out):
+    with waiting("reading the originals"):
+        written = write_originals(config.store, config.rows, config.out)
+    for image in written:
         say(str(image.path) if image.path else f"row {image.row} left out: {image.reason}")
     say_next(command_line("pipeline", "preview", config.store, "--out", config.out))
 
 
 def features(config: FeaturesCommand) -> None:
     """Describe sets of images, one feature file each."""
-    from pipeline.features import Job, write_features
+    # Who checks by this command says so itself.
+    with loading(hidden=config.check and not config.next):
+        from pipeline.features import Job, write_features
 
     limits = config.n * len(config.where) if len(config.n) == 1 else config.n
     if not len(config.where) == len(config.out) == len(limits):
@@ -179,14 +197,16 @@ def tasks(config: TasksConfig) -> int:
     from pipeline.cluster.environment import prepare_ray
 
     address = prepare_ray(config.ray_address)
-    from pipeline.launching.tasks import run_tasks  # imports Ray
+    with loading():
+        from pipeline.launching.tasks import run_tasks  # imports Ray
 
     return run_tasks(config.listed, address)
 
 
 def demo(config: DemoConfig) -> int:
     """Run both stages, or the first."""
-    from pipeline.demo import demo_config, run_demo
+    with loading():
+        from pipeline.demo import demo_config, run_demo
 
     out = config.out.absolute()
     return report_precompute(demo_config(out)) if config.only_precompute else run_demo(out, steps=config.steps)
@@ -194,7 +214,8 @@ def demo(config: DemoConfig) -> int:
 
 def launch(config: LaunchConfig) -> int:
     """Train on a cluster."""
-    from pipeline.launching.ranks import launch
+    with loading():
+        from pipeline.launching.ranks import launch
 
     return launch(
         [argument for i, argument in enumerate(config.arguments) if i or argument != "--"],

@@ -23,6 +23,7 @@ from pipeline.side_by_side import side_by_side
 from pipeline.sources.glyphs import CLASSES, RESOLUTION, write_glyphs
 from storage.base.console import EXIT_FAILED, EXIT_OK, say
 from storage.base.ending import command, say_next
+from storage.base.waiting import waiting
 from storage.feature_file import FEATURES as FEATURES_ARRAY
 from storage.feature_file import open_feature_file
 
@@ -39,7 +40,8 @@ PAGE = "report.html"
 def demo_config(out: Path) -> PrecomputeConfig:
     """Stage one on the digits below `out`, with the built-in encoders."""
     images = out / "digits"
-    n_images = write_glyphs(images, n_per_class=N_PER_CLASS)
+    with waiting("drawing digits over photographs"):
+        n_images = write_glyphs(images, n_per_class=N_PER_CLASS)
     print(f"{n_images} digits over the built-in photographs in {images}")
     return PrecomputeConfig(
         data=str(images),
@@ -92,7 +94,8 @@ def evaluate_runs(out: Path) -> dict[str, float]:
     from pipeline.features import Job, write_features
 
     heldout = out / "heldout"
-    write_glyphs(heldout, n_per_class=N_HELDOUT_PER_CLASS, split="heldout")
+    with waiting("drawing held-out digits"):
+        write_glyphs(heldout, n_per_class=N_HELDOUT_PER_CLASS, split="heldout")
     images = {name: _newest_images(out / name) for name in RUNS} | {"heldout": heldout}
     files = {name: out / "features" / f"{name}.npz" for name in images}
     jobs = [Job(where=where, out=files[name]) for name, where in images.items()]
@@ -105,13 +108,15 @@ def evaluate_runs(out: Path) -> dict[str, float]:
 
 def shares_named(files: Mapping[str, Path], images: Mapping[str, Path]) -> dict[str, float]:
     """The share of each run's images that a logistic regression on held-out originals names as they were asked for."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with waiting("loading scikit-learn"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     originals = [path.parent.name for path in sorted(images["heldout"].glob("*/*.png"))]
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.1))
-    probe.fit(open_feature_file(files["heldout"]).read(FEATURES_ARRAY), originals)
+    with waiting("fitting a probe that names digits"):
+        probe.fit(open_feature_file(files["heldout"]).read(FEATURES_ARRAY), originals)
     shares = {}
     for name in RUNS:
         asked = [CLASSES[int(label)] for label in (images[name] / "labels.txt").read_text().split()]

@@ -23,11 +23,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from tqdm import tqdm
 
-from pipeline.config import FeaturesConfig
+from pipeline.config import FeaturesCommand, FeaturesConfig
 from pipeline.encoders import registry
 from pipeline.failures import allowed_failures
 from pipeline.images import KEY_BYTES, Images, open_images, spread
@@ -36,6 +37,7 @@ from storage.base.choices import INCEPTION, SPACES, Token
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
 from storage.base.shown import shown
+from storage.base.waiting import waiting
 from storage.feature_file import FEATURES, FeatureFile, open_feature_file, write_feature_file
 from storage.identity import FeaturesIdentity, VectorsIdentity, unlike
 
@@ -66,10 +68,13 @@ def write_features(jobs: Sequence[Job], config: FeaturesConfig, resolver: Resolv
     than one another or than the file `config.like`, or have fewer than `config.at_least` images; later, when too many
     cannot be read or one has another size.
     """
-    opened = [open_images(job.where, resolution=config.resolution, limit=job.limit) for job in jobs]
-    sizes = [_look(job, images, config) for job, images in zip(jobs, opened, strict=True)]
+    quiet = isinstance(config, FeaturesCommand) and config.check and not config.next  # who asks says so itself
+    with waiting("looking at the images", hidden=quiet):
+        opened = [open_images(job.where, resolution=config.resolution, limit=job.limit) for job in jobs]
+        sizes = [_look(job, images, config) for job, images in zip(jobs, opened, strict=True)]
     of_name = resolver or resolve
-    resolved = [of_name(config.encoder, config.weights, config.token, size) for size in sizes]
+    with waiting(f"looking for {config.encoder} and its weights", hidden=quiet):
+        resolved = [of_name(config.encoder, config.weights, config.token, size) for size in sizes]
     compared = [(str(job.where), identity) for job, (identity, _) in zip(jobs, resolved, strict=True)]
     if config.like is not None:
         compared.append((str(config.like), open_feature_file(config.like).identity))
@@ -188,14 +193,16 @@ class _Description:
     def write(self, encode: Encode) -> str:
         """Describe what is not described yet, and write the file unless it says so already; returns what was done."""
         out, n = self.job.out, len(self.images.names)
-        existing = _read(out, self.identity)
-        self._take_in(existing)
-        for part in sorted(self.parts.glob("*.npz")):
-            self._take_in(_read(part, self.identity))
+        with waiting(f"reading what {out.name} has"):
+            existing = _read(out, self.identity)
+            self._take_in(existing)
+            for part in sorted(self.parts.glob("*.npz")):
+                self._take_in(_read(part, self.identity))
         missing = [i for i, key in enumerate(self.images.keys) if key not in self.described.place]
         try:
             with progress_bar(n, unit="img", done=n - len(missing), description=self.config.encoder) as bar:
-                self._describe(missing, encode, bar.update)
+                bar.set_postfix_str("loading the encoder, reading images" if missing else "")
+                self._describe(missing, encode, partial(_move, bar))
         finally:
             self._write_part()
         names = {name for name, _ in self.failed}
@@ -215,7 +222,8 @@ class _Description:
         if existing is not None and existing.images == record:
             shutil.rmtree(self.parts, ignore_errors=True)
             return f"{out} describes these {len(keys)} images by {self.config.encoder} already; it was kept{left_out}"
-        write_feature_file(out, arrays, self.identity, record)
+        with waiting(f"writing {out.name}"):
+            write_feature_file(out, arrays, self.identity, record)
         shutil.rmtree(self.parts, ignore_errors=True)
         before = f", {n - len(missing):,} of them described before" if len(missing) < n else ""
         return f"{out}: {len(keys)} images by {self.config.encoder}{before}{left_out}"
@@ -275,6 +283,11 @@ class _Description:
         self.pending = []
         record = {**self.images.record, "n": len(arrays[KEYS])}
         write_feature_file(self.parts / f"{secrets.token_hex(8)}.npz", arrays, self.identity, record)
+
+
+def _move(bar: tqdm[NoReturn], n_images: int) -> None:
+    bar.set_postfix_str("", refresh=False)
+    bar.update(n_images)
 
 
 def _read(path: Path, identity: VectorsIdentity) -> FeatureFile | None:

@@ -17,6 +17,7 @@ from storage import Staging
 from storage.base import ending
 from storage.base.console import INTERRUPTS, say, stop_on_signals
 from storage.base.shown import shown
+from storage.base.waiting import waiting
 from storage.layout import METADATA
 from storage.roots import absolute, open_root
 from storage.samples import REDO
@@ -72,14 +73,16 @@ def precompute(config: PrecomputeConfig) -> Summary:
     config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
     source = open_source(config.data, config.source)
     say(f"listing {config.data} ({source.kind})", flush=True)  # minutes, for a million headers far away
-    listing = source.listing(config.labels)
+    with waiting(f"listing {config.data}"):
+        listing = source.listing(config.labels)
     if listing.left_out:
         say(f"{len(listing.left_out)} files hold no image of this kind, such as {listing.left_out[0]}; left out")
     for warning in listing.warnings:
         say(f"warning: {warning}")
     root = open_root(config.store)
     refuse_foreign(root)
-    plan = make_plan(config, source, listing.index, root)
+    with waiting("looking which units are there, and for the encoders' weights"):
+        plan = make_plan(config, source, listing.index, root)
     say(*describe_plan(plan).splitlines(), flush=True)
     summary = Summary(
         store=config.store,
@@ -116,8 +119,9 @@ def precompute(config: PrecomputeConfig) -> Summary:
     if not plan.missing:
         return summary
     address = prepare_ray(config.ray_address)
-    from pipeline.cluster.connection import ray_cluster  # imports Ray
-    from pipeline.job import run_on_cluster
+    with waiting("loading Ray"):
+        from pipeline.cluster.connection import ray_cluster  # imports Ray
+        from pipeline.job import run_on_cluster
 
     n_failed = n_standing = plan.failed_standing
     # Nothing is made on disk before the cluster is there and an encoder has its weights. On Ctrl-C or SIGTERM the

@@ -20,6 +20,7 @@ from pipeline.sources.protocol import Sample, Unreadable
 from pipeline.transforms import DecodeError, center_crop
 from storage import GroupReader, Store, UserError, open_store
 from storage.base.shown import shown
+from storage.base.waiting import waiting
 from storage.layout import GroupLayout
 from storage.receipts import read_receipt
 from storage.samples import sample_crc32c, stored_samples
@@ -44,14 +45,16 @@ def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> 
     """
     if n_images < 1:
         raise UserError(f"--images must be at least 1, got {n_images}")
-    store = open_store(root)
-    groups = [store.group(path) for path in store.groups()]
+    with waiting("opening the store"):
+        store = open_store(root)
+        groups = [store.group(path) for path in store.groups()]
     failed = {row for group in groups for row in group.failed_rows.tolist()}
     kept = [row for row in range(store.n_rows) if row not in failed]
     if not kept:
         raise UserError(f"{root} holds no image to show: all {store.n_rows} failed to decode")
     rows = np.array([kept[i] for i in np.linspace(0, len(kept) - 1, min(n_images, len(kept))).astype(int)])
-    originals = open_originals(store)(rows)
+    with waiting("reading the originals"):
+        originals = open_originals(store)(rows)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for group in groups:
@@ -60,11 +63,13 @@ def write_preview(root: str, out: Path, *, n_images: int = 8, vae: str = "") -> 
             continue  # class tokens alone make no picture
         if kind == "latents":
             decoder = find_decoder(group, vae)
-            below, name = decode_means(group, rows, decoder), "reconstruction.png"
+            with waiting(f"decoding {group.path}"):
+                below, name = decode_means(group, rows, decoder), "reconstruction.png"
             decibels = np.mean(psnr(originals, below))
             caption = f"{group.path}: PSNR {decibels:.1f} dB over {len(rows)} images, decoded by {decoder}"
         else:
-            below, name = principal_components(group, rows, store.resolution), "features.png"
+            with waiting(f"principal components of {group.path}"):
+                below, name = principal_components(group, rows, store.resolution), "features.png"
             caption = f"{group.path}: principal components of the patch tokens"
         path = out / (name if len([g for g in groups if g.path.startswith(kind)]) == 1 else f"{group_name}-{name}")
         Image.fromarray(stack([originals, below])).save(path)

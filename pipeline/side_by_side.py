@@ -1,8 +1,8 @@
 """Chains of trainer commands that run beside each other, a chain for each run, with the cores shared out.
 
 Commands of a small model hardly gain from a second core, and drawing images on a CPU uses one only: two chains on two
-cores take little longer than one of them alone. What a command says goes to its chain's log; the terminal gets a line
-when a command is through, and the log's end when one fails.
+cores take little longer than one of them alone. What a command says goes to its chain's log; the terminal says what is
+at work, and gets a line when a command is through, and the log's end when one fails.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO
 
 from storage.base.console import say
+from storage.base.waiting import waiting
 
 POLL_S = 0.2
-ALIVE_S = 20.0  # between lines that say what is still at work
 TAIL = 20  # lines of a log that are shown when its command fails
 THREADS = "OMP_NUM_THREADS"
 
@@ -72,11 +72,11 @@ def side_by_side(chains: Mapping[str, Sequence[Sequence[str]]], logs: Path) -> N
 
 def _wait(running: Sequence[_Chain], threads: int) -> None:
     """Begin what comes next of a chain whenever a command ends, until none is left."""
-    spoken_s = time.perf_counter()
-    while any(chain.process is not None for chain in running):
-        time.sleep(POLL_S)
-        now_s = time.perf_counter()
-        for chain in running:
+    while at_work := [chain for chain in running if chain.process is not None]:
+        with waiting(f"at work: {', '.join(f'{chain.name}: {chain.doing}' for chain in at_work)}"):
+            while all(chain.process is None or chain.process.poll() is None for chain in at_work):
+                time.sleep(POLL_S)
+        for chain in at_work:
             status = None if chain.process is None else chain.process.poll()
             if status is None:
                 continue
@@ -84,12 +84,7 @@ def _wait(running: Sequence[_Chain], threads: int) -> None:
                 say(*chain.log.read_text(errors="replace").splitlines()[-TAIL:])
                 say(f"{chain.name}: {chain.doing} failed; all that it said is in {chain.log}")
                 sys.exit(status if status > 0 else 128 - status)
-            say(f"{chain.name}: {chain.doing} took {now_s - chain.since_s:.0f} s", flush=True)
-            spoken_s = now_s
+            say(f"{chain.name}: {chain.doing} took {time.perf_counter() - chain.since_s:.0f} s", flush=True)
             chain.process = None
             if chain.left:
                 chain.begin(threads)
-        if now_s - spoken_s > ALIVE_S:
-            spoken_s = now_s
-            doing = (f"{chain.name}: {chain.doing}" for chain in running if chain.process is not None)
-            say(f"at work: {', '.join(doing)}", flush=True)

@@ -12,6 +12,7 @@ from storage.base.console import EXIT_FAILED, EXIT_OK, progress_bar, say
 from storage.base.ending import command, say_next
 from storage.base.errors import StoreError
 from storage.base.shown import counted, shown
+from storage.base.waiting import waited
 from storage.codecs import codec_of
 from storage.diff import diff_groups, diff_stores
 from storage.identity import Identity
@@ -34,10 +35,11 @@ LEVELS = 3  # folders below ROOT in which `ls` looks for stores
 def list_stores(config: ListConfig) -> None:
     """Print every store at or below a place, a line a group. Raises StoreError where none is."""
     where, found = config.root, []
-    for name in _stores_below(open_root(where), "", LEVELS):
+    for name in waited(f"looking for stores in {where}", _stores_below(open_root(where), "", LEVELS)):
         found.append(f"{where.rstrip('/')}/{name}" if name else where)
         try:
-            list_groups(open_store(found[-1]))
+            for line in waited("reading receipts", group_lines(open_store(found[-1]))):
+                say(line)
         except StoreError as error:
             if not name:
                 raise
@@ -48,14 +50,14 @@ def list_stores(config: ListConfig) -> None:
     say_next(command("storage", "info", found[0]), command("storage", "verify", found[0]))
 
 
-def list_groups(store: Store) -> None:
-    """Print one line a group."""
-    say(f"{store.root}: {store.n_rows} rows, views {', '.join(store.layout.views)}, {store.resolution} px")
+def group_lines(store: Store) -> Iterator[str]:
+    """A line of the store, and one a group."""
+    yield f"{store.root}: {store.n_rows} rows, views {', '.join(store.layout.views)}, {store.resolution} px"
     for path in store.groups():
         try:
             layout, attributes = store.group_layout(path)
         except StoreError as error:
-            say(f"  {path}  {error}")
+            yield f"  {path}  {error}"
             continue
         n_done = n_bytes = 0
         for _, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
@@ -66,7 +68,7 @@ def list_groups(store: Store) -> None:
         identity = group_identity(path, attributes["identity"], store.root.at(path))
         codec = _codec(identity)
         state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
-        say(f"  {path}  {identity.encoder or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}")
+        yield f"  {path}  {identity.encoder or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}"
 
 
 def _codec(identity: Identity) -> str:
@@ -137,10 +139,11 @@ def verify_store(config: VerifyConfig) -> int:
                 total += store.group_layout(name)[0].sample_bytes * store.n_rows
     n_faults = 0
     with progress_bar(total, unit="B", description="verify", unit_scale=True, hidden=not deep) as bar:
-        for fault in verify(root, groups=groups, deep=deep, progress=bar.update):
+        faults = verify(root, groups=groups, deep=deep, progress=bar.update)
+        for fault in faults if deep else waited("reading receipts", faults):
             n_faults += 1
-            bar.clear()
-            say(fault, flush=True)
+            bar.write(shown(fault), file=sys.stdout)
+            sys.stdout.flush()
     what = "every byte read" if deep else "structure, receipts and shard indexes; --deep reads every byte"
     say(f"{where}: {counted(n_faults, 'fault') if n_faults else 'no faults'} ({what})")
     if deep:
@@ -158,7 +161,7 @@ def diff(config: DiffConfig) -> int:
         raise StoreError(f"compare two stores or two groups, got {a} and {b}")
     lines: Iterator[str] = diff_groups(store_a, path_a, store_b, path_b) if path_a else diff_stores(store_a, store_b)
     equal = True
-    for line in lines:
+    for line in waited("comparing receipts", lines):
         equal = False
         say(line)
     if equal:

@@ -28,6 +28,7 @@ import numpy as np
 
 from storage.base.console import progress_bar
 from storage.base.errors import StoreError, UserError
+from storage.base.waiting import waiting
 from storage.codecs import TOKENS
 from storage.identity import FeaturesIdentity
 from storage.metadata import RESTORE, typed_attributes
@@ -183,7 +184,8 @@ def fitted(parent: GroupReader[FeaturesIdentity], wanted: Request, n_workers: in
             sums = block if sums is None else sums + block
             bar.update(min(BLOCK_ROWS, n_rows - start))
     assert sums is not None
-    (basis,) = in_processes(basis_from, (sample.shift, wanted), [sums], 1)  # in one thread of linear algebra, too
+    with waiting("computing the principal components"):
+        (basis,) = in_processes(basis_from, (sample.shift, wanted), [sums], 1)  # in one thread of linear algebra, too
     return basis
 
 

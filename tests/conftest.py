@@ -16,7 +16,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores; also read by the processes they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from storage.base import console
+from storage.base import console, waiting
 from tests import examples
 from tests.stores import count_places, make_store
 
@@ -73,3 +73,31 @@ def shared_tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_store(root)
     count_places(root)
     return root
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a command says while it has nothing to show, however short that is."""
+    said: list[str] = []
+    monkeypatch.setattr(waiting, "_say", lambda what, over: said.append(what))
+    return said
+
+
+@pytest.fixture
+def behind_bars(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What bars say behind their numbers, and `DESCRIPTION: n/total` when they end."""
+    said: list[str] = []
+
+    def note(bar: Any, text: str = "", refresh: bool = True) -> None:
+        said.append(text)
+
+    close = console._AliveBar.close
+
+    def end(bar: Any) -> None:
+        if not bar.disable:
+            said.append(f"{bar.desc.rstrip(': ')}: {bar.n}/{bar.total}")
+        close(bar)
+
+    monkeypatch.setattr(console._AliveBar, "set_postfix_str", note)
+    monkeypatch.setattr(console._AliveBar, "close", end)
+    return said

@@ -151,10 +151,13 @@ def import_run(command: ImportCommand) -> None:
     settings = command.settings
     base: TrainConfig | None = None
     if settings.get("config") is None:
-        shapes = shapes_of(command.file, command.release)
-        base = starting_point(command.release, shapes, command.file, settings.get("preset") or "")
+        with waiting(f"reading {command.file.name}"):
+            shapes = shapes_of(command.file, command.release)
+            base = starting_point(command.release, shapes, command.file, settings.get("preset") or "")
     config = train_config(settings, base=base)
-    print("\n".join(import_checkpoint(command.file, command.release, config)))
+    with waiting(f"making a run of {command.file.name}"):
+        lines = import_checkpoint(command.file, command.release, config)
+    print("\n".join(lines))
     say_next(
         command_line("trainer", "generate", config.run, "--n", "64"),
         command_line("trainer", "train", "--config", RunFolder(config.run).config),
@@ -276,9 +279,11 @@ def report(config: ReportConfig) -> None:
         from trainer.evaluation.report.page import write_page
         from trainer.evaluation.report.run_record import read_runs
 
-    records = read_runs(config.runs)
-    write_page(records, config.out, config.title)
-    lines, following = outcome(records, config.out)
+    with waiting("reading the runs"):
+        records = read_runs(config.runs)
+    with waiting("drawing the page"):
+        write_page(records, config.out, config.title)
+        lines, following = outcome(records, config.out)
     print(lines)
     say_next(following)
 
@@ -289,7 +294,8 @@ def export(config: ExportConfig) -> None:
         from trainer.evaluation.export.export import export
         from trainer.evaluation.export.outcome import look_at, outcome
 
-    (folder,) = export(config.run, config.to, config.out, config.checkpoint)
+    with waiting(f"reading weights, writing them for {config.to}"):
+        (folder,) = export(config.run, config.to, config.out, config.checkpoint)
     print(outcome(folder, config.to))
     say_next(look_at(folder, config.to))
 

@@ -32,6 +32,9 @@ EXIT_USAGE = 2  # the input was wrong; nothing was done
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, after SIGTERM too
 EXIT_NOBODY_READS = 141  # 128 + SIGPIPE: the program behind a pipe, such as `head`, has seen enough
 
+LOG_EVERY_S = 10.0  # between the lines of a bar in a log
+TICK_S = 1.0  # between two looks of a bar that nothing moves
+
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what batch systems send
 
 
@@ -192,17 +195,50 @@ def stop_on_signals(*numbers: int, answer: str = "") -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+class _AliveBar(tqdm):  # type: ignore[type-arg]  # of nothing that it would iterate over
+    """A bar whose clock goes on while nothing moves it, so that slow work between two updates is not taken for a halt.
+
+    Cost: a thread that wakes once a second.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._over = threading.Event()
+        super().__init__(**settings)
+        if not self.disable:
+            threading.Thread(target=self._tick, name="bar", daemon=True).start()
+
+    def _tick(self) -> None:
+        shown_s = self.start_t
+        while not self._over.wait(min(TICK_S, self.mininterval)):
+            with self.get_lock():
+                if self.disable:
+                    return
+                now_s = self._time()
+                # Not `last_print_t`, from which the rate is made.
+                if now_s - max(shown_s, self.last_print_t) >= max(TICK_S, self.mininterval):
+                    self.display()
+                    shown_s = now_s
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._over.set()
+        super().close()
+
+
 def progress_bar(
     total: int, *, unit: str, done: int = 0, description: str = "", unit_scale: bool = False, hidden: bool = False
 ) -> tqdm[NoReturn]:
-    """A bar on stderr with done, total, rate and ETA; a line every 10 s when stderr is not a terminal."""
-    return tqdm(
+    """A bar on stderr with done, total, rate and ETA; a line every 10 s when stderr is not a terminal.
+
+    Rate and ETA are of what is done after the `done`.
+    """
+    return _AliveBar(
         total=total,
         initial=done,
         unit=unit,
         unit_scale=unit_scale,
         desc=shown(description),
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        mininterval=0.5 if sys.stderr.isatty() else LOG_EVERY_S,
         dynamic_ncols=True,
         smoothing=0.1,
         disable=hidden,

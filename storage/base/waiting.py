@@ -1,7 +1,9 @@
 """What a command is doing while it has nothing to show: loading libraries, starting Ray, opening a store.
 
 On a terminal one line on stderr after AFTER_S, with the seconds counting up, which is wiped when the wait is over; in a
-log one line after LOG_AFTER_S, which stays. A wait that is over sooner says nothing. Cost: a thread that sleeps.
+log one line after LOG_AFTER_S, which stays, and another every LOG_EVERY_S. A wait that is over sooner says nothing. Of
+waits in one another the innermost speaks. A bar needs none of this: its clock goes on, and what it waits for stands
+behind it (`bar.set_postfix_str`). Cost: a thread that sleeps.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from storage.base.shown import shown
 
+Item = TypeVar("Item")
 AFTER_S = 0.3
 LOG_AFTER_S = 3.0
+LOG_EVERY_S = 10.0  # as often as a bar
 WIPE = "\r\x1b[K"
 
 
@@ -27,24 +32,47 @@ def waiting(what: str, *, hidden: bool = False) -> Iterator[None]:
         return
     over = threading.Event()
     thread = threading.Thread(target=_say, args=(shown(what), over), name="waiting", daemon=True)
+    _waits.append(over)
     thread.start()
     try:
         yield
     finally:
         over.set()
+        _waits.remove(over)
         thread.join()
+
+
+def waited(what: str, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, saying `what` while each is awaited."""
+    iterator = iter(items)
+    while True:
+        with waiting(what):
+            item = next(iterator, _END)
+        if item is _END:
+            return
+        yield item  # type: ignore[misc]  # no other object is the end
+
+
+_END = object()
+_waits: list[threading.Event] = []  # those at hand, the innermost last
 
 
 def _say(what: str, over: threading.Event) -> None:
     stream, start_s = sys.stderr, time.monotonic()
     if not stream.isatty():
-        if not over.wait(LOG_AFTER_S):
-            print(f"{what} …", file=stream, flush=True)
+        pause_s = LOG_AFTER_S
+        while not over.wait(pause_s):
+            if _waits[-1:] == [over]:
+                seconds = f" {time.monotonic() - start_s:.0f} s" if pause_s != LOG_AFTER_S else ""
+                print(f"{what} …{seconds}", file=stream, flush=True)
+            pause_s = LOG_EVERY_S
         return
     pause_s, is_shown = AFTER_S, False
     while not over.wait(pause_s):
-        # The cursor returns to the line's start, so that whatever else is printed meanwhile writes over it.
-        print(f"{WIPE}{what} … {time.monotonic() - start_s:.0f} s\r", end="", file=stream, flush=True)
-        pause_s, is_shown = 1.0, True
+        if _waits[-1:] == [over]:
+            # The cursor returns to the line's start, so that whatever else is printed meanwhile writes over it.
+            print(f"{WIPE}{what} … {time.monotonic() - start_s:.0f} s\r", end="", file=stream, flush=True)
+            is_shown = True
+        pause_s = 1.0
     if is_shown:
         print(WIPE, end="", file=stream, flush=True)

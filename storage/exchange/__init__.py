@@ -18,6 +18,7 @@ from storage.base.console import progress_bar, say
 from storage.base.ending import command, rows, say_next
 from storage.base.errors import UserError
 from storage.base.options import argument, one_of, option, required
+from storage.base.waiting import waiting
 from storage.exchange.content import make_content
 from storage.exchange.incoming import ImportOptions, import_store
 from storage.reader import open_store
@@ -78,8 +79,10 @@ def export(config: ExportConfig) -> None:
 
 def bring_in(config: ImportConfig) -> None:
     """Make a group of another project's numbers."""
-    read = importlib.import_module(f"storage.exchange.{IMPORTS[config.format]}").read
-    import_store(config.store, read(config.source, config), config)
+    with waiting(f"reading what {config.source} holds"):
+        read = importlib.import_module(f"storage.exchange.{IMPORTS[config.format]}").read
+        incoming = read(config.source, config)
+    import_store(config.store, incoming, config)
     say_next(command("storage", "verify", config.store, "--deep"), command("storage", "ls", config.store))
 
 
@@ -90,7 +93,8 @@ def export_store(
     out = out.absolute()
     if out.exists():
         raise UserError(f"{out} exists; name another --out, or remove it")
-    content = make_content(open_store(store), groups, rows, decode)
+    with waiting("opening the store"):
+        content = make_content(open_store(store), groups, rows, decode)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:

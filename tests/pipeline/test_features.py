@@ -13,9 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from pipeline.__main__ import main
 from pipeline.encoders import registry
 from pipeline.encoders.inception import Inception, describe
 from pipeline.features import FeaturesConfig, Job, write_features
+from storage.base.console import EXIT_OK
 from storage.base.errors import UserError
 from storage.feature_file import FeatureFile, open_feature_file
 from tests.inception import write_random_inception
@@ -231,3 +233,21 @@ def test_every_set_is_looked_at_before_any_is_described(tmp_path: Path, encoded:
         write_features(jobs[:1], dataclasses.replace(config, like=tmp_path / "like.npz"))
     assert not encoded
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_silent_before_the_first_image(
+    tmp_path: Path, encoded: list[int], waits: list[str], behind_bars: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pictures(tmp_path / "images", 3)
+    words = ["features", str(tmp_path / "images"), "--out", str(tmp_path / "f.npz"), "--encoder", "tiny-vit"]
+    words += ["--device", "cpu"]
+    assert main(words) == EXIT_OK
+    before = ["loading libraries", "looking at the images", "looking for tiny-vit and its weights"]
+    assert waits == [*before, "reading what f.npz has", "writing f.npz"]
+    assert behind_bars == ["loading the encoder, reading images", "", "tiny-vit: 3/3"]
+    waits.clear()
+    assert main([*words, "--check"]) == EXIT_OK
+    assert waits == before
+    waits.clear()
+    assert main([*words, "--check", "--no-next"]) == EXIT_OK
+    assert waits == [], "the command that asks says so itself"

@@ -9,9 +9,13 @@ import pytest
 from pipeline.side_by_side import side_by_side
 
 
-def test_every_command_of_every_chain_runs_and_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_every_chain_runs_and_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], waits: list[str]
+) -> None:
     side_by_side({"a": [["alignments"], ["--help"]], "b": [["--help"]]}, tmp_path)
-    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("at work")]
+    shown = capsys.readouterr().out.splitlines()
+    assert waits[0] == "at work: a: alignments, b: --help"
+    assert waits[-1] in ("at work: a: --help", "at work: b: --help", "at work: a: --help, b: --help")
     assert sorted(line.partition(" took")[0] for line in shown) == ["a: --help", "a: alignments", "b: --help"]
     log = (tmp_path / "a.log").read_text()
     assert log.index("irepa") < log.index("usage: python -m trainer")

@@ -163,7 +163,7 @@ def test_psnr_is_its_definition() -> None:
     assert psnr(a, b)[1] == pytest.approx(10 * np.log10(255**2 / (100 / 16)))
 
 
-def test_several_groups_have_a_picture_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_groups_have_a_picture_each(tmp_path: Path, waits: list[str]) -> None:
     from pipeline.config import PrecomputeConfig
     from pipeline.encode import UnitEncoder
     from pipeline.plan import make_plan
@@ -193,7 +193,10 @@ def test_several_groups_have_a_picture_each(tmp_path: Path, capsys: pytest.Captu
             encoder.encode_and_publish(
                 images, Block(unit=0, failures=failures, timings_s=timings_s, paths=plan.missing[0]), time.time()
             )
+        waits.clear()
         pictures = write_preview(config.store, tmp_path / f"{store}-pictures", n_images=3)
+        assert waits[:3] == ["opening the store", "reading the originals", "decoding latents/tiny-vae"]
+        assert waits[3] == "principal components of features/tiny-vit"
         names = [picture.path.name for picture in pictures]
         assert len(set(names)) == len(plan.groups)
         assert names[0] == "reconstruction.png"

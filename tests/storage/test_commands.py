@@ -133,6 +133,20 @@ def test_diff_names_fields_samples_and_rows(tmp_path: Path, capsys: pytest.Captu
     assert main(["diff", *group]) == 1
 
 
+def test_reading_receipts_is_not_silent(tmp_path: Path, storage: Storage, waits: list[str]) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    for words, said in (
+        (["ls", root], {f"looking for stores in {root}", "reading receipts"}),
+        (["verify", root], {"reading receipts"}),
+        (["diff", root, root], {"comparing receipts"}),
+        (["export", root, "--to", "npy", "--out", tmp_path / "out"], {"opening the store"}),
+    ):
+        waits.clear()
+        assert storage(*words)[0] == 0
+        assert set(waits) == said, words
+
+
 def test_mistakes_are_one_line(tmp_path: Path, storage: Storage) -> None:
     make_store(tmp_path / "s")
     (tmp_path / "empty").mkdir()

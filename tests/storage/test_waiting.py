@@ -1,15 +1,18 @@
-"""A wait is said on a terminal at once, in a log after a while, and not at all when it is short."""
+"""A wait is said on a terminal at once, in a log after a while, not at all when it is short; a bar's clock goes on."""
 
 from __future__ import annotations
 
 import io
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
+from storage.base import console
 from storage.base import waiting as module
-from storage.base.waiting import WIPE, waiting
+from storage.base.console import progress_bar
+from storage.base.waiting import WIPE, waited, waiting
 
 
 class Stream(io.StringIO):
@@ -82,3 +85,55 @@ def test_an_error_passes_and_the_line_is_wiped(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="no store"):
         fails()
     assert stream.getvalue().endswith(WIPE)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_log_hears_of_a_long_wait_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOG_EVERY_S", 0.02)
+    stream = Stream(False)
+    monkeypatch.setattr("sys.stderr", stream)
+    with waiting("measuring FID"):
+        until(lambda: stream.getvalue().count("\n") == 3)
+    assert stream.getvalue().startswith("measuring FID …\nmeasuring FID … 0 s\nmeasuring FID … 0 s\n")
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_waits_in_one_another_the_innermost_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(True)
+    monkeypatch.setattr(module, "AFTER_S", 0.05)
+    monkeypatch.setattr("sys.stderr", stream)
+    with waiting("outer"), waiting("inner"):
+        assert stream.written.wait(30)
+        time.sleep(0.1)
+    assert "inner" in stream.getvalue()
+    assert "outer" not in stream.getvalue()
+
+
+def test_each_item_is_waited_for_and_the_wait_is_over_when_it_is_there(waits: list[str]) -> None:
+    for i, item in enumerate(waited("reading receipts", iter("abc"))):
+        assert (item, module._waits) == ("abc"[i], [])
+    assert waits == ["reading receipts"] * 4
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_clock_of_a_bar_that_nothing_moves_goes_on(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    monkeypatch.setattr(console, "TICK_S", 0.02)
+    monkeypatch.setattr(console, "LOG_EVERY_S", 0.02)
+    stream = Stream(is_terminal)
+    monkeypatch.setattr("sys.stderr", stream)
+    with progress_bar(8, unit="img", done=3) as bar:
+        if is_terminal:
+            bar.mininterval = 0.02
+        bar.set_postfix_str("loading the encoder")
+        until(lambda: stream.getvalue().count("loading the encoder") > 3)
+        assert bar.last_print_n == 3, "what the rate is made of is as it was"
+    n = len(stream.getvalue())
+    time.sleep(0.1)
+    assert len(stream.getvalue()) == n, "a bar that is over is shown no more"

@@ -325,13 +325,14 @@ def test_a_run_that_is_there_is_kept(shared_tiny_store: Path, tmp_path: Path) ->
         import_checkpoint(file, "repa", config)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], waits: list[str]) -> None:
     make_store(tmp_path / "store")
     file = save(tmp_path / "c", "scripts", *[randomised(geometry_of("sit")).state_dict()] * 2)
     options = ["--model.depth=2", "--model.width=32", "--model.heads=2", "--model.align-block=1"]
     options += ["--model.projector-width=32", f"--store={tmp_path / 'store'}", f"--run={tmp_path / 'run'}"]
     assert main(["import", "--release=repa", "--preset=sit-tiny-2", *options, "--log.tensorboard", str(file)]) == 0
     assert f"trainer generate {tmp_path / 'run'}" in capsys.readouterr().out
+    assert waits == ["loading PyTorch", f"reading {file.name}", f"making a run of {file.name}"]
     with pytest.raises(UserError, match=r"none\.pt does not exist"):
         main(
             ["import", str(tmp_path / "none.pt"), "--release=repa", "--preset=sit-tiny-2", *options[:-1], "--run=/none"]

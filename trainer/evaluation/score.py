@@ -44,7 +44,8 @@ def score(config: ScoreConfig) -> list[str]:
     """Do what is missing; returns what to print, on the main rank. Raises UserError."""
     is_main = os.environ.get("RANK", "0") == "0"
     drawing = _drawing(config)
-    planned = plan(drawing, device_named(config.device))
+    with waiting("opening the run, reading its checkpoint", hidden=not is_main):
+        planned = plan(drawing, device_named(config.device))
     folder = planned.folder
     reference = config.reference or planned.run.config.store
     description = Description(encoder=config.encoder, weights=config.weights, token=config.token, device=config.device)
@@ -100,7 +101,8 @@ def score(config: ScoreConfig) -> list[str]:
     if config.report and _is_older(run.report, run.evaluations):
         from trainer.evaluation.report.page import write_report
 
-        write_report([config.run], run.report, "")
+        with waiting("drawing the page"):
+            write_report([config.run], run.report, "")
     return _lines(found, result, run.report if config.report else None)
 
 

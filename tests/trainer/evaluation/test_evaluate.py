@@ -73,6 +73,22 @@ def test_feature_files_are_compared_and_counts_are_published(files: tuple[Path, 
     assert "warning: 60 images" in shown
 
 
+def test_every_metric_is_named_while_it_is_computed(tmp_path: Path, waits: list[str]) -> None:
+    generated, reference = (
+        feature_file(
+            tmp_path / f"{seed}.npz", INCEPTION, features=numbers(seed, 30, 5), spatial=numbers(seed, 30, 4),
+            logits=numbers(seed, 30, 8),
+        )
+        for seed in (0, 1)
+    )  # fmt: skip
+    result = evaluate(generated, reference, Description(encoder="inception"), out=tmp_path / "out", resamples=10)
+    named = " ".join(waits).lower()
+    titles = {"kid": "kid"} | {name: name.replace("_", " ") for name in result["metrics"]}
+    assert {"fid", "sfid", "kid", "inception_score", "recall", "coverage"} <= titles.keys()
+    assert [title for title in titles.values() if title not in named] == []
+    assert any("covariance" in text for text in waits)
+
+
 def test_published_counts_give_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.evaluation.quality.evaluate.PUBLISHED_IMAGES", 60)
     one = feature_file(tmp_path / "a.npz", VIT, features=numbers(0, 60, 5))

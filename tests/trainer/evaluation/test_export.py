@@ -16,8 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.encoders.tiny import TINY_VAE
+from storage.base.console import EXIT_OK
 from storage.base.errors import UserError
 from tests.trainer.evaluation.conftest import MICRO
+from trainer.__main__ import main
 from trainer.config.command_line import train_config
 from trainer.config.schema import TrainConfig
 from trainer.config.tree import override
@@ -209,6 +211,11 @@ def test_one_file_of_weights(run: Path, tmp_path: Path) -> None:
         assert file.metadata()["model.depth"] == "3"
     with pytest.raises(UserError, match="is there already"):
         export(run, "safetensors", out, "latest")
+
+
+def test_the_command_is_not_silent(micro_run: Path, tmp_path: Path, waits: list[str]) -> None:
+    assert main(["export", str(micro_run), "--to", "safetensors", "--out", str(tmp_path / "out")]) == EXIT_OK
+    assert waits == ["loading PyTorch", "reading weights, writing them for safetensors"]
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"half"), Path.unlink], ids=["damaged", "missing"])

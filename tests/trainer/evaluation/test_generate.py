@@ -232,3 +232,18 @@ def test_a_folder_of_something_else_is_left_alone(micro_run: Path, tmp_path: Pat
         generate(settings(micro_run, tmp_path))
     with pytest.raises(UserError, match="is not a run"):
         generate(settings(tmp_path, tmp_path / "out"))
+
+
+def test_decoding_and_packing_are_shown(
+    micro_run: Path, tmp_path: Path, behind_bars: list[str], waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.evaluation.generate.decode.DECODE_BATCH", 2)
+    generate(settings(micro_run, tmp_path / "out", n=5, steps=1, batch=4, format="npz"))
+    decoding = [text for text in behind_bars if text.startswith("decoding")]
+    assert decoding == [f"decoding, {n} of 4 images of this batch" for n in (0, 2)] * 2
+    assert behind_bars[-1] == "pack out.npz: 5/5"
+    assert [text.partition(",")[0] for text in waits] == [
+        "opening the run",
+        "looking which images are there",
+        "loading the model and its decoder",
+    ]

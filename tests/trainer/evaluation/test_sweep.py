@@ -52,6 +52,21 @@ def test_points_are_the_measures_of_the_hidden_states(micro_run: Path) -> None:
     run.data.close()
 
 
+def test_what_takes_long_is_said(micro_run: Path, behind_bars: list[str], waits: list[str]) -> None:
+    config = SweepConfig(blocks="1,3", times=(0.5,), checkpoints="3", n=30, k=5, device="cpu", batch=16)
+    sweep(micro_run, config, ["probe", "cknna"])
+    assert behind_bars == [
+        f"neighbours of {FEATURES}",
+        f"fitting a probe of {FEATURES}",
+        "loading step 3",
+        "step 3, t = 0.5",
+        *(f"step 3, t = 0.5: measuring {i} of 2 blocks" for i in (1, 2)),
+        "",
+        "micro: probe and cknna: 60/60",
+    ]
+    assert set(waits) == {"opening the run and its store"}
+
+
 @pytest.mark.parametrize("codec", [None, INT8])
 def test_features_are_averaged_over_patches_quantised_or_not(tmp_path: Path, codec: object) -> None:
     data = make_store(tmp_path / "store", codec=codec)[FEATURES]  # type: ignore[arg-type]

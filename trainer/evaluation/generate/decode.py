@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,11 +94,20 @@ def location(vae: str) -> tuple[str, str]:
 
 
 @torch.inference_mode()
-def decode_latents(latents: Tensor, decoder: nn.Module, rounding: Rounding = "round") -> np.ndarray:
-    """Images uint8 (N, H, W, 3) of latents as a decoder takes them (N, C, h, w), DECODE_BATCH at a time."""
+def decode_latents(
+    latents: Tensor, decoder: nn.Module, rounding: Rounding = "round", on_decoded: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of latents as a decoder takes them (N, C, h, w), DECODE_BATCH at a time.
+
+    `on_decoded(n)` hears of how many are decoded, from 0 on.
+    """
     device = next(decoder.parameters()).device
-    pixels = torch.cat([_decoded(part.float().to(device), decoder).cpu() for part in latents.split(DECODE_BATCH)])
-    return to_uint8(pixels, rounding).permute(0, 2, 3, 1).numpy()
+    parts: list[Tensor] = []
+    for i, part in enumerate(latents.split(DECODE_BATCH)):
+        if on_decoded is not None:
+            on_decoded(i * DECODE_BATCH)
+        parts.append(_decoded(part.float().to(device), decoder).cpu())
+    return to_uint8(torch.cat(parts), rounding).permute(0, 2, 3, 1).numpy()
 
 
 def to_uint8(pixels: Tensor, rounding: Rounding) -> Tensor:

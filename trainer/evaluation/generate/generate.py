@@ -65,7 +65,8 @@ GRID_IMAGES = 64
 def generate(config: GenerateConfig) -> list[Path]:
     """Draw what is missing and return the paths of the folder, the grid and the `.npz`. Raises UserError."""
     with world_of_ranks(config.device) as world:
-        planned = plan(config, world.device)
+        with waiting("opening the run, reading its checkpoint", hidden=not world.is_main):
+            planned = plan(config, world.device)
         config, recipe, settings, folder = planned.config, planned.recipe, planned.settings, planned.folder
         if world.is_main:
             away = f", away from {planned.weaker.run.path}" if planned.weaker else ""
@@ -76,7 +77,8 @@ def generate(config: GenerateConfig) -> list[Path]:
                     stray.unlink()
                 write_atomic(folder / SETTINGS_FILE, json.dumps(settings, indent=1).encode(), "generate")
             world.any(False)  # nobody looks for what is missing while others already write
-            missing = [i for i in range(config.n) if not is_whole(image_path(folder, i))]
+            with waiting("looking which images are there", hidden=not world.is_main):
+                missing = [i for i in range(config.n) if not is_whole(image_path(folder, i))]
             world.any(False)
             if missing:
                 _set_arithmetic(recipe, world.device)
@@ -103,8 +105,15 @@ class _Source:
     config: GenerateConfig
 
     @torch.inference_mode()
-    def pictures(self, images: Tensor, on_call: Callable[[int], None] | None = None) -> np.ndarray:
-        """Images uint8 (B, H, W, 3) of their numbers int64 (B,); `on_call` as `draw_latents` says."""
+    def pictures(
+        self,
+        images: Tensor,
+        on_call: Callable[[int], None] | None = None,
+        on_decoded: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Images uint8 (B, H, W, 3) of their numbers int64 (B,); `on_call` as `draw_latents` says, `on_decoded` as
+        `decode_latents` does.
+        """
         labels = labels_of(images, self.run.geometry.n_classes, self.config.labels, self.config.seed)
         latents = draw_latents(
             self.model, images, labels, self.run.geometry, self.recipe, self.config.seed, self.weaker, on_call
@@ -115,7 +124,8 @@ class _Source:
                 "from an earlier --checkpoint, or with another --precision"
             )
         rounding: Rounding = self.config.rounding or "round"
-        return decode_latents(to_decode(latents, self.run.scale, self.run.data), self.decoder, rounding)
+        stored = to_decode(latents, self.run.scale, self.run.data)
+        return decode_latents(stored, self.decoder, rounding, on_decoded)
 
 
 def _source(planned: Plan, device: torch.device) -> _Source:
@@ -144,10 +154,16 @@ def _draw(source: _Source, folder: Path, missing: Sequence[int], world: World) -
         bar.set_postfix_str(f"{n_calls} calls of the model in this batch", refresh=False)
         bar.update(0)  # shows it, if it is time to
 
+    def show_decoded(n: int) -> None:
+        bar.set_postfix_str(f"decoding, {n} of {config.batch} images of this batch", refresh=False)
+        bar.update(0)
+
     with bar:
         for block in blocks[world.rank :: world.size]:
             numbers = range(block * config.batch, (block + 1) * config.batch)
-            pictures = source.pictures(torch.arange(numbers.start, numbers.stop, device=world.device), show_call)
+            pictures = source.pictures(
+                torch.arange(numbers.start, numbers.stop, device=world.device), show_call, show_decoded
+            )
             for i, pixels in zip(numbers, pictures, strict=True):
                 if i in wanted:
                     write_image(image_path(folder, i), pixels)
@@ -168,7 +184,8 @@ def _finish(config: GenerateConfig, folder: Path, n_classes: int) -> list[Path]:
     if config.format == "png":
         return [folder, picture]
     packed = folder.with_name(f"{folder.name}.npz")
-    pack_npz(paths, labels, packed)
+    with progress_bar(config.n, unit="img", description=f"pack {packed.name}") as bar:
+        pack_npz(paths, labels, packed, bar.update)
     return [folder, picture, packed]
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,16 @@ def n_written(folder: Path) -> int:
     return sum(entry.name.endswith(".png") and entry.name[0] != "." for entry in os.scandir(folder))
 
 
-def pack_npz(images: Sequence[Path], labels: np.ndarray | None, path: Path) -> None:
-    """Write the `.npz` of images of one size, and of their labels if any, whole or absent."""
+def pack_npz(
+    images: Sequence[Path],
+    labels: np.ndarray | None,
+    path: Path,
+    progress: Callable[[int], object] = lambda n: None,
+) -> None:
+    """Write the `.npz` of images of one size, and of their labels if any, whole or absent.
+
+    `progress(n)` hears of every n images that are in it.
+    """
     aside = partial_name(path, "generate")
     try:
         with open(aside, "xb") as file:
@@ -160,6 +168,7 @@ def pack_npz(images: Sequence[Path], labels: np.ndarray | None, path: Path) -> N
                                 {"descr": "|u1", "fortran_order": False, "shape": (len(images), *pixels.shape)},
                             )
                         member.write(pixels.tobytes())
+                        progress(1)
                 if labels is not None:
                     with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                         np.lib.format.write_array(member, labels, allow_pickle=False)

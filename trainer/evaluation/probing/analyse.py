@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.base.errors import UserError
+from storage.base.waiting import waiting
 from trainer.evaluation.probing.measured import read_measured
 from trainer.evaluation.probing.plots import Panel, Series, Style, write_figure
 from trainer.evaluation.probing.sweep import Measure, SweepConfig, open_samples, sweep
@@ -61,7 +62,8 @@ def write_analysis(runs: Sequence[Path], config: SweepConfig, out: Path) -> list
     if len(set(runs)) < len(runs):
         raise UserError("a run was named twice; name each once")
     middle = min(config.times, key=lambda t: abs(t - 0.5))
-    config = _one_target(runs, config)
+    with waiting("opening the runs and their stores"):
+        config = _one_target(runs, config)
     names = names_of(runs)
     beside = {(run, measure): read_measured(run, measure) for run in runs for measure in MEASURES}
     records = [read_record(run) for run in runs]

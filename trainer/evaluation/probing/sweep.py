@@ -23,6 +23,7 @@ from torch import Tensor
 from storage import GroupReader, Store, open_store
 from storage.base.console import progress_bar
 from storage.base.errors import UserError
+from storage.base.waiting import waiting
 from storage.codecs import TOKENS
 from storage.identity import unlike
 from storage.order import ValidRows
@@ -75,9 +76,11 @@ class Samples:
 
 def sweep(path: Path, config: SweepConfig, measures: Collection[Measure]) -> dict[str, Any]:
     """Measure the run at `path`; returns what was measured, and of what, as JSON has it. Raises UserError."""
-    run = open_run(path)
+    with waiting("opening the run and its store"):
+        run = open_run(path)
     try:
-        samples = open_samples(run, config)
+        with waiting("opening the run and its store"):
+            samples = open_samples(run, config)
         try:
             return _sweep(run, samples, config, measures)
         finally:
@@ -100,12 +103,19 @@ def _sweep(run: OpenRun, samples: Samples, config: SweepConfig, measures: Collec
     passes = len(checkpoints) * len(config.times)
     with progress_bar((passes + 1) * n, unit="img", description=f"{run.path.name}: {' and '.join(measures)}") as bar:
         targets = pooled_features(samples.features, samples.rows, config.batch, device, bar.update)
-        target_neighbours = cknna.nearest(targets, config.k) if "cknna" in measures else None
-        of_features = {"probe": probe(targets, labels, config.c).accuracy} if "probe" in measures else {}
+        target_neighbours, of_features = None, {}
+        if "cknna" in measures:
+            bar.set_postfix_str(f"neighbours of {samples.features.path}")
+            target_neighbours = cknna.nearest(targets, config.k)
+        if "probe" in measures:
+            bar.set_postfix_str(f"fitting a probe of {samples.features.path}")
+            of_features = {"probe": probe(targets, labels, config.c).accuracy}
         for checkpoint in checkpoints:
+            bar.set_postfix_str(f"loading step {step_of(checkpoint)}")
             model = load_model(run, checkpoint, config.weights, device)
             parameters = sum(parameter.numel() for parameter in model.parameters())
             for t in config.times:
+                bar.set_postfix_str(f"step {step_of(checkpoint)}, t = {t:g}")
                 states = pooled_hidden_states(
                     model,
                     run,

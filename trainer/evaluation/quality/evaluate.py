@@ -24,6 +24,7 @@ from storage.base.choices import INCEPTION
 from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from storage.base.shown import shown
+from storage.base.waiting import waiting
 from storage.feature_file import FEATURES, SPATIAL, FeatureFile, open_feature_file
 from storage.identity import unlike
 from storage.roots import absolute
@@ -101,11 +102,13 @@ def evaluate(
             )
         sets.append((reference, features, n_reference))
     known = [path for path in (generated, features) if path is not None and path not in [path for _, path, _ in sets]]
-    for path in known:  # a bad one is found before the other is described
-        open_feature_file(path).read(FEATURES)
+    with waiting("reading features"):
+        for path in known:  # a bad one is found before the other is described
+            open_feature_file(path).read(FEATURES)
     if sets:
         description.describe(sets, known[0] if known else None)
-    against = _opened(reference, features, statistics, generated)
+    with waiting("reading the reference's features, and their mean and covariance"):
+        against = _opened(reference, features, statistics, generated)
     file = open_feature_file(generated)
     card = card_of_result(read_noted(drawn), file, against, run=run, step=step, protocol=protocol)
     return _result(file, against, card, asked, device, folder, run, step, resamples)

@@ -15,6 +15,7 @@ varies less than that.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 
 from storage.base.choices import CMMD
 from storage.base.shown import shown
+from storage.base.waiting import waiting
 from storage.feature_file import FEATURES, LOGITS, SPATIAL, FeatureFile
 from trainer.evaluation.quality import density_coverage as balls
 from trainer.evaluation.quality import precision_recall as shares
@@ -65,17 +67,23 @@ def measure(
     ):
         if x is None or other is None:
             continue
-        own = gaussian_of(x)
-        value = frechet_distance(own, other)
-        metrics[name] = {"value": value, **counts}
+        with _waiting(name, n):
+            own = gaussian_of(x)
+            value = frechet_distance(own, other)
+            metrics[name] = {"value": value, **counts}
         if resamples and n > x.shape[1]:
-            metrics[name] |= _interval(value, influence(x, own, other), "generated", resamples)
-        if resamples and n < PUBLISHED_IMAGES and (found := by_sample_size(x, other, value)):
-            bias[name] = asdict(found)
+            with _waiting(name, n, "the interval of "):
+                metrics[name] |= _interval(value, influence(x, own, other), "generated", resamples)
+        if resamples and n < PUBLISHED_IMAGES:
+            with _waiting(name, n, "fewer images for the bias of "):
+                found = by_sample_size(x, other, value)
+            if found:
+                bias[name] = asdict(found)
     if inception:
-        value, added = score_and_influence(generated.read(LOGITS))
-        metrics["inception_score"] = {"value": value, "n_generated": n, "split": SPLIT}
-        metrics["inception_score"] |= _interval(value, added, "generated", resamples)
+        with _waiting("inception_score", n):
+            value, added = score_and_influence(generated.read(LOGITS))
+            metrics["inception_score"] = {"value": value, "n_generated": n, "split": SPLIT}
+            metrics["inception_score"] |= _interval(value, added, "generated", resamples)
     if against.features is not None:
         real = against.features.read(FEATURES)
         counts = {"n_generated": n, "n_reference": len(real)}
@@ -88,24 +96,36 @@ def _by_images(
     inception: bool,
 ) -> Metrics:  # fmt: skip
     """What needs the reference's images."""
-    metrics: Metrics = {
-        "kid" if inception else "kd": _of_kernel(kid(real, generated, device=device), counts, resamples)
-    }
+    n = len(generated)
+    metrics: Metrics = {}
+    kernel = "kid" if inception else "kd"
+    with _waiting(kernel, n):
+        metrics[kernel] = _of_kernel(kid(real, generated, device=device), counts, resamples)
     if label == CMMD:
-        metrics["cmmd"] = _of_kernel(cmmd(real, generated, device=device), counts, resamples)
-    found = shares.precision_recall(real, generated, device=device)
+        with _waiting("cmmd", n):
+            metrics["cmmd"] = _of_kernel(cmmd(real, generated, device=device), counts, resamples)
+    with _waiting("precision and recall", n):
+        found = shares.precision_recall(real, generated, device=device)
     each: dict[str, tuple[np.ndarray, str, int]] = {
         "precision": (found.generated_inside, "generated", shares.NEIGHBOURS),
         "recall": (found.real_inside, "reference", shares.NEIGHBOURS),
     }
     if min(len(real), len(generated)) > balls.NEIGHBOURS:
-        covered = balls.density_coverage(real, generated, device=device)
+        with _waiting("density and coverage", n):
+            covered = balls.density_coverage(real, generated, device=device)
         each["density"] = (covered.balls, "generated", balls.NEIGHBOURS)
         each["coverage"] = (covered.covered, "reference", balls.NEIGHBOURS)
     for name, (values, of, k) in each.items():
         mean = float(values.mean())
-        metrics[name] = {"value": mean, **counts, "k": k} | _interval(mean, values - mean, of, resamples)
+        with _waiting(name, n, "the interval of "):
+            metrics[name] = {"value": mean, **counts, "k": k} | _interval(mean, values - mean, of, resamples)
     return metrics
+
+
+def _waiting(name: str, n: int, part: str = "") -> AbstractContextManager[None]:
+    """Says which metric is being computed: one of 2,048 features takes a minute on one core."""
+    title = TITLES.get(name, "Fréchet distance" if name == "fd" else name.replace("_", " ")).partition(" ×")[0]
+    return waiting(f"measuring {part}{title} of {n:,} images")
 
 
 def _of_kernel(found: Discrepancy, counts: dict[str, Any], resamples: int) -> dict[str, Any]:
