@@ -140,11 +140,13 @@ class _Driver:
 
     def run(self, make_store: Callable[[], None] | None = None) -> Outcome:
         start_s = time.perf_counter()
+        n_images = len(self.plan.index)
         display = Display(
-            self.plan.n_images_missing,
+            n_images,
             self.meter,
             self.resources.decode_cpus,
             "GPU" if self.resources.encoder_gpus else "encoder",
+            done=n_images - self.plan.n_images_missing,
         )
         up_s, warned = start_s, False
         with display.bar:
@@ -154,6 +156,8 @@ class _Driver:
                 now_s = time.perf_counter()
                 if self.pool.n_up:
                     up_s, warned = now_s, False
+                    if not self.meter.n_units:
+                        display.encoders_up()
                     if make_store is not None:
                         make_store()
                         make_store = None

@@ -109,13 +109,21 @@ def _ns(seconds: float) -> int:
 
 
 class Display:
-    """The progress bar, and what is said once: the estimate after the first units, and that encoders starve."""
+    """The progress bar, and what is said once: the estimate after the first units, and that encoders starve.
 
-    def __init__(self, n_images: int, meter: Meter, decode_cpus: int, unit: str) -> None:
-        self.meter, self._left, self._decode_cpus, self._unit = meter, n_images, decode_cpus, unit
+    The bar is of all `n_images` of the store and begins where earlier runs ended, at `done`; its rate is of this run.
+    """
+
+    def __init__(self, n_images: int, meter: Meter, decode_cpus: int, unit: str, *, done: int = 0) -> None:
+        self.meter, self._left, self._decode_cpus, self._unit = meter, n_images - done, decode_cpus, unit
         self._estimated = self._warned = False
-        self._moved_s, self._n_published = -math.inf, 0
-        self.bar = progress_bar(n_images, unit="img", description="precompute")
+        self._moved_s, self._n_published = -math.inf, done
+        self.bar = progress_bar(n_images, unit="img", done=done, description="precompute")
+        self.bar.set_postfix_str("starting encoders, which load their weights", refresh=False)
+
+    def encoders_up(self) -> None:
+        """What the bar waits for now is the first images."""
+        self.bar.set_postfix_str("", refresh=False)
 
     def is_still(self, now_s: float) -> bool:
         """Whether no unit was published lately, so that the encoders are worth asking how far they are."""

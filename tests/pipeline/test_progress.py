@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import progress
+from pipeline.cluster.resources import Node, share_out
 from pipeline.progress import Display, Meter
+from storage.base.console import Stop
+from tests.pipeline.fakes import Pictures, plan_of
+from tests.pipeline.test_what_the_user_sees import partly
 
 
 def simulated(n_decoders: int, decode_s: float, encode_s: float, seconds: float = 300.0) -> Meter:
@@ -143,6 +149,36 @@ def test_the_bar_shows_what_is_encoded_never_goes_back_and_ends_where_it_should(
     assert shown == sorted(shown)
     assert shown[-1] <= done + max([n for n, _ in steps], default=0)
     display.bar.close()
+
+
+def test_a_resumed_bar_begins_where_it_was_and_its_rate_is_of_this_run(capsys: pytest.CaptureFixture[str]) -> None:
+    meter = simulated(n_decoders=3, decode_s=4.0, encode_s=1.0)
+    display = Display(1_000_000, meter, decode_cpus=2, unit="GPU", done=999_000)
+    with display.bar as bar:
+        assert (bar.n, bar.total) == (999_000, 1_000_000)
+        display.in_hand(5)
+        assert bar.n == 999_005
+        for _ in range(3):
+            display.unit_done(10, n_failed=0)
+        assert bar.n == 999_030
+        told = bar.format_dict
+        assert (told["n"] - told["initial"], told["initial"]) == (30, 999_000)
+    assert "for the 990 images left" in capsys.readouterr().err
+
+
+def test_the_driver_s_bar_is_of_the_whole_store(tmp_path: Path, behind_bars: list[str]) -> None:
+    from pipeline.config import PrecomputeConfig
+    from pipeline.job import _Driver
+
+    partly(tmp_path, range(3))
+    source = Pictures(40, {}, "")
+    plan = plan_of(str(tmp_path), source.listing().index, shard_rows=8)
+    config = PrecomputeConfig(data="made-up", store=str(tmp_path))
+    resources = share_out([Node(cpus=4, gpus=0)], store_bytes=2**30, unit_bytes=1, n_units=2)
+    stopped = Stop(signal=signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        _Driver(config, plan, source, resources, None, stopped).run()  # type: ignore[arg-type]
+    assert behind_bars == ["starting encoders, which load their weights", "precompute: 24/40"]
 
 
 def test_encoders_are_asked_when_no_unit_came_lately() -> None:
