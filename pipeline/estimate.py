@@ -3,10 +3,10 @@
 Units that this store's groups had encoded before tell how fast that went: a run's images after its first unit, over the
 time since it, as its receipts have it. Groups that one run encoded were encoded together, those of several runs one
 after another. Where a group has no such units nothing measured here says how fast its encoder is, and the time is
-unknown; what is at hand then is the rate of decoding, measured on a few images by one process, and the operations that
-the catalogue counts.
+unknown; what is at hand then is a lower bound (`least_time.py`), the rate of decoding, measured on a few images by one
+process, and the operations that the catalogue counts.
 
-Cost: a small file a unit; PROBE_S of decoding, and what reading as few images takes where they lie.
+Cost: a small file a unit; PROBE_S of decoding, and what reading as few images takes where they lie; the bound's.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.decode import decode_unit
-from pipeline.encoders.catalogue import VAES
+from pipeline.least_time import bound, gflop
 from pipeline.plan import GroupPlan, Plan
 from pipeline.sources import Source
 from pipeline.status import rate
 from storage.base.errors import UserError
+from storage.base.least_time import WORTH_SAYING_S
 from storage.receipts import scan
 
 MIN_UNITS = 3  # of one run: the first one loads models and warms caches
 PROBE_S = 2.0
 PROBE_BLOCKS, PROBE_ROWS = 4, 8  # evenly spread over what is missing, rows of a block one after another
-GFLOP_PIXELS = 256  # that the catalogue's counts of autoencoders are of
 LEFT_OUT = "starting Ray and loading models"
 HOW_TO_KNOW = (
     f"run the same command without --dry-run until {MIN_UNITS} units are done, end it with Ctrl-C (they stay), and ask "
@@ -59,32 +59,65 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """`seconds` for the images that are missing, None where unknown; `lines` for a person say what that is based on."""
+    """`seconds` for the images that are missing, None where unknown; `lines` for a person say what that is based on.
+
+    `at_least_s` is what encoding them takes at least, where that is known and `seconds` is not.
+    """
 
     n_images: int
     seconds: float | None
+    at_least_s: float | None = None
     lines: tuple[str, ...]
 
 
-def estimate(plan: Plan, source: Source) -> Estimate:
-    """How long the missing units of a plan would take. Decodes a few images where no earlier units tell."""
+def estimate(plan: Plan, source: Source, address: str = "") -> Estimate:
+    """How long the missing units of a plan would take on the Ray cluster at an address, or on one started here.
+
+    Decodes a few images where no earlier units tell, and measures how fast this machine computes.
+    """
     n_images = plan.n_images_missing
     if not plan.missing:
         return Estimate(n_images=0, seconds=0.0, lines=("time       none: every unit is there",))
-    wanted = [group for group in plan.groups if any(group.layout.path in paths for paths in plan.missing.values())]
-    paces = {group.layout.path: pace(plan, group) for group in wanted}
-    known = {path: each for path, each in paces.items() if each is not None}
+    wanted, known = _known(plan)
     if len(known) == len(wanted):
-        seconds = _seconds(plan, known)
-        return Estimate(n_images=n_images, seconds=seconds, lines=_of_paces(n_images, seconds, known))
-    slow = [path for path in paces if path not in known]
+        return _by_paces(plan, known)
+    slow = [group for group in wanted if group.layout.path not in known]
+    names = ", ".join(group.layout.path for group in slow)
+    why = f"this store has no {MIN_UNITS} units that one run made of {names}"
+    at_least_s, words = bound(plan, address)
     lines = [
-        f"time       unknown: this store has no {MIN_UNITS} units that one run made of {', '.join(slow)}",
+        *([f"time       {words}"] if words else []),
+        f"{'unknown    how much longer' if words else 'time       unknown'}: {why}",
         _of_decoding(plan, source),
-        *_of_encoding(plan, [group for group in wanted if group.layout.path in slow]),
+        *_of_encoding(plan, slow),
         *([f"to know    {HOW_TO_KNOW}"] if len(plan.missing) > MIN_UNITS else []),
     ]
-    return Estimate(n_images=n_images, seconds=None, lines=tuple(lines))
+    return Estimate(n_images=n_images, seconds=None, at_least_s=at_least_s, lines=tuple(lines))
+
+
+def said_before(plan: Plan, address: str) -> tuple[str, ...]:
+    """What a run that is about to start says of its time: that of earlier units, else what it takes at least.
+
+    Nothing where that is below a minute.
+    """
+    wanted, known = _known(plan) if plan.n_images_missing < len(plan.index) else (plan.groups, {})
+    if len(known) == len(wanted):
+        found = _by_paces(plan, known)
+        return found.lines if (found.seconds or 0.0) >= WORTH_SAYING_S else ()
+    _, words = bound(plan, address)
+    return (f"time       {words}",) if words else ()
+
+
+def _known(plan: Plan) -> tuple[list[GroupPlan], dict[str, Pace]]:
+    """(the groups that lack units, path → how fast earlier units of them were, where there are enough)."""
+    wanted = [group for group in plan.groups if any(group.layout.path in paths for paths in plan.missing.values())]
+    paces = {group.layout.path: pace(plan, group) for group in wanted}
+    return wanted, {path: each for path, each in paces.items() if each is not None}
+
+
+def _by_paces(plan: Plan, known: Mapping[str, Pace]) -> Estimate:
+    n_images, seconds = plan.n_images_missing, _seconds(plan, known)
+    return Estimate(n_images=n_images, seconds=seconds, lines=_of_paces(n_images, seconds, known))
 
 
 def pace(plan: Plan, group: GroupPlan) -> Pace | None:
@@ -165,14 +198,6 @@ def _of_encoding(plan: Plan, groups: Sequence[GroupPlan]) -> list[str]:
     counts = {group.layout.path: gflop(group, plan.layout.resolution) for group in groups}
     told = ", ".join(f"{path} {n * plan.layout.n_views:.3g}" for path, n in counts.items() if n)
     return [f"encoding   GFLOP an image as the catalogue counts them: {told}; not measured here"] if told else []
-
-
-def gflop(group: GroupPlan, resolution: int) -> float:
-    """10⁹ operations of an encoder's forward pass of one view; 0 where the catalogue does not say."""
-    if group.spec.vision is not None:
-        return group.spec.vision.gflop(resolution)
-    known = VAES.get(group.spec.store_name) if group.spec.kind == "latents" else None
-    return 0.0 if known is None else known.gflop_256 * (resolution / GFLOP_PIXELS) ** 2
 
 
 def in_words(seconds: float) -> str:

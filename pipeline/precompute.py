@@ -9,7 +9,7 @@ from functools import partial
 
 from pipeline.cluster.environment import prepare_ray
 from pipeline.config import PrecomputeConfig
-from pipeline.estimate import Estimate, estimate
+from pipeline.estimate import Estimate, estimate, said_before
 from pipeline.failures import FAILURES_FILE, refuse_too_many, write_failures
 from pipeline.plan import create, describe_plan, make_plan, require_space
 from pipeline.sources import open_source
@@ -106,7 +106,8 @@ def precompute(config: PrecomputeConfig) -> Summary:
     budget = partial(refuse_too_many, n_images=len(plan.index), share=config.max_failures, root=root)
     if config.dry_run:
         budget(plan.failed_standing)
-        guessed = estimate(plan, source)
+        with waiting("measuring what the time depends on"):
+            guessed = estimate(plan, source, config.ray_address)
         say(*guessed.lines)
         return dataclasses.replace(summary, device=DRY, estimate=guessed)
     groups = [*((group.layout, plan.digests[group.layout.path]) for group in plan.groups), *plan.others]
@@ -119,6 +120,9 @@ def precompute(config: PrecomputeConfig) -> Summary:
     if not plan.missing:
         return summary
     address = prepare_ray(config.ray_address)
+    with waiting("measuring what the time depends on"):
+        time_said = said_before(plan, address)
+    say(*time_said, flush=True)
     with waiting("loading Ray"):
         from pipeline.cluster.connection import ray_cluster  # imports Ray
         from pipeline.job import run_on_cluster

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from storage.base.errors import UserError
 from storage.base.shown import shown
+from storage.base.waiting import waiting
 
 PROBE_TIMEOUT_S = 5.0
 LOOPBACK = "127.0.0.1"
@@ -34,6 +35,11 @@ NICENESS = "RAY_worker_niceness"
 MODES = ("token", "disabled")
 
 
+def is_here(address: str) -> bool:
+    """Whether an address means a cluster of this run's own, on this machine."""
+    return address.strip() in ("", HERE)
+
+
 def prepare_ray(address: str) -> str:
     """Settle the environment for joining `address`, or for a cluster of this run's own when it is empty or "local".
 
@@ -45,15 +51,16 @@ def prepare_ray(address: str) -> str:
     _check_mode()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice about CUDA_VISIBLE_DEVICES
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the ledger handles them
-    if address in ("", HERE):
+    if is_here(address):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports are for clusters, not for a passing one
         os.environ.setdefault(NICENESS, "0")  # what is added to the user's own
         if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
             os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
         _keep_loopback()
         return ""
-    _probe(address)
-    _take_mode(address)
+    with waiting(f"looking whether the Ray cluster at {address} answers"):
+        _probe(address)
+        _take_mode(address)
     return address
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def stop_on_signals(*numbers: int, answer: str = "") -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-class _AliveBar(tqdm):  # type: ignore[type-arg]  # of nothing that it would iterate over
+class _AliveBar(tqdm):
     """A bar whose clock goes on while nothing moves it, so that slow work between two updates is not taken for a halt.
 
     Cost: a thread that wakes once a second.
@@ -213,7 +214,7 @@ class _AliveBar(tqdm):  # type: ignore[type-arg]  # of nothing that it would ite
             with self.get_lock():
                 if self.disable:
                     return
-                now_s = self._time()
+                now_s = time.time()  # as tqdm does
                 # Not `last_print_t`, from which the rate is made.
                 if now_s - max(shown_s, self.last_print_t) >= max(TICK_S, self.mininterval):
                     self.display()

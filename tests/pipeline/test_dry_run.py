@@ -9,15 +9,20 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.__main__ import main
 from pipeline.encoders import registry
 from pipeline.encoders.catalogue import VAES, VISION
 from pipeline.encoders.weights import MissingWeightsError
-from pipeline.estimate import HOW_TO_KNOW, MIN_UNITS, estimate, gflop, in_words, pace
+from pipeline.estimate import HOW_TO_KNOW, MIN_UNITS, estimate, in_words, pace, said_before
+from pipeline.least_time import bound, gflop, machine_flops, operations
+from pipeline.plan import Plan
 from storage import UserError, open_store
 from storage.codecs import stored_arrays
+from storage.index import make_index
 from storage.roots import open_root
+from storage.torch import products
 from tests.pipeline.fakes import Pictures, plan_of
 from tests.pipeline.hub import empty_cache
 from tests.pipeline.test_what_the_user_sees import ENCODERS, partly, write_pictures
@@ -50,6 +55,7 @@ def test_a_dry_run_needs_no_weights_and_fetches_none(
         return real(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", from_the_cache_alone)
+    monkeypatch.setattr("pipeline.least_time.machine_flops", lambda precisions: dict.fromkeys(precisions, 1e10))
     shown = dry(tmp_path, capsys, "--features", "dinov2-vitb14,mocov3-vits16", "--shard-rows", "2")
     assert "latents/sd-vae-ft-mse  moments 8×32×32 float16  16404 bytes an image  5 units to encode" in shown
     assert "features/dinov2-vitb14  cls 768 float16, patches 256×768 float16" in shown
@@ -58,6 +64,9 @@ def test_a_dry_run_needs_no_weights_and_fetches_none(
     assert "unknown    without the weights: their SHA-256" in shown
     assert HOW_TO_KNOW in shown
     assert "sd-vae-ft-mse 273, features/dinov2-vitb14 46.3" in shown
+    # 10 images of 273 + 46.3 + 12.3 GFLOP at 10 GFLOP/s
+    assert "time       at least 6 minutes, if encoders ran at the 10 GFLOP/s that products of large matrices" in shown
+    assert f"unknown    how much longer: this store has no {MIN_UNITS} units" in shown
     assert not (tmp_path / "store").exists()
 
 
@@ -237,6 +246,85 @@ def test_operations_are_the_catalogues(tmp_path: Path) -> None:
     latents, features = plan.groups
     assert gflop(latents, 512) == 4 * gflop(latents, 256) == 4 * VAES["tiny-vae"].gflop_256
     assert gflop(features, 128) == VISION["tiny-vit"].gflop(128)
+
+
+def big_plan(tmp_path: Path, units: range = range(0)) -> Plan:
+    """500,000 images of 128 px, of which some units of 100,000 are done: 0.75 GFLOP and the ViT's each."""
+    return dataclasses.replace(
+        plan_of(str(tmp_path), make_index(KEYS, [0] * N, [""] * N, KEYS, [0] * N), shard_rows=100_000),
+        missing={unit: (LATENTS, FEATURES) if unit else (FEATURES,) for unit in range(5) if unit not in units},
+    )
+
+
+N = 500_000
+KEYS = [f"{row:06d}" for row in range(N)]
+
+
+def test_a_bound_is_of_what_is_missing_in_each_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = big_plan(tmp_path, range(4, 5))
+    latents, features = plan.groups
+    halved = dataclasses.replace(features, spec=dataclasses.replace(features.spec, precision="bf16"))
+    plan = dataclasses.replace(plan, groups=(latents, halved))
+    flop = {"fp32": 3e5 * 0.75e9, "bf16": 4e5 * VISION["tiny-vit"].gflop(128) * 1e9}
+    assert operations(plan) == pytest.approx(flop)
+    rates = {"fp32": 1e10, "bf16": 1e12}
+    monkeypatch.setattr("pipeline.least_time.machine_flops", lambda precisions: rates)
+    seconds, words = bound(plan, "local")
+    assert seconds == pytest.approx(flop["fp32"] / 1e10 + flop["bf16"] / 1e12)
+    assert words.startswith("at least 6.3 hours, if encoders ran at the ")
+    unknown = dataclasses.replace(latents.spec, store_name="somebody-s")
+    plan = dataclasses.replace(plan, groups=(dataclasses.replace(latents, spec=unknown), features))
+    monkeypatch.setattr("pipeline.least_time.machine_flops", lambda precisions: {"fp32": 1e6})
+    assert bound(plan, "")[1].endswith("; without latents/tiny-vae, whose operations the catalogue does not count")
+
+
+def test_what_another_machine_computes_is_not_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("pipeline.least_time.machine_flops")
+    seconds, words = bound(big_plan(tmp_path), "ray://head:10001")
+    assert seconds is None
+    assert re.match(r"not known: \d+ TFLOP are to be computed on the Ray cluster at ray://head:10001, whose ", words)
+    assert said_before(big_plan(tmp_path), "auto")[0].startswith("time       not known: ")
+    few = plan_of(str(tmp_path), Pictures(40, {}, "").listing().index, shard_rows=8)
+    assert bound(few, "") == (None, ""), "too little to measure for"
+
+
+def test_a_long_run_says_so_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.least_time.machine_flops", lambda precisions: {"fp32": 1e7})
+    (line,) = said_before(big_plan(tmp_path), "")
+    assert re.match(r"time       at least 1\d,\d{3} hours, if encoders ran at the 0 GFLOP/s that products of ", line)
+    monkeypatch.setattr("pipeline.least_time.machine_flops", lambda precisions: None)
+    assert said_before(big_plan(tmp_path), "") == ()
+
+
+def test_earlier_units_tell_the_time_of_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("pipeline.least_time.machine_flops")
+    partly(tmp_path, range(4))
+    plan = plan_of(str(tmp_path), Pictures(40, {}, "").listing().index, shard_rows=8)
+    assert said_before(plan, "") == (), "below a minute"
+    monkeypatch.setattr("pipeline.estimate.rate", lambda units: 0.01)
+    lines = said_before(plan, "")
+    assert lines[0] == "time       13 minutes or so for 8 images"
+    assert lines[1].startswith("based on   earlier units of this store")
+
+
+@pytest.mark.slow  # in default: what that process prints
+def test_this_machine_is_measured_in_a_process_of_its_own() -> None:
+    found = machine_flops(["fp32", "bf16"])
+    assert found is not None
+    assert all(1e8 < found[precision] < 1e17 for precision in ("fp32", "bf16"))
+
+
+def test_a_machine_prints_how_fast_it_multiplies_in_each_precision(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        products, "product_flops", lambda device, dtype: float(torch.get_num_threads() * dtype.itemsize)
+    )
+    before = torch.get_num_threads()
+    products.main(["1", "fp32", "bf16"])
+    torch.set_num_threads(before)
+    n = max(1, torch.cuda.device_count())
+    assert json.loads(capsys.readouterr().out) == {"fp32": 4.0 * n, "bf16": 2.0 * n}
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from storage.base.least_time import least_time
 from tests.commands import run_here
 from tests.trainer.runs import command, micro
 from trainer.__main__ import main
 from trainer.commands import PROG
 from trainer.config.command_line import train_config
-from trainer.loop.opening import least_time
 from trainer.ranks.arithmetic import product_flops
 from trainer.run.summary import MOST_SHOWN, settings_line
 
@@ -55,10 +55,10 @@ def test_settings_are_named_as_options_where_they_differ_from_the_preset(tmp_pat
 
 
 def test_the_least_time_is_said_where_it_is_more_than_a_minute() -> None:
-    assert least_time(59e12, 1e12) == ""
-    assert least_time(1.8e15, 1e12).startswith("at least 30 minutes, if a step ran at the 1,000 GFLOP/s")
-    assert least_time(7.2e16, 1e13).startswith("at least 2.0 hours, if a step ran at the 10 TFLOP/s")
-    assert least_time(1.728e18, 1e11).startswith("at least 4,800 hours, ")
+    assert least_time(59, 1e12, "a step") == ""
+    assert least_time(1800, 1e12, "a step").startswith("at least 30 minutes, if a step ran at the 1,000 GFLOP/s")
+    assert least_time(7200, 1e13, "a step").startswith("at least 2.0 hours, if a step ran at the 10 TFLOP/s")
+    assert least_time(1.728e7, 1e11, "encoders").startswith("at least 4,800 hours, if encoders ran at the 100 GFLOP/s")
 
 
 def test_a_long_run_says_so_before_it_starts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from storage.base.least_time import least_time
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData
 from trainer.evaluation.generate.decode import decoder_of
@@ -29,7 +30,8 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int, 
     if world.size > 1:
         ranks += f", {config.parallel}"
     left = (config.steps - first_step) * config.batch * gflop * 1e9
-    time_left = least_time(left, world.size * product_flops(world.device, config.precision))
+    rate = world.size * product_flops(world.device, config.precision)
+    time_left = least_time(left / rate, rate, "a step")
     lines = [
         f"settings   {settings_line(config)}",
         f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
@@ -46,16 +48,6 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int, 
         *([f"time       {time_left}"] if time_left else []),
     ]
     return "\n".join(lines)
-
-
-def least_time(flop: float, flops: float) -> str:
-    """How long arithmetic takes at least, in words; nothing where that is below a minute."""
-    hours = flop / flops / 3600
-    if hours < 1 / 60:
-        return ""
-    span = f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours" if hours < 100 else f"{hours:,.0f} hours"
-    rate = f"{flops / 1e12:,.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:,.0f} GFLOP/s"
-    return f"at least {span}, if a step ran at the {rate} that products of large matrices reach here"
 
 
 def _tokens(geometry: Geometry) -> str:

@@ -10,15 +10,14 @@ for bit on a GPU as well: attention is left to the flash and the plain kernels.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from storage.torch.products import product_flops as of_products
 from trainer.config.schema import TrainConfig
 
-GPU_SIDE, CPU_SIDE, PRODUCTS = 4096, 1024, 4
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense bf16 tensor-core peak in TFLOP/s from the vendors' data sheets, by a part of the device's name; the first that
@@ -85,22 +84,5 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def product_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of a product of large square matrices here, the best of a few: what a training step stays below.
-
-    Takes some 0.1 s, and seconds on a CPU that has no arithmetic of the precision's width; at most 128 MB. Raises
-    nothing; draws no random numbers.
-    """
-    side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
-    half = autocast_dtype(precision)
-    dtype = torch.float32 if half is None else half
-    a = torch.ones(side, side, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(PRODUCTS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start_s = time.perf_counter()
-        torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start_s)
-    return 2 * side**3 / min(seconds)
+    """FLOP/s of a product of large matrices here, which a training step stays below; see `storage.torch.products`."""
+    return of_products(device, autocast_dtype(precision) or torch.float32)
