@@ -22,7 +22,7 @@ from storage.base.least_time import least_time
 from storage.base.waiting import waiting
 
 GFLOP_PIXELS = 256  # that the catalogue's counts of autoencoders are of
-FEW_FLOP = 1e12  # a minute on the slowest of machines
+FEW_FLOP = 3e12  # a minute on one core
 LONGEST_S = 120.0  # of measuring
 
 

@@ -23,6 +23,7 @@ class InfoConfig:
     """`info`: of what."""
 
     store: str = argument("store or group", metavar="STORE|GROUP")
+    json: bool = option(False, "print all of it as JSON: every field of identities and provenance, every failed sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ HERE = "storage.commands"
 INSPECTION = "storage.inspection"
 COMMANDS = {
     "ls": Command("the stores at or below a place, a line a group", f"{HERE}:ListConfig", f"{INSPECTION}:list_stores"),
-    "info": Command("identity, provenance, failures, timings", f"{HERE}:InfoConfig", f"{INSPECTION}:info"),
+    "info": Command("identity, provenance, failures, timings", f"{HERE}:InfoConfig", "storage.info:info"),
     "verify": Command(
         "check a store or a group; exit status 1 when something is wrong",
         f"{HERE}:VerifyConfig",

@@ -1,12 +1,11 @@
-"""What `ls`, `info`, `verify` and `diff` print. The exit status of a check is 1 where something is wrong."""
+"""What `ls`, `verify` and `diff` print. The exit status of a check is 1 where something is wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from storage.base.console import EXIT_FAILED, EXIT_OK, progress_bar, say
 from storage.base.ending import command, say_next
@@ -19,16 +18,13 @@ from storage.identity import Identity
 from storage.layout import GROUP_KINDS, METADATA
 from storage.metadata import group_identity
 from storage.reader import Store, open_store
-from storage.receipts import Failure, scan
+from storage.receipts import scan
 from storage.roots import Root, absolute, open_root
-from storage.samples import REDO
-from storage.statistics import describe, group_sums
 from storage.verify import verify
 
 if TYPE_CHECKING:
-    from storage.commands import DiffConfig, InfoConfig, ListConfig, VerifyConfig
+    from storage.commands import DiffConfig, ListConfig, VerifyConfig
 
-SHOWN = 20  # undone units, failed samples
 LEVELS = 3  # folders below ROOT in which `ls` looks for stores
 
 
@@ -66,12 +62,12 @@ def group_lines(store: Store) -> Iterator[str]:
                 n_bytes += sum(shard.nbytes for shard in receipt.shards)
         arrays = ", ".join(f"{a.name} {'×'.join(map(str, a.shape))} {a.dtype.lstrip('<|')}" for a in layout.arrays)
         identity = group_identity(path, attributes["identity"], store.root.at(path))
-        codec = _codec(identity)
+        codec = codec_spelling(identity)
         state = "complete" if n_done == layout.store.n_units else f"units {n_done}/{layout.store.n_units}"
         yield f"  {path}  {identity.encoder or '?'}  {codec}  {arrays}  {n_bytes / 1e9:.3f} GB  {state}"
 
 
-def _codec(identity: Identity) -> str:
+def codec_spelling(identity: Identity) -> str:
     """How a group's numbers are stored, in a word."""
     if identity.codec is None:
         return identity.dtype or "?"
@@ -79,51 +75,6 @@ def _codec(identity: Identity) -> str:
         return codec_of(identity).spelling
     except StoreError:  # a later version's
         return f"{identity.codec.get('name', '?')} (unknown here)"
-
-
-def describe_store(store: Store) -> None:
-    """Print what all groups share: samples, views, resolution, where the images came from."""
-    say(str(store.root), "store", *_json(store.attributes), f"groups {', '.join(store.groups()) or 'none yet'}")
-
-
-def describe_group(store: Store, path: str) -> None:
-    """Print identity, provenance, failed samples and where the time went."""
-    layout, attributes = store.group_layout(path)
-    say(store.root.at(path))
-    for heading in ("identity", "provenance"):
-        say(heading, *_json(attributes.get(heading, {})))
-    say(f"identity digest {attributes['identity_digest']}")
-    timings_s: dict[str, float] = {}
-    failures: list[Failure] = []
-    undone = []
-    n_of_unknown = n_redone = 0
-    for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
-        if receipt is None or reason is not None:
-            undone.append(f"unit {unit}: {reason}")
-            continue
-        n_of_unknown += not receipt.sample_crc32c
-        n_redone += "replaces" in receipt.made
-        failures += receipt.failed
-        for stage, seconds in receipt.timings_s.items():
-            timings_s[stage] = timings_s.get(stage, 0.0) + seconds
-    say("seconds, summed over units: " + ", ".join(f"{stage} {s:.1f}" for stage, s in sorted(timings_s.items())))
-    identity = group_identity(path, attributes["identity"], store.root.at(path))
-    sums, without = group_sums(store.root, layout, attributes["identity_digest"], identity)
-    if without:
-        say(f"statistics are of the other units: {without} were written without")
-    say(*describe(sums, identity))
-    n_units = layout.store.n_units
-    if n_of_unknown:
-        say(
-            f"{n_of_unknown} units have no checksums of their images (imported, or older than these): whether their "
-            "rows are of the same images as those of other groups is not known"
-        )
-    if n_redone:
-        say(f"{n_redone} units were done again after images that had failed were mended")
-    say(f"units done {n_units - len(undone)}/{n_units}", *_shown(undone))
-    say(f"samples failed {len(failures)}", *_shown([f"row {f.row} {f.key}: {f.reason}" for f in failures]))
-    if failures:
-        say(f"  {REDO}" + (", then derive this group again" if getattr(identity, "derived_from", None) else ""))
 
 
 def verify_store(config: VerifyConfig) -> int:
@@ -202,24 +153,3 @@ def _lists(root: Root) -> bool:
     except StoreError:
         return False
     return True
-
-
-def _shown(lines: list[str]) -> list[str]:
-    """The first of them, indented."""
-    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return [f"  {line}" for line in [*lines[:SHOWN], *more]]
-
-
-def _json(value: Any) -> list[str]:
-    """JSON in ASCII, a line each."""
-    return json.dumps(value, indent=2, sort_keys=True).split("\n")
-
-
-def info(config: InfoConfig) -> None:
-    """Describe a store and its groups, or one group."""
-    store, path = split_group(config.store)
-    if not path:
-        describe_store(store)
-    for name in [path] if path else store.groups():
-        describe_group(store, name)
-    say_next(command("storage", "verify", config.store, "--deep"))

@@ -142,7 +142,8 @@ def test_rotated_codes_through_the_whole_of_both_stages(tmp_path: Path) -> None:
     for arguments, words in (
         (["verify", str(store), "--deep"], ""),
         (["ls", str(store)], "rotated2"),
-        (["info", str(store)], '"bits": 2'),
+        (["info", str(store)], "rotated2: "),
+        (["info", str(store), "--json"], '"bits": 2'),
         (["diff", str(store), str(store)], ""),
         (["export", str(store), "--to", "npy", "--out", str(tmp_path / "out"), "--decode"], "features/tiny-vit"),
     ):

@@ -75,18 +75,47 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path: Path) 
     assert (command.returncode, err) == (EXIT_NOBODY_READS, b"")
 
 
-def test_info_tells_identity_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_store(tmp_path / "s", failed_rows=[3])
-    assert main(["info", str(tmp_path / "s" / FEATURES)]) == 0
-    out = capsys.readouterr().out
-    assert '"layer": "norm"' in out
-    assert "row 3 class3/00003: test" in out
-    assert "units done 3/3" in out
-    assert main(["info", str(tmp_path / "s")]) == 0
-    out = capsys.readouterr().out
-    assert out.count("identity digest") == 2
-    assert '"n_rows": 40' in out
-    assert f"groups {LATENTS}, {FEATURES}" in out
+def test_info_is_a_short_table(tmp_path: Path, storage: Storage) -> None:
+    root = tmp_path / "s"
+    make_store(root, failed_rows=[3])
+    status, out, _ = storage("info", root / FEATURES)
+    assert status == 0
+    table = dict(line.split(None, 1) for line in out.splitlines() if line[:1].isalpha())
+    assert table["layer"] == "norm"
+    assert table["units"] == "3/3 done"
+    assert table["samples"] == "1 failed"
+    assert table["stored"].startswith("float16: cls 40×1×24 f2, patches 40×1×64×24 f2")
+    assert "  row 3 class3/00003: test" in out.splitlines()
+    assert len(out.splitlines()) < 25
+    status, out, _ = storage("info", root)
+    assert re.search(r"^samples  40, views original, 128 px$", out, re.MULTILINE)
+    assert re.search(rf"^groups   {LATENTS}, {FEATURES}$", out, re.MULTILINE)
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("group ")] == [
+        str(root / LATENTS), str(root / FEATURES)
+    ]  # fmt: skip
+    assert "latents" in out
+    assert not re.search(r'[{}"]', out), "no JSON for people"
+
+
+def test_info_has_everything_as_json(tmp_path: Path, storage: Storage) -> None:
+    root = tmp_path / "s"
+    make_store(root, failed_rows=[3])
+    store = open_store(root)
+    found = json.loads(storage("info", root, "--json")[1])
+    assert found["store"] == str(root)
+    assert found["attributes"] == json.loads(json.dumps(store.attributes))
+    assert [group["group"] for group in found["groups"]] == [LATENTS, FEATURES]
+    for group in found["groups"]:
+        attributes = store.group_layout(group["group"])[1]
+        for name in ("identity", "identity_digest", "provenance"):
+            assert group[name] == attributes.get(name, {})
+    alone = json.loads(storage("info", root / FEATURES, "--json")[1])
+    assert alone == found["groups"][1]
+    assert alone["failed"] == [{"row": 3, "key": "class3/00003", "reason": "test"}]
+    assert (alone["units"], alone["units_undone"]) == (3, {})
+    (root / "receipts" / FEATURES / "00000001.json").unlink()
+    assert list(json.loads(storage("info", root / FEATURES, "--json")[1])["units_undone"]) == ["1"]
+    assert "2/3 done" in storage("info", root / FEATURES)[1]
 
 
 def test_verify_exits_1_and_names_the_fault(tmp_path: Path, storage: Storage) -> None:
@@ -138,6 +167,7 @@ def test_reading_receipts_is_not_silent(tmp_path: Path, storage: Storage, waits:
     make_store(root)
     for words, said in (
         (["ls", root], {f"looking for stores in {root}", "reading receipts"}),
+        (["info", root], {"reading receipts"}),
         (["verify", root], {"reading receipts"}),
         (["diff", root, root], {"comparing receipts"}),
         (["export", root, "--to", "npy", "--out", tmp_path / "out"], {"opening the store"}),
@@ -189,8 +219,7 @@ def test_a_group_s_name_may_end_as_a_shell_completes_it(tmp_path: Path, storage:
 
 def test_what_is_listed_is_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path / "s")
-    main(["info", str(tmp_path / "s" / LATENTS)])
-    text = capsys.readouterr().out
-    identity = json.loads(text[text.index("{") : text.index("provenance")])
+    main(["info", str(tmp_path / "s" / LATENTS), "--json"])
+    identity = json.loads(capsys.readouterr().out)["identity"]
     assert identity["latent_scale_factor"] == 0.5
     assert np.isclose(identity["latent_shift_factor"], 0)

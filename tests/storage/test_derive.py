@@ -81,7 +81,7 @@ def test_other_codecs_by_the_command(tmp_path: Path, spelling: str, capsys: pyte
     assert main(["ls", str(tmp_path)]) == EXIT_OK
     assert main(["info", f"{tmp_path}/{child}"]) == EXIT_OK
     out = capsys.readouterr().out
-    for what in (child, '"derived_from"', "units done 3/3"):
+    for what in (child, "\nderived  ", "3/3 done"):
         assert what in out
     assert main(["diff", f"{tmp_path}/{child}", f"{tmp_path}/features/reference"]) == EXIT_OK
     assert main(["diff", f"{tmp_path}/{child}", f"{tmp_path}/{FEATURES}"]) == 1

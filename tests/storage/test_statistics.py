@@ -89,7 +89,9 @@ def test_norms_of_codes_say_that_they_include_the_error(
 ) -> None:
     write(tmp_path, CODECS[spelling])
     main(["info", f"{tmp_path}/{FEATURES}"])
-    lines = [line for line in capsys.readouterr().out.split("\n") if " dimensions: " in line or " norm of " in line]
+    lines = [
+        line.strip() for line in capsys.readouterr().out.split("\n") if " dimensions: " in line or " norm of " in line
+    ]
     marked = [line.partition(" ")[0] for line in lines if line.endswith(", with the codes' error")]
     assert [line.partition(" ")[0] for line in lines] == ["cls", "cls", "patches", "patches"]
     assert marked == (["patches", "patches"] if spelling == "rotated1" else [])
