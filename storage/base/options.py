@@ -121,11 +121,11 @@ def add_options(
     """Add an option for each field, with its help text and default.
 
     `defaults`, an object of the class, has the defaults to show where these are not those of the class. `short` keeps
-    all but the options that are declared `often` out of the help; they are options all the same.
+    all but the options that are declared `often` out of the help, one list then; they are options all the same.
     """
     groups: dict[str, Any] = {}
     for each in options_of(config_class, topics=topics):
-        topic = each.name.rpartition(".")[0]
+        topic = "" if short else each.name.rpartition(".")[0]
         if topic and topic not in groups:
             heading = typing.get_type_hints(config_class)[topic].__doc__.splitlines()[0].rstrip(".")
             groups[topic] = parser.add_argument_group(heading)

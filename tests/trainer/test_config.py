@@ -237,10 +237,14 @@ def test_the_whole_help_lists_every_option_and_the_short_one_what_most_runs_set(
     assert [flag for flag in options if f"\n  {flag} " not in whole.stdout] == []
     assert "\nThe diffusion transformer:\n  --model.kind" in whole.stdout
     shown = {flag for flag in options if f"\n  {flag} " in short.stdout}
-    assert {"--store", "--run", "--steps", "--loss.projection-weight", "--data.features", "--optim.lr"} <= shown
-    assert len(shown) < 30
+    used = {"store", "run", "preset", "steps", "batch", "seed", "device", "precision", "loss.projection-weight"}
+    used |= {"data.features", "optim.lr", "checkpoint.every"}
+    assert {f"--{name}" for name in used} <= shown
     assert "--help-all" in short.stdout
-    assert short.stdout.count("\n") < 120, "the whole has some 400 lines"
+    imports = run_cli("import", "--help").stdout
+    assert imports.startswith("usage: python -m trainer import FILE --release RELEASE [option …]\n")
+    for printed in (short.stdout, imports):
+        assert printed.count("\n") <= 60, "the whole has some 400 lines"
 
 
 def test_what_the_short_help_leaves_out_is_an_option_all_the_same() -> None:

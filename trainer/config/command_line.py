@@ -43,7 +43,11 @@ class _WithSettings:
     def add_options(cls, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         """Add the options of the command's own, and every setting."""
         add_options(parser, cls, topics=False)
+        needed = [each for each in options_of(cls, topics=False) if each.is_required]
         add_train_options(parser, argv)
+        if HELP_ALL not in argv:
+            words = (each.flag if each.is_positional else f"{each.flag} {each.name.upper()}" for each in needed)
+            parser.usage = " ".join(["%(prog)s", *words, "[option …]"])
 
     @classmethod
     def from_options(cls, texts: Mapping[str, Any]) -> Self:

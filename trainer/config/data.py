@@ -20,7 +20,6 @@ class DataConfig:
         "",
         "latents to train on, a name below latents/, or features/NAME for an encoder's features as latents; empty: the "
         "only latents there are",
-        often=True,
     )
     latent_statistics: Path = option(
         Path(),
@@ -67,7 +66,6 @@ class DataConfig:
         "stream: rows are read when they are visited; ram: all of them once, into one copy a machine, which its ranks "
         "share; gpu: into the memory of each rank's device. The batches are the same",
         free=True,
-        often=True,
     )
     cache: Path = option(Path(), "folder on a local disk that keeps a part of a remote store", free=True)
     cache_gb: float = option(0.0, "most gigabytes that the cache takes, over all arrays", free=True)

@@ -55,9 +55,7 @@ class ModelConfig:
     head_heads: int = option(0, "ditdh: attention heads of the head; must divide its width")
     context: int = option(0, "rit: tokens of the label that join the sequence; 0: none")
     context_block: int = option(1, "rit: block before which they join, counted from 1")
-    classes: int = option(
-        0, "classes of the label embedding; 0: as many as the store's index names, if any", often=True
-    )
+    classes: int = option(0, "classes of the label embedding; 0: as many as the store's index names, if any")
     align_block: tuple[int, ...] = option(
         (8,),
         "block after which hidden states are aligned with the features, counted from 1; one, or one a target",
@@ -193,16 +191,15 @@ class CheckpointConfig:
 class LogConfig:
     """What is written while training."""
 
-    every: int = option(50, "steps between lines of metrics.jsonl and TensorBoard points", free=True, often=True)
+    every: int = option(50, "steps between lines of metrics.jsonl and TensorBoard points", free=True)
     tensorboard: bool = option(True, "write TensorBoard events below RUN/tensorboard", free=True)
     wandb: str = option("", "Weights & Biases project to log to as well; empty: none", free=True, often=True)
-    samples_every: int = option(10_000, "steps between grids of samples in RUN/samples; 0: none", free=True, often=True)
+    samples_every: int = option(10_000, "steps between grids of samples in RUN/samples; 0: none", free=True)
     samples: int = option(16, "images in a grid of samples", free=True)
     distance_every: int = option(
         0,
         "steps between Fréchet distances of samples, a curve to watch a training by; 0: none",
         free=True,
-        often=True,
     )
     distance_images: int = option(2048, "images that such a distance is of", free=True)
     distance_reference: str = option(
@@ -210,7 +207,6 @@ class LogConfig:
         "feature file that they are compared with, whose encoder describes them: `python -m pipeline features IMAGES "
         "--encoder NAME --out FILE`",
         free=True,
-        often=True,
     )
 
     def __post_init__(self) -> None:
@@ -230,12 +226,8 @@ class LogConfig:
 class TrainConfig:
     """The run."""
 
-    store: str = option(
-        "", "store with latents/ and, for the alignment, features/: a directory or a URL", free=True, often=True
-    )
-    run: Path = option(
-        Path(), "folder of the run: config, metrics, checkpoints; a run that is there is resumed", free=True, often=True
-    )
+    store: str = option("", "store with latents/ and, to align, features/; a path or URL", free=True, often=True)
+    run: Path = option(Path(), "folder of the run, which is resumed if it is there", free=True, often=True)
     preset: str = option(
         "",
         f"recipe that the other defaults come from: {PRESET_NAMES} (default {DEFAULT_PRESET})",
@@ -244,12 +236,12 @@ class TrainConfig:
     )
     steps: int = option(400_000, "optimiser steps in all, resumed ones included", free=True, often=True)
     batch: int = option(256, "samples a step over all ranks and micro-batches (global batch)", often=True)
-    seed: int = option(0, "seed of weights, order, noise, times and label dropout", often=True)
+    seed: int = option(0, "of weights, order, noise, times and label dropout", often=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda when there is one", free=True, often=True)
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
         "auto",
-        "arithmetic of the model, whose weights are float32: bf16 and fp16 (with a loss scale) by autocast, tf32 in "
-        "matrix products only; auto: bf16 on cuda, fp32 on cpu",
+        "of the model's arithmetic, weights are float32: bf16 and fp16 by autocast, tf32 in matrix products; auto: "
+        "bf16 on cuda, fp32 on cpu",
         often=True,
     )
     deterministic: bool = option(False, "only kernels that repeat bit for bit; slower on cuda")
@@ -257,11 +249,9 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "on several ranks: weights and optimiser on each (ddp), or sharded over them (fsdp)", free=True
     )
-    accumulate: int = option(
-        1, "micro-batches that a rank's part of a batch is computed in, to save memory", free=True, often=True
-    )
+    accumulate: int = option(1, "micro-batches that a rank's part of a batch is computed in, to save memory", free=True)
     max_skipped: int = option(10, "steps with a non-finite loss or gradient left out before the run stops", free=True)
-    ema_decay: float = option(0.9999, "decay of the averaged weights, which samples are drawn from", often=True)
+    ema_decay: float = option(0.9999, "decay of the averaged weights, which samples are drawn from")
     model: ModelConfig = section(ModelConfig)
     loss: LossConfig = section(LossConfig)
     data: DataConfig = section(DataConfig)
