@@ -117,6 +117,54 @@ def test_an_error_is_one_line_that_names_the_command(
     assert err.endswith(f"(see python -m {program} {name} --help)\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (UserError("no such store"), "error: no such store"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "error: No such file or directory: x"),
+        (ModuleNotFoundError(name="torch"), "error: this needs the package torch; "),
+        (KeyboardInterrupt(), "interrupted; what was finished is kept"),
+    ],
+)
+@pytest.mark.parametrize(("program", "name"), ALL)
+def test_whatever_ends_a_command_names_it(
+    program: str, name: str, error: BaseException, says: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    main, commands = PROGRAMS[program]
+
+    def fails(config: object) -> None:
+        raise error
+
+    def of_command(spelling: str) -> Any:
+        return fails if spelling == commands.COMMANDS[name].run else imported(spelling)
+
+    class Anything:
+        """Options that any words are."""
+
+        @staticmethod
+        def add_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+            pass
+
+        @staticmethod
+        def from_options(texts: Any) -> None:
+            pass
+
+    options = commands.COMMANDS[name].options
+    monkeypatch.setattr(
+        "storage.base.commands.imported", lambda spelling: Anything if spelling == options else of_command(spelling)
+    )
+    status, out, err = run_here(main, commands.PROG, [name], capsys)
+    assert (status, out) == (130 if isinstance(error, KeyboardInterrupt) else 2, "")
+    assert err.startswith(f"python -m {program} {name}: {says}")
+
+
+def test_before_a_command_is_known_the_program_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(storage_main.main, of_storage.PROG, ["info", "nowhere"], capsys)
+    for main, commands in PROGRAMS.values():
+        assert run_here(main, commands.PROG, [], capsys)[2].startswith(f"{commands.PROG}: error: ")
+
+
 @pytest.mark.parametrize(("program", "name"), ALL)
 def test_words_of_an_object_make_that_object(program: str, name: str) -> None:
     parser, config_class = parser_of(program, name)

@@ -128,7 +128,7 @@ def test_what_is_missing_is_said_in_one_line(
     done = python("-m", *arguments, env=without_others(extra, tmp_path / "site"))
     *progress, line = done.stderr.splitlines()
     assert done.returncode == 2, done.stderr
-    assert line.startswith(f"python -m {arguments[0]}: error: this needs the package ")
+    assert line.startswith(f"python -m {arguments[0]} {arguments[1]}: error: this needs the package ")
     assert needed in line
     assert "Traceback" not in "".join(progress)
 

@@ -6,14 +6,13 @@ import dataclasses
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.base.commands import Command
-from storage.base.console import EXIT_FAILED, EXIT_OK
+from storage.base.console import EXIT_FAILED, EXIT_OK, say_error
 from storage.base.ending import command as command_line
 from storage.base.ending import say_next
 from storage.base.options import as_words
@@ -117,7 +116,7 @@ def train(command: TrainCommand) -> int:
     try:
         summary = train(config, given=command.given, accept_changes=command.resume_with_changes)
     except NonFiniteError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
+        say_error(str(error))
         return EXIT_FAILED
     if os.environ.get("RANK", "0") == "0":
         from trainer.run.summary import outcome

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from storage.base.console import EXIT_OK, Parser
+from storage.base.console import EXIT_OK, Parser, speak_as
 from storage.base.options import add_options, close_matches, given_options
 from storage.base.programs import as_called
 
@@ -44,6 +44,7 @@ def run_one(prog: str, description: str | None, commands: Mapping[str, Command],
             parser.error(f"unknown command {named}; the commands are {names}{close_matches(named, commands)}")
         parser.parse_args(argv)  # ends with --help, or with what is missing
     command, chosen = commands[named], parsers.choices[named]
+    speak_as(chosen.prog)
     options_class = imported(command.options)
     if hasattr(options_class, "add_options"):
         options_class.add_options(chosen, argv)

@@ -74,29 +74,30 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
         for number in INTERRUPTS:
             signal.signal(number, _interrupt)
     _interrupted.clear()
+    speak_as(prog)
     try:
         _require_directory()
         status = main(sys.argv[1:] if argv is None else argv)
         if _interrupted.is_set():
             raise KeyboardInterrupt
     except UserError as error:
-        print(f"{prog}: error: {as_called(' '.join(str(error).split()))}", file=sys.stderr)
+        say_error(as_called(" ".join(str(error).split())))
         status = EXIT_USAGE
     except ModuleNotFoundError as error:
         remedy = what_to_install(error, prog)
         if remedy is None:  # no package of ours to name, so a fault of ours
             raise
-        print(f"{prog}: error: {remedy}", file=sys.stderr)
+        say_error(str(remedy))
         status = EXIT_USAGE
     except BrokenPipeError:
         status = EXIT_NOBODY_READS
     except OSError as error:
         if error.errno is None:  # not the operating system's answer, so a fault of ours
             raise
-        print(f"{prog}: error: {error.strerror}: {shown(_text(error.filename))}", file=sys.stderr)
+        say_error(f"{error.strerror}: {shown(_text(error.filename))}")
         status = EXIT_USAGE
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        _say_as("interrupted; what was finished is kept, the same command goes on from there")
         status = EXIT_INTERRUPTED
     try:
         sys.stdout.flush()
@@ -105,6 +106,23 @@ def run_command(main: Callable[[Sequence[str]], int], prog: str, argv: Sequence[
     if status == EXIT_NOBODY_READS:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
     sys.exit(status)
+
+
+_speaker = [""]  # what this process runs: the program, and once it is known its command
+
+
+def speak_as(name: str) -> None:
+    """From here on this process's errors are those of `python -m trainer score`, say."""
+    _speaker[0] = name
+
+
+def say_error(message: str) -> None:
+    """Print `python -m trainer score: error: message` on stderr."""
+    _say_as(f"error: {message}")
+
+
+def _say_as(message: str) -> None:
+    print(f"{_speaker[0]}: {message}", file=sys.stderr)
 
 
 def say(*lines: str, flush: bool = False) -> None:

@@ -43,7 +43,7 @@ def test_ray_s_workers_are_torchrun_s_ranks_bit_for_bit(shared_tiny_store: Path,
 def test_a_rank_s_mistake_is_one_line_here(tmp_path: Path) -> None:
     status, out, err = launch(tmp_path, command(tmp_path / "nowhere", tmp_path / "run")[3:])
     assert status == 2, out + err
-    assert err.splitlines()[-1].startswith("python -m pipeline: error:")
+    assert err.splitlines()[-1].startswith("python -m pipeline launch: error:")
     assert "nowhere does not exist" in err.splitlines()[-1]
 
 

@@ -180,7 +180,7 @@ def test_interrupted_and_run_again_redoes_only_what_is_missing(
         assert child.returncode == 130, stderr
         assert "Traceback" not in stderr
         assert stderr.splitlines()[-1] == (
-            "python -m pipeline: interrupted; what was finished is kept, the same command goes on from there"
+            "python -m pipeline precompute: interrupted; what was finished is kept, the same command goes on from there"
         )
     done_before = {path.name: path.stat().st_mtime_ns for path in receipts.glob("0*.json")}
     assert 0 < len(done_before) < N_UNITS

@@ -88,7 +88,7 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"python -m pipeline: error: cannot be reached ([Errno 111] Connection refused): {data}"
+        f"python -m pipeline index: error: cannot be reached ([Errno 111] Connection refused): {data}"
     ]
 
 

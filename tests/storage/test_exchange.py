@@ -340,7 +340,7 @@ def test_a_spoilt_repa_folder_is_one_line(
     argv = ["import", str(tmp_path / "vae-sd"), "--from", "repa-npy", "--store", str(tmp_path / "t"), "--name", "x"]
     status, _, err = run_here(main, PROG, argv, capsys)
     assert status == EXIT_USAGE
-    errors = [line for line in err.splitlines() if line.startswith("python -m storage: error: ")]
+    errors = [line for line in err.splitlines() if line.startswith("python -m storage import: error: ")]
     assert len(errors) == 1
     assert says in errors[0]
 

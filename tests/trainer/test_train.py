@@ -246,7 +246,7 @@ def test_a_users_mistake_is_named(
 def test_a_users_mistake_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run_here(main, PROG, command(tmp_path / "none", tmp_path / "run")[3:], capsys)
     assert status == 2, err
-    assert err.startswith(f"python -m trainer: error: {tmp_path / 'none'} does not exist")
+    assert err.startswith(f"python -m trainer train: error: {tmp_path / 'none'} does not exist")
     assert err.count("\n") == 1, err
     assert out == ""
 
