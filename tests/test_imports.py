@@ -38,6 +38,20 @@ def test_a_package_loads_nothing_it_must_not(modules: str) -> None:
     assert not loaded & FORBIDDEN[modules]
 
 
+def test_storage_loads_torch_in_two_places_only() -> None:
+    """In `storage.torch` and `storage.weights`, which no other module imports but in a function that needs it."""
+    root = Path(storage.__path__[0])
+    names = [".".join(("storage", *path.relative_to(root).with_suffix("").parts)) for path in root.rglob("*.py")]
+    apart = {name for name in names if name.split(".")[1] in ("torch", "weights")}
+    assert {"storage.torch.dataset", "storage.weights.tensors"} <= apart
+    others = [name.removesuffix(".__init__") for name in sorted({*names} - apart) if not name.endswith("__main__")]
+    assert {"storage.exchange.incoming", "storage.exchange.from_repa_e", "storage.base.waiting"} <= {*others}
+    code = f"import importlib, sys\nfor name in {others}:\n    importlib.import_module(name)\n    "
+    code += "assert not {'torch', 'storage.torch', 'storage.weights'} & sys.modules.keys(), name"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_module_of_storage_hides_a_name_of_the_package() -> None:
     """A name that is imported when it is asked for is no more asked for once a module of that name is loaded."""
     root = Path(storage.__path__[0])
