@@ -24,8 +24,9 @@ The examples of the other docstrings are of this store too. Whoever writes needs
 `Staging` and `publish_unit`. docs/reading.md has more, and `help(storage.Store)` what is in a store.
 
 Imports numpy, zarr, pyarrow and h5py only; never ray or an encoder library, and torch in `storage.torch` and
-`storage.weights` alone, which nothing here imports except a function that reads a weight file. A name's module is imported when the name is first asked for, so that a command's `--help` loads
-none of them; no module of this package may have such a name.
+`storage.weights` alone, which nothing here imports but functions that read a weight file. A name's module is imported
+when the name is first asked for, so that a command's `--help` loads none of them; no module of this package may have
+such a name.
 """
 
 from importlib import import_module

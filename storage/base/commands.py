@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from storage.base.console import EXIT_OK, Parser, speak_as
 from storage.base.options import add_options, close_matches, given_options
 from storage.base.programs import as_called
+from storage.base.waiting import waiting
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def run_one(prog: str, description: str | None, commands: Mapping[str, Command],
         parser.parse_args(argv)  # ends with --help, or with what is missing
     command, chosen = commands[named], parsers.choices[named]
     speak_as(chosen.prog)
-    options_class = imported(command.options)
+    with _loading():
+        options_class = imported(command.options)
     if hasattr(options_class, "add_options"):
         options_class.add_options(chosen, argv)
     else:
@@ -59,8 +63,15 @@ def run_one(prog: str, description: str | None, commands: Mapping[str, Command],
         config = options_class.from_options(vars(texts))
     else:
         config = options_class(**given_options(options_class, vars(texts)))
-    status = imported(command.run)(config)
+    with _loading():
+        run = imported(command.run)
+    status = run(config)
     return EXIT_OK if status is None else int(status)
+
+
+def _loading() -> AbstractContextManager[None]:
+    """Says that libraries are being loaded, seconds from a cold disk; ranks but the first say nothing."""
+    return waiting("loading libraries", hidden=os.environ.get("RANK", "0") != "0")
 
 
 def imported(spelling: str) -> Any:

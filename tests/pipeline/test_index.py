@@ -31,7 +31,7 @@ def test_each_kind_is_reported(tmp_path: Path, name: str, capsys: pytest.Capture
 def test_a_long_listing_is_not_silent(tmp_path: Path, waits: list[str]) -> None:
     WRITERS["image-folder"][1](tmp_path, SAMPLES)
     assert main(["index", str(tmp_path)]) == EXIT_OK
-    assert waits == ["loading libraries", f"listing {tmp_path}"]
+    assert list(dict.fromkeys(waits)) == ["loading libraries", f"listing {tmp_path}"]
 
 
 def test_what_is_left_out_and_what_is_odd_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

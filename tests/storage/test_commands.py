@@ -72,7 +72,8 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path: Path) 
     assert command.stdout is not None
     command.stdout.close()
     _, err = command.communicate()
-    assert (command.returncode, err) == (EXIT_NOBODY_READS, b"")
+    assert command.returncode == EXIT_NOBODY_READS
+    assert all(line.endswith(" …") for line in err.decode().splitlines()), "but for waits, on a slow machine"
 
 
 def test_info_is_a_short_table(tmp_path: Path, storage: Storage) -> None:
@@ -174,7 +175,7 @@ def test_reading_receipts_is_not_silent(tmp_path: Path, storage: Storage, waits:
     ):
         waits.clear()
         assert storage(*words)[0] == 0
-        assert set(waits) == said, words
+        assert set(waits) == {"loading libraries", *said}, words
 
 
 def test_mistakes_are_one_line(tmp_path: Path, storage: Storage) -> None:

@@ -37,6 +37,11 @@ def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def errors_in(stderr: str) -> list[str]:
+    """Lines but those of waits, which a slow machine says in a log."""
+    return [line for line in stderr.splitlines() if not line.startswith("loading ")]
+
+
 @pytest.mark.parametrize(
     "name", slow_but(PRESETS, ("sit-tiny-2", "dit-xl-2-512", "sit-xl-2-reg", "lightningdit-xl-1", "rit-xl-1"))
 )
@@ -249,7 +254,7 @@ def test_the_whole_help_lists_every_option_and_the_short_one_what_most_runs_set(
 
 def test_what_the_short_help_leaves_out_is_an_option_all_the_same() -> None:
     done = run_cli("train", "--optim.beta1", "1.5")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.returncode, len(errors_in(done.stderr))) == (2, 1)
     assert "--optim.beta1 must be" in done.stderr
 
 
@@ -257,5 +262,5 @@ def test_an_unknown_option_is_one_line_with_the_nearest_name() -> None:
     done = run_cli("train", "--loss.projection-wieght", "1")
     assert done.returncode == 2
     assert "--loss.projection-weight" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert len(errors_in(done.stderr)) == 1
     assert "Traceback" not in done.stderr
