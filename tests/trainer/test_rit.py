@@ -123,7 +123,7 @@ def test_the_samplers(reference: dict[str, Tensor], name: str) -> None:
 
 @pytest.mark.parametrize(("of_image", "of_class"), [(1.0, 3.0), (2.0, 1.0), (2.0, 3.0), (1.0, 1.0)])
 def test_the_class_token_has_its_own_guidance(of_image: float, of_class: float) -> None:
-    """Each part is o_∅ + s (o_y − o_∅) by its own scale, also where the other has none; of o_∅ = 1, o_y = 2."""
+    """Each part is o_∅ + s (o_y − o_∅) by its own scale, if the image is guided at all; of o_∅ = 1, o_y = 2."""
     config = SampleConfig(sampler="ode", steps=1, guidance=of_image, guidance_class=of_class)
     drawing = Drawing(
         predict=lambda x, t, y: (2.0 - y.float())[:, None].expand_as(x), labels=torch.tensor([0]), null_label=1,
@@ -131,9 +131,10 @@ def test_the_class_token_has_its_own_guidance(of_image: float, of_class: float) 
         objective=objective,
     )  # fmt: skip
     output = drawing.output(torch.zeros(1, 5, dtype=torch.float64), torch.zeros(1), 0.5)
-    assert output.tolist() == [[1 + of_image] * 3 + [1 + of_class] * 2]
+    scale = of_class if of_image > 1 else 1.0
+    assert output.tolist() == [[1 + of_image] * 3 + [1 + scale] * 2]
     calls = calls_of(config, objective, class_token=True)
-    assert calls.guided == (0 if of_image == of_class == 1 else 1)
+    assert calls.guided == (1 if of_image > 1 else 0)
 
 
 def test_a_block_for_the_context_is_asked_of_a_context_alone() -> None:

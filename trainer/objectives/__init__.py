@@ -1,6 +1,6 @@
 """What is minimised: an objective for each kind of model.
 
-An objective is a module with the functions of `Objective`, and three facts for the sampler. The training step
+An objective is a module with the functions of `Objective`, and two facts for the sampler. The training step
 draws the numbers and calls it, so it knows no objective by name; to add one, write the module and its line in
 `OBJECTIVES`.
 """
@@ -22,7 +22,6 @@ class Objective(Protocol):
     each_slope_guided: (
         bool  # whether guidance's interval is open and asked of each slope, not of a step (`sampling.py`)
     )
-    class_guided_alone: bool  # whether a class token has its guidance where the image has none
 
     def draw_times(self, uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
         """What the model is given as t, from draws (B,) of both kinds, of which one is used."""

@@ -150,7 +150,6 @@ def _at(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 data_time = False
 each_slope_guided = False
-class_guided_alone = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:

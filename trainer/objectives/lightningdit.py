@@ -15,7 +15,6 @@ from trainer.objectives import sit
 
 data_time = True
 each_slope_guided = False
-class_guided_alone = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:

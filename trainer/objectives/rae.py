@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trainer.config.schema import LossConfig
 from trainer.objectives.sit import (
-    class_guided_alone,
     data_time,
     denoising_loss,
     each_slope_guided,
@@ -22,7 +21,7 @@ from trainer.objectives.sit import (
 )
 
 __all__ = [
-    "class_guided_alone", "data_time", "denoising_loss", "draw_times", "each_slope_guided", "model_times", "perturb",
+    "data_time", "denoising_loss", "draw_times", "each_slope_guided", "model_times", "perturb",
     "unit_times", "velocity",
 ]  # fmt: skip
 MOST_LEVEL = 0.999

@@ -18,7 +18,6 @@ CUT = 0.001  # of noise levels, at both ends
 
 data_time = True
 each_slope_guided = True
-class_guided_alone = True
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:

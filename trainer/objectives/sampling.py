@@ -10,7 +10,7 @@ figures were sampled; so does the chain. Euler may end before 0 (`--sample.end`)
 Classifier-free guidance o = o_∅ + s·(o_y − o_∅) of the model's output applies for t in an interval (arXiv 2404.07724);
 outside it and at scale 1 the batch is not doubled. The ends of the interval count, and a step's start decides for both
 of Heun's slopes, as in REPA's sampler; RiT's asks each slope, and an end counts only where it is 0 or 1. A class token
-has a scale and an interval of its own, in REG's sampler only where the image is guided at all. With a weaker model, o_∅
+has a scale and an interval of its own, if the image is guided at all (REG, RiT). With a weaker model, o_∅
 is what that says of the same label (autoguidance, arXiv 2406.02507). State is float64; the model sees its own dtype.
 """
 
@@ -65,7 +65,7 @@ class Drawing:
         """
         config = self.config
         scale = config.guidance if self._guides(unit_time, config.guidance_low, config.guidance_high) else 1.0
-        of_class = class_scale(config, self.objective) if self.class_width else 0.0
+        of_class = class_scale(config) if self.class_width else 0.0
         of_class = of_class if self._guides(unit_time, *config.class_interval) else 0.0
         if scale == 1 and of_class in (0, 1):
             return self.predict(state.to(self.dtype), t, self.labels).double()
@@ -94,9 +94,9 @@ def guides(objective: Objective, t: float, low: float, high: float) -> bool:
     return low <= t <= high
 
 
-def class_scale(config: SampleConfig, objective: Objective) -> float:
+def class_scale(config: SampleConfig) -> float:
     """The scale at which a class token is guided where its interval says so; 0 or 1: not at all."""
-    return config.class_guidance if config.guidance > 1 or objective.class_guided_alone else 0.0
+    return config.class_guidance if config.guidance > 1 else 0.0
 
 
 def _towards(other: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -193,7 +193,7 @@ def calls_of(config: SampleConfig, objective: Objective, *, class_token: bool) -
         if config.sampler == "ode" and config.heun and i < config.steps - 1:
             asked_of.append(t_next if objective.each_slope_guided else t)
     intervals = [(config.guidance_low, config.guidance_high)] if config.guidance > 1 else []
-    if class_token and class_scale(config, objective) not in (0, 1):
+    if class_token and class_scale(config) not in (0, 1):
         intervals.append(config.class_interval)
     guided = sum(any(guides(objective, t, *interval) for interval in intervals) for t in asked_of)
     return Calls(total=len(asked_of), guided=guided)

@@ -106,7 +106,6 @@ def score_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, path: Path) ->
 
 data_time = False
 each_slope_guided = False
-class_guided_alone = False
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:

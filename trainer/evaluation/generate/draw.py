@@ -26,7 +26,7 @@ def in_words(config: TrainConfig) -> str:
     """How images are drawn, for people."""
     sample = config.sample
     steps = f"{sample.sampler}{' (Heun)' if sample.heun else ''} in {sample.steps} steps"
-    of_class = class_scale(sample, OBJECTIVES[config.model.kind]) if config.model.class_token else 0.0
+    of_class = class_scale(sample) if config.model.class_token else 0.0
     if sample.guidance == 1 and of_class in (0, 1):
         return f"{steps}, without guidance"
     what = f"guidance {sample.guidance:g}"

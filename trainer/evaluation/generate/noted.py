@@ -81,7 +81,7 @@ def card_of_sample(
     calls = calls_of(sample, objective, class_token=class_token)
     levels = noise_levels(sample)
     guided = sample.guidance > 1
-    of_class = class_scale(sample, objective) if class_token else 0.0
+    of_class = class_scale(sample) if class_token else 0.0
     of_class = 0.0 if of_class == 1 else of_class
     low, high = sample.class_interval if of_class else (0.0, 1.0)
     euler = "heun" if sample.heun else "euler"

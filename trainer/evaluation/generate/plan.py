@@ -164,11 +164,10 @@ def _recipe(run: OpenRun, config: GenerateConfig, protocol: Protocol | None, dev
     of_protocol = of_sample(protocol) if protocol else {}
     named = {name: value for name, value in asked.items() if value is not None}
     recipe = override(run.config, {"precision": precision, **of_protocol, **named})
-    objective = OBJECTIVES[recipe.model.kind]
-    if config.guidance_class not in (None, AS_IMAGE, 0, 1) and class_scale(recipe.sample, objective) == 0:
+    if config.guidance_class not in (None, AS_IMAGE, 0, 1) and class_scale(recipe.sample) == 0:
         raise UserError(
-            f"--guidance-class {config.guidance_class} has no effect with --guidance 1 (a class token of "
-            f"--model.kind {recipe.model.kind} is guided where the image is); give a scale above 1, or leave it out"
+            f"--guidance-class {config.guidance_class} has no effect with --guidance 1, without which neither is "
+            "guided; give a scale above 1, or leave it out"
         )
     if protocol and protocol.guidance_by == WEAKER and recipe.sample.guidance > 1 and config.weaker is None:
         raise UserError(
@@ -207,7 +206,7 @@ def _sha256(checkpoint: Path) -> str:
 def _name(recipe: TrainConfig, config: GenerateConfig, step: int) -> str:
     sampler = recipe.sample
     guidance = f"guidance{sampler.guidance:g}"
-    of_class = class_scale(sampler, OBJECTIVES[recipe.model.kind]) if recipe.model.class_token else sampler.guidance
+    of_class = class_scale(sampler) if recipe.model.class_token else sampler.guidance
     if of_class != sampler.guidance and (sampler.guidance > 1 or of_class not in (0, 1)):
         guidance += f"-class{of_class:g}"
     if config.weaker is not None:
