@@ -13,6 +13,7 @@ from tests.trainer.evaluation.report_runs import draw, evaluate, evaluation, mak
 from trainer.config.command_line import train_config
 from trainer.evaluation.generate.decode import write_grid
 from trainer.evaluation.report.page import write_report
+from trainer.evaluation.report.run_record import RunRecord, read_runs
 from trainer.loop.train import train
 
 CARD = {
@@ -88,3 +89,23 @@ def study(shared_tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     draw(mixed)
     write_grid(np.full((16, 64, 64, 3), 99, dtype=np.uint8), folder / "features.png", columns=8)
     return folder
+
+
+WEIGHTS = {"repa": 0.5, "vanilla": 0.0, "half": 0.25}
+
+
+@pytest.fixture
+def make(shared_tiny_store: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A folder of runs, a run a value of FID, by method; None is not evaluated."""
+
+    def runs(of: dict[str, list[float | None]]) -> list[RunRecord]:
+        for name, values in of.items():
+            for seed, value in enumerate(values):
+                run = make_run(
+                    tmp_path, shared_tiny_store, seed, WEIGHTS[name], measured=False, name=f"{name}-seed{seed}"
+                )
+                if value is not None:
+                    evaluate(run, value)
+        return read_runs([tmp_path])
+
+    return runs

@@ -208,7 +208,7 @@ def test_the_papers_figure_has_one_protocol_and_names_what_no_card_says(runs: li
     assert [series.label.split()[0] for series in panel.series] == ["run-1", "run-2"]
     assert "1 measured otherwise" in panel.note
     note = panel.note.replace("\n", " ")
-    assert "known of none, and so perhaps different: weights, ema decay, labels" in note
+    assert "known of none, and so perhaps different: weights, labels" in note
     assert "guidance," not in note
     assert max(map(len, panel.note.splitlines())) <= 60
 

@@ -207,13 +207,28 @@ def test_a_class_token_is_guided_as_the_card_says(run: RunRecord) -> None:
         assert tuple(getattr(asked, name) for name in names) == of_class
 
 
+@pytest.mark.parametrize("guidance", [1.0, 1.8])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_a_method_s_own_is_no_other_way_of_measuring(run: RunRecord, guidance: float, class_token: bool) -> None:
+    """A run with a class token is drawn as one without was, and the other way round; neither average's decay counts."""
+    config = override(run.config, {"model.class_token": class_token})
+    guided = {"guidance": guidance, "guided_calls": None, "ema_decay": 0.5}
+    if guidance > 1:
+        guided |= {"guidance_low": 0.1, "guidance_high": 0.7, "guidance_by": "null label"}
+    if not class_token:
+        guided |= {"class_noise": "own"}
+        of_class = (guidance, 0.1, 0.7) if guidance > 1 else (0.0, 0.0, 1.0)
+        names = ("guidance_class", "guidance_class_low", "guidance_class_high")
+        guided |= dict(zip(names, of_class, strict=True))
+    assert apart_for_good(dataclasses.replace(run, config=config), of(run, **guided)) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"ema_decay": 0.5}, "ema decay 0.99, not 0.5"),
         ({"classes": 1000}, "classes 5, not 1,000"),
         ({"weights": "model"}, "weights ema, not model"),
-        ({"class_noise": "own"}, "class noise none, not own"),
+        ({"class_noise": "mean"}, "class noise none, not mean"),
         ({"labels": "given"}, "labels balanced, not given"),
         ({"sampler": "ddpm", "equation": "chain"}, "--sample.sampler ddpm cannot draw from --model.kind sit"),
         ({"metrics_version": VERSION - 1}, f"metrics version {VERSION}, not {VERSION - 1}, by which the other"),
@@ -244,17 +259,17 @@ def test_what_is_to_be_filled_in_or_cannot_be_known_is_said(run: RunRecord) -> N
 
 
 def test_a_page_has_what_cannot_be_measured_alike_without_a_command(shared_tiny_store: Path, tmp_path: Path) -> None:
-    for seed, decay in ((1, 0.9999), (2, 0.5)):
+    for seed, classes in ((1, 5), (2, 1000)):
         made = make_run(tmp_path, shared_tiny_store, seed, 0.5 * seed, measured=False)
         (record,) = read_runs([made])
-        line = evaluation(3.0, card=of(record, ema_decay=decay).plain())
+        line = evaluation(3.0, card=of(record, classes=classes).plain())
         (made / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
     records = read_runs([tmp_path])
     ((what, command),) = verdict(records, methods_of(records)).missing
-    assert "measured otherwise; cannot be measured alike: ema decay" in what
+    assert "measured otherwise; cannot be measured alike: classes" in what
     assert command == ""
     html = plain(page(records, "x", real=False))
-    assert "cannot be measured alike: ema decay" in html
+    assert "cannot be measured alike: classes" in html
     assert "<code></code>" not in html
     _, following = outcome(records, tmp_path / "run-1" / "config.yaml")
     assert following.startswith("python -m http.server")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from storage.base.boundary import Count, Number, parse_json
@@ -131,6 +131,22 @@ def words_of(name: str) -> str:
 
 
 DRAWN = names_of(PROTOCOL)[: names_of(PROTOCOL).index("rounding") + 1]  # what `generate` says of the protocol
+
+
+OF_CLASS_TOKENS = {"guidance_class": 0.0, "guidance_class_low": 0.0, "guidance_class_high": 1.0, "class_noise": ""}
+OF_METHODS = ("ema_decay", *OF_CLASS_TOKENS)
+
+
+def as_of_any_method(card: Card) -> Card:
+    """A card without what is its method's own: the decay of the average, and a class token that goes with the image.
+
+    Methods differ in these however alike they are measured. A class token that has its own scale, interval or start
+    stays. The decay is not known of what is returned.
+    """
+    own = tuple(getattr(card, name) for name in OF_CLASS_TOKENS)
+    with_image = (card.guidance, card.guidance_low, card.guidance_high, "own")
+    plain = own == with_image or (card.guidance == 1 and card.class_noise == "own")
+    return replace(card, ema_decay=None, **(OF_CLASS_TOKENS if plain else {}))
 
 
 def differences(a: Card, b: Card) -> list[tuple[str, Any, Any]]:

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from storage.base.ending import command as command_line
 from trainer.evaluation.probing.measured import Measured, Point
-from trainer.evaluation.quality.card import PROTOCOL, Card, names_of
+from trainer.evaluation.quality.card import OF_SPACES, PROTOCOL, SPACES, Card, as_of_any_method, names_of
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.cards import apart_in_words, in_doubt
 from trainer.evaluation.report.run_record import RunRecord
@@ -187,8 +187,9 @@ def command(run: RunRecord, protocol: Protocol) -> str:
 class Evaluated:
     """How a metric of images was measured; None is not known, or nothing where a metric has no reference or no k.
 
-    `card` has the settings of the evaluation card's protocol and nothing else: results whose cards differ in one are
-    measured otherwise. A setting that neither of two cards knows does not part them; `doubt` names it.
+    `card` has the settings of the evaluation card's protocol but for what is a method's own (`as_of_any_method`), and
+    nothing else: results whose cards differ in one are measured otherwise. A setting that neither of two cards knows
+    does not part them; `doubt` names it.
     """
 
     name: str
@@ -218,7 +219,8 @@ class Evaluated:
     @property
     def doubt(self) -> str:
         """In what results of this way may differ, since their cards do not say it; "" for nothing."""
-        told = {name for name, of in SAID_BESIDE.items() if getattr(self, of) is not None}
+        told = {name for name, of in SAID_BESIDE.items() if getattr(self, of) is not None} | {"ema_decay"}
+        told |= set() if self.metric == SPACES else set(OF_SPACES)
         return in_doubt(self.card, told if self.compares else {*told, *OF_REFERENCE})
 
     def apart(self, other: Evaluated) -> str:
@@ -265,7 +267,7 @@ def evaluated(line: Evaluation, metric: str) -> Evaluated:
         # The digest is of the pixels as they were cropped, since such a record counts what could not be read.
         reference_resolution=None if line.reference.n_failed is not None else line.reference.resolution,
         k=figures.k,
-        card=Card(**{name: getattr(line.card, name) for name in counts}),
+        card=as_of_any_method(Card(**{name: getattr(line.card, name) for name in counts})),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.evaluation.quality.card import DRAWN, NOTE, PROTOCOL, Card, differences, names_of, words_of
+from trainer.evaluation.quality.card import DRAWN, NOTE, OF_METHODS, PROTOCOL, Card, differences, names_of, words_of
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.run_record import RunRecord
 from trainer.evaluation.report.table import Cell, table
@@ -112,6 +112,12 @@ def drawn_in_words(card: Card) -> str:
     if low is not None and high is not None and (low, high) != (0, 1):
         words.append(f"from {low:g} to {high:g}")
     return ", ".join(words)
+
+
+def own_in_words(found: Sequence[Card]) -> str:
+    """What is the methods' own and not the same on all of the cards, with the values, in words; "" for nothing."""
+    values = {name: list(dict.fromkeys(_text(getattr(card, name)) for card in found)) for name in OF_METHODS}
+    return "; ".join(f"{name.replace('_', ' ')} {', '.join(of)}" for name, of in values.items() if len(of) > 1)
 
 
 def in_doubt(card: Card, told: Collection[str] = ()) -> str:

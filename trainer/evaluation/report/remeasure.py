@@ -26,7 +26,7 @@ from trainer.config.tree import override
 from trainer.evaluation.generate.noted import Drawn, card_of, read_noted
 from trainer.evaluation.options import EvaluateConfig, GenerateConfig
 from trainer.evaluation.protocols import PROTOCOLS, WEAKER
-from trainer.evaluation.quality.card import DRAWN, Card
+from trainer.evaluation.quality.card import DRAWN, Card, as_of_any_method
 from trainer.evaluation.quality.measures import PUBLISHED_IMAGES, VERSION
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import Evaluated
@@ -114,12 +114,15 @@ def sample_like(run: RunRecord, card: Card) -> dict[str, Any]:
     asked["labels"] = card.labels if card.labels in LABELS else None
     asked["end"] = _end(card) if sampler == "ode" else 0.0 if sampler else None
     asked["guidance"] = card.guidance
-    of_guidance = ["guidance_low", "guidance_high", "guidance_channels"]
+    guided = card.guidance is not None and card.guidance > 1
+    if guided:
+        asked |= {name: getattr(card, name) for name in ("guidance_low", "guidance_high", "guidance_channels")}
     if run.config.model.class_token:
-        asked["class_noise"] = card.class_noise or None
-        of_guidance += ["guidance_class", "guidance_class_low", "guidance_class_high"]
-    if card.guidance is not None and card.guidance > 1:
-        asked |= {name: getattr(card, name) for name in of_guidance}
+        of_another = card.class_noise == ""  # images of a model without class token: it goes with the image
+        asked["class_noise"] = card.class_noise or ("own" if of_another else None)
+        if guided:
+            names = ("guidance_class", "guidance_class_low", "guidance_class_high")
+            asked |= {name: AS_IMAGE if of_another else getattr(card, name) for name in names}
     return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -169,7 +172,8 @@ def apart_for_good(run: RunRecord, card: Card) -> list[str]:
         device=torch.device(device), protocol="",
     )  # fmt: skip
     unknown = {name for name in DRAWN if getattr(card, name) is None}
-    return apart_in_words(card_of(recipe, drawn), card, {*unknown, *set(vars(card)) - set(DRAWN), *NOT_WORKED_OUT})
+    told = {*unknown, *set(vars(card)) - set(DRAWN), *NOT_WORKED_OUT}
+    return apart_in_words(as_of_any_method(card_of(recipe, drawn)), as_of_any_method(card), told)
 
 
 def _at_hand(run: RunRecord, line: Evaluation, card: Card, way: Evaluated) -> str | None:
@@ -177,7 +181,8 @@ def _at_hand(run: RunRecord, line: Evaluation, card: Card, way: Evaluated) -> st
 
     def is_like(drawn: Card, n: int | None) -> bool:
         n_alike = way.n_generated is None or n == way.n_generated
-        return n_alike and all(getattr(drawn, name) == getattr(card, name) for name in DRAWN)
+        mine, its = as_of_any_method(drawn), as_of_any_method(card)
+        return n_alike and all(getattr(mine, name) == getattr(its, name) for name in DRAWN)
 
     if line.generated.path is not None and is_like(line.card, line.generated.n):
         return line.generated.path

@@ -22,7 +22,7 @@ from trainer.evaluation.quality.card import DRAWN
 from trainer.evaluation.quality.measures import PUBLISHED_IMAGES
 from trainer.evaluation.quality.record import Evaluation
 from trainer.evaluation.report.alike import Evaluated, Group, evaluated_alike
-from trainer.evaluation.report.cards import apart_in_words, drawn_in_words
+from trainer.evaluation.report.cards import apart_in_words, drawn_in_words, own_in_words
 from trainer.evaluation.report.measures import better, decides, measured, place, span, spelled, title, with_spread
 from trainer.evaluation.report.methods import Method
 from trainer.evaluation.report.remeasure import measure_alike
@@ -85,10 +85,12 @@ def verdict(records: Sequence[RunRecord], methods: Sequence[Method]) -> Verdict:
     missing = _missing(records, methods, group)
     metric = title(group.protocol.metric, group.protocol.name)
     doubt = group.protocol.doubt if len(group.values) > 1 else ""
+    own = own_in_words([line.card for line in group.values.values()])
     otherwise = _otherwise(records, group, [each for each in methods if all(i not in group.values for i in each.runs)])
     how = [
         _how(records, group, ranking),
         *([f"Known of none of them, and so perhaps different: {doubt}"] if doubt else []),
+        *([f"Of the methods' own, and not the same: {own}"] if own else []),
         *_spread(ranking),
         *unlike_training(records, group.values, [ranked.method for ranked in ranking]),
         *([f"Left out, not measured alike: {'; '.join(otherwise.values())}"] if otherwise else []),
