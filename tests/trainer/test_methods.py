@@ -285,7 +285,7 @@ def test_a_class_token_is_guided_as_the_image_unless_said(
             drawn(run=trained["irepa"], **{option.replace("-", "_"): 0.5})
     with pytest.raises(UserError, match=r"^--class-noise own is of a class token; \S+ has none$"):
         drawn(run=trained["irepa"], class_noise="own")
-    with pytest.raises(UserError, match=r"^--guidance-class 3.0 has no effect with --guidance 1 "):
+    with pytest.raises(UserError, match=r"^--guidance-class 3.0 has no effect with --guidance 1, without"):
         drawn(guidance=1.0, guidance_class=3.0)
 
     capsys.readouterr()

@@ -153,6 +153,17 @@ def test_a_card_that_differs_in_what_changes_no_number_does_not_stand_in_the_way
     assert not any(line.startswith("Left out") for line in said.how)
 
 
+def test_a_mean_over_six_spaces_has_a_name_and_decides(make) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for run, value in zip(records, (3.0, 5.0), strict=True):
+        metrics = {"fdr6": {"value": value, "n_generated": 512, "n_reference": 1152}}
+        line = evaluation(0, name="fdr6", metrics=metrics, card=UNGUIDED | {"extractor": "fdr6"})
+        (run.path / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    said = answer(again(records))
+    assert said.sentence.startswith("repa-seed0 has the lower FDr⁶, 3.00 against 5.00 of vanilla-seed0")
+    assert in_words(again(records))["FDr⁶"].endswith("the mean over six networks' features; lower is better")
+
+
 def test_what_is_a_method_s_own_is_compared_and_named(make) -> None:  # type: ignore[no-untyped-def]
     """A class token that goes with the image, and the average's decay; one that starts from elsewhere parts them."""
     records = make({"repa": [None], "vanilla": [None]})

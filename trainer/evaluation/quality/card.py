@@ -133,7 +133,12 @@ def words_of(name: str) -> str:
 DRAWN = names_of(PROTOCOL)[: names_of(PROTOCOL).index("rounding") + 1]  # what `generate` says of the protocol
 
 
-OF_CLASS_TOKENS = {"guidance_class": 0.0, "guidance_class_low": 0.0, "guidance_class_high": 1.0, "class_noise": ""}
+OF_CLASS_TOKENS: Mapping[str, Any] = {
+    "guidance_class": 0.0,
+    "guidance_class_low": 0.0,
+    "guidance_class_high": 1.0,
+    "class_noise": "",
+}
 OF_METHODS = ("ema_decay", *OF_CLASS_TOKENS)
 
 

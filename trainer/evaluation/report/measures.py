@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.evaluation.quality.card import SPACES
 from trainer.evaluation.report.run_record import RunRecord
 
 Better = Literal["lower", "higher"]
@@ -25,6 +26,11 @@ class Title:
 DISTANCE = "how far the features of drawn images lie from those of real ones"
 TITLES = {  # in the order in which they decide, and in which they are shown
     "fid": Title(text="FID", better="lower", words=f"{DISTANCE}: Fréchet distance of Inception's features"),
+    SPACES: Title(
+        text="FDr⁶",
+        better="lower",
+        words="Fréchet distance over that of held-out real images, the mean over six networks' features",
+    ),
     "fd": Title(text="Fréchet distance", better="lower", words=f"{DISTANCE}: Fréchet distance"),
     "cmmd": Title(text="CMMD", better="lower", words=f"{DISTANCE}: by a kernel, in CLIP's features"),
     "kid": Title(text="KID", better="lower", words=f"{DISTANCE}: by a cubic kernel, in Inception's features"),
@@ -52,7 +58,9 @@ def explained(metric: str, name: str) -> str:
     """What a measure in an encoder's features is, and which values are better, in words."""
     known, sense = TITLES.get(metric), better(metric)
     what = known.words if known is not None else "a measure that this version has no words for"
-    features = "" if name == INCEPTION or "Inception" in what or "CLIP" in what else f", in the features of {name}"
+    features = (
+        "" if name in (INCEPTION, metric) or "Inception" in what or "CLIP" in what else f", in the features of {name}"
+    )
     return f"{what}{features}{f'; {sense} is better' if sense else ''}"
 
 
@@ -77,7 +85,7 @@ def title(metric: str, name: str) -> str:
     """A measure in an encoder's features, as a heading has it."""
     known = TITLES.get(metric)
     text = known.text if known is not None else metric.replace("_", " ").capitalize()
-    return text if name == INCEPTION else f"{text} ({name})"
+    return text if name in (INCEPTION, metric) else f"{text} ({name})"
 
 
 def measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
