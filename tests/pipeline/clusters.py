@@ -16,9 +16,11 @@ OBJECT_STORE_BYTES = 100 * 2**20
 @contextlib.contextmanager
 def cluster(**head: Any) -> Iterator[Any]:
     """A cluster whose head has these resources; nodes are added to it by `add`."""
-    prepare_ray("")  # before Ray is imported: stay on 127.0.0.1, with a token
+    prepare_ray("")  # stay on 127.0.0.1, with a token
+    from ray._private.authentication_test_utils import reset_auth_token_state
     from ray.cluster_utils import Cluster
 
+    reset_auth_token_state()  # what a test before this one made Ray read in this process, without a token
     made = Cluster()
     try:
         add(made, **head)
