@@ -27,6 +27,9 @@ from tests.stores import FEATURES
 from tests.trainer.feature_stores import NORM, plain_tokens, write, write_affine
 from tests.trainer.reference import load_reference
 from trainer.data.feature_latents import (
+    _class_tokens_looked_at,
+    _require_mean_and_deviation,
+    _require_small_error,
     on_grid,
     read_latents,
     require_normal,
@@ -240,6 +243,24 @@ def test_statistics_of_other_class_tokens_are_refused(store: Path, group: GroupR
     require_normal(group, ValidRows(48, np.array([])), scale_of(group, statistics, source="s"), accept=False)
     with pytest.raises(UserError, match=r"^the class token of features/\S+ is normalised by s, after which"):
         require_normal(group, ValidRows(48, np.array([])), scale_of(group, other, source="s"), accept=False)
+
+
+def test_the_class_token_of_coded_features_is_float16(tmp_path: Path) -> None:
+    """What is said of it is of the class token, and of the channel that is off."""
+    tokens = plain_tokens()
+    tokens[:, :, 0, 3] = 2000 + np.linspace(-1, 1, 48)[:, None]
+    write(tmp_path, tokens, layer=PLAIN_NORM, codec=CODECS["int8"])
+    group = open_store(tmp_path).group(FEATURES)
+    statistics, _ = statistics_of(open_store(tmp_path), group, Path(), class_token=True)
+    scale = scale_of(group, statistics, source="s")
+    looked_at = _class_tokens_looked_at(group, np.arange(48), scale)
+    with pytest.raises(UserError, match=r"^it is in float16 numbers, .* in channel 3; .*: take features of another"):
+        _require_small_error("it", looked_at)
+    off = dataclasses.replace(looked_at, mean=np.zeros(24), std=np.ones(24))
+    off.mean[:2], off.std[:2] = (0.9, 1.1), (0.6, 1)
+    with pytest.raises(UserError, match=r"after which channel 1 has mean 1\.1 and deviation 1;"):
+        _require_mean_and_deviation("it", off, scale)
+    group.close()
 
 
 def test_statistics_of_other_features_are_refused(store: Path, group: GroupReader) -> None:

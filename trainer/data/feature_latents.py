@@ -192,7 +192,7 @@ def require_normal(
     if scale.of_class is not None and len(rows) >= ENOUGH:
         looked_at[f"the class token of {group.path}"] = _class_tokens_looked_at(group, rows, scale)
     for what, each in looked_at.items():
-        _require_small_error(group, what, each)
+        _require_small_error(what, each)
         _require_mean_and_deviation(what, each, scale)
     return in_words
 
@@ -207,12 +207,15 @@ class _LookedAt:
     mean: np.ndarray
     std: np.ndarray
     error: np.ndarray
+    stored_as: str  # in words, and what may be stored instead
+    instead: str
 
 
-def _looked_at(x: Tensor, error_variance: Tensor, over: tuple[int, ...]) -> _LookedAt:
+def _looked_at(x: Tensor, error_variance: Tensor, over: tuple[int, ...], *, stored_as: str, instead: str) -> _LookedAt:
     std = x.double().std(over, correction=0).numpy()
     error = error_variance.double().mean(over).sqrt().numpy() / np.maximum(std, 1)
-    return _LookedAt(mean=x.double().mean(over).numpy(), std=std, error=error)
+    mean = x.double().mean(over).numpy()
+    return _LookedAt(mean=mean, std=std, error=error, stored_as=stored_as, instead=instead)
 
 
 def _tokens_looked_at(group: GroupReader[FeaturesIdentity], rows: np.ndarray, scale: LatentScale) -> _LookedAt:
@@ -220,28 +223,36 @@ def _tokens_looked_at(group: GroupReader[FeaturesIdentity], rows: np.ndarray, sc
     shape = (len(rows), size[0] * size[1], group.identity.width)
     error = on_grid(torch.from_numpy(np.broadcast_to(group.codec.error_variance(stored), shape).copy()), size)
     factors = torch.as_tensor(scale.scale).double().square()
-    return _looked_at(scale.normalised(read_latents(group, rows)), error * factors, (0, 2, 3))
+    if group.codec.identity is None:
+        instead = _instead_of_float16(group)
+    else:
+        instead = "store float16" if group.codec.exact else "store float16 or int8 (rotated codes are for alignment)"
+    x = scale.normalised(read_latents(group, rows))
+    return _looked_at(x, error * factors, (0, 2, 3), stored_as=_stored_as(group), instead=instead)
 
 
 def _class_tokens_looked_at(group: GroupReader[FeaturesIdentity], rows: np.ndarray, scale: LatentScale) -> _LookedAt:
     assert scale.of_class is not None
     stored = group.gather(rows, 0, [CLASS_TOKEN])[CLASS_TOKEN]
     error = torch.from_numpy(rounding_variance(stored)) * scale.of_class[0].double().square()
-    return _looked_at(scale.normalised_class(torch.from_numpy(stored)), error, (0,))
+    x, stored_as = scale.normalised_class(torch.from_numpy(stored)), f"{stored.dtype} numbers"
+    return _looked_at(x, error, (0,), stored_as=stored_as, instead=_instead_of_float16(group))
 
 
-def _require_small_error(group: GroupReader[FeaturesIdentity], what: str, tokens: _LookedAt) -> None:
+def _instead_of_float16(group: GroupReader[FeaturesIdentity]) -> str:
+    if group.identity.layer == AFFINE:
+        return "precompute with --features ENCODER:norm=plain, whose numbers float16 holds"
+    return "take features of another layer or encoder"
+
+
+def _require_small_error(what: str, tokens: _LookedAt) -> None:
     if not (_level(tokens.error) > MOST_LEVEL or tokens.error.max() > MOST_OF_CHANNEL):
         return
-    if group.codec.identity is None:
-        fix = "precompute with --features ENCODER:norm=plain, whose numbers float16 holds"
-    else:
-        fix = "store float16" if group.codec.exact else "store float16 or int8 (rotated codes are for alignment)"
     raise UserError(
-        f"{what} is in {_stored_as(group)}, whose error in normalised tokens is {_rms(tokens.error):.2g}, as much as "
+        f"{what} is in {tokens.stored_as}, whose error in normalised tokens is {_rms(tokens.error):.2g}, as much as "
         f"the noise at level {_level(tokens.error):.2g}, and {tokens.error.max():.2g} in channel "
         f"{int(tokens.error.argmax())}; at most level {MOST_LEVEL:g}, and {MOST_OF_CHANNEL:g} in a channel, is not "
-        f"felt: {fix}, or pass --data.latent-deviation accept if it is meant"
+        f"felt: {tokens.instead}, or pass --data.latent-deviation accept if it is meant"
     )
 
 
@@ -249,7 +260,8 @@ def _require_mean_and_deviation(what: str, tokens: _LookedAt, scale: LatentScale
     near = (tokens.std >= LEAST) & (tokens.std <= MOST) & (np.abs(tokens.mean) <= MOST_MEAN)  # NaN is not
     if near.all():
         return
-    worst = int(np.argmax(np.abs(np.log(np.maximum(tokens.std, 1e-30))) + np.abs(tokens.mean)))
+    distance = np.abs(np.log(np.maximum(tokens.std, 1e-30))) + np.abs(tokens.mean)
+    worst = int(np.argmax(np.where(near, -1, distance)))
     raise UserError(
         f"{what} is normalised by {scale.source}, after which channel {worst} has mean {tokens.mean[worst]:.3g} and "
         f"deviation {tokens.std[worst]:.3g}; each must have a mean within ±{MOST_MEAN:g} and a deviation of {LEAST:g} "

@@ -24,9 +24,9 @@ __all__ = [
     "data_time", "denoising_loss", "draw_times", "each_slope_guided", "model_times", "perturb",
     "unit_times", "velocity",
 ]  # fmt: skip
-MOST_LEVEL = 0.999
+LAST_TIME = 0.999  # before the shift
 
 
 def draw_times(uniform: Tensor, normal: Tensor, config: LossConfig) -> Tensor:
     """Noise levels float32 (B,), shifted."""
-    return shifted(sample_times(MOST_LEVEL * uniform, normal, config.time_sampling, "linear"), config.time_shift)
+    return shifted(sample_times(LAST_TIME * uniform, normal, config.time_sampling, "linear"), config.time_shift)

@@ -30,7 +30,7 @@ from trainer.evaluation.report.alike import evaluated
 from trainer.evaluation.report.methods import methods_of
 from trainer.evaluation.report.outcome import outcome
 from trainer.evaluation.report.page import page
-from trainer.evaluation.report.remeasure import Again, apart_for_good, drawing_like, measure_alike
+from trainer.evaluation.report.remeasure import Again, apart_for_good, drawing_like, evaluation_like, measure_alike
 from trainer.evaluation.report.run_record import RunRecord, read_runs
 from trainer.evaluation.report.verdict import verdict
 
@@ -159,7 +159,8 @@ def test_a_command_comes_to_the_card_that_it_is_to_match(
     measured = EvaluateConfig(images=Path("/i"), **measuring)
     wanted = whole(noted(asked), measured, asked.n)
     line = like(wanted, measured)
-    found = again(run, line)
+    before = dataclasses.replace(NOWHERE, card=Card(decoder=str(TINY_VAE)))
+    found = measure_alike(run, before, line, evaluated(line, "fid"))
     assert found.note == ""
     generate, evaluate = taken(found.command, monkeypatch)
     assert evaluate.images == generate.out
@@ -192,6 +193,28 @@ def test_images_that_are_drawn_alike_are_measured_and_not_drawn_again(run: RunRe
     assert again(drawn, line_of(card)).command.startswith(f"python -m trainer evaluate {folder} --reference /r.npz")
     for other in ({"guidance": 1.8, "guided_calls": 250, "guidance_by": "null label"}, {"n_images": 13}, {"seed": 1}):
         assert again(drawn, line_of(of(run, **other))).command.startswith("python -m trainer generate"), other
+
+
+def test_a_decoder_is_of_the_run_s_latents(run: RunRecord) -> None:
+    """That of other latents would decode noise, and it would be recorded."""
+    card = of(run, decoder="/vae/a", seed=7)
+    same, other, unknown = (line_of(of(run, decoder=decoder)) for decoder in ("/vae/a", "/vae/b", None))
+    assert "--vae /vae/a" in measure_alike(run, same, line_of(card), evaluated(line_of(card), "fid")).command
+    found = measure_alike(run, other, line_of(card), evaluated(line_of(card), "fid"))
+    assert (found.command, found.note) == ("", "cannot be measured alike: decoder /vae/b, not /vae/a")
+    assert "--vae" not in measure_alike(run, unknown, line_of(card), evaluated(line_of(card), "fid")).command
+
+
+def test_a_measurement_is_asked_for_as_the_other_was(run: RunRecord) -> None:
+    """Named weights, the number of draws, and held-out images by where they lie, not as they were typed."""
+    card = of(run)
+    asked = {"reference": "/r.npz", "n_reference": 0, "weights": "/w/inception.pth", "resamples": 0, "held_out": None}
+    line = dataclasses.replace(line_of(card), asked=asked)
+    found = evaluation_like(run, "/i", line, evaluated(line, "fid"))
+    assert (found.weights, found.resamples, found.held_out) == (Path("/w/inception.pth"), 0, None)
+    encoder = {"name": "fdr6", "held_out": "here"}
+    six = dataclasses.replace(line, encoder=encoder, asked=asked | {"weights": None, "held_out": "/abs/here"})
+    assert evaluation_like(run, "/i", six, evaluated(line, "fid")).held_out == Path("/abs/here")
 
 
 def test_a_class_token_is_guided_as_the_card_says(run: RunRecord) -> None:

@@ -26,7 +26,7 @@ from tests.commands import run_here
 from trainer.__main__ import main
 from trainer.evaluation.generate.image_files import n_written
 from trainer.evaluation.options import ScoreConfig
-from trainer.evaluation.quality.asked import asked_for, is_what_was_asked
+from trainer.evaluation.quality.asked import asked_for, is_what_was_asked, stamp
 from trainer.evaluation.quality.card import Card, card_in
 from trainer.evaluation.quality.record import read_record
 from trainer.evaluation.score import score
@@ -265,3 +265,15 @@ def test_kills_at_any_moment_cost_nothing_and_leave_one_line(run: Path, referenc
     assert json.loads(result.read_text())["metrics"]["fd"]["value"] == recorded.metrics["fd"].value
     assert "card:" in out
     assert (run / "report.html").is_file()
+
+
+def test_a_stamp_is_of_what_lies_there_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.png").write_bytes(b"a")
+    (tmp_path / "f.npz").write_bytes(b"f")
+    monkeypatch.chdir(tmp_path)
+    for name in ("d", "f.npz"):
+        assert stamp(name) == stamp(tmp_path / name) == stamp(f"./d/../{name}")
+    before = stamp("d")
+    (tmp_path / "d" / "a.png").rename(tmp_path / "d" / "b.png")
+    assert stamp("d") != before

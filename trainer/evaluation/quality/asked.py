@@ -61,7 +61,7 @@ def is_what_was_asked(
 
 
 def stamp(where: Path | str) -> str | None:
-    """A digest that is another where what lies there may be another; None where nothing does."""
+    """A digest that is another where what lies there may be another, however it is spelled; None where nothing does."""
     sha = hashlib.sha256()
     if is_url(str(where)):
         sha.update(str(open_store(where).attributes.get("index_digest")).encode())
@@ -71,7 +71,7 @@ def stamp(where: Path | str) -> str | None:
         return None
     of_store = path.is_dir() and (path / METADATA).is_file()
     for file in [path / INDEX_FILE] if of_store else _files(path) if path.is_dir() else [path]:
-        sha.update(f"{file}\0{_changed(file)}\0".encode("utf-8", "surrogateescape"))
+        sha.update(f"{file.relative_to(path)}\0{_changed(file)}\0".encode("utf-8", "surrogateescape"))
     return sha.hexdigest()
 
 

@@ -25,6 +25,7 @@ PUBLISHED_OF = "published"
 SIDE = 256  # of the images that the published divisors are of
 # Statistics of ImageNet's training set say so in their file's name alone: VIRTUAL_imagenet256_labeled, in256-fdr-clip.
 NAMED_IMAGENET = re.compile(r"(?<!tiny)(?<!tiny[-_])imagenet([-_]?(256|1k)|(?![a-z])(?![-_]?\d))|(?<![a-z])in(256|1k)")
+OTHERS = re.compile(r"(?<![a-z])(val\w*|test|subset|sketch|v2|a|c|o|r)(?![a-z])")  # which are not its training set
 Results = Mapping[str, Mapping[str, Any]]  # space → what `evaluate` gave
 
 
@@ -129,4 +130,5 @@ def _is_imagenet(reference: Mapping[str, Any]) -> bool:
     if reference.get("kind") != "statistics":
         n = reference.get("n", 0) + reference.get("n_failed", 0)
         return n == IMAGENET and reference.get("size", [SIDE, SIDE]) == [SIDE, SIDE]
-    return NAMED_IMAGENET.search(Path(str(reference.get("path"))).stem.lower()) is not None
+    name = Path(str(reference.get("path"))).stem.lower()
+    return NAMED_IMAGENET.search(name) is not None and OTHERS.search(name) is None

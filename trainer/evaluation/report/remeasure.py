@@ -60,7 +60,9 @@ def measure_alike(run: RunRecord, line: Evaluation, like: Evaluation, way: Evalu
     """How a run, of which `line` was measured, is measured as `way` says, of which `like` is an example."""
     try:
         images = _at_hand(run, line, like.card, way)
-        in_the_way = _of_metrics(like.card) + ([] if images else apart_for_good(run, like.card))
+        in_the_way = _of_metrics(like.card)
+        if images is None:
+            in_the_way += [*apart_for_good(run, like.card), *_of_decoder(line.card, like.card)]
         if in_the_way:
             return Again(command="", note=f"cannot be measured alike: {', '.join(in_the_way)}")
         draws = ""
@@ -96,6 +98,8 @@ def _named(fields: Sequence[str]) -> str:
 def drawing_like(run: RunRecord, line: Evaluation, card: Card, n: int) -> GenerateConfig:
     """What `generate` is asked for so that its card has the settings of `card`; what that does not know is left out."""
     asked = {**sample_like(run, card), **_besides(card)}
+    if line.card.decoder and line.card.decoder == card.decoder:  # else the run's own, which its latents decide on
+        asked["vae"] = card.decoder
     told = json.dumps([n, line.step, {name: getattr(card, name) for name in DRAWN}], sort_keys=True)
     out = RunFolder(run.path).drawn(f"of-{n}-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
     return GenerateConfig(run=run.path, n=n, out=out, checkpoint=_checkpoint(run, line), **asked)
@@ -139,11 +143,18 @@ def _end(card: Card) -> float | None:
 def _besides(card: Card) -> dict[str, Any]:
     """What else `generate` is told."""
     arithmetic, _, device = (card.precision or "").partition(" on ")
-    asked: dict[str, Any] = {"vae": card.decoder or None, "seed": card.seed, "precision": arithmetic, "device": device}
+    asked: dict[str, Any] = {"seed": card.seed, "precision": arithmetic, "device": device}
     asked["rounding"] = card.rounding if card.rounding in ROUNDINGS else None
     asked["protocol"] = card.protocol if card.protocol in PROTOCOLS else None
     asked["weaker"] = Path(ANY_WEAKER) if card.guidance_by == WEAKER else None
     return {name: value for name, value in asked.items() if value not in (None, "")}
+
+
+def _of_decoder(mine: Card, its: Card) -> list[str]:
+    """A decoder is of the run's latents, and another's would make noise of them."""
+    if not mine.decoder or not its.decoder or mine.decoder == its.decoder:
+        return []
+    return [f"decoder {mine.decoder}, not {its.decoder}"]
 
 
 def _of_metrics(card: Card) -> list[str]:
@@ -200,8 +211,8 @@ def _at_hand(run: RunRecord, line: Evaluation, card: Card, way: Evaluated) -> st
 def evaluation_like(run: RunRecord, images: str, like: Evaluation, way: Evaluated) -> EvaluateConfig:
     """What `evaluate` is asked for so that it measures images as `like` was."""
     encoder = str(like.encoder.get("name", way.name))
-    held_out = like.encoder.get("held_out")
-    n_reference = like.asked.get("n_reference")
+    held_out = like.asked.get("held_out") or like.encoder.get("held_out")
+    n_reference, weights, resamples = (like.asked.get(name) for name in ("n_reference", "weights", "resamples"))
     return EvaluateConfig(
         images=Path(images),
         reference=str(like.asked.get("reference") or like.reference.path or ANY_REFERENCE),
@@ -211,4 +222,6 @@ def evaluation_like(run: RunRecord, images: str, like: Evaluation, way: Evaluate
         n_reference=n_reference if isinstance(n_reference, int) else way.n_reference or 0,
         held_out=Path(str(held_out)) if held_out not in (None, GIVEN_STATISTICS) else None,
         run=run.path,
+        weights=None if weights is None else Path(str(weights)),
+        **({} if resamples is None else {"resamples": int(resamples)}),
     )
