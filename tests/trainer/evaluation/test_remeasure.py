@@ -205,6 +205,25 @@ def test_a_decoder_is_of_the_run_s_latents(run: RunRecord) -> None:
     assert "--vae" not in measure_alike(run, unknown, line_of(card), evaluated(line_of(card), "fid")).command
 
 
+def test_a_step_that_is_gone_is_named_and_not_taken_for_the_newest(run: RunRecord) -> None:
+    """The measured step where its checkpoint is left; else the newest, which is another number."""
+    other = dataclasses.replace(run, checkpoint_step=run.checkpoint_step + 100)
+    card = line_of(of(run))
+
+    def found(step: int | None) -> Again:
+        line = dataclasses.replace(NOWHERE, step=step)
+        return measure_alike(other, line, card, evaluated(card, "fid"))
+
+    for step in (None, other.checkpoint_step):
+        assert "--checkpoint" not in found(step).command
+        assert found(step).note == ""
+    assert f"--checkpoint {run.checkpoint_step}" in found(run.checkpoint_step).command
+    assert found(run.checkpoint_step).note == ""
+    gone = found(7)
+    assert "--checkpoint" not in gone.command
+    assert gone.note == f"its checkpoint of step 7 is gone, so this is of step {other.checkpoint_step:,}"
+
+
 def test_a_measurement_is_asked_for_as_the_other_was(run: RunRecord) -> None:
     """Named weights, the number of draws, and held-out images by where they lie, not as they were typed."""
     card = of(run)

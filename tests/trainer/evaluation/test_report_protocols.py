@@ -164,6 +164,24 @@ def test_a_mean_over_six_spaces_has_a_name_and_decides(make) -> None:  # type: i
     assert in_words(again(records))["FDr⁶"].endswith("the mean over six networks' features; lower is better")
 
 
+@pytest.mark.parametrize(
+    ("of_run", "is_alike"),
+    [
+        ("d" * 64, True),  # the same images, however their path was typed
+        ("e" * 64, False),
+        (None, False),  # a record without digest, of which the path is all that is known
+    ],
+)
+def test_held_out_images_are_those_that_lay_there_and_not_a_path(make, of_run: str | None, is_alike: bool) -> None:  # type: ignore[no-untyped-def]
+    records = make({"repa": [None], "vanilla": [None]})
+    for run, path, digest in zip(records, ("held", "./held"), ("d" * 64 if of_run else None, of_run), strict=True):
+        metrics = {"fdr6": {"value": 3.0, "n_generated": 512, "n_reference": 1152}}
+        card = UNGUIDED | {"extractor": "fdr6", "divisors_of": digest}
+        line = evaluation(0, name="fdr6", encoder={"name": "fdr6", "held_out": path}, metrics=metrics, card=card)
+        (run.path / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    assert (answer(again(records)).outcome != "missing") is is_alike
+
+
 def test_what_is_a_method_s_own_is_compared_and_named(make) -> None:  # type: ignore[no-untyped-def]
     """A class token that goes with the image, and the average's decay; one that starts from elsewhere parts them."""
     records = make({"repa": [None], "vanilla": [None]})

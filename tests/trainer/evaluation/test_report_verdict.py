@@ -284,6 +284,17 @@ def test_epochs_are_counted_over_checkpoints_that_were_measured_alike(make) -> N
     assert list(epochs([run])) == ["Epochs until unguided FID 2.20"]
 
 
+def test_what_two_records_do_not_say_is_not_taken_for_the_same(make) -> None:  # type: ignore[no-untyped-def]
+    """Distances of an unknown extractor have no level that two runs share."""
+    records = make({"repa": [None], "vanilla": [None]})
+    for run, last in zip(records, (4.0, 9.0), strict=True):
+        of_run = [evaluation(fid, step=step, card=WHOLE, encoder={}) for step, fid in ((100, 20.0), (200, last))]
+        (run.path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in of_run))
+    assert epochs(records) == {
+        "Epochs until unguided FID 4.00": [epochs(records[:1])["Epochs until unguided FID 4.00"][0], "–"]
+    }
+
+
 def test_guided_images_and_unknown_ones_do_not_count_as_unguided(make) -> None:  # type: ignore[no-untyped-def]
     records = make({"repa": [None]})
     for guidance in (1.8, None):

@@ -242,6 +242,7 @@ class Evaluated:
 
 ALONE = ("inception_score",)  # measures of images without a reference
 OF_REFERENCE = ("reference_sha256", "n_reference")
+HELD_OUT = "held_out"  # of FDr⁶'s record: where the images lay that its divisors are of
 SAID_BESIDE = {  # settings of a card that a record says in other words as well
     "n_images": "n_generated",
     "reference_sha256": "reference",
@@ -259,7 +260,7 @@ def evaluated(line: Evaluation, metric: str) -> Evaluated:
     return Evaluated(
         name=line.name,
         metric=metric,
-        encoder=json.dumps(line.encoder, sort_keys=True) if line.encoder else None,
+        encoder=_of_encoder(line),
         n_generated=figures.n_generated,
         resolution=line.generated.resolution or 0,
         reference=(line.reference.digest or line.reference.path) if compares else None,  # what lay there, or where
@@ -269,6 +270,13 @@ def evaluated(line: Evaluation, metric: str) -> Evaluated:
         k=figures.k,
         card=as_of_any_method(Card(**{name: getattr(line.card, name) for name in counts})),
     )
+
+
+def _of_encoder(line: Evaluation) -> str | None:
+    """What an extractor's record says, but for a path as it was typed where the card has what lay there."""
+    typed = {HELD_OUT} if line.card.divisors_of else set()
+    said = {name: value for name, value in line.encoder.items() if name not in typed}
+    return json.dumps(said, sort_keys=True) if said else None
 
 
 def evaluated_alike(records: Sequence[RunRecord], name: str, metric: str) -> list[Group[Evaluated, Evaluation]]:

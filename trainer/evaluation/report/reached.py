@@ -50,17 +50,23 @@ def _unguided(record: RunRecord) -> list[Evaluation]:
 
 def _alike(of_runs: Sequence[Sequence[Evaluation]]) -> list[list[Evaluation]]:
     """Of each run, the lines that were measured as those of most runs and checkpoints."""
-    ways: dict[Evaluated, set[tuple[int, int | None]]] = {}
+    ways: dict[tuple[Evaluated, int], set[tuple[int, int | None]]] = {}
     for i, lines in enumerate(of_runs):
         for line in lines:
-            ways.setdefault(evaluated(line, METRIC), set()).add((i, line.step))
+            ways.setdefault(_way(line, i), set()).add((i, line.step))
 
-    def weight(way: Evaluated) -> tuple[int, int, int]:
+    def weight(way: tuple[Evaluated, int]) -> tuple[int, int, int]:
         n_of_run = Counter(i for i, _ in ways[way])
-        return sum(n >= LEAST_SCORED for n in n_of_run.values()), len(ways[way]), way.n_generated or 0
+        return sum(n >= LEAST_SCORED for n in n_of_run.values()), len(ways[way]), way[0].n_generated or 0
 
     chosen = max(ways, key=weight, default=None)
-    return [[line for line in lines if evaluated(line, METRIC) == chosen] for lines in of_runs]
+    return [[line for line in lines if _way(line, i) == chosen] for i, lines in enumerate(of_runs)]
+
+
+def _way(line: Evaluation, run: int) -> tuple[Evaluated, int]:
+    """How a line was measured; what does not say it all is alike to lines of its own run alone."""
+    way = evaluated(line, METRIC)
+    return way, run if way.not_known else -1
 
 
 def _scored(lines: Sequence[Evaluation]) -> dict[int, float]:

@@ -66,14 +66,17 @@ def measure_alike(run: RunRecord, line: Evaluation, like: Evaluation, way: Evalu
         if in_the_way:
             return Again(command="", note=f"cannot be measured alike: {', '.join(in_the_way)}")
         draws = ""
+        checkpoint, note = "latest", ""
         if images is None:
-            drawing = drawing_like(run, line, like.card, way.n_generated or PUBLISHED_IMAGES)
+            checkpoint, note = _checkpoint(run, line)
+            drawing = drawing_like(run, line, like.card, way.n_generated or PUBLISHED_IMAGES, checkpoint)
             images = str(drawing.out)
             draws = f"{command_line('trainer', 'generate', *as_words(drawing))} && "
         measures = command_line("trainer", "evaluate", *as_words(evaluation_like(run, images, like, way)))
     except (UserError, ValueError, ArithmeticError, RuntimeError) as error:  # a card that somebody else wrote
         return Again(command="", note=f"cannot be measured alike: {' '.join(str(error).split())}")
-    return Again(command=f"{draws}{measures}", note=_note(like.card, draws=bool(draws)))
+    notes = (note, _note(like.card, draws=bool(draws)))
+    return Again(command=f"{draws}{measures}", note="; ".join(filter(None, notes)))
 
 
 def _note(card: Card, *, draws: bool) -> str:
@@ -95,20 +98,23 @@ def _named(fields: Sequence[str]) -> str:
 # ---- drawing ----------------------------------------------------------------------------------------------------
 
 
-def drawing_like(run: RunRecord, line: Evaluation, card: Card, n: int) -> GenerateConfig:
+def drawing_like(run: RunRecord, line: Evaluation, card: Card, n: int, checkpoint: str = "latest") -> GenerateConfig:
     """What `generate` is asked for so that its card has the settings of `card`; what that does not know is left out."""
     asked = {**sample_like(run, card), **_besides(card)}
     if line.card.decoder and line.card.decoder == card.decoder:  # else the run's own, which its latents decide on
         asked["vae"] = card.decoder
     told = json.dumps([n, line.step, {name: getattr(card, name) for name in DRAWN}], sort_keys=True)
     out = RunFolder(run.path).drawn(f"of-{n}-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
-    return GenerateConfig(run=run.path, n=n, out=out, checkpoint=_checkpoint(run, line), **asked)
+    return GenerateConfig(run=run.path, n=n, out=out, checkpoint=checkpoint, **asked)
 
 
-def _checkpoint(run: RunRecord, line: Evaluation) -> str:
-    """The step that was measured, where its checkpoint is there still; else the newest."""
-    is_older = line.step not in (None, run.checkpoint_step) and line.step in RunFolder(run.path).checkpoint_folders()
-    return str(line.step) if is_older else "latest"
+def _checkpoint(run: RunRecord, line: Evaluation) -> tuple[str, str]:
+    """The step that was measured, where its checkpoint is there still; else the newest, and that it is another one."""
+    if line.step in (None, run.checkpoint_step):
+        return "latest", ""
+    if line.step in RunFolder(run.path).checkpoint_folders():
+        return str(line.step), ""
+    return "latest", f"its checkpoint of step {line.step:,} is gone, so this is of step {run.checkpoint_step:,}"
 
 
 def sample_like(run: RunRecord, card: Card) -> dict[str, Any]:
@@ -213,6 +219,7 @@ def evaluation_like(run: RunRecord, images: str, like: Evaluation, way: Evaluate
     encoder = str(like.encoder.get("name", way.name))
     held_out = like.asked.get("held_out") or like.encoder.get("held_out")
     n_reference, weights, resamples = (like.asked.get(name) for name in ("n_reference", "weights", "resamples"))
+    draws: dict[str, Any] = {} if resamples is None else {"resamples": int(resamples)}
     return EvaluateConfig(
         images=Path(images),
         reference=str(like.asked.get("reference") or like.reference.path or ANY_REFERENCE),
@@ -223,5 +230,5 @@ def evaluation_like(run: RunRecord, images: str, like: Evaluation, way: Evaluate
         held_out=Path(str(held_out)) if held_out not in (None, GIVEN_STATISTICS) else None,
         run=run.path,
         weights=None if weights is None else Path(str(weights)),
-        **({} if resamples is None else {"resamples": int(resamples)}),
+        **draws,
     )
