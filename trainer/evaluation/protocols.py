@@ -139,7 +139,7 @@ RAE = Protocol(
     guidance_by=WEAKER,  # guidance.method: autoguidance, by DiT^DH-S after 14 epochs
     precision="tf32",  # sample_ddp.py: --precision fp32 and --tf32 are its defaults
     rounding="truncate",  # sample_ddp.py: mul(255) to uint8
-    decoder="AutoencoderRAE",  # of DINOv2-B with registers, ViT-XL; hub ids of others' conversions differ
+    decoder="nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08",  # the release's weights as diffusers' AutoencoderRAE
 )
 RIT = Protocol(
     name="rit",
@@ -158,7 +158,7 @@ RIT = Protocol(
     class_noise="mean",  # eval.sh: --coupled_noise
     precision="fp32",  # eval.sh: --gen_precision fp32; main.py leaves TF32 as torch has it, off but in convolutions
     rounding="round",  # engine.py: np.round(clip(255 · x))
-    decoder="AutoencoderRAE",  # RAE's, of DINOv2-S with registers (download_assets.py); hub ids differ
+    decoder="nyu-visionx/RAE-dinov2-wReg-small-ViTXL-n08",  # RAE's of DINOv2-S (download_assets.py), as above
     reference="imagenet256_stats.npz",  # engine.py: fid_stats/imagenet256_stats.npz
 )
 ADM = Protocol(

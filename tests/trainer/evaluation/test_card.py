@@ -206,7 +206,7 @@ RIT = AS_PUBLISHED | OF_CLASS | {
     "guided_calls": 32, "shift": 24**0.5, "last_step_from": 24**0.5 / 25 / (1 + (24**0.5 - 1) / 25), "guidance": 3.7,
     "guidance_low": 0.02, "guidance_high": 0.9, "guidance_by": "null label", "guidance_class": 3.7,
     "guidance_class_low": 0.02, "guidance_class_high": 0.9, "class_noise": "mean", "precision": "fp32 on cuda",
-    "rounding": "round", "decoder": "/x/AutoencoderRAE", "reference": "/x/imagenet256_stats.npz",
+    "rounding": "round", "decoder": "/x/RAE-dinov2-wReg-small-ViTXL-n08", "reference": "/x/imagenet256_stats.npz",
 }  # fmt: skip
 
 
@@ -223,6 +223,9 @@ RIT = AS_PUBLISHED | OF_CLASS | {
         (RIT, {"shift": 1.0}, ["shift: 1, not 4.89898"]),
         (RIT, {"sampler": "euler"}, ["sampler: euler, not heun"]),
         (RIT, {"labels": "random"}, ["labels: random, not balanced"]),
+        (RIT, {"decoder": "nyu-visionx/RAE-dinov2-wReg-small-ViTXL-n08"}, []),
+        (RIT, {"decoder": "/x/RAE-dinov2-wReg-base-ViTXL-n08"}, [
+            "decoder: /x/RAE-dinov2-wReg-base-ViTXL-n08, not nyu-visionx/RAE-dinov2-wReg-small-ViTXL-n08"]),
         (RIT, {"reference": "/x/VIRTUAL_imagenet256_labeled.npz"}, [
             "reference: VIRTUAL_imagenet256_labeled.npz, not imagenet256_stats.npz"]),
     ],

@@ -59,7 +59,7 @@ LIGHTNINGDIT = COMMON | {
 RAE = COMMON | {
     "kind": "ditdh", "ema_decay": 0.9995, "labels": "balanced", "sampler": "ode", "steps": 50 - 1, "shift": 0,
     "dimension": 768 * 256, "end": 1 - 0.999, "guidance": 1.42, "guidance_high": 1, "guidance_by": "weaker model",
-    "precision": "tf32", "rounding": "truncate", "decoder": "AutoencoderRAE",
+    "precision": "tf32", "rounding": "truncate", "decoder": "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08",
 }  # fmt: skip
 # arXiv 2605.21981; RiT's scripts/eval.sh: heun, 25 steps, time_shift (of latents 384 × 16 × 16), CFG=3.7 in the data's
 # time from 0.1 to 0.98, --coupled_noise, --gen_precision fp32; denoiser.py: cfg_cls is cfg; engine.py: labels in turn,
@@ -67,7 +67,8 @@ RAE = COMMON | {
 RIT = COMMON | {
     "kind": "rit", "ema_decay": 0.9999, "labels": "balanced", "sampler": "ode", "steps": 25, "heun": True, "shift": 0,
     "dimension": 384 * 256, "guidance": 3.7, "guidance_low": 1 - 0.98, "guidance_high": 1 - 0.1, "class_noise": "mean",
-    "precision": "fp32", "rounding": "round", "decoder": "AutoencoderRAE", "reference": "imagenet256_stats.npz",
+    "precision": "fp32", "rounding": "round", "decoder": "nyu-visionx/RAE-dinov2-wReg-small-ViTXL-n08",
+    "reference": "imagenet256_stats.npz",
 }  # fmt: skip
 # arXiv 2105.05233; guided-diffusion's README.md: --timestep_respacing 250 --use_fp16 True; image_sample.py: th.randint,
 # ((x + 1) · 127.5) to uint8; image_train.py: --ema_rate 0.9999. It draws pixels, and guides by a classifier
