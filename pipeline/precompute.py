@@ -73,7 +73,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
     source = open_source(config.data, config.source)
     say(f"listing {config.data} ({source.kind})", flush=True)  # minutes, for a million headers far away
-    with waiting(f"listing {config.data}"):
+    with waiting("finding its images and their labels"):
         listing = source.listing(config.labels)
     if listing.left_out:
         say(f"{len(listing.left_out)} files hold no image of this kind, such as {listing.left_out[0]}; left out")

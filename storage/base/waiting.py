@@ -8,12 +8,15 @@ behind it (`bar.set_postfix_str`). Cost: a thread that sleeps.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+from tqdm.utils import disp_len, disp_trim
 
 from storage.base.shown import shown
 
@@ -57,6 +60,12 @@ _END = object()
 _waits: list[threading.Event] = []  # those at hand, the innermost last
 
 
+def _that_fits(what: str, clock: str) -> str:
+    """One line of the terminal, with a column left for the cursor: of a line that is broken, only the last is wiped."""
+    columns = shutil.get_terminal_size().columns - 1
+    return what + clock if disp_len(what + clock) <= columns else disp_trim(what, columns - len(clock)) + clock
+
+
 def _say(what: str, over: threading.Event) -> None:
     stream, start_s = sys.stderr, time.monotonic()
     if not stream.isatty():
@@ -70,8 +79,9 @@ def _say(what: str, over: threading.Event) -> None:
     pause_s, is_shown = AFTER_S, False
     while not over.wait(pause_s):
         if _waits[-1:] == [over]:
+            line = _that_fits(what, f" … {time.monotonic() - start_s:.0f} s")
             # The cursor returns to the line's start, so that whatever else is printed meanwhile writes over it.
-            print(f"{WIPE}{what} … {time.monotonic() - start_s:.0f} s\r", end="", file=stream, flush=True)
+            print(f"{WIPE}{line}\r", end="", file=stream, flush=True)
             is_shown = True
         pause_s = 1.0
     if is_shown:

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tqdm.utils import disp_len
 
 from storage.base import console
 from storage.base import waiting as module
@@ -51,6 +54,18 @@ def test_a_terminal_shows_seconds_and_is_wiped(monkeypatch: pytest.MonkeyPatch) 
     text = said(monkeypatch, is_terminal=True)
     assert text.startswith(f"{WIPE}starting Ray … 0 s\r")
     assert text.endswith(WIPE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(what=st.text(st.characters(categories=("L", "N", "P", "Zs")), max_size=200), columns=st.integers(20, 200))
+def test_a_line_fits_the_terminal_and_keeps_its_clock(what: str, columns: int) -> None:
+    """A terminal breaks a longer one, and the wipe takes the last part only."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("COLUMNS", str(columns))
+        line = module._that_fits(what, " … 3 s")
+    assert disp_len(line) < columns
+    assert line.endswith(" … 3 s")
+    assert line.startswith(what) or disp_len(line) >= columns - 2, "no more is cut than must be"
 
 
 @pytest.mark.usefixtures("quick")
