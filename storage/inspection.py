@@ -34,7 +34,7 @@ def list_stores(config: ListConfig) -> None:
     for name in waited(f"looking for stores in {where}", _stores_below(open_root(where), "", LEVELS)):
         found.append(f"{where.rstrip('/')}/{name}" if name else where)
         try:
-            for line in waited("reading receipts", group_lines(open_store(found[-1]))):
+            for line in waited("reading receipts", brief_lines(open_store(found[-1]))):
                 say(line)
         except StoreError as error:
             if not name:
@@ -46,7 +46,7 @@ def list_stores(config: ListConfig) -> None:
     say_next(command("storage", "info", found[0]), command("storage", "verify", found[0]))
 
 
-def group_lines(store: Store) -> Iterator[str]:
+def brief_lines(store: Store) -> Iterator[str]:
     """A line of the store, and one a group."""
     yield f"{store.root}: {store.n_rows} rows, views {', '.join(store.layout.views)}, {store.resolution} px"
     for path in store.groups():

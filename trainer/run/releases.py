@@ -105,7 +105,7 @@ def import_checkpoint(file: Path, release: Release, config: TrainConfig) -> list
                 by = "by channel and place" if data.of_features else "channel by channel"
                 ours = f"(x − {_numbers(scale.shift)}) · {_numbers(scale.scale)}"
                 notes.append(
-                    f"it was trained on latents standardised {by} with {standardised}, which lies beside it; the run's "
+                    f"it was trained on latents standardised {by} with {standardised} of that release; the run's "
                     f"are {ours}, and what is drawn is right only where these agree"
                 )
             sums = LogWindow.empty(geometry).sums.tolist()
