@@ -9,9 +9,10 @@ models train from the store by `python -m trainer train`, and what each draws is
 the features of two encoders, of which one is the encoder that RiT learns.
 
 - RiT on the features (predicts x, noise levels shifted, class token and label's tokens in the sequence)
-- SiT on the latents (velocity, uniform times), one block more, so that a step costs the same within three per cent
+- SiT on the latents (velocity, uniform times), a little wider, so that a step costs the same within three per cent
 
-Both draw by Heun in 25 steps, without guidance. What the two decoders alone cost is measured on the held-out images.
+Both draw by Heun in 25 steps, without guidance. What a decoder alone costs is measured too: PSNR on the held-out
+images, and the distances of what it makes of the latents that its model learns.
 The same command goes on after any kill. Cost at 3,000 steps: some four hours of one core.
 """
 
@@ -28,13 +29,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.effect.measure import ALIGNED_EYES, OTHER_EYES, Setting, distances, write_references
+import torch
+
+from benchmarks.effect.measure import (
+    ALIGNED_EYES,
+    OTHER_EYES,
+    Setting,
+    compare,
+    distances,
+    missing_distances,
+    write_references,
+)
 from benchmarks.repa_effect import Commands, StoppedError
 from benchmarks.report import RESULTS, machine, table
 from pipeline.encoders.registry import resolve_features
 from storage.base.console import Parser, run_command
 from storage.base.errors import UserError
+from trainer.models.flops import forward_flops_per_image
+from trainer.models.make import make_model
 from trainer.run.checkpoint import latest_checkpoint, read_state
+from trainer.run.folder import RunFolder
+from trainer.run.opened import open_run
 
 PROG = "python -m benchmarks.feature_latents"
 COMMON: dict[str, str] = {
@@ -48,6 +63,7 @@ COMMON: dict[str, str] = {
     "log.tensorboard": "false",
 }
 FEATURES_RUN, LATENTS_RUN = "rit-features", "sit-latents"
+DECODED = "decoded"  # beside the steps, of the latents themselves
 RUNS: dict[str, dict[str, str]] = {
     FEATURES_RUN: {
         "preset": "rit-xl-1",
@@ -91,8 +107,7 @@ def bring(name: str, setting: Setting, steps: Sequence[int], decoder: Path, comm
     run = setting.out / "runs" / name
     for step in sorted(steps):
         folder = setting.folder(name, step)
-        eyes = [ALIGNED_EYES, *([OTHER_EYES] if setting.second_weights is not None else [])]
-        if all((folder / f"{each}.json").is_file() for each in eyes):
+        if not missing_distances(setting, folder):
             continue
         checkpoint = latest_checkpoint(run)
         if checkpoint is None or read_state(checkpoint).step < step:
@@ -100,6 +115,18 @@ def bring(name: str, setting: Setting, steps: Sequence[int], decoder: Path, comm
         folder.mkdir(parents=True, exist_ok=True)
         distances(setting, run, step, folder, command)
         print(f"{time.strftime('%H:%M:%S')} {name} measured at step {step:,}", flush=True)
+    reconstruct(run, setting, command)
+
+
+def reconstruct(run: Path, setting: Setting, command: Commands) -> None:
+    """Distances of what the run's decoder makes of the latents that it learns."""
+    folder = setting.measures / run.name / DECODED
+    if not missing_distances(setting, folder):
+        return
+    images = folder / "samples"
+    n = str(setting.n_images)
+    command(["benchmarks.effect.reconstructions", str(run), "--n", n, "--out", str(images)])
+    compare(setting, images, folder, command)
 
 
 def prepare(args: argparse.Namespace, setting: Setting, decoder: Path, command: Commands) -> None:
@@ -115,25 +142,40 @@ def prepare(args: argparse.Namespace, setting: Setting, decoder: Path, command: 
         )  # fmt: skip
 
 
-def read_results(measures: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Run → step → encoder → Fréchet distance, of what is there."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+def read_results(measures: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Run → heading of a column → encoder → Fréchet distance, of what is there; columns in their order."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name in RUNS:
-        for path in sorted(measures.glob(f"{name}/[0-9]*/*.json")):
+        for path in sorted(measures.glob(f"{name}/*/*.json")):
+            step = path.parent.name
+            heading = "the latents, decoded" if step == DECODED else f"{int(step):,} steps"
             value = json.loads(path.read_text())["metrics"]["fd"]["value"]
-            found.setdefault(name, {}).setdefault(int(path.parent.name), {})[path.stem] = value
+            found.setdefault(name, {}).setdefault(heading, {})[path.stem] = value
     return found
 
 
-def lines(found: Mapping[str, Mapping[int, Mapping[str, float]]], psnr: Mapping[str, Any]) -> str:
-    """The table, and what the decoder reaches on held-out images."""
-    steps = sorted({step for of in found.values() for step in of})
+def cost_of(run: Path) -> str:
+    """Parameters and GFLOP of a run's model, in words; "" where there is no run yet."""
+    if not RunFolder(run).is_run:
+        return ""
+    opened = open_run(run)
+    opened.data.close()
+    gflop = 3 * forward_flops_per_image(opened.geometry, with_projections=False) / 1e9
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in make_model(opened.geometry).parameters())
+    return f"{run.name}: {n_parameters / 1e6:.1f} M parameters, {gflop:.2f} GFLOP an image, forward and backward."
+
+
+def lines(found: Mapping[str, Mapping[str, Mapping[str, float]]], psnr: Mapping[str, Any], costs: Sequence[str]) -> str:
+    """The table, what the models cost, and what the decoder reaches on held-out images."""
+    columns = list(dict.fromkeys(column for of in found.values() for column in of))
     rows = [
-        [f"{name}, {eyes}", *(f"{of[step][eyes]:.3f}" if eyes in of.get(step, {}) else "–" for step in steps)]
+        [f"{name}, {eyes}", *(f"{of[column][eyes]:.3f}" if eyes in of.get(column, {}) else "–" for column in columns)]
         for name, of in found.items()
         for eyes in (ALIGNED_EYES, OTHER_EYES)
+        if any(eyes in values for values in of.values())
     ]
-    parts = [table(["Fréchet distance", *(f"{step:,} steps" for step in steps)], rows)]
+    parts = [table(["Fréchet distance", *columns], rows), *filter(None, costs)]
     if psnr:
         parts.append(f"The features' decoder on {psnr['n']:,.0f} held-out images: {psnr['mean_db']:.2f} dB.")
     return "\n\n".join(parts)
@@ -191,7 +233,7 @@ def main(argv: Sequence[str]) -> int:
         except StoppedError:
             pass
     psnr = json.loads((decoder / "psnr.json").read_text()) if (decoder / "psnr.json").is_file() else {}
-    text = lines(read_results(setting.measures), psnr)
+    text = lines(read_results(setting.measures), psnr, [cost_of(out / "runs" / name) for name in RUNS])
     about = machine(out, ("torch", "numpy"))
     heading = f"## Features as latents beside an autoencoder's, both models in {args.precision}"
     args.results.write_text(f"{heading}\n\n{about}\n\n{text}\n")

@@ -92,11 +92,7 @@ def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: 
 
 def distances(setting: Setting, run: Path, step: int, folder: Path, command: Command) -> None:
     """Draw images, describe them, compare, and remove them."""
-    eyes = {ALIGNED_EYES: _describe}
-    if setting.second_weights is not None:
-        eyes[OTHER_EYES] = _describe_otherwise
-    missing = [name for name in eyes if not (folder / f"{name}.json").is_file()]
-    if not missing:
+    if not missing_distances(setting, folder):
         return
     images = folder / "samples"
     options = [f"--{name}={value}" for name, value in setting.sampling.items()]
@@ -108,13 +104,23 @@ def distances(setting: Setting, run: Path, step: int, folder: Path, command: Com
     with Image.open(picture, formats=["PNG"]) as grid:
         grid.save(images.with_suffix(".jpg"), quality=80)
     picture.unlink()
-    for name in missing:
+    compare(setting, images, folder, command, ["--run", str(run), "--step", str(step)])
+
+
+def missing_distances(setting: Setting, folder: Path) -> list[str]:
+    """Which of the distances are not in a folder."""
+    eyes = [ALIGNED_EYES, *([OTHER_EYES] if setting.second_weights is not None else [])]
+    return [name for name in eyes if not (folder / f"{name}.json").is_file()]
+
+
+def compare(setting: Setting, images: Path, folder: Path, command: Command, of_run: Sequence[str] = ()) -> None:
+    """Describe images below `folder` by the encoders whose distances are missing there, compare, and remove them."""
+    for name in missing_distances(setting, folder):
         described, compared = folder / f"{name}.npz", folder / f"{name}-evaluation"
-        command([*eyes[name](setting, images, described)])
-        command(
-            ["trainer", "evaluate", str(described), "--reference", str(setting.reference(name)), "--out", str(compared),
-             "--run", str(run), "--step", str(step)]
-        )  # fmt: skip
+        describe = _describe if name == ALIGNED_EYES else _describe_otherwise
+        command(describe(setting, images, described))
+        reference = str(setting.reference(name))
+        command(["trainer", "evaluate", str(described), "--reference", reference, "--out", str(compared), *of_run])
         result = next(compared.glob("*.json"))
         result.rename(folder / f"{name}.json")
         shutil.rmtree(compared)

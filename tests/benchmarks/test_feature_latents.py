@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import feature_latents
-from benchmarks.effect.measure import ALIGNED_EYES, Setting
+from benchmarks.effect.measure import ALIGNED_EYES, OTHER_EYES, Setting
 from benchmarks.feature_latents import FEATURES_RUN, LATENTS_RUN, RUNS, SAMPLING, lines, read_results, train_command
 from trainer.config.command_line import train_config
 from trainer.models.flops import forward_flops_per_image
@@ -66,13 +66,19 @@ def test_the_table_has_what_is_measured(tmp_path: Path) -> None:
         folder = tmp_path / LATENTS_RUN / f"{step:07d}"
         folder.mkdir(parents=True)
         (folder / f"{ALIGNED_EYES}.json").write_text(json.dumps({"metrics": {"fd": {"value": value}}}))
-    text = lines(read_results(tmp_path), {"n": 3, "mean_db": 21.25})
-    assert f"| {LATENTS_RUN}, {ALIGNED_EYES} | 2.000 | 1.500 |" in text
+    (tmp_path / LATENTS_RUN / "decoded").mkdir()
+    (tmp_path / LATENTS_RUN / "decoded" / f"{ALIGNED_EYES}.json").write_text('{"metrics": {"fd": {"value": 0.25}}}')
+    text = lines(read_results(tmp_path), {"n": 3, "mean_db": 21.25}, ["", "2 GFLOP"])
+    assert "| 1,000 steps | 2,000 steps | the latents, decoded |" in text
+    assert f"| {LATENTS_RUN}, {ALIGNED_EYES} | 2.000 | 1.500 | 0.250 |" in text
+    assert "\n\n2 GFLOP\n\n" in text
+    assert OTHER_EYES not in text
     assert FEATURES_RUN not in text
     assert "3 held-out images: 21.25 dB" in text
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some thirty processes
 def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.sources.photos import write_photos
 
@@ -92,9 +98,11 @@ def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: py
     ]  # fmt: skip
     assert feature_latents.main(options) == 0
     first = sorted((tmp_path / "out" / "measures-fp32").rglob("*.json"))
-    assert len(first) == 2
+    assert len(first) == 4, "each model's, drawn and decoded"
     times = [path.stat().st_mtime_ns for path in first]
     assert feature_latents.main([*options, "4"]) == 0
     assert [path.stat().st_mtime_ns for path in first] == times
-    assert "4 steps" in (tmp_path / "results.md").read_text()
+    results = (tmp_path / "results.md").read_text()
+    assert "4 steps" in results
+    assert results.count(" GFLOP an image") == 2
     assert (tmp_path / "out" / "measures-fp32" / FEATURES_RUN / "0000004" / "samples.jpg").is_file()
