@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.effect.arms import REPA, VANILLA, Arm
 from benchmarks.effect.measure import ALIGNED_EYES, OTHER_EYES
 from benchmarks.report import table
+from storage.base.shown import counted
 
 Figures = dict[str, dict[int, dict[int, float]]]  # arm → step → seed → value
+LossByTime = dict[int, dict[int, dict[float, float]]]  # step → seed → t → loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +116,23 @@ def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading:
     return text
 
 
-def read_by_t(measures: Path, name: str, seeds: Iterable[int]) -> dict[int, dict[float, float]]:
-    """Step → t → held-out loss, mean over seeds."""
-    found: dict[int, dict[float, list[float]]] = {}
+def read_by_t(measures: Path, name: str, seeds: Iterable[int]) -> LossByTime:
+    """Held-out loss."""
+    found: LossByTime = {}
     for seed in seeds:
         for path in sorted((measures / f"{name}-seed{seed}").glob("[0-9]*/heldout_loss.json")):
-            at = found.setdefault(int(path.parent.name), {})
-            for t, value in json.loads(path.read_text())["by_t"].items():
-                at.setdefault(float(t), []).append(value)
-    return {step: {t: statistics.mean(values) for t, values in of.items()} for step, of in found.items()}
+            by_t = json.loads(path.read_text())["by_t"]
+            found.setdefault(int(path.parent.name), {})[seed] = {float(t): value for t, value in by_t.items()}
+    return found
+
+
+def less_vanilla(by_t: Mapping[str, LossByTime], name: str, step: int) -> dict[float, float]:
+    """t → an arm's held-out loss − vanilla's of the same seeds, mean over these; {} where there are none."""
+    ours, theirs = (by_t.get(each, {}).get(step, {}) for each in (name, VANILLA))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return (
+        {t: statistics.mean(ours[s][t] - theirs[s][t] for s in seeds) for t in sorted(ours[seeds[0]])} if seeds else {}
+    )
 
 
 def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[str]:
@@ -208,8 +217,10 @@ def _reached(step: float | None, vanilla: Mapping[int, float]) -> str:
     return f"≤ {min(vanilla):,}" if step <= min(vanilla) else f"{step:,.0f}"
 
 
-def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_arms: Mapping[str, Arm]) -> None:
-    """A panel a quantity over steps, seeds as a band; and the loss by t at the newest step that all have."""
+def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, LossByTime], of_arms: Mapping[str, Arm]) -> None:
+    """A panel a quantity over steps, seeds as a band; and the loss by t less vanilla's of the same seeds, at the newest
+    step that vanilla and REPA have.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,7 +239,8 @@ def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_a
             if not steps:
                 continue
             values = [list(of_steps[step].values()) for step in steps]
-            panel.plot(steps, [statistics.mean(v) for v in values], "o-", ms=3, color=f"C{number}", label=arm.title)
+            label = f"{arm.title} ({counted(len(values[-1]), 'seed')})"
+            panel.plot(steps, [statistics.mean(v) for v in values], "o-", ms=3, color=f"C{number}", label=label)
             panel.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values], color=f"C{number}", alpha=0.2, lw=0
             )
@@ -237,13 +249,11 @@ def draw(path: Path, found: Mapping[str, Figures], by_t: Mapping[str, Any], of_a
     common = [step for step in by_t.get(VANILLA, {}) if step in by_t.get(REPA, {})]
     if common:
         newest = max(common)
-        base = by_t[VANILLA][newest]
-        for number, (name, arm) in enumerate(of_arms.items()):
-            if newest in by_t[name]:
-                times = sorted(base)
-                y = [by_t[name][newest][t] - base[t] for t in times]
-                axes[-1].plot(times, y, "o-", ms=3, color=f"C{number}", label=arm.title)
-        axes[-1].set(title=f"held-out loss − vanilla's, step {newest:,}", xlabel="t (0 image, 1 noise)")
+        for number, name in enumerate(of_arms):
+            if gaps := less_vanilla(by_t, name, newest):
+                axes[-1].plot(list(gaps), list(gaps.values()), "o-", ms=3, color=f"C{number}")
+        title = f"loss − vanilla's, same seeds, step {newest:,}"
+        axes[-1].set(title=title, xlabel="t (0 image, 1 noise)")
         axes[-1].grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})

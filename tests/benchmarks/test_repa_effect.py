@@ -23,7 +23,7 @@ from benchmarks.effect.constant_cosine import constant_cosine
 from benchmarks.effect.control import is_whole, others_of_the_class, write_control
 from benchmarks.effect.heldout_loss import TIMES, heldout_loss
 from benchmarks.effect.measure import ALIGNED_EYES, Setting
-from benchmarks.effect.report import collect, steps_to_reach, write_report
+from benchmarks.effect.report import collect, less_vanilla, read_by_t, steps_to_reach, write_report
 from benchmarks.repa_effect import Commands, StoppedError, train_command
 from storage import open_store
 from storage.base.errors import UserError
@@ -298,6 +298,11 @@ def test_steps_to_reach_compare_the_seeds_that_both_have(tmp_path: Path) -> None
     text = write_report(tmp_path / "r" / "effect", tmp_path, OF_ARMS, "title", [])
     assert "| REPA − vanilla | -0.1000, better in 1 of 1 | -0.1000, better in 1 of 1 |" in text
     assert "| steps vanilla needs for REPA's | 1,500 | > 2,000 |" in text
+    by_t = {name: read_by_t(tmp_path, name, (0, 1, 2)) for name in ("vanilla", "repa")}
+    assert list(less_vanilla(by_t, "repa", 2000)) == list(TIMES)
+    assert list(less_vanilla(by_t, "repa", 2000).values()) == pytest.approx([-0.1] * len(TIMES))
+    assert less_vanilla(by_t, "vanilla", 2000) == dict.fromkeys(TIMES, 0.0)
+    assert less_vanilla(by_t, "repa", 3000) == {}
 
 
 def test_a_report_of_nothing_says_nothing(tmp_path: Path) -> None:
