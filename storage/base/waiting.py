@@ -8,13 +8,14 @@ behind it (`bar.set_postfix_str`). Cost: a thread that sleeps.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm.utils import disp_len, disp_trim
 
@@ -60,10 +61,18 @@ _END = object()
 _waits: list[threading.Event] = []  # those at hand, the innermost last
 
 
-def _that_fits(what: str, clock: str) -> str:
+def _columns(stream: TextIO) -> int:
+    """The width of a stream's own terminal: stdout may be a pipe."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def _that_fits(what: str, clock: str, columns: int) -> str:
     """One line of the terminal, with a column left for the cursor: of a line that is broken, only the last is wiped."""
-    columns = shutil.get_terminal_size().columns - 1
-    return what + clock if disp_len(what + clock) <= columns else disp_trim(what, columns - len(clock)) + clock
+    room = columns - 1 - len(clock)
+    return what + clock if disp_len(what) <= room else disp_trim(what, max(0, room)) + clock
 
 
 def _say(what: str, over: threading.Event) -> None:
@@ -79,7 +88,7 @@ def _say(what: str, over: threading.Event) -> None:
     pause_s, is_shown = AFTER_S, False
     while not over.wait(pause_s):
         if _waits[-1:] == [over]:
-            line = _that_fits(what, f" … {time.monotonic() - start_s:.0f} s")
+            line = _that_fits(what, f" … {time.monotonic() - start_s:.0f} s", _columns(stream))
             # The cursor returns to the line's start, so that whatever else is printed meanwhile writes over it.
             print(f"{WIPE}{line}\r", end="", file=stream, flush=True)
             is_shown = True

@@ -222,6 +222,10 @@ def test_a_step_that_is_gone_is_named_and_not_taken_for_the_newest(run: RunRecor
     gone = found(7)
     assert "--checkpoint" not in gone.command
     assert gone.note == f"its checkpoint of step 7 is gone, so this is of step {other.checkpoint_step:,}"
+    none_left = dataclasses.replace(other, checkpoint_step=0)
+    found_none = measure_alike(none_left, dataclasses.replace(NOWHERE, step=7), card, evaluated(card, "fid"))
+    assert found_none.command == ""
+    assert found_none.note == "cannot be measured alike: the checkpoint of step 7 is gone, and no other is left"
 
 
 def test_a_measurement_is_asked_for_as_the_other_was(run: RunRecord) -> None:

@@ -59,16 +59,17 @@ class Again:
 def measure_alike(run: RunRecord, line: Evaluation, like: Evaluation, way: Evaluated) -> Again:
     """How a run, of which `line` was measured, is measured as `way` says, of which `like` is an example."""
     try:
+        checkpoint, note = "latest", ""
         images = _at_hand(run, line, like.card, way)
         in_the_way = _of_metrics(like.card)
         if images is None:
             in_the_way += [*apart_for_good(run, like.card), *_of_decoder(line.card, like.card)]
+            checkpoint, note = _checkpoint(run, line)
+            in_the_way += [] if checkpoint else [note]
         if in_the_way:
             return Again(command="", note=f"cannot be measured alike: {', '.join(in_the_way)}")
         draws = ""
-        checkpoint, note = "latest", ""
         if images is None:
-            checkpoint, note = _checkpoint(run, line)
             drawing = drawing_like(run, line, like.card, way.n_generated or PUBLISHED_IMAGES, checkpoint)
             images = str(drawing.out)
             draws = f"{command_line('trainer', 'generate', *as_words(drawing))} && "
@@ -109,7 +110,12 @@ def drawing_like(run: RunRecord, line: Evaluation, card: Card, n: int, checkpoin
 
 
 def _checkpoint(run: RunRecord, line: Evaluation) -> tuple[str, str]:
-    """The step that was measured, where its checkpoint is there still; else the newest, and that it is another one."""
+    """The step that was measured, where its checkpoint is there still; else the newest, and that it is another one.
+
+    "" where no checkpoint is left, and that.
+    """
+    if line.step not in (None, run.checkpoint_step) and not run.checkpoint_step:
+        return "", f"the checkpoint of step {line.step:,} is gone, and no other is left"
     if line.step in (None, run.checkpoint_step):
         return "latest", ""
     if line.step in RunFolder(run.path).checkpoint_folders():
