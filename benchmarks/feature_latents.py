@@ -143,7 +143,7 @@ def prepare(args: argparse.Namespace, setting: Setting, decoder: Path, command: 
 
 
 def read_results(measures: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Run → heading of a column → encoder → Fréchet distance, of what is there; columns in their order."""
+    """Run → heading of a column → encoder → Fréchet distance, of what is there."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in RUNS:
         for path in sorted(measures.glob(f"{name}/*/*.json")):
@@ -166,9 +166,15 @@ def cost_of(run: Path) -> str:
     return f"{run.name}: {n_parameters / 1e6:.1f} M parameters, {gflop:.2f} GFLOP an image, forward and backward."
 
 
+def _place(column: str) -> float:
+    """A column's steps; what is no step stands last."""
+    digits = column.removesuffix(" steps").replace(",", "")
+    return int(digits) if digits.isdigit() else math.inf
+
+
 def lines(found: Mapping[str, Mapping[str, Mapping[str, float]]], psnr: Mapping[str, Any], costs: Sequence[str]) -> str:
     """The table, what the models cost, and what the decoder reaches on held-out images."""
-    columns = list(dict.fromkeys(column for of in found.values() for column in of))
+    columns = sorted({column for of in found.values() for column in of}, key=_place)
     rows = [
         [f"{name}, {eyes}", *(f"{of[column][eyes]:.3f}" if eyes in of.get(column, {}) else "–" for column in columns)]
         for name, of in found.items()

@@ -117,7 +117,7 @@ def write_report(out: Path, measures: Path, of_arms: Mapping[str, Arm], heading:
 
 
 def read_by_t(measures: Path, name: str, seeds: Iterable[int]) -> LossByTime:
-    """Held-out loss."""
+    """Held-out loss by step, seed and t, of what is there."""
     found: LossByTime = {}
     for seed in seeds:
         for path in sorted((measures / f"{name}-seed{seed}").glob("[0-9]*/heldout_loss.json")):
