@@ -142,15 +142,14 @@ def prepare(args: argparse.Namespace, setting: Setting, decoder: Path, command: 
         )  # fmt: skip
 
 
-def read_results(measures: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Run → heading of a column → encoder → Fréchet distance, of what is there."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def read_results(measures: Path) -> dict[str, dict[float, dict[str, float]]]:
+    """Run → step → encoder → Fréchet distance, of what is there; no step comes to the latents themselves, infinity."""
+    found: dict[str, dict[float, dict[str, float]]] = {}
     for name in RUNS:
         for path in sorted(measures.glob(f"{name}/*/*.json")):
-            step = path.parent.name
-            heading = "the latents, decoded" if step == DECODED else f"{int(step):,} steps"
+            step = math.inf if path.parent.name == DECODED else int(path.parent.name)
             value = json.loads(path.read_text())["metrics"]["fd"]["value"]
-            found.setdefault(name, {}).setdefault(heading, {})[path.stem] = value
+            found.setdefault(name, {}).setdefault(step, {})[path.stem] = value
     return found
 
 
@@ -166,22 +165,19 @@ def cost_of(run: Path) -> str:
     return f"{run.name}: {n_parameters / 1e6:.1f} M parameters, {gflop:.2f} GFLOP an image, forward and backward."
 
 
-def _place(column: str) -> float:
-    """A column's steps; what is no step stands last."""
-    digits = column.removesuffix(" steps").replace(",", "")
-    return int(digits) if digits.isdigit() else math.inf
-
-
-def lines(found: Mapping[str, Mapping[str, Mapping[str, float]]], psnr: Mapping[str, Any], costs: Sequence[str]) -> str:
+def lines(
+    found: Mapping[str, Mapping[float, Mapping[str, float]]], psnr: Mapping[str, Any], costs: Sequence[str]
+) -> str:
     """The table, what the models cost, and what the decoder reaches on held-out images."""
-    columns = sorted({column for of in found.values() for column in of}, key=_place)
+    steps = sorted({step for of in found.values() for step in of})
+    headings = ["the latents, decoded" if step == math.inf else f"{step:,} steps" for step in steps]
     rows = [
-        [f"{name}, {eyes}", *(f"{of[column][eyes]:.3f}" if eyes in of.get(column, {}) else "–" for column in columns)]
+        [f"{name}, {eyes}", *(f"{of[step][eyes]:.3f}" if eyes in of.get(step, {}) else "–" for step in steps)]
         for name, of in found.items()
         for eyes in (ALIGNED_EYES, OTHER_EYES)
         if any(eyes in values for values in of.values())
     ]
-    parts = [table(["Fréchet distance", *columns], rows), *filter(None, costs)]
+    parts = [table(["Fréchet distance", *headings], rows), *filter(None, costs)]
     if psnr:
         parts.append(f"The features' decoder on {psnr['n']:,.0f} held-out images: {psnr['mean_db']:.2f} dB.")
     return "\n\n".join(parts)

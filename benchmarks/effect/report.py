@@ -129,10 +129,11 @@ def read_by_t(measures: Path, name: str, seeds: Iterable[int]) -> LossByTime:
 def less_vanilla(by_t: Mapping[str, LossByTime], name: str, step: int) -> dict[float, float]:
     """t → an arm's held-out loss − vanilla's of the same seeds, mean over these; {} where there are none."""
     ours, theirs = (by_t.get(each, {}).get(step, {}) for each in (name, VANILLA))
-    seeds = sorted(ours.keys() & theirs.keys())
-    return (
-        {t: statistics.mean(ours[s][t] - theirs[s][t] for s in seeds) for t in sorted(ours[seeds[0]])} if seeds else {}
-    )
+    gaps: dict[float, list[float]] = {}
+    for seed in ours.keys() & theirs.keys():
+        for t, value in ours[seed].items():
+            gaps.setdefault(t, []).append(value - theirs[seed][t])
+    return {t: statistics.mean(of_seeds) for t, of_seeds in sorted(gaps.items())}
 
 
 def _tables(found: Mapping[str, Figures], of_arms: Mapping[str, Arm]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_the_table_has_what_is_measured(tmp_path: Path) -> None:
     assert f"| {LATENTS_RUN}, {ALIGNED_EYES} | 2.000 | 1.500 | 0.250 |" in text
     assert "\n\n2 GFLOP\n\n" in text
     assert OTHER_EYES not in text
-    uneven = {FEATURES_RUN: {"1,000 steps": {}, "the latents, decoded": {}}, LATENTS_RUN: {"10,000 steps": {}}}
+    uneven = {FEATURES_RUN: {1000: {}, math.inf: {}}, LATENTS_RUN: {10_000: {}}}
     assert "| 1,000 steps | 10,000 steps | the latents, decoded |" in lines(uneven, {}, [])
     assert FEATURES_RUN not in text
     assert "3 held-out images: 21.25 dB" in text

@@ -114,12 +114,12 @@ def _checkpoint(run: RunRecord, line: Evaluation) -> tuple[str, str]:
 
     "" where no checkpoint is left, and that.
     """
-    if line.step not in (None, run.checkpoint_step) and not run.checkpoint_step:
-        return "", f"the checkpoint of step {line.step:,} is gone, and no other is left"
     if line.step in (None, run.checkpoint_step):
         return "latest", ""
     if line.step in RunFolder(run.path).checkpoint_folders():
         return str(line.step), ""
+    if not run.checkpoint_step:
+        return "", f"the checkpoint of step {line.step:,} is gone, and no other is left"
     return "latest", f"its checkpoint of step {line.step:,} is gone, so this is of step {run.checkpoint_step:,}"
 
 
