@@ -4,9 +4,9 @@
         --features dinov2-vits14:layer=8 --encoder-weights FILE --second-weights FILE.pth --out FOLDER
 
 The stores are those of `benchmarks.repa_effect` (its --out has them): an autoencoder's latents and the encoder's
-features of the same images, with flips. First `benchmarks.photo_decoder` trains a decoder of the features. Then two
-models train from the store by `python -m trainer train`, and what each draws is compared with the training images in
-the features of two encoders, of which one is the encoder that RiT learns.
+features of the same images, with flips. `benchmarks.photo_decoder` trains a decoder of the features, two models train
+from the store by `python -m trainer train`, and what each draws is compared with the training images in the features
+of two encoders, of which one is the encoder that RiT learns.
 
 - RiT on the features (predicts x, noise levels shifted, class token and label's tokens in the sequence)
 - SiT on the latents (velocity, uniform times), a little wider, so that a step costs the same within three per cent
@@ -129,16 +129,19 @@ def reconstruct(run: Path, setting: Setting, command: Commands) -> None:
     compare(setting, images, folder, command)
 
 
-def prepare(args: argparse.Namespace, setting: Setting, decoder: Path, command: Commands) -> None:
-    """The statistics of the features' places, the references, the decoder."""
-    group = f"features/{setting.features}"
-    command(["storage", "statistics", str(setting.train_store), group, "--places"])
+def prepare(setting: Setting, command: Commands) -> None:
+    """The statistics of the features' places, and the references."""
+    command(["storage", "statistics", str(setting.train_store), f"features/{setting.features}", "--places"])
     write_references(setting, command)
+
+
+def make_decoder(args: argparse.Namespace, setting: Setting, decoder: Path, command: Commands) -> None:
+    """A decoder of the features, once."""
     if not (decoder / "psnr.json").is_file():
         command(
             ["benchmarks.photo_decoder", "--data", args.data, "--store", str(setting.train_store), "--heldout",
-             args.heldout, "--heldout-store", str(setting.heldout_store), "--features", group, "--out", str(decoder),
-             "--steps", str(args.decoder_steps), "--threads", str(args.threads)]
+             args.heldout, "--heldout-store", str(setting.heldout_store), "--features", f"features/{setting.features}",
+             "--out", str(decoder), "--steps", str(args.decoder_steps), "--threads", str(args.threads)]
         )  # fmt: skip
 
 
@@ -224,9 +227,15 @@ def main(argv: Sequence[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, command.stop)
         try:
-            prepare(args, setting, decoder, command)
+            prepare(setting, command)
+
+            def of_run(name: str) -> None:
+                if name == FEATURES_RUN:
+                    make_decoder(args, setting, decoder, command)
+                bring(name, setting, args.steps, decoder, command)
+
             with ThreadPoolExecutor(len(RUNS)) as pool:
-                for work in [pool.submit(bring, name, setting, args.steps, decoder, command) for name in RUNS]:
+                for work in [pool.submit(of_run, name) for name in RUNS]:
                     try:
                         work.result()
                     except UserError as error:

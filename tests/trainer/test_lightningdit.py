@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from tests.trainer.reference import GEOMETRIES, load_reference, reference_model,
 from tests.trainer.test_transformer import randomised
 from trainer.config.sample import SampleConfig
 from trainer.config.schema import LossConfig
-from trainer.models.lightningdit import rotary_angles, rotated
+from trainer.models.lightningdit import EPSILON, RMSNorm, rotary_angles, rotated
 from trainer.models.make import make_model
 from trainer.objectives import lightningdit as objective
 from trainer.objectives.sampling import sample
@@ -104,3 +107,37 @@ def test_every_parameter_matters(changes: dict[str, object]) -> None:
 def test_the_rotary_tables_are_not_saved() -> None:
     """As every model of a size has the same; public files that hold them lose them when they are imported."""
     assert not any("cos" in name or "sin" in name for name in make_model(GEOMETRY).state_dict())
+
+
+@contextmanager
+def strict_about_warnings() -> Iterator[None]:
+    """Whatever torch warns of is an error, also what it says once a process and has said."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        torch.set_warn_always(before)
+
+
+def test_norms_under_autocast_are_those_of_float32() -> None:
+    """bfloat16's x is normalised and weighted in float32, by the formula, and torch has nothing to warn of."""
+    norm = RMSNorm(16, eps=EPSILON)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with strict_about_warnings(), torch.autocast("cpu", torch.bfloat16):
+        normalised = norm(x)
+    assert normalised.dtype == torch.float32
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + EPSILON).sqrt() * norm.weight.double()
+    torch.testing.assert_close(normalised.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(GEOMETRIES))
+def test_a_pass_in_bfloat16_warns_of_nothing(kind: str) -> None:
+    geometry = dataclasses.replace(GEOMETRIES[kind], qk_norm=True)
+    model, x = randomised(geometry), torch.zeros(2, *geometry.state_shape)
+    with strict_about_warnings(), torch.autocast("cpu", torch.bfloat16):
+        model(x, torch.tensor([0.2, 0.7]), torch.tensor([0, 1]))

@@ -41,6 +41,17 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm in its weight's precision: under autocast float32 of bfloat16's x, as LayerNorm is there.
+
+    torch's own takes x as it is, and has a fused kernel only where x is of the weight's dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D) of any float dtype, normalised over D, of the weight's dtype."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class RotaryAttention(Attention):
     """Attention whose queries and keys are rotated by their tokens' places; with `qk_norm`, RMS norms before.
 
@@ -53,7 +64,7 @@ class RotaryAttention(Attention):
     def __init__(self, width: int, heads: int, qk_norm: bool, grid: int, n_before: int = 0) -> None:
         super().__init__(width, heads, qk_norm)
         if qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=EPSILON) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(width // heads, eps=EPSILON) for _ in range(2))
         angles = F.pad(rotary_angles(width // heads, grid), (0, 0, n_before, 0))
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -83,7 +94,7 @@ class LightningBlock(Block):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, grid: int, n_before: int = 0) -> None:
         super().__init__(width, heads, qk_norm)
-        self.norm1, self.norm2 = (nn.RMSNorm(width, eps=EPSILON) for _ in range(2))
+        self.norm1, self.norm2 = (RMSNorm(width, eps=EPSILON) for _ in range(2))
         self.attn = RotaryAttention(width, heads, qk_norm, grid, n_before)
         self.mlp = SwiGLU(width)
 
@@ -93,7 +104,7 @@ class LightningFinalLayer(FinalLayer):
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
         super().__init__(width, patch, channels)
-        self.norm_final = nn.RMSNorm(width, eps=EPSILON)
+        self.norm_final = RMSNorm(width, eps=EPSILON)
 
 
 class LightningDiT(DiffusionTransformer):
