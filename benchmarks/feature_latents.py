@@ -141,7 +141,8 @@ def make_decoder(args: argparse.Namespace, setting: Setting, decoder: Path, comm
         command(
             ["benchmarks.photo_decoder", "--data", args.data, "--store", str(setting.train_store), "--heldout",
              args.heldout, "--heldout-store", str(setting.heldout_store), "--features", f"features/{setting.features}",
-             "--out", str(decoder), "--steps", str(args.decoder_steps), "--threads", str(args.threads)]
+             "--out", str(decoder), "--steps", str(args.decoder_steps), "--threads", str(args.threads),
+             "--precision", args.precision]
         )  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1000, 2000, 3000], help="to train to and measure at")
     parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--images", type=int, default=2000, help="images drawn for a Fréchet distance")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both models")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both models and the decoder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after so many, and save")
     parser.add_argument("--results", type=Path, default=RESULTS / "feature_latents.md", help="file of the table")

@@ -35,6 +35,7 @@ from storage.base.errors import UserError
 from storage.base.files import write_atomic
 from trainer.evaluation.generate.built_in import ENCODER_LAYER, ENCODER_SHA256
 from trainer.evaluation.generate.feature_decoder import CONFIG_FILE, WEIGHT_FILES, load_feature_decoder
+from trainer.ranks.arithmetic import autocast_dtype
 from trainer.ranks.world import device_named
 
 SEED = 0
@@ -71,12 +72,12 @@ class Tokens:
 
 
 class Training(Resumable):
-    """A decoder that learns `tokens`, `batch` images a step."""
+    """A decoder that learns `tokens`, `batch` images a step; its passes are in `precision`, its weights float32."""
 
-    def __init__(self, out: Path, tokens: Tokens, batch: int, device: torch.device) -> None:
+    def __init__(self, out: Path, tokens: Tokens, batch: int, device: torch.device, precision: str = "fp32") -> None:
         from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
-        self.tokens, self.batch = tokens, batch
+        self.tokens, self.batch, self.half = tokens, batch, autocast_dtype(precision)
         side = tokens.images.shape[1]
         n_tokens = math.prod(tokens.identity.token_grid)
         patch = side // math.isqrt(n_tokens)
@@ -94,7 +95,9 @@ class Training(Resumable):
     def take(self, steps: int) -> float:
         """One step; returns the mean PSNR of the batch, dB."""
         tokens, images = (part.to(self.device) for part in self.tokens.batch(self.step, self.batch))
-        decoded = self.decoder.unpatchify(self.decoder(tokens).logits)
+        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
+            patches = self.decoder(tokens).logits
+        decoded = self.decoder.unpatchify(patches.float())
         log_mse = (decoded - images).square().mean((1, 2, 3)).clamp(min=1e-8).log().mean()
         self.follow(log_mse, learning_rate(PEAK_LR, self.step, steps))
         return 10 * (np.log10(4.0) - log_mse.item() / np.log(10))
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of its passes in training")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -152,7 +156,7 @@ def main() -> None:
     store = open_store(args.store)
     group = store.group(args.features, expect=None)
     tokens = Tokens(group, read_images(args.data, store.resolution), store.n_views)
-    training = Training(args.out, tokens, args.batch, device)
+    training = Training(args.out, tokens, args.batch, device, args.precision)
     if train(training, args.steps, args.save_every, "photo-decoder"):
         training.write(args.out)
         heldout = open_store(args.heldout_store)
