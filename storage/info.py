@@ -6,7 +6,8 @@ Everything is read from metadata and receipts. Cost: a small file a unit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from storage.base.console import say
@@ -16,10 +17,10 @@ from storage.base.waiting import waiting
 from storage.inspection import codec_spelling, split_group
 from storage.metadata import group_identity
 from storage.reader import Store
-from storage.receipts import scan
+from storage.receipts import Receipt, scan
 from storage.samples import REDO
 from storage.space import size
-from storage.statistics import describe, group_sums
+from storage.statistics import add_up, describe
 
 if TYPE_CHECKING:
     from storage.commands import InfoConfig
@@ -62,25 +63,39 @@ def store_lines(store: Store) -> list[str]:
     return rows({name: value for name, value in table.items() if value}).splitlines()
 
 
+@dataclass
+class _Tally:
+    """What the receipts of a group's units say, summed up as they pass by."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    undone: dict[int, str] = field(default_factory=dict)
+    n_bytes: int = 0
+    n_of_unknown: int = 0
+    n_redone: int = 0
+
+    def passing(self, units: Iterable[tuple[int, Receipt | None, str | None]]) -> Iterator[Receipt]:
+        """The receipts of units that are done, of what `scan` tells, each counted."""
+        for unit, receipt, reason in units:
+            if receipt is None or reason is not None:
+                self.undone[unit] = str(reason)
+                continue
+            self.n_bytes += sum(shard.nbytes for shard in receipt.shards)
+            self.n_of_unknown += not receipt.sample_crc32c
+            self.n_redone += "replaces" in receipt.made
+            self.failed += [{"row": each.row, "key": each.key, "reason": each.reason} for each in receipt.failed]
+            for stage, s in receipt.timings_s.items():
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + s
+            yield receipt
+
+
 def about_group(store: Store, path: str) -> dict[str, Any]:
     """Identity, provenance, what is done, what failed, and where the time went, as JSON has it."""
     layout, attributes = store.group_layout(path)
     identity = group_identity(path, attributes["identity"], store.root.at(path))
-    seconds: dict[str, float] = {}
-    failed: list[dict[str, Any]] = []
-    undone: dict[int, str] = {}
-    n_bytes = n_of_unknown = n_redone = 0
-    for unit, receipt, reason in scan(store.root, layout, attributes["identity_digest"]):
-        if receipt is None or reason is not None:
-            undone[unit] = str(reason)
-            continue
-        n_bytes += sum(shard.nbytes for shard in receipt.shards)
-        n_of_unknown += not receipt.sample_crc32c
-        n_redone += "replaces" in receipt.made
-        failed += [{"row": each.row, "key": each.key, "reason": each.reason} for each in receipt.failed]
-        for stage, s in receipt.timings_s.items():
-            seconds[stage] = seconds.get(stage, 0.0) + s
-    sums, n_without = group_sums(store.root, layout, attributes["identity_digest"], identity)
+    tally = _Tally()
+    units = scan(store.root, layout, attributes["identity_digest"])
+    sums, n_without = add_up(layout, tally.passing(units), identity)
     return {
         "group": path,
         "at": store.root.at(path),
@@ -89,16 +104,16 @@ def about_group(store: Store, path: str) -> dict[str, Any]:
         "provenance": attributes.get("provenance", {}),
         "codec": codec_spelling(identity),
         "arrays": {array.name: {"shape": list(array.shape), "dtype": array.dtype} for array in layout.arrays},
-        "bytes": n_bytes,
+        "bytes": tally.n_bytes,
         "bytes_per_image": layout.sample_bytes,
         "units": layout.store.n_units,
-        "units_undone": undone,
-        "units_without_checksums_of_images": n_of_unknown,
-        "units_done_again": n_redone,
+        "units_undone": tally.undone,
+        "units_without_checksums_of_images": tally.n_of_unknown,
+        "units_done_again": tally.n_redone,
         "units_without_statistics": n_without,
         "statistics": describe(sums, identity),
-        "failed": failed,
-        "seconds": seconds,
+        "failed": tally.failed,
+        "seconds": tally.seconds,
     }
 
 

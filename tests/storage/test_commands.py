@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from storage import StoreError, open_store
+from storage import StoreError, open_store, receipts
 from storage.__main__ import PROG, main
 from storage.base.console import EXIT_NOBODY_READS
 from storage.codecs.int8 import INT8
@@ -117,6 +118,22 @@ def test_info_has_everything_as_json(tmp_path: Path, storage: Storage) -> None:
     (root / "receipts" / FEATURES / "00000001.json").unlink()
     assert list(json.loads(storage("info", root / FEATURES, "--json")[1])["units_undone"]) == ["1"]
     assert "2/3 done" in storage("info", root / FEATURES)[1]
+
+
+def test_info_reads_each_receipt_once(tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request a receipt is what it costs in an object store."""
+    root, read = tmp_path / "s", list[str]()
+    make_store(root)
+    unseal = receipts.unseal
+
+    def counting(kind: type[Any], raw: bytes, at: str) -> Any:
+        if kind is receipts.Receipt:  # a unit's, not the metadata's
+            read.append(at)
+        return unseal(kind, raw, at)
+
+    monkeypatch.setattr(receipts, "unseal", counting)
+    assert storage("info", root / FEATURES)[0] == 0
+    assert sorted(read) == [str(root / "receipts" / FEATURES / f"0000000{unit}.json") for unit in range(3)]
 
 
 def test_verify_exits_1_and_names_the_fault(tmp_path: Path, storage: Storage) -> None:
