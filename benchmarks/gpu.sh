@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that the open issues want measured on a machine with a GPU, in one call of at most ten minutes.
 #
-#   benchmarks/gpu.sh [tests] [train_step] [encoders] [methods] [codes] [profile]
+#   benchmarks/gpu.sh [tests] [train_step] [encoders] [methods] [codes] [profile] [photographs]
 #                                                       default: tests train_step encoders
 #
 # Each step has its own time limit, and goes on without those that failed; logs, tables and profiles are in $OUT (default
@@ -9,11 +9,12 @@
 #   OUT      where results are written
 #   PYTHON   the interpreter with a torch that sees the GPU (default python3)
 #   PUBLIC   a clone of REPA's repository, for the public step's rows; needs accelerate and torchvision
-#   MINUTES  limit of train_step and of methods (default 5); with 5, not every model is begun: call `MINUTES=9 benchmarks/gpu.sh train_step`
+#   MINUTES  limit of train_step, methods and photographs (default 5); with 5, not every model is begun: call `MINUTES=9 benchmarks/gpu.sh train_step`
 #   ARGS     more options of benchmarks.train_step (`--vae`, `--encoder dinov2-vitg14`, `--dtype int8`, …)
+#   PHOTOS, HELDOUT, VIT   for photographs: images to train on, images to measure on, the weights of a DINOv2 ViT-S/14
 #   WHEELS   a folder of wheels to install first, into a folder of their own
 #
-# Packages: those of pyproject.toml but Ray; diffusers for `encoders` and `--vae`, timm for both benchmarks. Where the
+# Packages: those of pyproject.toml but Ray; diffusers for `encoders`, `photographs` and `--vae`, timm for all but tests. Where the
 # machine has no network, bring what it lacks (compare `pip list` there) as wheels, made on one that has:
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
@@ -73,7 +74,15 @@ for name in "${@:-tests train_step encoders}"; do
       profile)
         step profile 150 "$PYTHON" -m benchmarks.train_step --presets sit-b-2,sit-xl-2 --batches 32 --compile yes \
           --profile store "${COMMON[@]}" ${ARGS:-} ;;
-      *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, methods, codes, profile" >&2; exit 2 ;;
+      photographs)  # SiT-B/2 at 256 px, vanilla and REPA, as far as MINUTES go; the same call on a warm machine goes on
+        : "${PHOTOS:?} ${HELDOUT:?} ${VIT:?}"
+        STUDY=${TMPDIR:-/tmp}/photographs
+        step photographs $((MINUTES * 60)) "$PYTHON" -m benchmarks.repa_effect --scale base --without-ray --resolution 256 \
+          --data "$PHOTOS" --heldout "$HELDOUT" --vae benchmarks/results/photo_vae --encoder-weights "$VIT" \
+          --arms vanilla repa --seeds 1 --milestones 1000 2000 4000 8000 --jobs 1 --threads 8 --minutes $((MINUTES - 1)) \
+          --out "$STUDY" --results "$OUT/photographs" ${ARGS:-}
+        [ ! -d "$STUDY/measures" ] || tar czf "$OUT/photographs.tgz" -C "$STUDY" measures ;;
+      *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, methods, codes, profile, photographs" >&2; exit 2 ;;
     esac
   done
 done

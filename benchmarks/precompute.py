@@ -40,6 +40,7 @@ import numpy as np
 
 from benchmarks.precompute_cases import DECODE_CPUS, MORE_TO_DECODE, SHARD_ROWS, WORK, Case, make_cases
 from benchmarks.report import RESULTS, machine, table
+from benchmarks.without_ray import decoded_unit
 from pipeline.cluster.environment import prepare_ray
 from pipeline.decode import decode_unit, to_rgb
 from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
@@ -68,12 +69,8 @@ class Figures:
 
 def blocks_of(plan: Plan, source: Source, resolution: int) -> Iterator[tuple[np.ndarray, Block]]:
     """Every unit, decoded here and now."""
-    for unit, paths in plan.missing.items():
-        rows = plan.layout.unit_rows(unit)
-        samples = plan.index.slice(rows)
-        images, meta = decode_unit(source, rows.start, samples.keys, samples.locations, resolution)
-        failures, timings_s, crcs = meta
-        yield images, Block(unit=unit, failures=failures, timings_s=timings_s, paths=paths, crcs=crcs)
+    for unit in plan.missing:
+        yield decoded_unit(plan, source, resolution, unit)
 
 
 def rate(done: list[tuple[float, int]]) -> float:

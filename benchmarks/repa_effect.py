@@ -28,6 +28,7 @@ after any kill; SIGTERM, Ctrl-C and the end of `--minutes` let the commands in h
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import shutil
@@ -40,7 +41,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.effect.arms import COMMON, Arm, Run, arms, interleaved, variants
+from benchmarks.effect.arms import SCALES, Arm, Run, arms, interleaved, variants
 from benchmarks.effect.control import is_whole, write_control
 from benchmarks.effect.measure import Setting, is_measured, measure, write_references
 from benchmarks.effect.report import write_report
@@ -105,7 +106,7 @@ class Commands:
 def train_command(run: Run, arm: Arm, setting: Setting, step: int, every: int) -> list[str]:
     """The trainer's command line to a step; a larger one goes on. Checkpoints of multiples of `every` are kept."""
     options = {
-        **COMMON,
+        **setting.common,
         **arm.options,
         "seed": str(run.seed),
         "steps": str(step),
@@ -156,10 +157,11 @@ def begin_as(run: Path, origin: Path, step: int) -> bool:
 def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> None:
     """Both stores, the control's features, the references."""
     features = ",".join(dict.fromkeys((args.encoder, args.final)))
+    program = "benchmarks.without_ray" if args.without_ray else "pipeline"
     for data, store in ((args.data, setting.train_store), (args.heldout, setting.heldout_store)):
         weights = [f"--features-weights={args.encoder_weights}"] if args.encoder_weights else []
         command(
-            ["pipeline", "precompute", "--data", data, "--store", str(store), "--latents", str(args.vae), "--features",
+            [program, "precompute", "--data", data, "--store", str(store), "--latents", str(args.vae), "--features",
              features, "--resolution", str(args.resolution), "--flip", *weights]
         )  # fmt: skip
     if not is_whole(setting.train_store, CONTROL):
@@ -220,7 +222,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--second-weights", type=Path, help="EfficientNet-Lite0's weights; without, one distance only")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--out", type=Path, required=True, help="folder of stores, runs and measures")
+    parser.add_argument("--scale", choices=SCALES, default="small", help="base: SiT-B/2, without the variants")
+    parser.add_argument("--without-ray", action="store_true", help="make the stores in one process, where no Ray is")
     parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, default=3, help="at most so many of each arm")
     parser.add_argument("--milestones", type=int, nargs="+", default=list(MILESTONES))
     parser.add_argument("--images", type=int, default=2000, help="images drawn for a Fréchet distance")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
@@ -234,9 +239,14 @@ def main(argv: Sequence[str]) -> int:
     out: Path = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     features, final = (resolve_features(name).store_name for name in (args.encoder, args.final))
-    of_arms = {**arms(features, final, CONTROL), **variants(features)}
-    if args.arms:
-        of_arms = {name: of_arms[name] for name in args.arms}
+    of_arms = {**arms(features, final, CONTROL), **(variants(features) if args.scale == "small" else {})}
+    if unknown := set(args.arms or ()) - of_arms.keys():
+        parser.error(f"--arms {' '.join(sorted(unknown))}: the arms of --scale {args.scale} are {', '.join(of_arms)}")
+    of_arms = {
+        name: dataclasses.replace(arm, seeds=arm.seeds[: args.seeds])
+        for name, arm in of_arms.items()
+        if name in (args.arms or of_arms)
+    }
     setting = Setting(
         out=out,
         train_store=out / "train",
@@ -246,6 +256,7 @@ def main(argv: Sequence[str]) -> int:
         encoder_weights=args.encoder_weights,
         second_weights=args.second_weights,
         n_images=args.images,
+        common=SCALES[args.scale],
         measures=(args.measures or out / "measures").absolute(),
     )
     failed: list[str] = []
@@ -264,7 +275,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _about(args: argparse.Namespace) -> list[str]:
-    options = " ".join(f"`{name} {value}`" for name, value in COMMON.items())
+    options = " ".join(f"`{name} {value}`" for name, value in SCALES[args.scale].items())
     return [
         "What it says, and how to go on: [docs/photographs.md](../../docs/photographs.md).",
         "",

@@ -25,6 +25,17 @@ COMMON: dict[str, str] = {
     "log.samples-every": "0",
     "log.tensorboard": "false",
 }
+# SiT-B/2, for a GPU: 16 × 16 tokens at 256 px; averaged over fewer steps than in the preset, for runs of thousands.
+BASE: dict[str, str] = {
+    "preset": "sit-b-2",
+    "batch": "256",
+    "ema-decay": "0.999",
+    "precision": "bf16",
+    "log.every": "50",
+    "log.samples-every": "0",
+    "log.tensorboard": "false",
+}
+SCALES = {"small": COMMON, "base": BASE}
 SAMPLING: dict[str, str] = {"sampler": "ode", "steps": "25", "guidance": "1", "precision": "fp32"}
 VANILLA, REPA = "vanilla", "repa"
 STOPPED_AT = 4000

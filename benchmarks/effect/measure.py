@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.effect.arms import SAMPLING
+from benchmarks.effect.arms import COMMON, SAMPLING
 from storage import open_store
 
 ALIGNED_EYES, OTHER_EYES = "aligned-encoder", "other-encoder"
@@ -39,6 +39,7 @@ class Setting:
     encoder_weights: Path | None
     second_weights: Path | None
     n_images: int
+    common: Mapping[str, str] = field(default_factory=lambda: COMMON)  # options of every run
     sampling: Mapping[str, str] = field(default_factory=lambda: SAMPLING)
     measures: Path  # what is there is not measured again, nor trained for
 

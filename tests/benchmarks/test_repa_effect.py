@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from benchmarks import repa_effect
 from benchmarks.effect import arms as arms_module
 from benchmarks.effect import heldout_loss as heldout_loss_module
-from benchmarks.effect.arms import VANILLA, Run, arms, interleaved, variants
+from benchmarks.effect.arms import SCALES, VANILLA, Run, arms, interleaved, variants
 from benchmarks.effect.constant_cosine import constant_cosine
 from benchmarks.effect.control import is_whole, others_of_the_class, write_control
 from benchmarks.effect.heldout_loss import TIMES, heldout_loss
@@ -51,8 +51,8 @@ def setting(out: Path) -> Setting:
     )
 
 
-def config_of(arm: str, out: Path) -> Any:
-    options = train_command(Run(arm=arm, seed=0), WITH_VARIANTS[arm], setting(out), 100, 50)[2:]
+def config_of(arm: str, out: Path, of_study: Setting | None = None) -> Any:
+    options = train_command(Run(arm=arm, seed=0), WITH_VARIANTS[arm], of_study or setting(out), 100, 50)[2:]
     pairs = (option.removeprefix("--").split("=", 1) for option in options)
     return train_config({name.replace("-", "_"): text for name, text in pairs})
 
@@ -65,6 +65,22 @@ def test_every_arm_is_a_run_that_differs_from_vanilla_in_its_alignment_only(name
     assert (mine.optim, mine.batch, mine.seed, mine.steps) == (vanilla.optim, vanilla.batch, vanilla.seed, 100)
     assert not vanilla.aligns
     assert mine.aligns == (name != "vanilla")
+
+
+@pytest.mark.parametrize("name", OF_ARMS)
+def test_at_the_larger_scale_arms_are_sit_b_2_and_differ_in_the_same(name: str, tmp_path: Path) -> None:
+    of_study = dataclasses.replace(setting(tmp_path), common=SCALES["base"])
+    mine, vanilla = (config_of(arm, tmp_path, of_study) for arm in (name, VANILLA))
+    assert (mine.model.width, mine.model.depth, mine.batch) == (768, 12, 256)
+    assert dataclasses.replace(mine.model, class_token=False) == vanilla.model
+    assert (mine.optim, mine.seed, mine.steps) == (vanilla.optim, vanilla.seed, 100)
+
+
+def test_an_arm_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [f"--{name}={tmp_path}/{name}" for name in ("data", "heldout", "vae", "out")]
+    with pytest.raises(SystemExit):
+        repa_effect.main([*paths, "--scale", "base", "--arms", "repa", "repa-wide"])
+    assert "--arms repa-wide: the arms of --scale base are vanilla, repa" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name, arm in WITH_VARIANTS.items() if arm.beside])
@@ -327,7 +343,7 @@ def test_the_whole_study_on_built_in_photographs(tmp_path: Path, monkeypatch: py
     from pipeline.sources.photos import write_photos
 
     small = {"model.depth": "2", "model.width": "32", "model.heads": "2", "model.projector-width": "32", "batch": "8"}
-    monkeypatch.setattr(repa_effect, "COMMON", arms_module.COMMON | small)
+    monkeypatch.setitem(arms_module.SCALES, "small", arms_module.COMMON | small)
     for split, n in (("train", 4), ("heldout", 2)):
         write_photos(tmp_path / split, n_per_class=n, split=split)
     options = [
