@@ -209,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     out: Path = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    decoder = out / "decoder"
+    decoder = out / f"decoder-{args.precision}"  # as the measures: nothing of the other is taken for it
     setting = Setting(
         out=out,
         train_store=args.train_store.absolute(),
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
         second_weights=args.second_weights,
         n_images=args.images,
         sampling={**SAMPLING, "precision": args.precision},
-        measures=out / f"measures-{args.precision}",  # nothing of the other is taken for it
+        measures=out / f"measures-{args.precision}",
     )
     failed: list[str] = []
     if not args.report:

@@ -11,7 +11,9 @@
 #   PUBLIC   a clone of REPA's repository, for the public step's rows; needs accelerate and torchvision
 #   MINUTES  limit of train_step, methods and photographs (default 5); with 5, not every model is begun: call `MINUTES=9 benchmarks/gpu.sh train_step`
 #   ARGS     more options of benchmarks.train_step (`--vae`, `--encoder dinov2-vitg14`, `--dtype int8`, …)
-#   PHOTOS, HELDOUT, VIT   for photographs: images to train on, images to measure on, the weights of a DINOv2 ViT-S/14
+#   PHOTOS, HELDOUT, VIT, [SECOND]
+#            for photographs: images to train on, images to measure on, the weights of a DINOv2 ViT-S/14 and, for a second
+#            Fréchet distance, of EfficientNet-Lite0
 #   WHEELS   a folder of wheels to install first, into a folder of their own
 #
 # Packages: those of pyproject.toml but Ray; diffusers for `encoders`, `photographs` and `--vae`, timm for all but tests. Where the
@@ -33,6 +35,14 @@ if [ -n "${WHEELS:-}" ]; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl || exit 2
   export PYTHONPATH=$PYTHONPATH:$SITE
 fi
+
+case " ${*:-} " in
+  *photographs*)
+    if [ -z "${PHOTOS:-}" ] || [ -z "${HELDOUT:-}" ] || [ -z "${VIT:-}" ]; then
+      echo "benchmarks/gpu.sh: photographs needs PHOTOS, HELDOUT and VIT; name the three files" >&2
+      exit 2
+    fi ;;
+esac
 
 FAILED=()
 step() {  # NAME SECONDS COMMAND…
@@ -75,12 +85,11 @@ for name in "${@:-tests train_step encoders}"; do
         step profile 150 "$PYTHON" -m benchmarks.train_step --presets sit-b-2,sit-xl-2 --batches 32 --compile yes \
           --profile store "${COMMON[@]}" ${ARGS:-} ;;
       photographs)  # SiT-B/2 at 256 px, vanilla and REPA, as far as MINUTES go; the same call on a warm machine goes on
-        : "${PHOTOS:?} ${HELDOUT:?} ${VIT:?}"
         STUDY=${TMPDIR:-/tmp}/photographs
         step photographs $((MINUTES * 60)) "$PYTHON" -m benchmarks.repa_effect --scale base --without-ray --resolution 256 \
           --data "$PHOTOS" --heldout "$HELDOUT" --vae benchmarks/results/photo_vae --encoder-weights "$VIT" \
           --arms vanilla repa --seeds 1 --milestones 1000 2000 4000 8000 --jobs 1 --threads 8 --minutes $((MINUTES - 1)) \
-          --out "$STUDY" --results "$OUT/photographs" ${ARGS:-}
+          --out "$STUDY" --results "$OUT/photographs" ${SECOND:+--second-weights "$SECOND"}
         [ ! -d "$STUDY/measures" ] || tar czf "$OUT/photographs.tgz" -C "$STUDY" measures ;;
       *) echo "benchmarks/gpu.sh: no step $each; there are tests, train_step, encoders, methods, codes, profile, photographs" >&2; exit 2 ;;
     esac

@@ -20,9 +20,10 @@ checkpoint, where the run is at hand.
 - half as long, without images, to find out why the gain is as large as it is: REPA with another weight, another block,
   a wider projector; vanilla and REPA of 9 M parameters
 
-Everything but the held-out loss and the second encoder is a command that a user types. All of it goes on where it was
-after any kill; SIGTERM, Ctrl-C and the end of `--minutes` let the commands in hand save. Results so far are written by
-`--report` alone, too. Cost: some ten hours of two cores to the end.
+`--scale base` is the same with SiT-B/2 at 256 px, without the last; its measures and results stand apart. Everything
+but the held-out loss, the second encoder and `--without-ray` is a command that a user types. All of it goes on where
+it was after any kill; SIGTERM, Ctrl-C and the end of `--minutes` let the commands in hand save. Results so far are
+written by `--report` alone, too. Cost: some ten hours of two cores to the end.
 """
 
 from __future__ import annotations
@@ -154,9 +155,11 @@ def begin_as(run: Path, origin: Path, step: int) -> bool:
     return True
 
 
-def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> None:
-    """Both stores, the control's features, the references."""
-    features = ",".join(dict.fromkeys((args.encoder, args.final)))
+def stage_one(args: argparse.Namespace, setting: Setting, of_arms: Mapping[str, Arm], command: Commands) -> None:
+    """Both stores, with what the arms align with, and the references."""
+    aligned_with = {arm.options.get("data.features") for arm in of_arms.values()}
+    final = [args.final] if resolve_features(args.final).store_name in aligned_with else []
+    features = ",".join(dict.fromkeys((args.encoder, *final)))
     program = "benchmarks.without_ray" if args.without_ray else "pipeline"
     for data, store in ((args.data, setting.train_store), (args.heldout, setting.heldout_store)):
         weights = [f"--features-weights={args.encoder_weights}"] if args.encoder_weights else []
@@ -164,7 +167,7 @@ def stage_one(args: argparse.Namespace, setting: Setting, command: Commands) -> 
             [program, "precompute", "--data", data, "--store", str(store), "--latents", str(args.vae), "--features",
              features, "--resolution", str(args.resolution), "--flip", *weights]
         )  # fmt: skip
-    if not is_whole(setting.train_store, CONTROL):
+    if CONTROL in aligned_with and not is_whole(setting.train_store, CONTROL):
         write_control(setting.train_store, setting.features, CONTROL)
     write_references(setting, command)
 
@@ -220,12 +223,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--final", default="dinov2-vits14", help="the encoder to its last layer, of `repa-final`")
     parser.add_argument("--encoder-weights", type=Path, help="their weight file")
     parser.add_argument("--second-weights", type=Path, help="EfficientNet-Lite0's weights; without, one distance only")
-    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--resolution", type=int, help="default: 128, and 256 at --scale base")
     parser.add_argument("--out", type=Path, required=True, help="folder of stores, runs and measures")
     parser.add_argument("--scale", choices=SCALES, default="small", help="base: SiT-B/2, without the variants")
     parser.add_argument("--without-ray", action="store_true", help="make the stores in one process, where no Ray is")
     parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--seeds", type=int, default=3, help="at most so many of each arm")
+    parser.add_argument("--seeds", type=int, choices=(1, 2, 3), default=3, help="at most so many of each arm")
     parser.add_argument("--milestones", type=int, nargs="+", default=list(MILESTONES))
     parser.add_argument("--images", type=int, default=2000, help="images drawn for a Fréchet distance")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
@@ -234,18 +237,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--measures", type=Path, help="folder of the measures (default: measures in --out)")
     parser.add_argument("--run-by-run", action="store_true", help="every run to its end before the next")
     parser.add_argument("--report", action="store_true", help="write the results that are there, and end")
-    parser.add_argument("--results", type=Path, default=RESULTS / "repa_effect", help="results, without suffix")
+    parser.add_argument("--results", type=Path, help="results, without suffix")
     args = parser.parse_args(argv)
+    is_small = args.scale == "small"
+    args.resolution = args.resolution or (128 if is_small else 256)
+    results = args.results or RESULTS / ("repa_effect" if is_small else "repa_effect_base")
+    measures = (args.measures or args.out / "measures").absolute()
     out: Path = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     features, final = (resolve_features(name).store_name for name in (args.encoder, args.final))
-    of_arms = {**arms(features, final, CONTROL), **(variants(features) if args.scale == "small" else {})}
+    of_arms = {**arms(features, final, CONTROL), **(variants(features) if is_small else {})}
     if unknown := set(args.arms or ()) - of_arms.keys():
         parser.error(f"--arms {' '.join(sorted(unknown))}: the arms of --scale {args.scale} are {', '.join(of_arms)}")
     of_arms = {
-        name: dataclasses.replace(arm, seeds=arm.seeds[: args.seeds])
-        for name, arm in of_arms.items()
-        if name in (args.arms or of_arms)
+        name: dataclasses.replace(of_arms[name], seeds=of_arms[name].seeds[: args.seeds])
+        for name in args.arms or of_arms
     }
     setting = Setting(
         out=out,
@@ -257,7 +263,7 @@ def main(argv: Sequence[str]) -> int:
         second_weights=args.second_weights,
         n_images=args.images,
         common=SCALES[args.scale],
-        measures=(args.measures or out / "measures").absolute(),
+        measures=measures if is_small else measures / args.scale,  # nothing of the other is taken for it
     )
     failed: list[str] = []
     if not args.report:
@@ -265,12 +271,12 @@ def main(argv: Sequence[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, command.stop)
         try:
-            stage_one(args, setting, command)
+            stage_one(args, setting, of_arms, command)
             failed = work(setting, of_arms, args.milestones, args.jobs, command, run_by_run=args.run_by_run)
         except StoppedError:
             pass
     about = [machine(out, ("torch", "numpy")), "", *_about(args)]
-    print(write_report(args.results, setting.measures, of_arms, "REPA against vanilla on real photographs", about))
+    print(write_report(results, setting.measures, of_arms, "REPA against vanilla on real photographs", about))
     return 1 if failed else 0
 
 

@@ -1,34 +1,37 @@
-"""`python -m pipeline precompute` in one process and without Ray: for a machine with a GPU that has none.
+"""`python -m pipeline precompute` in one process and without Ray: for a machine with a GPU where none is installed.
 
     python -m benchmarks.without_ray precompute --data … --store … [options of `python -m pipeline precompute`]
 
-Plan, encoders and publishing are stage one's own, so the store is the one that it makes. A unit that cannot be read
-ends the run; the same command goes on.
+Listing, plan, encoders, publishing and what is said of failures are stage one's own; only Ray's part is replaced.
+Units are decoded ahead of their turn, then encoded and published one by one. One that cannot be read ends the run,
+after which the same command goes on. Options that are about Ray are refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from functools import partial
 from itertools import islice
 
 import numpy as np
-import torch
 
+from pipeline.cluster.resources import cores
+from pipeline.commands import report_precompute
 from pipeline.config import PrecomputeConfig
 from pipeline.decode import decode_unit
 from pipeline.encode import Block, UnitEncoder
-from pipeline.failures import refuse_too_many, write_failures
-from pipeline.plan import Plan, create, describe_plan, make_plan
-from pipeline.sources import Source, open_source
-from storage import Staging
+from pipeline.failures import refuse_too_many
+from pipeline.outcome import Outcome, Run
+from pipeline.plan import Plan
+from pipeline.sources import Source
 from storage.base.commands import Command, run_one
-from storage.base.console import progress_bar, run_program, say
-from storage.roots import absolute, open_root
+from storage.base.console import Stop, progress_bar, run_program
+from storage.base.errors import UserError
 
 PROG = "python -m benchmarks.without_ray"
 COMMANDS = {
@@ -38,44 +41,69 @@ COMMANDS = {
         "benchmarks.without_ray:precompute",
     )
 }
+OF_RAY = ("ray_address", "encoders", "encoder_cpus", "decode_cpus", "unit_timeout_s", "dry_run", "verbose")
 AHEAD = 4  # units decoded before their turn; 100 MB each at 256 px
 
 
-def precompute(config: PrecomputeConfig) -> None:
-    """Make the store that the configuration asks for, or finish it. Raises UserError."""
-    config = dataclasses.replace(config, data=absolute(config.data), store=absolute(config.store))
-    source = open_source(config.data, config.source)
-    root = open_root(config.store)
-    plan = make_plan(config, source, source.listing(config.labels).index, root)
-    say(*describe_plan(plan).splitlines(), flush=True)
-    with Staging(root) as staging:
-        n_threads = torch.get_num_threads()
-        encoder = UnitEncoder(root, plan.groups, plan.digests, config.batch, n_threads, staging.run_id)
-        encoder.ready()  # without weights there is no store
-        create(plan, source, staging)
-        n_failed = plan.failed_before
-        with progress_bar(plan.n_images_missing, unit="img", description="precompute") as bar:
-            for images, block in decoded(config, plan, source):
-                encoder.encode_and_publish(images, block, time.time())
-                n_failed += len(block.failures)
-                refuse_too_many(n_failed, len(plan.index), config.max_failures, root)
-                bar.update(len(images))
-        groups = [(group.layout, plan.digests[group.layout.path]) for group in plan.groups]
-        n_failed, _ = write_failures(root, groups, plan.index, staging.run_id)
-    say(f"{config.store}: {len(plan.index)} images, {n_failed} failed")
+def precompute(config: PrecomputeConfig) -> int:
+    """Make the store that the configuration asks for, or finish it; returns the exit status. Raises UserError."""
+    defaults = {each.name: each.default for each in fields(config)}
+    if given := [name for name in OF_RAY if getattr(config, name) != defaults[name]]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{flags}: of Ray, which is not used here; leave it out")
+    return report_precompute(config, here)
+
+
+def here(config: PrecomputeConfig, plan: Plan) -> AbstractContextManager[Run]:
+    """This process, in place of a cluster."""
+    return nullcontext(run_here)
+
+
+def run_here(
+    config: PrecomputeConfig,
+    plan: Plan,
+    source: Source,
+    run_id: str,
+    *,
+    make_store: Callable[[], None],
+    stop: Stop,
+    encoder: type[UnitEncoder] = UnitEncoder,
+) -> Outcome:
+    """`pipeline.job.run_on_cluster` in this process. Raises what decoding raises, too."""
+    start_s = time.perf_counter()
+    models = encoder(plan.root, plan.groups, plan.digests, config.batch, cores(), run_id)
+    device = models.ready()
+    make_store()
+    n_failed, encoding_s = plan.failed_before, 0.0
+    with progress_bar(plan.n_images_missing, unit="img", description="precompute") as bar:
+        for images, block in decoded(config, plan, source):
+            if stop.signal is not None:
+                raise KeyboardInterrupt
+            encoding_s += models.encode_and_publish(images, block, time.time())
+            n_failed += len(block.failures)
+            refuse_too_many(n_failed, len(plan.index), config.max_failures, plan.root)
+            bar.update(len(images))
+    seconds = time.perf_counter() - start_s
+    return Outcome(
+        n_images=plan.n_images_missing, n_failed=n_failed, seconds=seconds, given_up={}, device=device,
+        encoder_busy=encoding_s / seconds, bound="", store_peak_bytes=0,
+    )  # fmt: skip
 
 
 def decoded(config: PrecomputeConfig, plan: Plan, source: Source) -> Iterator[tuple[np.ndarray, Block]]:
     """`decoded_unit` of every missing unit, in order, some ahead."""
     units = iter(plan.missing)
-    waiting: deque[Future[tuple[np.ndarray, Block]]] = deque()
-    with ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1)) as pool:
+    decode = partial(decoded_unit, plan, source, config.resolution)
+    ahead: deque[Future[tuple[np.ndarray, Block]]] = deque()
+    pool = ThreadPoolExecutor(min(AHEAD, cores()))
+    try:
         while True:
-            for unit in islice(units, AHEAD - len(waiting)):
-                waiting.append(pool.submit(decoded_unit, plan, source, config.resolution, unit))
-            if not waiting:
+            ahead.extend(pool.submit(decode, unit) for unit in islice(units, AHEAD - len(ahead)))
+            if not ahead:
                 return
-            yield waiting.popleft().result()
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def decoded_unit(plan: Plan, source: Source, resolution: int, unit: int) -> tuple[np.ndarray, Block]:

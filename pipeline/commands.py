@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         StoreConfig,
         TasksConfig,
     )
+    from pipeline.precompute import Where
 
 PROG = program("pipeline")
 
@@ -80,12 +81,12 @@ def precompute(config: PrecomputeConfig) -> int:
     return report_precompute(dataclasses.replace(config, ray_address=address))
 
 
-def report_precompute(config: PrecomputeConfig) -> int:
-    """Run stage one; prints the plan, the progress and the outcome."""
+def report_precompute(config: PrecomputeConfig, where: Where | None = None) -> int:
+    """Run stage one, on Ray unless `where` says otherwise; prints the plan, the progress and the outcome."""
     with loading():
-        from pipeline.precompute import precompute
+        from pipeline.precompute import on_ray, precompute
 
-    summary = precompute(config)
+    summary = precompute(config, where or on_ray)
     status = EXIT_FAILED if summary.units_given_up else EXIT_OK
     if config.json:
         print(json.dumps(dataclasses.asdict(summary), indent=1))

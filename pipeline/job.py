@@ -13,7 +13,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -26,6 +25,7 @@ from pipeline.dispatch import Ledger
 from pipeline.encode import CALLS_IN_HAND, Block, UnitEncoder
 from pipeline.encoder_pool import Decoded, EncoderPool, first_line
 from pipeline.failures import refuse_too_many
+from pipeline.outcome import Outcome
 from pipeline.plan import Plan
 from pipeline.progress import Display, Meter
 from pipeline.sources import Source
@@ -35,20 +35,6 @@ from storage.base.errors import UserError
 POLL_S = 0.5
 PATIENCE_S = 120.0  # after this long without an encoder the user is told what is missing
 NO_DEVICE = "none came up"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run did. `given_up` maps units to what happened at each attempt."""
-
-    n_images: int
-    n_failed: int
-    seconds: float
-    given_up: dict[int, list[str]]
-    device: str
-    encoder_busy: float
-    bound: str
-    store_peak_bytes: int
 
 
 def run_on_cluster(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +13,8 @@ from pipeline.cluster.environment import prepare_ray
 from pipeline.config import PrecomputeConfig
 from pipeline.estimate import Estimate, estimate, said_before
 from pipeline.failures import FAILURES_FILE, refuse_too_many, write_failures
-from pipeline.plan import create, describe_plan, make_plan, require_space
+from pipeline.outcome import Run
+from pipeline.plan import Plan, create, describe_plan, make_plan, require_space
 from pipeline.sources import open_source
 from storage import Staging
 from storage.base import ending
@@ -26,6 +29,7 @@ from storage.staging import refuse_foreign
 NOTHING = "none: everything was there"
 DRY = "none: a dry run"
 STOPPING = "stopping; what is published stays"
+Where = Callable[[PrecomputeConfig, Plan], AbstractContextManager[Run]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,25 @@ class Summary:
         return ending.rows(rows)
 
 
-def precompute(config: PrecomputeConfig) -> Summary:
+def on_ray(config: PrecomputeConfig, plan: Plan) -> AbstractContextManager[Run]:
+    """A cluster to join or of this run's own, as the configuration says; how long it takes at least is said before."""
+    address = prepare_ray(config.ray_address)
+    with waiting("measuring what the time depends on"):
+        time_said = said_before(plan, address)
+    say(*time_said, flush=True)
+    with waiting("loading Ray"):
+        from pipeline.cluster.connection import ray_cluster  # imports Ray
+        from pipeline.job import run_on_cluster
+
+    @contextmanager
+    def cluster() -> Iterator[Run]:
+        with ray_cluster(address, verbose=config.verbose):
+            yield run_on_cluster
+
+    return cluster()
+
+
+def precompute(config: PrecomputeConfig, where: Where = on_ray) -> Summary:
     """Make the store that the configuration asks for, or finish it; with `dry_run` say what that would be.
 
     Raises UserError for what the user can mend. Units that failed three times are in the summary; the others are done.
@@ -119,24 +141,17 @@ def precompute(config: PrecomputeConfig) -> Summary:
         budget(plan.failed_standing)
     if not plan.missing:
         return summary
-    address = prepare_ray(config.ray_address)
-    with waiting("measuring what the time depends on"):
-        time_said = said_before(plan, address)
-    say(*time_said, flush=True)
-    with waiting("loading Ray"):
-        from pipeline.cluster.connection import ray_cluster  # imports Ray
-        from pipeline.job import run_on_cluster
-
+    there = where(config, plan)
     n_failed = n_standing = plan.failed_standing
     # Nothing is made on disk before the cluster is there and an encoder has its weights. On Ctrl-C or SIGTERM the
     # cluster is left or stopped.
     with (
         stop_on_signals(*INTERRUPTS, answer=STOPPING) as stop,
-        ray_cluster(address, verbose=config.verbose),
+        there as run,
         Staging(root) as staging,
     ):
         try:
-            outcome = run_on_cluster(
+            outcome = run(
                 config, plan, source, staging.run_id, make_store=partial(create, plan, source, staging), stop=stop
             )
         finally:

@@ -45,7 +45,7 @@ LARGER = {"model.width": "288", "model.depth": "6", "model.heads": "6"}  # 9 M p
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A kind of run. `title` stands in tables; `options` are what differs from COMMON.
+    """A kind of run. `title` stands in tables; `options` are what differs from those of all runs.
 
     `begins_as`: up to a step it is, bit for bit, another arm's run of the same seed, which need not be trained again.
     A variant asks why the gain is as large as it is: it ends at `until`, no images are drawn of it, and it stands in a

@@ -39,7 +39,7 @@ class Setting:
     encoder_weights: Path | None
     second_weights: Path | None
     n_images: int
-    common: Mapping[str, str] = field(default_factory=lambda: COMMON)  # options of every run
+    common: Mapping[str, str] = field(default_factory=lambda: COMMON)  # options of every run of benchmarks.repa_effect
     sampling: Mapping[str, str] = field(default_factory=lambda: SAMPLING)
     measures: Path  # what is there is not measured again, nor trained for
 

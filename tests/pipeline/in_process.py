@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.without_ray import run_here
 from pipeline.__main__ import main
 from pipeline.cluster.environment import prepare_ray
-from pipeline.config import PrecomputeConfig
-from pipeline.decode import decode_unit
-from pipeline.encode import Block, UnitEncoder
-from pipeline.failures import refuse_too_many
-from pipeline.plan import Plan
-from pipeline.sources import Source
-from storage.base.console import Stop
+from pipeline.encode import UnitEncoder
 from storage.base.errors import UserError
 
 
@@ -40,32 +35,6 @@ class PixelEncoder(UnitEncoder):
         }
 
 
-def run_on_cluster(
-    config: PrecomputeConfig, plan: Plan, source: Source, run_id: str, *, make_store: Callable[[], None], stop: Stop
-) -> Any:
-    """`pipeline.job.run_on_cluster`, a unit after the other."""
-    from pipeline.job import Outcome  # imports Ray, whose environment other tests settle before
-
-    encoder = PixelEncoder(plan.root, plan.groups, plan.digests, config.batch, 1, run_id)
-    make_store()
-    n_failed = plan.failed_before
-    for unit, paths in plan.missing.items():
-        rows = plan.layout.unit_rows(unit)
-        samples = plan.index.slice(rows)
-        images, (failures, timings_s, crcs) = decode_unit(
-            source, rows.start, samples.keys, samples.locations, config.resolution
-        )
-        redo = plan.redo.get(unit, ())
-        block = Block(unit=unit, failures=failures, timings_s=timings_s, paths=paths, crcs=crcs, redo=redo)
-        encoder.encode_and_publish(images, block, time.time())
-        n_failed += len(failures)
-        refuse_too_many(n_failed, len(plan.index), config.max_failures, plan.root)
-    return Outcome(
-        n_images=plan.n_images_missing, n_failed=n_failed, seconds=1.0, given_up={}, device="cpu", encoder_busy=0.0,
-        bound="", store_peak_bytes=0,
-    )  # fmt: skip
-
-
 OPTIONS = "--latents tiny-vae --features tiny-vit --resolution 128".split()
 Precompute = Callable[..., str]
 
@@ -76,7 +45,7 @@ def precompute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr("pipeline.precompute.prepare_ray", lambda address: "")
     prepare_ray("")  # before Ray is imported, for the tests that come after
     monkeypatch.setattr("pipeline.cluster.connection.ray_cluster", lambda address, **options: contextlib.nullcontext())
-    monkeypatch.setattr("pipeline.job.run_on_cluster", run_on_cluster)
+    monkeypatch.setattr("pipeline.job.run_on_cluster", partial(run_here, encoder=PixelEncoder))
 
     def command(data: Path | str, store: Path, *more: Any, shard_rows: int = 4) -> str:
         capsys.readouterr()

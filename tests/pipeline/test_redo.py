@@ -205,7 +205,7 @@ def test_a_second_encoder_is_not_given_other_images(
 ) -> None:
     with monkeypatch.context() as before:
         if older:
-            before.setattr("tests.pipeline.in_process.Block", lambda crcs, **rest: Block(**rest))
+            before.setattr("benchmarks.without_ray.Block", lambda crcs, **rest: Block(**rest))
         precompute(data, tmp_path / "s", "--features", "none")
     write(data, {row: picture(row + 100, side=9 if larger else 8) for row in (3, 8, 9, 10, 11)})
     said = precompute(data, tmp_path / "s")

@@ -122,17 +122,21 @@ def strict_about_warnings() -> Iterator[None]:
         torch.set_warn_always(before)
 
 
-def test_norms_under_autocast_are_those_of_float32() -> None:
-    """bfloat16's x is normalised and weighted in float32, by the formula, and torch has nothing to warn of."""
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.bfloat16])
+def test_norms_round_nothing_before_them(of_x: torch.dtype, of_weight: torch.dtype) -> None:
+    """By the formula, in the wider of both precisions, under autocast too; torch has nothing to warn of."""
     norm = RMSNorm(16, eps=EPSILON)
     torch.nn.init.uniform_(norm.weight, 0.5, 2.0, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    norm = norm.to(of_weight)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(of_x)
     with strict_about_warnings(), torch.autocast("cpu", torch.bfloat16):
         normalised = norm(x)
-    assert normalised.dtype == torch.float32
+    assert normalised.dtype == torch.promote_types(of_x, of_weight)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + EPSILON).sqrt() * norm.weight.double()
-    torch.testing.assert_close(normalised.double(), expected, atol=1e-6, rtol=1e-6)
+    bound = 4 * torch.finfo(normalised.dtype).eps
+    torch.testing.assert_close(normalised.double(), expected, atol=bound, rtol=bound)
 
 
 @pytest.mark.parametrize("kind", sorted(GEOMETRIES))

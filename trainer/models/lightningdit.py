@@ -42,14 +42,16 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm in its weight's precision: under autocast float32 of bfloat16's x, as LayerNorm is there.
+    """RMS norm in the wider of x's precision and its weight's, so that neither is rounded before it.
 
-    torch's own takes x as it is, and has a fused kernel only where x is of the weight's dtype.
+    Autocast on a CPU gives it queries and keys in bfloat16 beside weights in float32; blocks in half precision (FSDP)
+    a residual stream in float32 beside weights in bfloat16. torch has a fused kernel for neither, and warns.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) of any float dtype, normalised over D, of the weight's dtype."""
-        return super().forward(x.to(self.weight.dtype))
+        """x (…, D) of any float dtype, normalised over D; of the wider dtype."""
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
 
 
 class RotaryAttention(Attention):
