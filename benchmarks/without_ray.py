@@ -71,7 +71,8 @@ def run_here(
 ) -> Outcome:
     """`pipeline.job.run_on_cluster` in this process. Raises what decoding raises, too."""
     start_s = time.perf_counter()
-    models = encoder(plan.root, plan.groups, plan.digests, config.batch, cores(), run_id)
+    n_threads = max(1, cores() // 2)  # as on Ray without a GPU, so that sums are rounded alike; the others decode
+    models = encoder(plan.root, plan.groups, plan.digests, config.batch, n_threads, run_id)
     device = models.ready()
     make_store()
     n_failed, encoding_s = plan.failed_before, 0.0
