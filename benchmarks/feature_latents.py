@@ -248,7 +248,8 @@ def main(argv: Sequence[str]) -> int:
     text = lines(read_results(setting.measures), psnr, [cost_of(out / "runs" / name) for name in RUNS])
     about = machine(out, ("torch", "numpy"))
     heading = f"## Features as latents beside an autoencoder's, both models in {args.precision}"
-    args.results.write_text(f"{heading}\n\n{about}\n\n{text}\n")
+    of_all = f"{args.images:,} images a Fréchet distance, batches of {COMMON['batch']}, one seed."
+    args.results.write_text(f"{heading}\n\n{about}\n\n{of_all}\n\n{text}\n")
     print(text)
     return 1 if failed else 0
 

@@ -83,6 +83,19 @@ def test_a_training_in_parts_is_the_whole_and_its_folder_decodes_stored_tokens(
     assert measured["mean_db"] == pytest.approx(_psnr(images, wanted), abs=0.05)
 
 
+def test_passes_in_bfloat16_move_float32_s_weights_nearly_alike(tmp_path: Path, tokens: Tokens) -> None:
+    moved = {}
+    for precision in ("fp32", "bf16"):
+        training = Training(tmp_path / precision, tokens, 4, CPU, precision)
+        before = training.decoder.decoder_pred.weight.detach().clone()
+        psnr = training.take(4)
+        moved[precision] = psnr, training.decoder.decoder_pred.weight.detach() - before
+    assert moved["bf16"][1].dtype == torch.float32
+    assert moved["bf16"][0] == pytest.approx(moved["fp32"][0], abs=0.05)
+    assert torch.cosine_similarity(moved["bf16"][1].flatten(), moved["fp32"][1].flatten(), dim=0) > 0.9
+    assert not torch.equal(moved["bf16"][1], moved["fp32"][1])
+
+
 def _psnr(images: np.ndarray, decoded: torch.Tensor) -> float:
     pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     mse = np.square(images.astype(np.float64) - pixels).mean((1, 2, 3))
