@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from tests.trainer.test_transformer import SMALL, randomised
 from trainer.loop.ema import EMA
+from trainer.run.averages import LEAST_STEPS, MOST, held_of_first
 
 
 def test_follows_the_recurrence() -> None:
@@ -100,3 +103,13 @@ def test_decay_zero_follows_the_model_exactly() -> None:
         model.final_layer.linear.weight.mul_(1.7)
     ema.update(model)
     assert all(torch.equal(value, ema.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@given(decay=st.sampled_from([0.0, 0.9, 0.99, 0.999, 0.9995, 0.9999]), steps=st.integers(0, 100_000))
+def test_what_an_average_holds_of_its_first_weights_is_said_where_it_is_much(decay: float, steps: int) -> None:
+    said = held_of_first(decay, steps)
+    assert bool(said) == (steps >= LEAST_STEPS and decay**steps > MOST)
+    if said:
+        better = float(said.rpartition("; ")[2].split()[0])
+        assert better < decay
+        assert not held_of_first(better, steps)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.encoders.tiny import TINY_VAE
 from storage.base.least_time import least_time
 from tests.commands import run_here
 from tests.trainer.runs import command, micro
@@ -77,3 +78,17 @@ def test_products_are_timed_without_a_random_number(precision: str) -> None:
     before = torch.get_rng_state()
     assert 1e8 < product_flops(torch.device("cpu"), precision) < 1e14
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_too_short_for_its_average_says_so_before_it_begins(
+    shared_tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so do images of it."""
+    run = tmp_path / "run"
+    line = command(shared_tiny_store, run, steps=100, ema_decay=0.999)[3:]
+    status, out, err = run_here(main, PROG, line, capsys)
+    assert status == 0, err
+    assert "averages   90% of them are still the first weights after 100 steps at --ema-decay 0.999" in out
+    assert "0.95 holds 0.6%" in out
+    status, _, err = run_here(main, PROG, ["generate", str(run), "--n", "1", "--vae", str(TINY_VAE)], capsys)
+    assert "averaged weights: 90% of them are still the first weights after 100 steps" in err

@@ -11,6 +11,7 @@ from trainer.loop.step import TrainingState
 from trainer.models.flops import forward_flops_per_image
 from trainer.models.transformer import Geometry
 from trainer.ranks.arithmetic import product_flops
+from trainer.run.averages import held_of_first
 from trainer.run.latent_map import require_normalised
 from trainer.run.summary import settings_line
 
@@ -32,6 +33,7 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int, 
     left = (config.steps - first_step) * config.batch * gflop * 1e9
     rate = world.size * product_flops(world.device, config.precision)
     time_left = least_time(left / rate, rate, "a step")
+    averages = held_of_first(config.ema_decay, config.steps)
     lines = [
         f"settings   {settings_line(config)}",
         f"model      {n_parameters / 1e6:.1f} M parameters, {gflop:.1f} GFLOP an image (forward + backward), "
@@ -40,6 +42,7 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int, 
         f"latents    {training.scale}, {require_normalised(config, data, training.scale)}",
         *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
         *([f"alignment  {_stop(config, first_step)}"] if config.loss.stop_alignment_at else []),
+        *([f"averages   {averages}"] if averages else []),
         f"samples    {in_words(config)}",
         *([f"pictures   {_pictures(decoder_of(data, config))}"] if data.of_features else []),
         *([f"distance   {measured}"] if measured else []),

@@ -55,6 +55,7 @@ from trainer.evaluation.generate.plan import Plan, plan
 from trainer.evaluation.options import GenerateConfig
 from trainer.ranks.arithmetic import set_arithmetic
 from trainer.ranks.world import World, world_of_ranks
+from trainer.run.averages import held_of_first
 from trainer.run.lock import only_writer
 from trainer.run.opened import OpenRun, load_model
 
@@ -71,6 +72,8 @@ def generate(config: GenerateConfig) -> list[Path]:
         if world.is_main:
             away = f", away from {planned.weaker.run.path}" if planned.weaker else ""
             print(f"images by {in_words(recipe)}{away}", file=sys.stderr)  # stdout has what came of it
+            if young := held_of_first(recipe.ema_decay, settings["step"]):
+                print(f"averaged weights: {young}", file=sys.stderr)
         with only_writer(folder, world, "generating"):
             if world.is_main:
                 for stray in folder.glob(".*.partial"):  # of a process that was killed as it wrote
