@@ -16,7 +16,8 @@ checkpoint, where the run is at hand.
 
 - vanilla and REPA with a middle block's features, three seeds each
 - one seed each: REPA with the final norm's features; with a middle block's of another photograph of the same class, a
-  control that must not help as much; stopped half-way; iREPA; REG
+  control that must not help as much; stopped half-way; iREPA; REG with the
+  final norm's features and with the middle block's
 - half as long, without images, to find out why the gain is as large as it is: REPA with another weight, another block,
   a wider projector; vanilla and REPA of 9 M parameters
 
@@ -44,9 +45,9 @@ from pathlib import Path
 
 from benchmarks.effect.arms import SCALES, Arm, Run, arms, interleaved, variants
 from benchmarks.effect.control import is_whole, write_control
-from benchmarks.effect.measure import Setting, is_measured, measure, write_references
+from benchmarks.effect.measure import Setting, is_measured, machines, measure, write_references
 from benchmarks.effect.report import write_report
-from benchmarks.report import RESULTS, machine
+from benchmarks.report import RESULTS
 from pipeline.encoders.registry import resolve_features
 from storage.base.console import Parser, run_command
 from storage.base.errors import UserError
@@ -275,7 +276,8 @@ def main(argv: Sequence[str]) -> int:
             failed = work(setting, of_arms, args.milestones, args.jobs, command, run_by_run=args.run_by_run)
         except StoppedError:
             pass
-    about = [machine(out, ("torch", "numpy")), "", *_about(args)]
+    runs = [Run(arm=name, seed=seed).name for name, arm in of_arms.items() for seed in arm.seeds]
+    about = [*machines(setting.measures, runs), "", *_about(args)]
     print(write_report(results, setting.measures, of_arms, "REPA against vanilla on real photographs", about))
     return 1 if failed else 0
 

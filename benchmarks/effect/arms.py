@@ -79,7 +79,8 @@ def arms(features: str, final: str, control: str) -> dict[str, Arm]:
         "irepa": Arm(
             title="iREPA", seeds=(0,), options={**repa, "loss.alignment": "irepa", "loss.projection-weight": "1"}
         ),
-        "reg": Arm(title="REG", seeds=(0,), options={**repa, "model.class-token": "true"}),
+        "reg": Arm(title="REG, final layer", seeds=(0,), options={"data.features": final, "model.class-token": "true"}),
+        "reg-block-8": Arm(title="REG, block 8", seeds=(0,), options={**repa, "model.class-token": "true"}),
     }
 
 

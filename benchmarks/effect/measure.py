@@ -9,20 +9,23 @@ MEASURES/RUN/STEP/cknna.json          alignment of every block with the features
 MEASURES/RUN/STEP/NAME.json           Fréchet distance, precision, recall in an encoder's features, of the first
                                       images of the run at this step
 MEASURES/RUN/STEP/samples.jpg         the first 64 of them, for a look
+MEASURES/RUN/machine.txt              on what it was measured, a line a machine
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from benchmarks.effect.arms import COMMON, SAMPLING
+from benchmarks.report import machine
 from storage import open_store
 
+MACHINES = "machine.txt"
 ALIGNED_EYES, OTHER_EYES = "aligned-encoder", "other-encoder"
 Command = Callable[[Sequence[str]], None]  # runs a module with arguments, raises where it fails
 
@@ -72,6 +75,7 @@ def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: 
     """Everything of one run at one step that is missing; `draws`: images and their distances as well."""
     folder = setting.folder(run.name, step)
     folder.mkdir(parents=True, exist_ok=True)
+    note_machine(setting, run.name)
     losses = {"heldout_loss": setting.heldout_store, **({"trained_loss": setting.train_store} if draws else {})}
     for name, store in losses.items():
         if not (folder / f"{name}.json").is_file():
@@ -89,6 +93,24 @@ def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: 
             (folder / f"{name}.svg").unlink(missing_ok=True)
     if draws:
         distances(setting, run, step, folder, command)
+
+
+def note_machine(setting: Setting, run: str) -> None:
+    """Add this machine to those that a run was measured on."""
+    here, file = machine(setting.out, ("torch", "numpy")), setting.measures / run / MACHINES
+    known = file.read_text().splitlines() if file.is_file() else []
+    if here not in known:
+        file.write_text("\n".join([*known, here]) + "\n")
+
+
+def machines(measures: Path, runs: Iterable[str]) -> list[str]:
+    """A line a machine, with the runs that were measured on it; of those that did not note it nothing is said."""
+    of: dict[str, list[str]] = {}
+    for run in runs:
+        file = measures / run / MACHINES
+        for line in file.read_text().splitlines() if file.is_file() else []:
+            of.setdefault(line, []).append(run)
+    return [f"{line}: {', '.join(of[line])}." for line in of]
 
 
 def distances(setting: Setting, run: Path, step: int, folder: Path, command: Command) -> None:

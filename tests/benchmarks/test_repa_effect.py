@@ -18,11 +18,12 @@ from hypothesis.extra.numpy import arrays
 from benchmarks import repa_effect
 from benchmarks.effect import arms as arms_module
 from benchmarks.effect import heldout_loss as heldout_loss_module
+from benchmarks.effect import measure as measure_module
 from benchmarks.effect.arms import SCALES, VANILLA, Run, arms, interleaved, variants
 from benchmarks.effect.constant_cosine import constant_cosine
 from benchmarks.effect.control import is_whole, others_of_the_class, write_control
 from benchmarks.effect.heldout_loss import TIMES, heldout_loss
-from benchmarks.effect.measure import ALIGNED_EYES, Setting
+from benchmarks.effect.measure import ALIGNED_EYES, Setting, machines, note_machine
 from benchmarks.effect.report import collect, less_vanilla, read_by_t, steps_to_reach, write_report
 from benchmarks.repa_effect import Commands, StoppedError, train_command
 from storage import open_store
@@ -61,7 +62,7 @@ def config_of(arm: str, out: Path, of_study: Setting | None = None) -> Any:
 def test_every_arm_is_a_run_that_differs_from_vanilla_in_its_alignment_only(name: str, tmp_path: Path) -> None:
     mine, vanilla = config_of(name, tmp_path), config_of(VANILLA, tmp_path)
     assert dataclasses.replace(mine.model, class_token=False) == vanilla.model
-    assert mine.model.class_token == (name == "reg")
+    assert mine.model.class_token == name.startswith("reg")
     assert (mine.optim, mine.batch, mine.seed, mine.steps) == (vanilla.optim, vanilla.batch, vanilla.seed, 100)
     assert not vanilla.aligns
     assert mine.aligns == (name != "vanilla")
@@ -319,6 +320,18 @@ def test_steps_to_reach_compare_the_seeds_that_both_have(tmp_path: Path) -> None
     assert list(less_vanilla(by_t, "repa", 2000).values()) == pytest.approx([-0.1] * len(TIMES))
     assert less_vanilla(by_t, "vanilla", 2000) == dict.fromkeys(TIMES, 0.0)
     assert less_vanilla(by_t, "repa", 3000) == {}
+
+
+def test_the_report_says_which_run_was_measured_on_which_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_study = setting(tmp_path)
+    for name, run in (("one", "vanilla-seed0"), ("one", "repa-seed0"), ("two", "repa-seed0"), ("two", "repa-seed0")):
+        (of_study.measures / run).mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(measure_module, "machine", lambda out, packages, name=name: name)
+        note_machine(of_study, run)
+    runs = ["vanilla-seed0", "repa-seed0", "reg-seed0"]
+    assert machines(of_study.measures, runs) == ["one: vanilla-seed0, repa-seed0.", "two: repa-seed0."]
 
 
 def test_a_report_of_nothing_says_nothing(tmp_path: Path) -> None:

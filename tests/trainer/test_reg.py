@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from storage.order import ValidRows
 from storage.torch.codecs import Tokens
 from tests.trainer import plain
 from tests.trainer.reference import GEOMETRIES, load_reference, reference_model, reference_state
@@ -17,6 +21,7 @@ from trainer.config.sample import SampleConfig
 from trainer.data.loader import behind_class_token
 from trainer.loop import random_keys
 from trainer.loop.losses import losses
+from trainer.loop.opening import class_token_line
 from trainer.models.make import make_model
 from trainer.models.reg import join, split
 from trainer.objectives.sampling import sample
@@ -171,3 +176,15 @@ def test_losses_and_every_gradient_agree_with_float64() -> None:
     torch.testing.assert_close(found.class_denoising.double(), class_denoising, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.alignments[:, 0].double(), aligned, atol=1e-5, rtol=1e-4)
     plain.assert_gradients_agree(model, weights)
+
+
+@pytest.mark.parametrize(("n_rows", "deviation"), [(300, 1.0), (300, 0.04), (9, 0.04)])
+def test_tokens_that_noise_drowns_are_said_before_training(n_rows: int, deviation: float) -> None:
+    tokens = np.random.default_rng(0).normal(3.0, deviation, (n_rows, 12)).astype(np.float16)
+    group = SimpleNamespace(path="features/x", gather=lambda rows, view, names: {"cls": tokens[rows]})
+    data: Any = SimpleNamespace(class_tokens=group, valid_rows=ValidRows(n_rows, np.array([], np.int64)))
+    said = class_token_line(data)
+    assert said.startswith("tokens of features/x as they are, deviation ")
+    found = float(said.removeprefix("tokens of features/x as they are, deviation ").split()[0])
+    assert found == pytest.approx(deviation, rel=0.1 if n_rows > 9 else 0.5)
+    assert ("noise of deviation 1 drowns them" in said) == (deviation < 0.25 and n_rows == 300)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from storage.base.least_time import least_time
+from storage.places import CLASS_TOKEN
 from trainer.config.schema import TrainConfig
 from trainer.data.groups import TrainingData
 from trainer.evaluation.generate.decode import decoder_of
@@ -15,6 +18,8 @@ from trainer.run.averages import held_of_first
 from trainer.run.latent_map import require_normalised
 from trainer.run.summary import settings_line
 
+LEAST_OF_TOKENS = 0.25  # deviation of class tokens below which noise is the larger part at four fifths of all t
+LOOKED_AT = 256  # rows
 STOPPED = "no features are read for it, projectors rest"
 
 
@@ -33,6 +38,7 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int, 
     left = (config.steps - first_step) * config.batch * gflop * 1e9
     rate = world.size * product_flops(world.device, config.precision)
     time_left = least_time(left / rate, rate, "a step")
+    class_token = class_token_line(data) if data.aligns_class_tokens else ""
     averages = held_of_first(config.ema_decay, config.steps)
     lines = [
         f"settings   {settings_line(config)}",
@@ -40,6 +46,7 @@ def opening_lines(training: TrainingState, data: TrainingData, first_step: int, 
         f"{_tokens(geometry)} tokens",
         f"data       {data.n_samples} of {data.store.n_rows} samples, {len(data.class_names)} classes, {groups}",
         f"latents    {training.scale}, {require_normalised(config, data, training.scale)}",
+        *([f"class      {class_token}"] if class_token else []),
         *([] if data.class_names else [f"labels     none: trains unconditionally, {_without(geometry.n_classes)}"]),
         *([f"alignment  {_stop(config, first_step)}"] if config.loss.stop_alignment_at else []),
         *([f"averages   {averages}"] if averages else []),
@@ -57,6 +64,19 @@ def _tokens(geometry: Geometry) -> str:
     """How many a block has, the class token and the label's among them; blocks may differ (RiT)."""
     least, most = (of(n for n, _ in geometry.sequences) for of in (min, max))
     return f"{most}" if least == most else f"{least} to {most}"
+
+
+def class_token_line(data: TrainingData) -> str:
+    """How much class tokens vary that go with images as they are (REG), beside noise of 1; of rows spread evenly."""
+    group, rows = data.class_tokens, data.valid_rows
+    assert group is not None
+    looked_at = rows.rows(np.unique(np.linspace(0, len(rows) - 1, LOOKED_AT).astype(np.int64)))
+    std = group.gather(looked_at, 0, [CLASS_TOKEN])[CLASS_TOKEN].astype(np.float64).std(0)
+    said = f"tokens of {group.path} as they are, deviation {np.median(std):.3g} "
+    said += f"({std.min():.3g} to {std.max():.3g} a channel)"
+    if np.median(std) < LEAST_OF_TOKENS and len(looked_at) == LOOKED_AT:
+        said += ": noise of deviation 1 drowns them but for t near 0; REG's are of a final layer, about 1"
+    return said
 
 
 def _pictures(decoder: str) -> str:
