@@ -45,7 +45,7 @@ from pathlib import Path
 
 from benchmarks.effect.arms import SCALES, Arm, Run, arms, interleaved, variants
 from benchmarks.effect.control import is_whole, write_control
-from benchmarks.effect.measure import Setting, is_measured, machines, measure, write_references
+from benchmarks.effect.measure import Setting, is_measured, machines, measure, note_machines_of, write_references
 from benchmarks.effect.report import write_report
 from benchmarks.report import RESULTS
 from pipeline.encoders.registry import resolve_features
@@ -133,6 +133,7 @@ def stage(run: Run, arm: Arm, setting: Setting, step: int, milestones: Sequence[
         origin = Run(arm=other, seed=run.seed)
         if step <= until and is_measured(setting, origin.name, step, draws=draws):
             shutil.copytree(setting.folder(origin.name, step), setting.folder(run.name, step), dirs_exist_ok=True)
+            note_machines_of(setting, run.name, origin.name)
             return
         if step > until and begin_as(folder, setting.out / "runs" / origin.name, until):
             words.append("--resume-with-changes")

@@ -29,7 +29,7 @@ COMMON: dict[str, str] = {
 BASE: dict[str, str] = {
     "preset": "sit-b-2",
     "batch": "256",
-    "ema-decay": "0.999",
+    "ema-decay": "0.995",
     "precision": "bf16",
     "log.every": "50",
     "log.samples-every": "0",
@@ -79,8 +79,10 @@ def arms(features: str, final: str, control: str) -> dict[str, Arm]:
         "irepa": Arm(
             title="iREPA", seeds=(0,), options={**repa, "loss.alignment": "irepa", "loss.projection-weight": "1"}
         ),
-        "reg": Arm(title="REG, final layer", seeds=(0,), options={"data.features": final, "model.class-token": "true"}),
-        "reg-block-8": Arm(title="REG, block 8", seeds=(0,), options={**repa, "model.class-token": "true"}),
+        "reg": Arm(title="REG, block 8", seeds=(0,), options={**repa, "model.class-token": "true"}),
+        "reg-final": Arm(
+            title="REG, final layer", seeds=(0,), options={"data.features": final, "model.class-token": "true"}
+        ),
     }
 
 

@@ -14,15 +14,17 @@ MEASURES/RUN/machine.txt              on what it was measured, a line a machine
 
 from __future__ import annotations
 
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
 
 from benchmarks.effect.arms import COMMON, SAMPLING
-from benchmarks.report import machine
 from storage import open_store
 
 MACHINES = "machine.txt"
@@ -97,10 +99,33 @@ def measure(setting: Setting, run: Path, step: int, command: Command, *, draws: 
 
 def note_machine(setting: Setting, run: str) -> None:
     """Add this machine to those that a run was measured on."""
-    here, file = machine(setting.out, ("torch", "numpy")), setting.measures / run / MACHINES
+    _note(setting, run, [machine_in_short()])
+
+
+def note_machines_of(setting: Setting, run: str, other: str) -> None:
+    """Add the machines that another run was measured on, whose measures are this run's too."""
+    file = setting.measures / other / MACHINES
+    _note(setting, run, file.read_text().splitlines() if file.is_file() else [])
+
+
+def _note(setting: Setting, run: str, lines: Sequence[str]) -> None:
+    file = setting.measures / run / MACHINES
     known = file.read_text().splitlines() if file.is_file() else []
-    if here not in known:
-        file.write_text("\n".join([*known, here]) + "\n")
+    if new := [line for line in lines if line not in known]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join([*known, *new]) + "\n")
+
+
+def machine_in_short() -> str:
+    """What results may depend on: the GPU, or the processor, and the libraries that compute."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        device = cpu[1] if cpu else platform.processor()
+    return f"{device}; torch {torch.__version__.partition('+')[0]}, numpy {version('numpy')}"
 
 
 def machines(measures: Path, runs: Iterable[str]) -> list[str]:

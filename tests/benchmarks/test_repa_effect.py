@@ -23,7 +23,7 @@ from benchmarks.effect.arms import SCALES, VANILLA, Run, arms, interleaved, vari
 from benchmarks.effect.constant_cosine import constant_cosine
 from benchmarks.effect.control import is_whole, others_of_the_class, write_control
 from benchmarks.effect.heldout_loss import TIMES, heldout_loss
-from benchmarks.effect.measure import ALIGNED_EYES, Setting, machines, note_machine
+from benchmarks.effect.measure import ALIGNED_EYES, Setting, machines, note_machine, note_machines_of
 from benchmarks.effect.report import collect, less_vanilla, read_by_t, steps_to_reach, write_report
 from benchmarks.repa_effect import Commands, StoppedError, train_command
 from storage import open_store
@@ -328,10 +328,12 @@ def test_the_report_says_which_run_was_measured_on_which_machine(
     of_study = setting(tmp_path)
     for name, run in (("one", "vanilla-seed0"), ("one", "repa-seed0"), ("two", "repa-seed0"), ("two", "repa-seed0")):
         (of_study.measures / run).mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(measure_module, "machine", lambda out, packages, name=name: name)
+        monkeypatch.setattr(measure_module, "machine_in_short", lambda name=name: name)
         note_machine(of_study, run)
     runs = ["vanilla-seed0", "repa-seed0", "reg-seed0"]
     assert machines(of_study.measures, runs) == ["one: vanilla-seed0, repa-seed0.", "two: repa-seed0."]
+    note_machines_of(of_study, "reg-seed0", "repa-seed0")
+    assert machines(of_study.measures, runs)[1] == "two: repa-seed0, reg-seed0."
 
 
 def test_a_report_of_nothing_says_nothing(tmp_path: Path) -> None:

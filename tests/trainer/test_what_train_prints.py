@@ -88,7 +88,10 @@ def test_a_run_too_short_for_its_average_says_so_before_it_begins(
     line = command(shared_tiny_store, run, steps=100, ema_decay=0.999)[3:]
     status, out, err = run_here(main, PROG, line, capsys)
     assert status == 0, err
-    assert "averages   90% of them are still the first weights after 100 steps at --ema-decay 0.999" in out
+    assert (
+        "averages   90% of them are still the weights that the run began with after 100 steps at --ema-decay 0.999"
+        in out
+    )
     assert "0.95 holds 0.6%" in out
     status, _, err = run_here(main, PROG, ["generate", str(run), "--n", "1", "--vae", str(TINY_VAE)], capsys)
-    assert "averaged weights: 90% of them are still the first weights after 100 steps" in err
+    assert "averaged weights: 90% of them are still the weights that the run began with after 100 steps" in err

@@ -14,6 +14,6 @@ def held_of_first(decay: float, steps: int) -> str:
         return ""
     fit = next(each for each in DECAYS if each**steps <= MOST)
     return (
-        f"{share:.0%} of them are still the first weights after {steps:,} steps at --ema-decay {decay:g}, and images "
-        f"are drawn from them; {fit:g} holds {fit**steps:.1%}"
+        f"{share:.0%} of them are still the weights that the run began with after {steps:,} steps at --ema-decay "
+        f"{decay:g}, and images are drawn from them; {fit:g} holds {fit**steps:.1%}"
     )
