@@ -71,7 +71,11 @@ def class_token_line(data: TrainingData) -> str:
     group, rows = data.class_tokens, data.valid_rows
     assert group is not None
     looked_at = rows.rows(np.unique(np.linspace(0, len(rows) - 1, LOOKED_AT).astype(np.int64)))
-    std = group.gather(looked_at, 0, [CLASS_TOKEN])[CLASS_TOKEN].astype(np.float64).std(0)
+    tokens = group.gather(looked_at, 0, [CLASS_TOKEN])[CLASS_TOKEN].astype(np.float64)
+    tokens = tokens[np.isfinite(tokens).all(1)]  # the others are left out of training too, and named there
+    if not len(tokens):
+        return ""
+    std = tokens.std(0)
     said = f"tokens of {group.path} as they are, deviation {np.median(std):.3g} "
     said += f"({std.min():.3g} to {std.max():.3g} a channel)"
     if np.median(std) < LEAST_OF_TOKENS and len(looked_at) == LOOKED_AT:
